@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+""":"
+# Shell half: `bash examples/train_ssapo.sh [--num_gpus N] --algo sgpo ...` starts the deepspeed launcher on this very file.
+# Python reads this block as the module docstring: no three double quotes in a row and no backslashes in it.
+set -eu
+ranks="${NUM_GPUS:-1}"
+if [ "${1:-}" = "--num_gpus" ]; then ranks="$2"; shift 2; fi
+exec deepspeed --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-29531}" "$0" "$@"
+: <<'# end of the Python half'
+":"""
+# Python half: `deepspeed --num_gpus N examples/train_ssapo.sh --algo sgpo ...` runs this file with python, once per rank.
+import sys
+
+from openrlhf_sgpo.cli.main import main
+
+sys.exit(main(["train", *sys.argv[1:]]))
+# end of the Python half

@@ -1,0 +1,253 @@
+"""SGPO / SSAPO: preference optimisation against the worst margin distribution in a Wasserstein ball."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch
+from openrlhf_sgpo.algorithms.dpo import dpo_loss
+from openrlhf_sgpo.config import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from openrlhf_sgpo.dro import WorstCase
+
+
+class SaturatedBallError(RuntimeError):
+    """The radius lets the follower move every margin to the edge, which leaves the leader without a gradient."""
+
+
+@dataclass
+class SGPOSettings:
+    radius: float = setting(
+        0.01, "radius of the Wasserstein ball, in units of --sgpo.space (0: no follower, plain DPO)"
+    )
+    space: Literal["margin", "probability"] = setting(
+        "margin", "where the ball lives: on margins (the paper), or on win probabilities sigmoid(margin) (its code)"
+    )
+    pieces: int = setting(6, "tangents that stand for the loss in the follower (0: the exact loss, margin space only)")
+    window_pad: float = setting(
+        1.0, "margin space: the support reaches this far beyond the smallest and largest margin"
+    )
+    leader: Literal["danskin", "transport", "released"] = setting(
+        "danskin",
+        "danskin: exact gradient of the worst case; transport: atoms of the worst case move with the policy (margin space); "
+        "released: what the authors' code does (probability space)",
+    )
+    group_size: int = setting(0, "solve the follower on random groups of so many pairs (0: all pairs at once)")
+    solver: Literal["exact", "program", "slsqp"] = setting(
+        "exact", "exact: one sort; program: the paper's convex program in cvxpy; slsqp: the authors' code"
+    )
+    refresh_steps: int = setting(0, "danskin: solve again every so many optimiser steps (0: once a round)")
+    refresh_window: int = setting(1024, "danskin: how many of the latest margins the refreshed follower sees")
+
+
+class SGPO(Algorithm):
+    r"""Stackelberg game between the policy and a worst-case preference distribution (Chu et al., arXiv 2502.18099).
+
+    min_theta  sup { E_{xi ~ alpha}[-log sigmoid(xi)] : W1(alpha, law of the margins) <= radius }.
+
+    The follower is solved exactly on the margins of all pairs (``openrlhf_sgpo.dro``); the default leader then minimises
+    its exact gradient, mean_i phi(xi_i(theta)) with the follower's slope and edge held fixed (Danskin): DPO's loss whose
+    part below the follower's threshold is a straight chord. Radius 0 is self-annotated DPO.
+    """
+
+    name = "sgpo"
+    paper = "arXiv 2502.18099"
+    summary = "SSAPO: self-annotated rounds against the worst case in a Wasserstein ball"
+    settings = SGPOSettings
+    needs = Needs(rounds=True, samples_per_prompt=2)
+
+    @classmethod
+    def check(cls, options: SGPOSettings) -> list[str]:
+        problems = []
+        if options.radius < 0:
+            problems.append(f"--sgpo.radius {options.radius} must be 0 or more")
+        if options.pieces < 0 or (options.pieces == 0 and options.space == "probability"):
+            problems.append(
+                f"--sgpo.pieces {options.pieces}: give 1 or more, or 0 with --sgpo.space margin (the loss is unbounded at "
+                "probability 0, so that space needs tangents)"
+            )
+        for flag in ("window_pad", "group_size", "refresh_steps"):
+            if getattr(options, flag) < 0:
+                problems.append(f"--sgpo.{flag} {getattr(options, flag)} must be 0 or more")
+        needed = {"transport": "margin", "released": "probability"}.get(options.leader)
+        if needed and options.space != needed:
+            problems.append(f"--sgpo.leader {options.leader} needs --sgpo.space {needed}")
+        solvers = {
+            "danskin": ("exact",),
+            "transport": ("exact", "program"),
+            "released": ("exact", "program", "slsqp"),
+        }[options.leader]
+        if options.solver not in solvers:
+            problems.append(
+                f"--sgpo.solver {options.solver} gives no answer that --sgpo.leader {options.leader} can use; "
+                f"valid here: {', '.join(solvers)}"
+            )
+        if options.refresh_steps and options.leader != "danskin":
+            problems.append(
+                f"--sgpo.refresh_steps {options.refresh_steps} needs --sgpo.leader danskin: the other leaders fix where each "
+                "pair of the round is moved to"
+            )
+        if options.refresh_steps and options.refresh_window < 1:
+            problems.append(f"--sgpo.refresh_window {options.refresh_window} must be 1 or more")
+        return problems
+
+    def __init__(self, options: SGPOSettings, beta: float):
+        super().__init__(options, beta)
+        # Danskin: slope, edge and window of each pair's group, or one value for all. Others: s and displacement per pair.
+        self._answer: dict[str, Any] | None = None
+        self._recent: Tensor | None = None
+        self._steps = 0
+
+    def begin_stage(self, margins: Tensor) -> dict[str, Any]:
+        """Solve the follower on all margins, shape (N,), group by group; returns the certificate.
+
+        Raises SaturatedBallError if a group's ball moves everything, ValueError for margins that are not finite.
+        """
+        import torch
+
+        size = self.options.group_size or len(margins)
+        order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(0)).to(margins.device)
+        groups = list(order.split(size)) if size < len(margins) else [slice(None)]
+        solutions = [self._solve(margins[group]) for group in groups]
+        self._recent = margins.detach()[-self.options.refresh_window :]
+        if self.options.radius == 0:
+            self._answer = None
+        elif self.options.leader == "danskin":
+            self._answer = self._danskin_answer(margins, groups, solutions)
+        else:
+            self._answer = self._transport_answer(margins, groups, solutions)
+        return _certificate(solutions, margins)
+
+    def loss(self, batch: PairBatch) -> Tensor:
+        from openrlhf_sgpo.dro.losses import danskin_loss, released_loss, transport_loss
+
+        margins = batch.margins(self.beta)
+        if self._answer is None:
+            return dpo_loss(margins)
+        answer = {
+            name: value[batch.index] if getattr(value, "ndim", 0) else value for name, value in self._answer.items()
+        }
+        if self.options.leader == "danskin":
+            return danskin_loss(
+                margins,
+                answer["slope"],
+                answer["edge"],
+                space=self.options.space,
+                pieces=self.options.pieces or None,
+                window=(answer["lower"], answer["upper"]),
+            )
+        leader = transport_loss if self.options.leader == "transport" else released_loss
+        return leader(margins, answer["s"], answer["displacement"])
+
+    def after_step(self, margins: Tensor) -> dict[str, Any]:
+        """Keep the latest margins and, every ``refresh_steps`` steps, solve the follower on them again."""
+        import torch
+
+        if not (self.options.refresh_steps and self.options.radius):
+            return {}
+        recent = margins.detach() if self._recent is None else torch.cat([self._recent, margins.detach()])
+        self._recent = recent[-self.options.refresh_window :]
+        self._steps += 1
+        if self._steps % self.options.refresh_steps:
+            return {}
+        worst = self._solve(self._recent)
+        self._answer = _scalars(worst)
+        return {
+            f"sgpo/{name}": value for name, value in _certificate([worst], self._recent).items() if value is not None
+        }
+
+    def _solve(self, margins: Tensor) -> WorstCase:
+        from openrlhf_sgpo.dro import solve_worst_case
+
+        options = self.options
+        worst = solve_worst_case(
+            margins,
+            options.radius,
+            space=options.space,
+            pieces=options.pieces or None,
+            window_pad=options.window_pad,
+        )
+        if worst.saturated:
+            raise SaturatedBallError(
+                f"--sgpo.radius {options.radius} (space {options.space}) is enough to move all {len(margins)} margins to the "
+                f"edge {worst.edge:.4g}, where the loss has no gradient left. Margins range from {margins.min():.4g} to "
+                f"{margins.max():.4g}. Lower --sgpo.radius"
+                + (", or raise --sgpo.window_pad" if options.space == "margin" else "")
+                + ". With --rounds.loss_reference previous all margins are 0 when a round begins."
+            )
+        return worst
+
+    def _danskin_answer(self, margins: Tensor, groups: list, solutions: list[WorstCase]) -> dict[str, Any]:
+        if len(groups) == 1:
+            return _scalars(solutions[0])
+        answer = {name: margins.new_empty(len(margins)) for name in ("slope", "edge", "lower", "upper")}
+        for group, worst in zip(groups, solutions, strict=True):
+            for name, value in _scalars(worst).items():
+                answer[name][group] = value
+        return answer
+
+    def _transport_answer(self, margins: Tensor, groups: list, solutions: list[WorstCase]) -> dict[str, Any]:
+        import torch
+
+        s_parts, displacement_parts = [], []
+        for group, worst in zip(groups, solutions, strict=True):
+            s, displacement = self._masses(margins[group], worst)
+            s_parts.append(s)
+            displacement_parts.append(displacement)
+        order = torch.cat([torch.arange(len(margins), device=margins.device)[group] for group in groups])
+        answer = {}
+        for name, parts in (("s", s_parts), ("displacement", displacement_parts)):
+            ordered = torch.cat(parts).to(margins)
+            answer[name] = torch.empty_like(ordered).index_copy_(0, order, ordered)
+        return answer
+
+    def _masses(self, margins: Tensor, worst: WorstCase) -> tuple[Tensor, Tensor]:
+        """s (N, K) and displacement q / s (N, K), 0 where s is 0, from the solver that was asked for."""
+        import torch
+
+        if self.options.solver == "slsqp":
+            from openrlhf_sgpo.dro import slsqp
+
+            released = slsqp(margins, self.options.radius, pieces=self.options.pieces)
+            return torch.as_tensor(released.s), torch.as_tensor(released.displacement)
+        if self.options.solver == "program":
+            from openrlhf_sgpo.dro import program
+
+            solution = program(
+                margins,
+                self.options.radius,
+                space=self.options.space,
+                pieces=self.options.pieces or None,
+                window_pad=self.options.window_pad,
+            )
+            s, q = torch.as_tensor(solution.s), torch.as_tensor(solution.q)
+        else:
+            s, q = worst.transport()
+        return s, torch.where(s > 0, q / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
+
+
+def _scalars(worst: WorstCase) -> dict[str, float]:
+    lower, upper = worst.window
+    return {"slope": worst.slope, "edge": worst.edge, "lower": lower, "upper": upper}
+
+
+def _certificate(solutions: list[WorstCase], margins: Tensor) -> dict[str, Any]:
+    """What proves the follower's answer, averaged over groups by their size; see docs/algorithms/sgpo.md."""
+    sizes = [len(worst.moved) for worst in solutions]
+
+    def average(name: str) -> float:
+        return sum(size * getattr(worst, name) for size, worst in zip(sizes, solutions, strict=True)) / sum(sizes)
+
+    names = ("value", "dual_value", "empirical", "bound", "slope", "edge", "fraction_moved", "budget_used")
+    certificate: dict[str, Any] = {name: average(name) for name in names}
+    # At radius 0 nothing is below the threshold, and JSON has no minus infinity.
+    certificate["threshold"] = average("threshold") if solutions[0].radius else None
+    certificate["gap"] = max(worst.gap for worst in solutions)
+    certificate["radius"] = solutions[0].radius
+    certificate["groups"] = len(solutions)
+    certificate["pairs"] = len(margins)
+    return certificate

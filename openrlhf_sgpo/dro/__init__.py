@@ -1,0 +1,37 @@
+"""The worst case over a Wasserstein ball of margins: exact solution, the paper's program, losses of the leaders.
+
+``solve_worst_case`` needs torch only. ``program`` (cvxpy) and ``slsqp`` (SciPy) are loaded when first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from openrlhf_sgpo.dro.solve import WorstCase, solve_worst_case
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.dro.program import ProgramSolution, program
+    from openrlhf_sgpo.dro.slsqp import SlsqpSolution, slsqp
+
+_LAZY = {"program": "program", "ProgramSolution": "program", "slsqp": "slsqp", "SlsqpSolution": "slsqp"}
+
+
+class _Room(ModuleType):
+    """This package. Two functions share the name of their file, and importing a file binds its name to the file."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name) if name in _LAZY and isinstance(value, ModuleType) else value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+sys.modules[__name__].__class__ = _Room
+
+__all__ = ["ProgramSolution", "SlsqpSolution", "WorstCase", "program", "slsqp", "solve_worst_case"]

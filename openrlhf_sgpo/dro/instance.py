@@ -1,0 +1,112 @@
+"""The follower's problem as every solver of this package reads it: checked, in float64, defaults filled in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openrlhf_sgpo.dro.losses import resolve_pieces, space_variable
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """A checked follower problem, in float64.
+
+    margins: (N,) a copy of the margins as given. values: (N,) the variable of the space, clipped into the window.
+    price: (N,) or None, with ``smallest_price`` its minimum (1 for None). window: (a, b) in the units of the space.
+    """
+
+    margins: Tensor
+    values: Tensor
+    radius: float
+    space: str
+    pieces: int | None
+    window: tuple[float, float]
+    price: Tensor | None
+    smallest_price: float
+
+
+def read_instance(
+    margins: Tensor,
+    radius: float,
+    *,
+    space: str,
+    pieces: int | None,
+    window: tuple[float, float] | None,
+    window_pad: float,
+    price: Tensor | None,
+) -> Instance:
+    """Check a follower problem and fill in its defaults; arguments as in ``solve_worst_case``.
+
+    Raises ValueError for margins that are empty, not 1-dimensional, not floating-point or not finite; a negative or
+    non-finite radius or pad; an unknown space; pieces < 1; a window that is empty, leaves [0, 1] in probability space
+    or contains no sample; and prices of another shape or not positive.
+    """
+    pieces = resolve_pieces(space, pieces)
+    if not isinstance(margins, Tensor) or not margins.is_floating_point():
+        got = f"a tensor of {margins.dtype}" if isinstance(margins, Tensor) else type(margins).__name__
+        raise ValueError(f"margins must be a floating-point tensor, got {got}; convert with .float()")
+    if margins.dim() != 1 or len(margins) == 0:
+        raise ValueError(f"margins must have shape (N,) with N >= 1, got {tuple(margins.shape)}")
+    for name, number in (("radius", radius), ("window_pad", window_pad)):
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {number}")
+    # A copy, because a caller may reuse its buffer of recent margins.
+    margins = margins.detach().to(torch.float64, copy=True)
+    prices = margins.new_ones((1,)) if price is None else _read_price(price, margins)
+    low, high, smallest_price, largest_price = torch.stack([*margins.aminmax(), *prices.aminmax()]).tolist()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        index = int((~margins.isfinite()).nonzero()[0])
+        raise ValueError(f"margin of sample {index} is {margins[index].item()}; drop that sample, or fix what made it")
+    if not (smallest_price > 0 and math.isfinite(largest_price)):
+        index = int((~(prices.isfinite() & (prices > 0))).nonzero()[0])
+        raise ValueError(f"price of sample {index} is {prices[index].item()}; prices must be positive and finite")
+    raw = space_variable(margins, space)
+    if window is None:
+        window = (0.0, 1.0) if space == "probability" else (low - window_pad, high + window_pad)
+        if not window[0] < window[1]:
+            raise ValueError(f"all margins equal {low} and window_pad {window_pad} leaves no window; raise window_pad")
+    else:
+        window = _read_window(window, space, raw)
+    return Instance(
+        margins=margins,
+        values=raw.clamp(*window),
+        radius=float(radius),
+        space=space,
+        pieces=pieces,
+        window=window,
+        price=None if price is None else prices,
+        smallest_price=smallest_price,
+    )
+
+
+def _read_price(price: Tensor, margins: Tensor) -> Tensor:
+    prices = torch.as_tensor(price, dtype=torch.float64, device=margins.device).detach().clone()
+    if prices.shape != margins.shape:
+        raise ValueError(
+            f"price must have one entry per margin, shape {tuple(margins.shape)}; got {tuple(prices.shape)}"
+        )
+    return prices
+
+
+def _read_window(window: tuple[float, float], space: str, raw: Tensor) -> tuple[float, float]:
+    first, last = float(window[0]), float(window[1])
+    if not (math.isfinite(first) and math.isfinite(last) and first < last):
+        raise ValueError(f"window must be finite with a < b, got ({first}, {last})")
+    if space == "probability" and not (first >= 0.0 and last <= 1.0):
+        raise ValueError(f"window of the probability space must lie in [0, 1], got ({first}, {last})")
+    distance = torch.maximum(first - raw, raw - last)
+    closest = distance.min(dim=0)
+    if float(closest.values) > 0:
+        nearest = int(closest.indices)
+        raise ValueError(
+            f"window ({first}, {last}) contains no sample; the nearest is sample {nearest} at {raw[nearest].item()} "
+            f"(units of the {space} space); choose a window that covers it"
+        )
+    return first, last
+
+
+__all__ = ["Instance", "read_instance"]

@@ -1,0 +1,235 @@
+"""The losses of the Wasserstein follower and of its leaders, as pure functions of tensors.
+
+The follower works in one of two spaces, named by a string wherever a space is asked for:
+
+* ``"margin"``: the variable x is the margin xi itself, x = xi = beta * (log-ratio chosen - log-ratio rejected), in nats
+  times beta. The loss is -log sigmoid(x) (``pieces=None``) or the maximum of its K tangents at the knots
+  linspace(a, b, K) of the window [a, b]; K = 1 puts the one knot at a (SGPO paper, arXiv 2502.18099, section 3).
+* ``"probability"``: x = sigmoid(xi), a win probability. The loss is the maximum of the tangents of -log x at k / K,
+  k = 1..K (SGPO paper, appendix G); its value at 0 is 1 + log K. ``pieces=None`` means K = 6.
+
+Every loss here is convex and non-increasing, works in float32 and float64 on any device, and supports autograd. The
+entries a and b of a window are floats, or tensors of shape (N,), because samples that were solved in different groups
+have different knots. Nothing of shape (N, K) is built: the knots are equidistant, so the two tangents that compete at x
+are those of the knots around it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Scalar: TypeAlias = "float | Tensor"
+Window: TypeAlias = "tuple[Scalar, Scalar]"
+
+SPACES = ("margin", "probability")
+PROBABILITY_PIECES = 6
+RELEASED_FLOOR = 1e-6
+
+
+def resolve_pieces(space: str, pieces: int | None) -> int | None:
+    """Number of tangents in use: ``pieces``, or 6 where the probability space is given None.
+
+    Raises ValueError if the space is unknown or ``pieces`` is not a whole number of at least 1.
+    """
+    if space not in SPACES:
+        raise ValueError(f"unknown space {space!r}; valid spaces: {', '.join(SPACES)}")
+    if pieces is None:
+        return PROBABILITY_PIECES if space == "probability" else None
+    if isinstance(pieces, bool) or not isinstance(pieces, int) or pieces < 1:
+        raise ValueError(f"pieces must be a whole number of at least 1, got {pieces!r}")
+    return pieces
+
+
+def space_variable(margins: Tensor, space: str) -> Tensor:
+    """The variable x of a space at the given margins, same shape: xi itself, or sigmoid(xi)."""
+    return torch.sigmoid(margins) if space == "probability" else margins
+
+
+def lipschitz(space: str, pieces: int | None) -> float:
+    """Lipschitz constant L of the loss on the line: 1 in margin space; K, the slope of piece 1, in probability."""
+    pieces = resolve_pieces(space, pieces)
+    return float(pieces) if space == "probability" and pieces is not None else 1.0
+
+
+def _smooth(x: Tensor, space: str) -> Tensor:
+    # logsigmoid, not softplus: torch's softplus is off by 2e-9 beyond its threshold of 20.
+    return -torch.log(x) if space == "probability" else -functional.logsigmoid(x)
+
+
+def _smooth_slope(x: Tensor, space: str) -> Tensor:
+    return -1.0 / x if space == "probability" else -torch.sigmoid(-x)
+
+
+def _like(value: Scalar, reference: Tensor) -> Scalar:
+    """A tensor in the dtype and on the device of ``reference``; a float stays one, which costs no transfer."""
+    return value.to(reference) if isinstance(value, Tensor) else value
+
+
+def _grid(space: str, pieces: int, window: Window | None, reference: Tensor) -> tuple[Scalar, Scalar]:
+    """First knot and distance between knots."""
+    if space == "probability":
+        return 1.0 / pieces, 1.0 / pieces
+    if window is None:
+        raise ValueError("tangents in margin space need the window (a, b) that holds their knots; pass window=")
+    first, last = _like(window[0], reference), _like(window[1], reference)
+    return first, (last - first) / max(pieces - 1, 1)
+
+
+def active_piece(values: Tensor, *, space: str, pieces: int, window: Window | None = None) -> Tensor:
+    """Index 0..K-1 of the tangent that is largest at x, as whole numbers in the dtype of ``values``, same shape.
+
+    The breakpoint between two neighbouring tangents of a convex function lies between their knots. So between two knots
+    only their own tangents can be active, and outside all knots only the first or the last.
+    """
+    values = values.detach()
+    first, step = _grid(space, pieces, window, values)
+    lower = ((values - first) / step).floor().clamp(0, max(pieces - 2, 0))
+    upper = (lower + 1).clamp(max=pieces - 1)
+    rises = _tangent(values, first + upper * step, space) > _tangent(values, first + lower * step, space)
+    return torch.where(rises, upper, lower)
+
+
+def _tangent(values: Tensor, knot: Tensor, space: str) -> Tensor:
+    return _smooth(knot, space) + _smooth_slope(knot, space) * (values - knot)
+
+
+def _active_knot(values: Tensor, space: str, pieces: int, window: Window | None) -> Tensor:
+    first, step = _grid(space, pieces, window, values)
+    return first + active_piece(values, space=space, pieces=pieces, window=window) * step
+
+
+def loss_value(values: Tensor, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
+    """The loss l(x) at the variable x of the space, same shape as ``values``; differentiable in ``values``.
+
+    ``window`` matters only to tangents in margin space, whose knots it holds. Raises ValueError as
+    :func:`resolve_pieces` does, and if those tangents have no window.
+    """
+    pieces = resolve_pieces(space, pieces)
+    if pieces is None:
+        return _smooth(values, space)
+    return _tangent(values, _active_knot(values, space, pieces, window), space)
+
+
+def loss_slope(values: Tensor, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
+    """The derivative l'(x) <= 0 in the variable of the space, same shape; at a kink, that of one of the two pieces."""
+    pieces = resolve_pieces(space, pieces)
+    return _smooth_slope(values if pieces is None else _active_knot(values, space, pieces, window), space)
+
+
+def chord_slope(values: Tensor, edge: float, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
+    """Descent (l(edge) - l(x)) / (x - edge) >= 0 of the chord from the edge to x >= edge, same shape as ``values``.
+
+    At x = edge it is the limit -l'(edge). Accurate to rounding however close x is to the edge, where the difference
+    quotient itself would lose all its digits.
+    """
+    pieces = resolve_pieces(space, pieces)
+    corner = values.new_full((), edge)
+    cost = values - edge
+    gain = loss_value(corner, space=space, pieces=pieces, window=window) - loss_value(
+        values, space=space, pieces=pieces, window=window
+    )
+    if pieces is None:
+        # log (1 + exp(-edge)) / (1 + exp(-x)) without the cancellation; far from the edge nothing cancels.
+        close = -torch.log1p(torch.sigmoid(-corner) * torch.expm1(-cost))
+        gain = torch.where(cost < 1, close, gain)
+    # A chord of a convex function is no flatter than the tangent at one end and no steeper than at the other. On a
+    # common linear piece the two agree and leave no rounding at all.
+    flattest = -loss_slope(values, space=space, pieces=pieces, window=window)
+    steepest = -loss_slope(corner, space=space, pieces=pieces, window=window)
+    return torch.clamp(gain / torch.where(cost > 0, cost, 1.0), min=flattest, max=steepest)
+
+
+def piece_tangents(space: str, pieces: int, window: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Slopes and offsets of all tangents l_k(x) = offset_k + slope_k * x, two float64 tensors of shape (K,)."""
+    reference = torch.arange(pieces, dtype=torch.float64)
+    first, step = _grid(space, pieces, window, reference)
+    knots = first + reference * step
+    return _smooth_slope(knots, space), _tangent(torch.zeros_like(knots), knots, space)
+
+
+def danskin_loss(
+    margins: Tensor,
+    slope: Scalar,
+    edge: Scalar,
+    *,
+    space: str,
+    pieces: int | None,
+    window: Window | None,
+    price: Tensor | None = None,
+) -> Tensor:
+    """The follower's dual loss phi of every margin, shape of ``margins``; differentiable in ``margins``.
+
+    With x the variable of the space and chord(x) = l(edge) - slope * price * (x - edge),
+
+        phi(x) = max(l(x), chord(x))  for x >= edge,        min(l(x), chord(x))  for x < edge.
+
+    By Danskin's theorem its gradient at fixed ``slope`` and ``edge`` is that of the robust objective
+    V = slope * radius + mean_i phi(x_i) (the dual of the SGPO paper's equation 9, arXiv 2502.18099).
+
+    ``slope`` (loss per unit of x and of price), ``edge`` and the entries of ``window`` (units of x) are floats, or
+    tensors of the shape of ``margins`` when samples come from different groups. ``price`` multiplies the cost of moving
+    each sample (None: 1). Raises ValueError as :func:`loss_value` does.
+    """
+    values = space_variable(margins, space)
+    slope, edge = _like(slope, margins), _like(edge, margins)
+    corner = edge if isinstance(edge, Tensor) else margins.new_full((), edge)
+    if price is not None:
+        slope = slope * price.to(margins)
+    stays = loss_value(values, space=space, pieces=pieces, window=window)
+    chord = loss_value(corner, space=space, pieces=pieces, window=window) - slope * (values - edge)
+    # Training may push a margin left of the edge. The chord simply continues there. Clipping the margin into the window
+    # would silence exactly the worst pairs.
+    return torch.where(values < edge, torch.minimum(stays, chord), torch.maximum(stays, chord))
+
+
+def transport_loss(margins: Tensor, s: Tensor, displacement: Tensor) -> Tensor:
+    """Logistic loss of the follower's atoms, moving with the policy: sum_k s_ik * log(1 + exp(-(xi_i - d_ik))).
+
+    This is the SGPO paper's section 3.3 (arXiv 2502.18099) with the displacements d_ik = q_ik / s_ik held fixed.
+    ``margins`` has shape (N,), ``s`` (weights) and ``displacement`` (units of the margin) have shape (N, K); returns
+    shape (N,). An entry with s_ik = 0 counts for nothing, whatever its displacement (0 / 0 included).
+    """
+    present, weights, shift = _atoms(margins, s, displacement)
+    terms = -functional.logsigmoid(margins.unsqueeze(-1) - shift)
+    return torch.where(present, weights * terms, 0.0).sum(dim=-1)
+
+
+def released_loss(margins: Tensor, s: Tensor, displacement: Tensor) -> Tensor:
+    """Loss of the authors' released code: -sum_k s_ik * log(max(sigmoid(xi_i) - d_ik, 1e-6)).
+
+    The displacement, in units of probability, is subtracted from the current win probability; a clamped term is
+    constant and has no gradient. Shapes as in :func:`transport_loss`; an entry with s_ik = 0 counts for nothing.
+    """
+    present, weights, shift = _atoms(margins, s, displacement)
+    terms = -torch.log((torch.sigmoid(margins).unsqueeze(-1) - shift).clamp(min=RELEASED_FLOOR))
+    return torch.where(present, weights * terms, 0.0).sum(dim=-1)
+
+
+def _atoms(margins: Tensor, s: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which atoms exist, their weights, and displacements with a harmless 0 where there is no atom (no 0 * inf)."""
+    weights = s.to(margins)
+    present = weights > 0
+    return present, weights, torch.where(present, displacement.to(margins), 0.0)
+
+
+__all__ = [
+    "PROBABILITY_PIECES",
+    "SPACES",
+    "Scalar",
+    "Window",
+    "active_piece",
+    "chord_slope",
+    "danskin_loss",
+    "lipschitz",
+    "loss_slope",
+    "loss_value",
+    "piece_tangents",
+    "released_loss",
+    "resolve_pieces",
+    "space_variable",
+    "transport_loss",
+]

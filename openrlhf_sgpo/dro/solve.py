@@ -1,0 +1,266 @@
+"""The follower, solved exactly: the worst case of a convex non-increasing loss over a Wasserstein ball, by one sort.
+
+    V = sup { E_alpha[l] : W1(alpha, empirical) <= radius, supp(alpha) in [a, b] }       (SGPO paper, arXiv 2502.18099)
+
+Primal. By convexity the cheapest way to hurt sample i is to send a share p_i of its mass all the way to the edge a.
+Per unit of mass that costs c_i = price_i * (x_i - a) and gains g_i = l(a) - l(x_i). What is left is a fractional
+knapsack: serve the samples in falling order of g_i / c_i until sum_i p_i c_i = N * radius, with at most one split. With
+equal prices the ratio is the slope of a chord from a, which never rises with x_i: the smallest margins come first.
+
+    V = mean_i [ l(x_i) + p_i * (l(a) - l(x_i)) ]
+
+Dual. Two numbers describe the whole answer, the edge a and the slope lam, the ratio g / c of the marginal sample:
+
+    V = min_{lam >= 0}  lam * radius + mean_i max( l(x_i), l(a) - lam * price_i * (x_i - a) )
+
+Both values are computed and reported; their difference certifies the solution and is 0 to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openrlhf_sgpo.dro.instance import Instance, read_instance
+from openrlhf_sgpo.dro.losses import (
+    active_piece,
+    chord_slope,
+    danskin_loss,
+    lipschitz,
+    loss_slope,
+    loss_value,
+    space_variable,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class WorstCase:
+    """The follower's answer. Scalars are Python floats; "units of the space" are those of xi or of sigmoid(xi).
+
+    value: worst-case mean loss V, from the primal solution.    dual_value: the same from the dual, an upper bound.
+    empirical: mean loss without an attack, at the margins clipped into the window.
+    slope: lam, loss per unit of the space (and of price). 0 if saturated. At radius 0 the Lipschitz constant of the
+        loss over the smallest price, from where on every slope is optimal.
+    edge: a, where moved mass goes, units of the space.
+    threshold: the margin of the marginal sample (the one that is split, or the next one), in margin units in both
+        spaces, the largest of them if several tie. -inf at radius 0 and inf if saturated, where nobody is marginal.
+        Without prices, margins below it are moved and margins above it stay.
+    moved: (N,) share p_i of every sample's mass that moves to the edge, in the dtype and on the device of the input.
+    budget_used: share of the budget N * radius that is spent, 0 to 1 (0 at radius 0).
+    saturated: the budget pays for moving everything to the edge. Such a ball leaves no gradient to train on.
+    margins: (N,) float64 copy of the margins as given, not clipped.    price: (N,) float64, or None for all 1.
+    """
+
+    value: float
+    dual_value: float
+    empirical: float
+    slope: float
+    edge: float
+    threshold: float
+    moved: Tensor
+    budget_used: float
+    saturated: bool
+    space: str
+    pieces: int | None
+    radius: float
+    window: tuple[float, float]
+    price: Tensor | None
+    margins: Tensor
+
+    @property
+    def gap(self) -> float:
+        """Dual value minus primal value, the certificate: 0 to rounding."""
+        return self.dual_value - self.value
+
+    @property
+    def bound(self) -> float:
+        """What no attack can exceed: empirical + L * radius / min(price), L the Lipschitz constant (Theorem 2.4)."""
+        cheapest = 1.0 if self.price is None else float(self.price.min())
+        return self.empirical + lipschitz(self.space, self.pieces) * self.radius / cheapest
+
+    @property
+    def fraction_moved(self) -> float:
+        """Share of all mass that moves to the edge, 0 to 1."""
+        return float(self.moved.mean(dtype=torch.float64))
+
+    @property
+    def gradient(self) -> Tensor:
+        """dV/dxi_i at the solved margins with the window held fixed, shape (N,), dtype and device of ``moved``.
+
+            dV/dxi_i = (1/N) * [ -p_i * lam * price_i + (1 - p_i) * l'(x_i) ] * dx/dxi,
+
+        and 0 for margins outside the window. It sums the effect on the mean loss, hence the factor 1/N.
+        """
+        raw, values = self._values()
+        pull = self.slope if self.price is None else self.slope * self.price
+        moved = self.moved.to(values)
+        stays = loss_slope(values, space=self.space, pieces=self.pieces, window=self.window)
+        gradient = (1 - moved) * stays - moved * pull
+        if self.space == "probability":
+            # sigmoid(-xi) keeps its digits where 1 - sigmoid(xi) has lost them.
+            gradient = gradient * torch.sigmoid(self.margins) * torch.sigmoid(-self.margins)
+        return (torch.where(raw == values, gradient, 0.0) / len(values)).to(self.moved.dtype)
+
+    def robust_loss(self, margins: Tensor, price: Tensor | None = None) -> Tensor:
+        """Loss that the leader minimises, per sample: the Danskin loss with this slope and edge held fixed.
+
+        ``margins`` are those of any samples, any shape, not clipped; differentiable. ``price`` has their shape and is
+        required exactly when this follower was solved with prices. Equals l(x) at radius 0. At the solved margins
+        slope * radius + mean(robust_loss) = value, if the window clips none of them.
+
+        Raises ValueError if the ball is saturated (there is nothing to train on), or prices are missing.
+        """
+        if self.saturated:
+            raise ValueError(
+                f"the ball of radius {self.radius:g} is saturated: the follower moves every sample to the edge "
+                f"{self.edge:g}, so the loss is constant and has no gradient; use a smaller radius or a wider window"
+            )
+        if self.price is not None and price is None:
+            raise ValueError("this follower was solved with prices; pass the prices of these margins as price=")
+        if self.radius == 0.0:
+            values = space_variable(margins, self.space)
+            return loss_value(values, space=self.space, pieces=self.pieces, window=self.window)
+        return danskin_loss(
+            margins, self.slope, self.edge, space=self.space, pieces=self.pieces, window=self.window, price=price
+        )
+
+    def transport(self) -> tuple[Tensor, Tensor]:
+        """The solution in the paper's own variables (s, q), both of shape (N, K), dtype and device of ``moved``.
+
+        Sample i keeps the mass 1 - p_i on the piece active at x_i, with q = 0, and puts p_i on the piece active at the
+        edge with q = p_i * (x_i - a), units of the space. The atoms are x_i - q_ik / s_ik, and sum_k s_ik = 1. If both
+        pieces are the same, its one atom lies at the mean of the two, where the linear piece has the same value. The
+        exact loss (``pieces=None``) has no pieces: column 0 is what stays, column 1 what moves.
+        """
+        _, values = self._values()
+        moved = self.moved.to(values)
+        if self.pieces is None:
+            here, there = torch.zeros_like(values), torch.ones_like(values)
+        else:
+            here = active_piece(values, space=self.space, pieces=self.pieces, window=self.window)
+            corner = torch.full_like(values, self.edge)
+            there = active_piece(corner, space=self.space, pieces=self.pieces, window=self.window)
+        columns = torch.arange(2 if self.pieces is None else self.pieces, device=values.device, dtype=values.dtype)
+        stays = torch.where(columns == here.unsqueeze(1), (1 - moved).unsqueeze(1), 0.0)
+        goes = torch.where(columns == there.unsqueeze(1), moved.unsqueeze(1), 0.0)
+        q = goes * (values - self.edge).unsqueeze(1)
+        return (stays + goes).to(self.moved.dtype), q.to(self.moved.dtype)
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        """The variable of the space at the solved margins, as it is and clipped into the window."""
+        raw = space_variable(self.margins, self.space)
+        return raw, raw.clamp(*self.window)
+
+
+def solve_worst_case(
+    margins: Tensor,
+    radius: float,
+    *,
+    space: str = "margin",
+    pieces: int | None = None,
+    window: tuple[float, float] | None = None,
+    window_pad: float = 1.0,
+    price: Tensor | None = None,
+) -> WorstCase:
+    """Solve the follower exactly in O(N log N) (module docstring for the mathematics).
+
+    margins: (N,) floating-point tensor on any device; margins in both spaces.
+    radius: of the Wasserstein-1 ball, mean distance per sample in the units of the space (xi, or win probability).
+    space: ``"margin"`` or ``"probability"``.
+    pieces: tangents of the loss; None is the exact logistic loss in margin space and 6 in probability space.
+    window: (a, b), support of the attack in the units of the space; margins are clipped into it first. Default:
+        [min - window_pad, max + window_pad] in margin space, (0, 1) in probability space.
+    price: (N,) positive, cost of moving sample i by one unit (default: 1 each).
+
+    Computed in float64. Samples that tie (equal margins; with prices, equal gain per cost) share the split equally, so
+    the answer does not depend on their order. On an accelerator the host waits twice
+    (three times with a window of one's own), however many samples there are.
+
+    Raises ValueError, with the index of the sample, for every input that ``read_instance`` rejects.
+    """
+    instance = read_instance(
+        margins, radius, space=space, pieces=pieces, window=window, window_pad=window_pad, price=price
+    )
+    space, pieces, edge, values = instance.space, instance.pieces, instance.window[0], instance.values
+    stays = loss_value(values, space=space, pieces=pieces, window=instance.window)
+    corner = values.new_full((), edge)
+    at_edge = loss_value(corner, space=space, pieces=pieces, window=instance.window)
+    cost = values - edge if instance.price is None else instance.price * (values - edge)
+    if instance.radius == 0.0:
+        moved = torch.zeros_like(values)
+        slope = values.new_full((), lipschitz(space, pieces) / instance.smallest_price)
+        threshold, saturated = values.new_full((), -math.inf), values.new_zeros(())
+    else:
+        moved, slope, threshold, saturated = _knapsack(instance, cost)
+    scalars = torch.stack(
+        [
+            (stays + moved * (at_edge - stays)).mean(),
+            slope * instance.radius + torch.maximum(stays, at_edge - slope * cost).mean(),
+            stays.mean(),
+            slope,
+            threshold,
+            (moved * cost).mean(),
+            saturated.to(values),
+        ]
+    )
+    value, dual_value, empirical, slope_, threshold_, spent, saturated_ = scalars.tolist()
+    return WorstCase(
+        value=value,
+        dual_value=dual_value,
+        empirical=empirical,
+        slope=slope_,
+        edge=edge,
+        threshold=math.inf if saturated_ else threshold_,
+        moved=moved.to(margins.dtype),
+        budget_used=min(1.0, spent / instance.radius) if instance.radius > 0.0 else 0.0,
+        saturated=bool(saturated_),
+        space=space,
+        pieces=pieces,
+        radius=instance.radius,
+        window=instance.window,
+        price=instance.price,
+        margins=instance.margins,
+    )
+
+
+def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shares moved (N,), and three 0-dimensional tensors: slope, threshold (a margin) and whether all mass moves.
+
+    Samples are served in rising order of a key: x itself, or minus gain per cost when there are prices. No index is
+    scattered back: a sample's share follows from comparing its own key with that of the marginal sample.
+    """
+    values, edge = instance.values, instance.window[0]
+    if instance.price is None:
+        key = values
+        ordered = key.sort().values
+        ordered_cost = ordered - edge
+    else:
+        key = -chord_slope(values, edge, space=instance.space, pieces=instance.pieces, window=instance.window)
+        key = key / instance.price
+        # Equal ratios may come with unequal costs. Ordering those too makes every sum independent of the input's order.
+        order = cost.argsort()
+        order = order[key[order].argsort(stable=True)]
+        ordered, ordered_cost = key[order], cost[order]
+    budget = len(values) * instance.radius
+    paid = ordered_cost.cumsum(0)
+    saturated = paid[-1] <= budget
+    position = torch.searchsorted(paid, paid.new_full((1,), budget), right=True).clamp(max=len(values) - 1)
+    last_served = ordered.gather(0, position).squeeze(0)
+    marginal = torch.where(saturated, math.inf, last_served)
+    paid_before = torch.where(ordered < marginal, ordered_cost, 0.0).sum()
+    tied_cost = torch.where(ordered == marginal, ordered_cost, 0.0).sum()
+    share = ((budget - paid_before) / tied_cost).clamp(0.0, 1.0)
+    tied = key == marginal
+    moved = torch.where(key < marginal, 1.0, torch.where(tied, share, 0.0))
+    if instance.price is None:
+        slope = chord_slope(last_served, edge, space=instance.space, pieces=instance.pieces, window=instance.window)
+    else:
+        slope = -last_served
+    threshold = torch.where(tied, instance.margins, -math.inf).max()
+    return moved, torch.where(saturated, 0.0, slope), threshold, saturated
+
+
+__all__ = ["WorstCase", "solve_worst_case"]

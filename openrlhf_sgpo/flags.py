@@ -1,0 +1,299 @@
+"""From dataclasses to flags and YAML keys, and back: a field is a flag, a nested dataclass is a group.
+
+``sections`` maps a prefix to a dataclass type all of whose fields have defaults; the prefix "" is the root. Field types:
+``bool``, ``int``, ``float`` (finite), ``str``, ``Literal`` of strings or integers, ``list[...]``, ``tuple[...]`` of
+fixed length, and ``... | None``. The command line wins over the file of ``--config``, which wins over the defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import textwrap
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+COMMAND_LINE = "command line"
+CONFIG_FLAG = "config"
+_NULL_TAG = "tag:yaml.org,2002:null"
+_Sections: TypeAlias = Mapping[str, type]
+_Words: TypeAlias = list[tuple[str, list[str]]]  # flags with their texts
+_Entries: TypeAlias = list[tuple[str, Any, str]]  # keys with their values and origins
+_SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+
+
+class SettingsError(ValueError):
+    """Everything that is wrong with the settings: one problem per line of the message, and in ``args``."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+class Parsed(NamedTuple):
+    """An instance per prefix, and the origin of every flag set explicitly: ``COMMAND_LINE`` or ``file:line``."""
+
+    instances: dict[str, Any]
+    given: dict[str, str]
+
+
+class _Flag(NamedTuple):
+    annotation: Any
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+class _Loader(yaml.BaseLoader):
+    """Leaves scalars as text, so that 1e-6, 010 or 1:30 mean the same in a file as on the command line."""
+
+
+_Loader.add_implicit_resolver(_NULL_TAG, re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+
+
+def parse(argv: Sequence[str], sections: _Sections, known_elsewhere: Mapping[str, str] | None = None) -> Parsed:
+    """Reads flags and the file of ``--config`` into one instance per section.
+
+    known_elsewhere: groups that this run does not have, and what to say of a flag in one of them.
+    Raises SettingsError with every problem at once, TypeError if a field's type is not supported.
+    """
+    defaults = {prefix: section() for prefix, section in sections.items()}
+    flags = _flags(defaults)
+    for flag in flags.values():
+        _expected(flag.annotation)  # rejects an unsupported type even if this run does not give the flag
+    (_, strays), *words = _words(argv)
+    entries, problems = _read(words)
+    problems += [f"{text!r} is unexpected, every value follows a flag ({COMMAND_LINE})" for text in strays]
+    values: dict[str, Any] = {}
+    given: dict[str, str] = {}
+
+    def accept(name: str, raw: Any, origin: str) -> None:
+        if name not in flags:
+            elsewhere = (known_elsewhere or {}).get(name.partition(".")[0])
+            problems.append(
+                f"--{name} {elsewhere or 'is unknown' + _suggestion(name, [CONFIG_FLAG, *flags])} ({origin})"
+            )
+            return
+        try:
+            values[name] = _convert(flags[name].annotation, raw)
+            given[name] = origin
+        except (ValueError, KeyError):
+            problems.append(f"--{name} got {_shown(raw)}, expected {_expected(flags[name].annotation)} ({origin})")
+
+    for name, raw, origin in entries:
+        members = [member for member in flags if member.startswith(f"{name}.")]
+        if not members and name not in sections:
+            accept(name, raw, origin)
+        elif raw:  # an empty group is fine: all its keys may be commented out
+            problems.append(f"--{name} got {_shown(raw)}, expected a group with {', '.join(members)} ({origin})")
+    seen = set()
+    for name, texts in words:
+        annotation, optional = _inner(flags[name].annotation if name in flags else str)
+        several = get_origin(annotation) in (list, tuple)
+        texts = texts or ["true"] if annotation is bool else texts
+        if name in seen:
+            problems.append(f"--{name} is given twice ({COMMAND_LINE})")
+        elif name not in flags and name != CONFIG_FLAG:
+            accept(name, texts, COMMAND_LINE)
+        elif not texts or (len(texts) > 1 and not several):
+            problems.append(f"--{name} got {_shown(texts)}, expected {_expected(annotation)} ({COMMAND_LINE})")
+        elif name != CONFIG_FLAG:
+            raw = texts[0] if not several else [] if texts == [""] else texts  # "--flag=" empties a list
+            accept(name, None if optional and texts == ["null"] else raw, COMMAND_LINE)
+        seen.add(name)
+    if problems:
+        raise SettingsError(*problems)
+    return Parsed({prefix: _replaced(default, prefix, values) for prefix, default in defaults.items()}, given)
+
+
+def peek(argv: Sequence[str], name: str) -> str | None:
+    """A flag's text where ``parse`` would find it, None if not given; SettingsError if the file cannot be read."""
+    words = _words(argv)
+    texts = dict(reversed(words)).get(name)
+    entries, problems = ([], []) if texts else _read(words)
+    if problems:
+        raise SettingsError(*problems)
+    return texts[0] if texts else next((raw for key, raw, _ in entries if key == name and isinstance(raw, str)), None)
+
+
+def to_dict(instances: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested plain values in field order: tuples become lists, secrets become empty, groups without fields vanish."""
+    tree: dict[str, Any] = {}
+    for name, (_, value, metadata) in _flags(instances).items():
+        *group, leaf = name.split(".")
+        node = tree
+        for part in group:
+            node = node.setdefault(part, {})
+        node[leaf] = "" if metadata.get("secret") else list(value) if isinstance(value, (list, tuple)) else value
+    return tree
+
+
+def dump(instances: Mapping[str, Any]) -> str:
+    """YAML text from which ``parse`` restores the same instances, but for secrets, which are never written."""
+    return yaml.safe_dump(to_dict(instances), sort_keys=False, allow_unicode=True, width=120)
+
+
+def help_text(sections: _Sections) -> str:
+    """One block per group: each flag with what it takes and its default, then its help; at most 120 columns."""
+    config = _Flag(str, "", {"help": "YAML file with any of these flags as keys; the command line wins over it"})
+    groups: dict[str, list[str]] = {}
+    for name, flag in {CONFIG_FLAG: config, **_flags({key: kind() for key, kind in sections.items()})}.items():
+        default = "empty" if flag.default in ("", []) else _shown(flag.default).replace("'", "")
+        head = f"--{name} ({_expected(flag.annotation)}; default: {default})"
+        block = groups.setdefault(name.rpartition(".")[0], [])
+        for text, indent in ((head, "  "), (flag.metadata.get("help", ""), "      ")):
+            block += textwrap.wrap(text, 120, initial_indent=indent, subsequent_indent="      ", break_on_hyphens=False)
+    return "\n".join("\n".join([group or "general", *block, ""]) for group, block in groups.items())
+
+
+def _flags(instances: Mapping[str, Any]) -> dict[str, _Flag]:
+    """Every flag by its full dotted name, with the instances' values as defaults, in field order."""
+    flags: dict[str, _Flag] = {}
+    for prefix, instance in instances.items():
+        hints = get_type_hints(type(instance))
+        for item in dataclasses.fields(instance):
+            name = f"{prefix}.{item.name}" if prefix else item.name
+            value = getattr(instance, item.name)
+            group = dataclasses.is_dataclass(value)
+            inner = _flags({name: value}) if group else {name: _Flag(hints[item.name], value, item.metadata)}
+            if inner.keys() & {*flags, CONFIG_FLAG}:
+                raise TypeError(f"{type(instance).__name__}: the flag --{name} exists already")
+            flags |= inner
+    return flags
+
+
+def _replaced(instance: Any, prefix: str, values: Mapping[str, Any]) -> Any:
+    """A copy of the instance with the given values; works on frozen dataclasses too."""
+    changes = {}
+    for item in dataclasses.fields(instance):
+        name, value = f"{prefix}.{item.name}" if prefix else item.name, getattr(instance, item.name)
+        group = dataclasses.is_dataclass(value)
+        changes[item.name] = _replaced(value, name, values) if group else values.get(name, value)
+    return dataclasses.replace(instance, **changes)
+
+
+def _words(argv: Sequence[str]) -> _Words:
+    """Every flag with the texts up to the next flag; texts before the first flag come first, under the name ""."""
+    words: _Words = [("", [])]
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, text = word[2:].partition("=")
+            words.append((name, [text] if equals else []))
+        else:
+            words[-1][1].append(word)
+    return words
+
+
+def _read(words: _Words) -> tuple[_Entries, list[str]]:
+    """Name, raw value (see ``_plain``) and origin of every key in the file of --config, and the file's problems."""
+    path = next((texts[0] for name, texts in words if name == CONFIG_FLAG and texts), None)
+    if path is None:
+        return [], []
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        return [], [f"{path} cannot be read: {' '.join(str(error).split())}"]
+    if not isinstance(root, yaml.MappingNode):
+        return [], [f"{path} is not a mapping of keys to values"]
+    entries: _Entries = []
+    problems: list[str] = []
+    origins: dict[str, str] = {}
+
+    def walk(node: yaml.Node, prefix: str) -> None:
+        for key, value in node.value:
+            name = prefix + (key.value if isinstance(key, yaml.ScalarNode) else "?")  # a list as key fits no flag
+            origin = f"{path}:{key.start_mark.line + 1}"
+            if name in origins:  # "adam:" twice, or "adam.lr:" next to "adam:" with "lr:"
+                problems.append(f"--{name} is a duplicate key, first in {origins[name]} ({origin})")
+                continue
+            origins[name] = origin
+            if isinstance(value, yaml.MappingNode) and value.value:
+                walk(value, f"{name}.")
+            else:
+                entries.append((name, _plain(value), origin))
+
+    walk(root, "")
+    return entries, problems
+
+
+def _plain(node: yaml.Node) -> Any:
+    """Text, None for null, a list, or an empty dict for a mapping."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    return {} if isinstance(node, yaml.MappingNode) else None if node.tag == _NULL_TAG else node.value
+
+
+def _inner(annotation: Any) -> tuple[Any, bool]:
+    """The type without ``| None``, and whether it had that."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
+    rest = [option for option in options if option is not type(None)]
+    return (rest[0], True) if len(rest) == 1 else (annotation, False)
+
+
+def _expected(annotation: Any) -> str:
+    """What a value of this type looks like, in words; raises TypeError for a type that is not supported."""
+    annotation, optional = _inner(annotation)
+    origin, options = get_origin(annotation), get_args(annotation)
+    if annotation in _SCALARS:
+        text = _SCALARS[annotation]
+    elif origin is Literal and all(type(option) in (str, int) for option in options):
+        text = "one of " + ", ".join(map(str, options))
+    elif origin in (list, tuple) and Ellipsis not in options:
+        text = f"{len(options)} values: " if origin is tuple else "a list, each item "
+        text += ", ".join(map(_expected, options))
+    else:
+        raise TypeError(f"unsupported type of a setting: {annotation}")
+    return f"{text}, or null" if optional else text
+
+
+def _convert(annotation: Any, raw: Any) -> Any:
+    """A value of the given type from what ``_plain`` returns; raises ValueError or KeyError if it does not fit."""
+    annotation, optional = _inner(annotation)
+    origin, options = get_origin(annotation), get_args(annotation)
+    if (optional and raw is None) or (annotation is str and isinstance(raw, str)):
+        return raw
+    if origin in (list, tuple) and isinstance(raw, list):
+        kinds = options if origin is tuple else options * len(raw)
+        return origin(_convert(kind, item) for kind, item in zip(kinds, raw, strict=True))
+    if origin in (list, tuple) or not isinstance(raw, str):
+        raise ValueError
+    if annotation is bool:
+        raw, options = raw.capitalize(), (True, False)
+    if options:
+        return {str(option): option for option in options}[raw]
+    if annotation is int and re.fullmatch(r"[+-]?[\d_]+", raw):
+        return int(raw)
+    number = float(raw)
+    # 1e3 is an integer too; beyond 2**53 a float no longer holds every integer.
+    if not math.isfinite(number) or (annotation is int and (number % 1 or abs(number) > 2**53)):
+        raise ValueError
+    return annotation(number)
+
+
+def _shown(value: Any) -> str:
+    """A value as a user would have written it."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_shown, value)) or "nothing"
+    names = {"None": "null", "True": "true", "False": "false", "{}": "an empty group"}
+    return names.get(repr(value), repr(value))
+
+
+def _suggestion(name: str, flags: list[str]) -> str:
+    """The nearest flag by its full name or its last component, as the end of an error message; empty if none is near."""
+    last = {flag: flag.rpartition(".")[2] for flag in (name, *flags)}
+
+    def nearness(flag: str) -> tuple[float, float]:
+        full = difflib.SequenceMatcher(None, re.sub(r"[.-]", "_", name), flag.replace(".", "_")).ratio()
+        component = difflib.SequenceMatcher(None, last[name], last[flag]).ratio()
+        return max(full, 0.95 * component, 0.9 * last[flag].startswith(last[name])), full
+
+    nearest = max(sorted(flags), key=nearness)
+    if nearness(nearest)[0] < 0.65:
+        return ""
+    # "--lr" may mean --adam.lr or --seed.lr: the user decides.
+    also = [f"--{flag}" for flag in last if flag not in (name, nearest) and last[flag] == last[nearest] == name]
+    return f"; did you mean --{nearest}?" + (f" (or {', '.join(also)})" if also else "")

@@ -1,0 +1,24 @@
+"""The only room that imports OpenRLHF. Without CUDA its seams are filled in here, and nowhere else."""
+
+from openrlhf_sgpo.openrlhf.flash_attention import make_optional
+
+make_optional()
+
+from openrlhf.models import Actor, DPOLoss  # noqa: E402 - flash_attention must be made optional first
+from openrlhf.trainer.dpo_trainer import DPOTrainer  # noqa: E402
+from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
+
+from openrlhf_sgpo.openrlhf.actor import load_actor, save_policy  # noqa: E402
+from openrlhf_sgpo.openrlhf.strategy import DeepspeedStrategy, build_strategy, openrlhf_arguments  # noqa: E402
+
+__all__ = [
+    "Actor",
+    "DPOLoss",
+    "DPOTrainer",
+    "DeepspeedStrategy",
+    "DistributedSampler",
+    "build_strategy",
+    "load_actor",
+    "openrlhf_arguments",
+    "save_policy",
+]

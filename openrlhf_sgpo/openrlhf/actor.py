@@ -1,0 +1,112 @@
+"""Models in and out of OpenRLHF's Actor.
+
+OpenRLHF's own loading turns ``trust_remote_code`` on and knows neither fp32 nor a base model's ``use_cache``; here the
+model is loaded with the user's word on remote code and handed to the Actor as a module.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from openrlhf.models import Actor
+from openrlhf.models.actor import _patch_zero3_weight_mapping
+from openrlhf.models.utils import set_z3_leaf_modules
+from openrlhf.utils.deepspeed import DeepspeedStrategy
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from openrlhf_sgpo.config import Config
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def load_actor(folder: str, config: Config, strategy: DeepspeedStrategy, *, trainable: bool) -> Actor:
+    """An OpenRLHF Actor from a Hugging Face folder or hub name, not yet prepared by the strategy.
+
+    trainable: with gradient checkpointing and LoRA adapters as configured; otherwise a plain frozen model.
+    """
+    offload = config.ref.offload and not trainable
+    ds_config = strategy.get_ds_train_config() if trainable else strategy.get_ds_eval_config(offload=offload)
+    # Alive while from_pretrained runs, it makes transformers load a ZeRO-3 model in shards.
+    zero3 = HfDeepSpeedConfig(ds_config) if config.ds.zero_stage == 3 else None
+    if zero3:
+        _patch_zero3_weight_mapping()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=DTYPES[config.ds.param_dtype],
+        attn_implementation=config.ds.attn_implementation,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    model.config.use_cache = False
+    if trainable and config.ds.lora.rank > 0:
+        model.enable_input_require_grads()
+        targets = config.ds.lora.target_modules
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type=TaskType.CAUSAL_LM,
+                r=config.ds.lora.rank,
+                lora_alpha=config.ds.lora.alpha,
+                lora_dropout=config.ds.lora.dropout,
+                target_modules=targets[0] if targets == ["all-linear"] else targets,
+            ),
+        )
+    set_z3_leaf_modules(model, detect_hybrid=False)
+    actor = Actor(model)
+    # What the Actor sets itself only when it loads the model from a path.
+    actor.packing_samples = config.ds.packing_samples
+    actor.is_vlm = False
+    actor._offload = offload
+    if trainable and config.model.gradient_checkpointing_enable:
+        actor.gradient_checkpointing_enable({"use_reentrant": False})
+    if not trainable:
+        actor.requires_grad_(False)
+    return actor
+
+
+def _merged_state(actor: Actor, model: PeftModel) -> dict[str, torch.Tensor]:
+    """The base model's state with W + (alpha / rank) B A in place of each adapted W; works on ZeRO-3's gathered state."""
+    state = actor.model._consolidated_16bit_state_dict() if model_is_sharded(actor) else model.state_dict()
+    scaling = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
+    prefix = "base_model.model."
+    merged = {}
+    for name, weight in state.items():
+        name = name.removeprefix(prefix)
+        if ".lora_" in name:
+            continue
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name:
+            down, up = (state[f"{prefix}{stem}.lora_{side}.default.weight"].float() for side in "AB")
+            weight = (weight.float() + scaling * up @ down).to(weight.dtype)
+            name = f"{stem}.weight"
+        merged[name.replace(".base_layer.", ".")] = weight
+    return merged
+
+
+def model_is_sharded(actor: Actor) -> bool:
+    return actor.model.zero_optimization_stage() == 3
+
+
+def save_policy(actor: Actor, tokenizer: PreTrainedTokenizerBase, folder: str, strategy: DeepspeedStrategy) -> None:
+    """Write the policy as a plain Hugging Face folder; LoRA adapters are merged and also kept in ``folder/adapter``.
+
+    Collective: every rank must call it.
+    """
+    model = strategy._unwrap_model(actor)
+    model.config.use_cache = True
+    try:
+        if not isinstance(model, PeftModel):
+            strategy.save_model(actor, tokenizer, folder)
+            return
+        state = _merged_state(actor, model)
+        if strategy.is_rank_0():
+            base = model.get_base_model()
+            base.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+            if not model_is_sharded(actor):
+                model.save_pretrained(os.path.join(folder, "adapter"))
+        torch.distributed.barrier()
+    finally:
+        model.config.use_cache = False

@@ -1,0 +1,70 @@
+"""OpenRLHF's vLLM rollout actor with the three calls that a round needs: sample, load the policy, and probe.
+
+Weights reach an engine as the policy folder that the round has just written: one read per worker, whatever the tensor
+parallelism, whether or not trainer and engine share a GPU, with or without NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+from glob import glob
+from typing import Any
+
+import ray
+from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
+from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
+
+
+class PolicyLoader(WorkerWrap):
+    """Mixed into vLLM's worker: OpenRLHF's weight updates, and loading a policy folder."""
+
+    def load_policy(self, folder: str) -> int:
+        """Replace the weights by those of a Hugging Face folder; returns how many tensors were read."""
+        from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+
+        files = sorted(glob(os.path.join(folder, "*.safetensors")))
+        count = 0
+
+        def counted():
+            nonlocal count
+            for item in safetensors_weights_iterator(files, use_tqdm_on_load=False):
+                count += 1
+                yield item
+
+        self.model_runner.model.load_weights(counted())
+        return count
+
+
+class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
+    """OpenRLHF's actor as a plain class, so that it can be extended before Ray wraps it again."""
+
+    async def load_policy(self, folder: str) -> int:
+        counts = await self.llm.collective_rpc("load_policy", args=(folder,))
+        # Cached keys and values belong to the old weights.
+        await self.llm.reset_prefix_cache()
+        return counts[0]
+
+    async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+        """n samples of one prompt in one request: the prompt is computed once."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        # Without FINAL_ONLY the stream yields the n samples one at a time and only the last one would be seen.
+        params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
+        output = await self.generate(prompt_token_ids, params)
+        return [
+            {"token_ids": list(sample.token_ids), "text": sample.text, "finish_reason": sample.finish_reason}
+            for sample in sorted(output.outputs, key=lambda sample: sample.index)
+        ]
+
+    async def log_probs(self, token_ids: list[int]) -> list[float]:
+        """Log-probability of each token after the first, given those before it."""
+        from vllm import SamplingParams
+
+        output = await self.generate(token_ids, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0))
+        return [
+            logprobs[token].logprob for token, logprobs in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+
+
+RolloutEngine = ray.remote(_RolloutEngine)

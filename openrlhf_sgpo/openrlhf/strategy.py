@@ -1,0 +1,131 @@
+"""OpenRLHF's DeepSpeed strategy, built from this package's settings; on CPU with the five CUDA calls replaced."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import openrlhf.utils.deepspeed.deepspeed as upstream
+import torch
+import transformers
+from openrlhf.utils.deepspeed import DeepspeedStrategy
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from openrlhf_sgpo.config import Config
+
+
+def openrlhf_arguments(config: Config) -> SimpleNamespace:
+    """The nested namespace that OpenRLHF 0.11's strategy and DPOTrainer read, with its names.
+
+    Losses, evaluation, checkpoints and experiment trackers are this package's own, so their switches are off here.
+    """
+    space = SimpleNamespace
+    return space(
+        local_rank=int(os.environ.get("LOCAL_RANK", "-1")),
+        optim="adam",
+        max_norm=config.max_norm,
+        train=space(
+            seed=config.train.seed,
+            full_determinism_enable=config.train.full_determinism_enable,
+            batch_size=config.train.batch_size,
+            micro_batch_size=config.train.micro_batch_size,
+        ),
+        model=space(label_smoothing=0.0, ipo_enable=False, aux_loss_coef=0.0, nll_loss_coef=0.0),
+        ds=space(
+            zero_stage=config.ds.zero_stage,
+            param_dtype=config.ds.param_dtype,
+            adam_offload=config.ds.adam_offload,
+            packing_samples=config.ds.packing_samples,
+            tensor_parallel_size=1,
+        ),
+        eval=space(steps=-1),
+        ckpt=space(path=None, save_steps=-1, max_num=config.ckpt.max_num, max_mem=int(1e8)),
+        logger=space(logging_steps=config.logger.logging_steps, tensorboard_dir=None, wandb=space(key=None)),
+    )
+
+
+class CpuDeepspeedStrategy(DeepspeedStrategy):
+    """The strategy on gloo and CPU tensors; everything that is not overridden is OpenRLHF's."""
+
+    def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
+        if self.full_determinism:
+            transformers.enable_full_determinism(self.seed)
+        else:
+            transformers.set_seed(self.seed)
+        deepspeed.init_distributed(timeout=timeout)
+        self.world_size = distributed.get_world_size()
+        self.ds_device_mesh = init_device_mesh("cpu", (self.world_size, 1, 1), mesh_dim_names=("dp", "sp", "tp"))
+        self.setup_ring_attn(self.ds_device_mesh)
+        self.accumulated_gradient = self.train_batch_size // self.micro_train_batch_size // self.world_size
+
+    def get_ds_train_config(self, optim_dict: dict | None = None, *, max_norm: float | None = None) -> dict:
+        settings = super().get_ds_train_config(optim_dict, max_norm=max_norm)
+        if "optimizer" in settings:
+            # DeepSpeed would compile its own Adam with g++ at run time, for minutes.
+            settings["optimizer"]["params"]["torch_adam"] = True
+        return settings
+
+    def all_reduce(self, data: Any, op: str = "mean") -> Any:
+        if isinstance(data, dict):
+            return {key: self.all_reduce(value, op) for key, value in data.items()}
+        tensor = data.clone() if isinstance(data, torch.Tensor) else torch.tensor([float(data)])
+        if op == "mean":
+            tensor /= self.world_size
+        distributed.all_reduce(tensor, op=distributed.ReduceOp.MAX if op == "max" else distributed.ReduceOp.SUM)
+        return tensor if isinstance(data, torch.Tensor) else tensor.item()
+
+    def all_gather(self, data: Any) -> Any:
+        if isinstance(data, dict):
+            return {key: self.all_gather(value) for key, value in data.items()}
+        tensor = data if isinstance(data, torch.Tensor) else torch.tensor([float(data)])
+        parts = [torch.zeros_like(tensor) for _ in range(self.world_size)]
+        distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+
+def _single_process() -> None:
+    """Without the deepspeed launcher this process is the only rank; otherwise DeepSpeed would look for MPI."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def build_strategy(config: Config) -> DeepspeedStrategy:
+    """The strategy of this process, with its process group up.
+
+    Raises ValueError if ``--train.batch_size`` cannot be split into equal micro-batches over the ranks.
+    """
+    _single_process()
+    world_size = int(os.environ["WORLD_SIZE"])
+    if config.train.batch_size % (config.train.micro_batch_size * world_size):
+        raise ValueError(
+            f"--train.batch_size {config.train.batch_size} must be a multiple of --train.micro_batch_size "
+            f"{config.train.micro_batch_size} times the number of ranks, {world_size}"
+        )
+    arguments = openrlhf_arguments(config)
+    kind = DeepspeedStrategy
+    if not torch.cuda.is_available():
+        kind = CpuDeepspeedStrategy
+        # g++ again: the shared-memory all-reduce; gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # The one module-level function of OpenRLHF's strategy that calls CUDA, after saving.
+        upstream.torch_dist_barrier_and_cuda_sync = distributed.barrier
+    strategy = kind(
+        seed=config.train.seed,
+        full_determinism=config.train.full_determinism_enable,
+        max_norm=config.max_norm,
+        micro_train_batch_size=config.train.micro_batch_size,
+        train_batch_size=config.train.batch_size,
+        zero_stage=config.ds.zero_stage,
+        args=arguments,
+    )
+    strategy.setup_distributed()
+    return strategy

@@ -1,0 +1,99 @@
+"""Rollouts with transformers and its key-value cache, for machines without vLLM; every rank samples its share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import distributed
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.rollout.base import Sample, prompt_seed
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class HuggingFaceRollout:
+    """A copy of the policy per rank, on the rank's device."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, folder: str):
+        self.config = config
+        self.tokenizer = tokenizer
+        self.folder = ""
+        self.model: Any = None
+        self.load(folder)
+
+    def load(self, folder: str) -> None:
+        if folder == self.folder:
+            return
+        self.model = None  # the old copy goes before the new one comes
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[self.config.ds.param_dtype],
+            attn_implementation=self.config.ds.attn_implementation,
+            trust_remote_code=self.config.model.trust_remote_code,
+        ).to(device)
+        self.model.eval()
+        self.folder = folder
+
+    def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
+        size = self.config.rollout.batch_size
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        # Prompts of similar length share a batch; which ones does not depend on the number of ranks.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        mine: dict[int, list[Sample]] = {}
+        for batch in tqdm(batches[rank::world], desc=label, unit="batch", disable=rank != 0):
+            mine.update(zip(batch, self._sample([prompts[index] for index in batch], n, seed), strict=True))
+        gathered: list[dict[int, list[Sample]]] = [{} for _ in range(world)]
+        distributed.all_gather_object(gathered, mine)
+        merged = {index: samples for part in gathered for index, samples in part.items()}
+        return [merged[index] for index in range(len(prompts))]
+
+    @torch.no_grad()
+    def _sample(self, prompts: list[tuple[int, ...]], n: int, seed: int) -> list[list[Sample]]:
+        """Left-padded batch. The random numbers depend on the batch's first prompt: transformers has one generator."""
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        tokens = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        device = self.model.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(prompt_seed(seed, prompts[0]))
+            output = self.model.generate(
+                tokens.to(device),
+                attention_mask=attention.to(device),
+                do_sample=True,
+                num_return_sequences=n,
+                temperature=self.config.rollout.temperature,
+                top_p=self.config.rollout.top_p,
+                top_k=0,
+                max_new_tokens=self.config.rollout.max_new_tokens,
+                pad_token_id=pad,
+                use_cache=True,
+            )
+        ends = self.model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        samples = [self._finished(row, ends) for row in output[:, longest:].tolist()]
+        return [samples[start : start + n] for start in range(0, len(samples), n)]
+
+    def _finished(self, tokens: list[int], ends: set[int]) -> Sample:
+        end = next((position for position, token in enumerate(tokens) if token in ends), None)
+        kept = tokens if end is None else tokens[:end]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return Sample(text, truncated=end is None, tokens=len(kept) + (end is not None))
+
+    @torch.no_grad()
+    def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
+        results = []
+        for sequence in sequences:
+            tokens = torch.tensor([sequence], device=self.model.device)
+            logits = self.model(tokens).logits[0, :-1].float()
+            results.append((logits.gather(-1, tokens[0, 1:, None])[:, 0] - logits.logsumexp(-1)).tolist())
+        return results
+
+    def close(self) -> None:
+        self.model = None

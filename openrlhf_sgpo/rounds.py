@@ -1,0 +1,395 @@
+"""The loop: seed stage, then rounds of sample, rank, follower, train, evaluate. Every rank runs it.
+
+    prompts -> rollout -> responses -> oracle -> pairs -> log-probs -> margins -> worst case -> leader steps -> policy
+
+Each stage starts from what is on disk and leaves its result on disk; that is also how a run is resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from openrlhf_sgpo import flags
+from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings
+from openrlhf_sgpo.algorithms.dpo import DPO
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.data.records import Pair, Prompt, load_pairs, load_prompts
+from openrlhf_sgpo.data.seed import flip_labels, select_seed
+from openrlhf_sgpo.data.tokens import ChatFormat, Group
+from openrlhf_sgpo.openrlhf import build_strategy
+from openrlhf_sgpo.oracle.implicit import best_and_worst, implicit_rewards
+from openrlhf_sgpo.rollout import Rollout, start_rollout
+from openrlhf_sgpo.run_folder import (
+    Ledger,
+    Metrics,
+    RunFolder,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+from openrlhf_sgpo.table import results_table
+from openrlhf_sgpo.training.embeddings import prompt_embeddings
+from openrlhf_sgpo.training.probe import check_weights_arrived
+from openrlhf_sgpo.training.scoring import Scorer
+from openrlhf_sgpo.training.stage import train_stage
+
+PROBES = 4
+
+
+class Run:
+    """One run of one algorithm. ``execute`` is the loop; the other methods are its stages."""
+
+    def __init__(self, config: Config, algorithm: type[Algorithm], options: Any):
+        transformers_logging.disable_progress_bar()  # a bar per shard and stage would drown this package's own
+        self.config = config
+        self.algorithm = algorithm
+        self.options = options
+        self.folder = RunFolder(config.ckpt.output_dir)
+        # Data is read before anything expensive, so that a bad row costs seconds.
+        self.human = load_pairs(config.data.dataset, config.data.dataset_split, config.data.max_samples)
+        self.held_out = (
+            load_pairs(config.eval.dataset, config.eval.split, config.eval.max_samples) if config.eval.dataset else []
+        )
+        self.prompts = (
+            load_prompts(config.data.prompt_dataset, config.data.prompt_split) if algorithm.needs.rounds else []
+        )
+        self.prompt_counts = _prompt_counts(config, len(self.prompts)) if algorithm.needs.rounds else []
+        self.tokenizer = AutoTokenizer.from_pretrained(
+            config.model.model_name_or_path, trust_remote_code=config.model.trust_remote_code
+        )
+        model = AutoConfig.from_pretrained(
+            config.model.model_name_or_path, trust_remote_code=config.model.trust_remote_code
+        )
+        longest = getattr(model, "max_position_embeddings", config.data.max_len)
+        if config.data.max_len > longest:
+            raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.chat = ChatFormat(self.tokenizer, config.data.max_len)
+        self.held_out_groups = self._tokenize(self.held_out)[1]
+
+        resolved = {"": replace(config, resume=False), algorithm.name: options}
+        self.strategy = build_strategy(config)
+        self.writes = self.strategy.is_rank_0()
+        if self.writes:
+            self.folder.prepare(flags.dump(resolved), config.resume)
+        distributed.barrier()
+        self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
+        self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
+        self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id)
+        self.rollout: Rollout | None = None
+        self._last_probe: list[float] | None = None
+
+    # The loop -------------------------------------------------------------------------------------------------------
+
+    def execute(self) -> list[dict[str, Any]]:
+        """All stages that are not finished yet; returns the rows of the results table, start first."""
+        try:
+            rows = [self._evaluate("start", self.config.model.model_name_or_path, self.folder.path / "initial")]
+            for number in range(1 + len(self.prompt_counts)):
+                if number == 0:
+                    self._seed_pairs()
+                else:
+                    self._generate(number)
+                    self._annotate(number)
+                certificate = self._train(number)
+                row = self._evaluate(f"round {number}", str(self.folder.policy(number)), self.folder.round(number))
+                rows.append(row | {"worst_case": certificate.get("value")})
+            if self.writes:
+                table = results_table(rows, self.ledger.stages)
+                write_text(self.folder.path / "table.txt", table)
+                print(table)
+            return rows
+        finally:
+            self.metrics.close()
+            if self.rollout:
+                self.rollout.close()
+
+    # Stages ---------------------------------------------------------------------------------------------------------
+
+    def _seed_pairs(self) -> None:
+        """round_0/pairs.jsonl: the seed, chosen among the human pairs."""
+        if self._finished(0, "pairs"):
+            return
+        seed, settings = self.config.train.seed, self.config.seed
+        with self.ledger.stage("round_0/pairs") as cost:
+            embeddings = None
+            if settings.size and settings.selection == "fps":
+                prompts = [self.chat.prompt(pair.prompt)[-self.config.data.max_len :] for pair in self.human]
+                embeddings = prompt_embeddings(
+                    self.config.model.model_name_or_path, prompts, self.config, self.strategy
+                )
+            pairs = flip_labels(select_seed(self.human, settings.size, seed, embeddings), settings.flip_rate, seed)
+            cost["human_pairs"] = len(pairs)
+        self._write_pairs(0, pairs, {"flipped": sum(pair.flipped for pair in pairs)})
+
+    def _generate(self, number: int) -> None:
+        """round_K/prompts.jsonl and responses.jsonl: samples from the policy that enters the round."""
+        if self._finished(number, "generate"):
+            return
+        rollout, path = self.config.rollout, self.folder.round(number)
+        first = sum(self.prompt_counts[: number - 1])
+        prompts = self.prompts[first : first + self.prompt_counts[number - 1]]
+        tokens = [self.chat.prompt(prompt.messages) for prompt in prompts]
+        room = self.config.data.max_len - rollout.max_new_tokens
+        kept = [index for index, ids in enumerate(tokens) if len(ids) <= room]
+        if not kept:
+            raise ValueError(
+                f"round {number}: no prompt leaves room for --rollout.max_new_tokens {rollout.max_new_tokens} within "
+                f"--data.max_len {self.config.data.max_len}"
+            )
+        with self.ledger.stage(f"round_{number}/generate") as cost:
+            samples = self._engine(self._policy_before(number)).generate(
+                [tokens[index] for index in kept],
+                rollout.n_samples_per_prompt,
+                seed=self.config.train.seed + number,
+                label=f"round {number}: generate",
+            )
+            cost["samples"] = len(kept) * rollout.n_samples_per_prompt
+            cost["tokens_generated"] = sum(sample.tokens for group in samples for sample in group)
+        if self.writes:
+            write_jsonl(path / "prompts.jsonl", ({"id": p.id, "prompt": p.messages} for p in prompts))
+            rows = zip(kept, samples, strict=True)
+            write_jsonl(
+                path / "responses.jsonl",
+                ({"id": prompts[index].id, "responses": [asdict(one) for one in group]} for index, group in rows),
+            )
+        self._finish(number, "generate", {"prompts": len(prompts), "too_long": len(prompts) - len(kept)})
+
+    def _annotate(self, number: int) -> None:
+        """round_K/pairs.jsonl: best and worst response of each prompt by the policy's implicit reward."""
+        if self._finished(number, "pairs"):
+            return
+        path = self.folder.round(number)
+        prompts = {row["id"]: Prompt(row["id"], row["prompt"]) for row in read_jsonl(path / "prompts.jsonl")}
+        rows = read_jsonl(path / "responses.jsonl")
+        groups = []
+        for row in rows:
+            prompt = self.chat.prompt(prompts[row["id"]].messages)
+            room = self.config.data.max_len - len(prompt)
+            groups.append(
+                Group(prompt, tuple(self.chat.response(r["text"], r["truncated"], room) for r in row["responses"]))
+            )
+        with self.ledger.stage(f"round_{number}/annotate") as cost, self._counting(cost):
+            label = f"round {number}: score"
+            policy = self.scorer.score(self._policy_before(number), groups, f"{label}, policy")
+            reference = self.scorer.score(self._judge_reference(number), groups, f"{label}, reference")
+        pairs, same = [], 0
+        for row, group, log_probs, reference_log_probs in zip(rows, groups, policy, reference, strict=True):
+            rewards = implicit_rewards(log_probs, reference_log_probs, self.config.model.beta)
+            best, worst = best_and_worst(rewards)
+            if group.responses[best] == group.responses[worst] or not all(group.responses):
+                same += 1
+                continue
+            chosen, rejected = row["responses"][best], row["responses"][worst]
+            pairs.append(
+                Pair(
+                    id=f"round_{number}/{row['id']}",
+                    prompt=prompts[row["id"]].messages,
+                    chosen=chosen["text"],
+                    rejected=rejected["text"],
+                    source="implicit",
+                    round=number,
+                    chosen_truncated=chosen["truncated"],
+                    rejected_truncated=rejected["truncated"],
+                    scores={"chosen": rewards[best], "rejected": rewards[worst]},
+                )
+            )
+        if not pairs:
+            raise RuntimeError(f"round {number}: every prompt got identical samples, so there is nothing to rank")
+        facts = {"judge_reference": self._name(self._judge_reference(number)), "identical_samples": same}
+        self._write_pairs(number, pairs, facts)
+
+    def _train(self, number: int) -> dict[str, Any]:
+        """round_K/policy and worst_case.json: the follower's answer, then the leader's steps. Returns the certificate."""
+        path, config = self.folder.round(number), self.config
+        certificate_path = path / "worst_case.json"
+        if self._finished(number, "train"):
+            return read_json(certificate_path) if certificate_path.exists() else {}
+        start, loss_reference = self._policy_before(number), self._loss_reference(number)
+        # The seed stage of an algorithm with rounds is DPO with settings of its own.
+        is_seed = number == 0 and self.algorithm.needs.rounds
+        algorithm = DPO(NoSettings(), config.model.beta) if is_seed else self.algorithm(self.options, config.model.beta)
+        epochs = config.seed.max_epochs if is_seed else config.train.max_epochs
+        learning_rate = config.seed.lr if is_seed else config.adam.lr
+
+        first = 0 if config.rounds.data == "all" else number
+        pairs = [pair for k in range(first, number + 1) for pair in self._read_pairs(k)]
+        pairs, groups = self._tokenize(pairs)
+        label = f"round {number}"
+        self._say(
+            f"\n{label}: {len(pairs)} pairs, policy {self._name(start)}, loss reference {self._name(loss_reference)}"
+            + (f", judge reference {self._name(self._judge_reference(number))}" if number else "")
+        )
+        with self.ledger.stage(f"round_{number}/follower") as cost, self._counting(cost):
+            reference = self.scorer.score(loss_reference, groups, f"{label}: reference")
+            certificate: dict[str, Any] = {}
+            if not is_seed:
+                policy = self.scorer.score(start, groups, f"{label}: policy")
+                margins = self._margins(policy, reference).float()
+                certificate = algorithm.begin_stage(margins)
+            if certificate and self.writes:
+                write_json(certificate_path, certificate | {"margins": margins.tolist()})
+        self.scorer.forget(start)
+        with self.ledger.stage(f"round_{number}/train") as cost:
+            tokens = train_stage(
+                algorithm,
+                groups,
+                reference,
+                start=start,
+                destination=self.folder.policy(number),
+                epochs=epochs,
+                learning_rate=learning_rate,
+                label=label,
+                config=config,
+                strategy=self.strategy,
+                tokenizer=self.tokenizer,
+                metrics=self.metrics,
+            )
+            cost["pairs"] = len(pairs)
+            cost["tokens_trained"] = tokens
+        facts = {
+            "policy": self._name(start),
+            "loss_reference": self._name(loss_reference),
+            "pairs": len(pairs),
+            "epochs": epochs,
+            "learning_rate": learning_rate,
+            "seed": config.train.seed,
+            "ranks": distributed.get_world_size(),
+            "versions": {name: version(name) for name in ("openrlhf", "torch", "transformers", "deepspeed")},
+        }
+        self._finish(number, "train", facts)
+        return certificate
+
+    def _evaluate(self, name: str, policy: str, path: Path) -> dict[str, Any]:
+        """evaluation.json: held-out preference accuracy and margin, and the length of fresh samples.
+
+        Also the moment at which the engines take over a new policy, and at which it is proved that they did.
+        """
+        result_path = path / "evaluation.json"
+        if self._from_rank_0(result_path.exists()):
+            return read_json(result_path)
+        row: dict[str, Any] = {"name": name}
+        groups = self.held_out_groups
+        with self.ledger.stage(f"{path.name}/evaluate") as cost, self._counting(cost):
+            if groups:
+                reference = self.scorer.score(
+                    self.config.ref.model_name_or_path, groups, f"{name}: evaluate, reference"
+                )
+                scored = self.scorer.score(policy, groups, f"{name}: evaluate")
+                margins = self._margins(scored, reference)
+                # A tie is half right, so that an untrained policy has accuracy one half.
+                accuracy = (margins > 0).double().mean() + 0.5 * (margins == 0).double().mean()
+                row |= {"accuracy": accuracy.item(), "margin": margins.mean().item(), "pairs": len(groups)}
+            if self.prompt_counts:
+                engine = self._engine(policy)
+                probes = (groups or self._tokenize(self.human[:PROBES])[1])[:PROBES]
+                log_probs = [one[0] for one in self.scorer.score(policy, probes, f"{name}: probe")]
+                row["probe"] = check_weights_arrived(
+                    engine, probes, log_probs, self._last_probe, self.config.ds.param_dtype
+                )
+                self._last_probe = log_probs
+            if self.prompt_counts and groups:
+                prompts = [group.prompt for group in groups]
+                samples = engine.generate(prompts, 1, seed=self.config.train.seed, label=f"{name}: sample")
+                row["response_length"] = sum(one.tokens for (one,) in samples) / len(samples)
+                row["truncated"] = sum(one.truncated for (one,) in samples) / len(samples)
+                cost["samples"] = len(samples)
+                cost["tokens_generated"] = sum(one.tokens for (one,) in samples)
+        if self.writes:
+            write_json(result_path, row)
+        distributed.barrier()
+        return row
+
+    # What a stage works with ----------------------------------------------------------------------------------------
+
+    def _policy_before(self, number: int) -> str:
+        return self.config.model.model_name_or_path if number == 0 else str(self.folder.policy(number - 1))
+
+    def _judge_reference(self, number: int) -> str:
+        initial = self.config.rounds.judge_reference == "initial" or number < 2
+        return self.config.ref.model_name_or_path if initial else str(self.folder.policy(number - 2))
+
+    def _loss_reference(self, number: int) -> str:
+        initial = self.config.rounds.loss_reference == "initial" or number == 0
+        return self.config.ref.model_name_or_path if initial else self._policy_before(number)
+
+    def _engine(self, policy: str) -> Rollout:
+        if self.rollout is None:
+            self.rollout = start_rollout(self.config, self.tokenizer, policy)
+        self.rollout.load(policy)
+        return self.rollout
+
+    def _margins(self, policy: list[tuple[float, ...]], reference: list[tuple[float, ...]]) -> torch.Tensor:
+        """beta * [(log-ratio of chosen) - (log-ratio of rejected)], shape (pairs,), float64."""
+        ratio = torch.tensor(policy, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
+        return self.config.model.beta * (ratio[:, 0] - ratio[:, 1])
+
+    def _tokenize(self, pairs: list[Pair]) -> tuple[list[Pair], list[Group]]:
+        """The pairs that fit into --data.max_len, and their tokens."""
+        tokens = [(pair, self.chat.pair(pair)) for pair in pairs]
+        kept = [(pair, group) for pair, group in tokens if group is not None]
+        if pairs and not kept:
+            raise ValueError(f"none of {len(pairs)} pairs fits into --data.max_len {self.config.data.max_len} tokens")
+        return [pair for pair, _ in kept], [group for _, group in kept]
+
+    def _write_pairs(self, number: int, pairs: list[Pair], facts: dict[str, Any]) -> None:
+        if self.writes:
+            write_jsonl(self.folder.round(number) / "pairs.jsonl", (pair.to_row() for pair in pairs))
+        self._finish(number, "pairs", {"pairs": len(pairs), **facts})
+
+    def _read_pairs(self, number: int) -> list[Pair]:
+        return load_pairs(str(self.folder.round(number) / "pairs.jsonl"))
+
+    def _from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value on every rank: what is on disk is for one rank to say, or ranks could part ways."""
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def _finished(self, number: int, stage: str) -> bool:
+        return self._from_rank_0(self.folder.finished(number, stage))
+
+    def _finish(self, number: int, stage: str, facts: dict[str, Any]) -> None:
+        if self.writes:
+            self.folder.finish(number, stage, facts)
+        distributed.barrier()
+
+    @contextmanager
+    def _counting(self, cost: dict[str, float]) -> Iterator[None]:
+        before = self.scorer.tokens_scored
+        yield
+        cost["tokens_scored"] = self.scorer.tokens_scored - before
+
+    def _name(self, model: str) -> str:
+        """A policy of this run by its place in the run folder, so that the folder can be moved."""
+        path = Path(model)
+        return str(path.relative_to(self.folder.path)) if path.is_relative_to(self.folder.path) else model
+
+    def _say(self, text: str) -> None:
+        if self.writes:
+            print(text, flush=True)
+
+
+def _prompt_counts(config: Config, available: int) -> list[int]:
+    """Prompts of each round. Raises ValueError if there are too few."""
+    rounds = config.rounds
+    counts = list(rounds.prompts) or [available // rounds.count] * rounds.count
+    if sum(counts) > available or 0 in counts:
+        raise ValueError(
+            f"--data.prompt_dataset holds {available} prompts, {rounds.count} rounds need {counts or 'at least one each'}: "
+            "lower --rounds.prompts or --rounds.count"
+        )
+    return counts

@@ -1,0 +1,203 @@
+"""A run on disk: what each stage leaves, what it cost, and what is finished.
+
+    resolved_config.yaml   metrics.jsonl   ledger.json   table.txt
+    initial/evaluation.json
+    round_K/   prompts.jsonl responses.jsonl pairs.jsonl worst_case.json policy/ evaluation.json manifest.json
+
+Round 0 is the seed stage. A file or folder is written beside its final name and then renamed, so that what has the
+final name is whole; ``manifest.json`` names the finished stages of its round, with what went into them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill under another name; it gets its own name only if the block ends without an exception."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+
+
+class RunFolder:
+    """Paths of a run and the manifests of its rounds."""
+
+    def __init__(self, path: str):
+        self.path = Path(path).absolute()
+
+    def prepare(self, resolved_config: str, resume: bool) -> None:
+        """Create the run folder, or take up the one that is there.
+
+        Raises ValueError if it holds a run and ``resume`` is off, or if ``resume`` is on and its configuration differs.
+        """
+        stored = self.path / "resolved_config.yaml"
+        if not stored.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise ValueError(f"--ckpt.output_dir {self.path} is not empty and not a run: choose another folder")
+        elif not resume:
+            raise ValueError(
+                f"--ckpt.output_dir {self.path} already holds a run: add --resume to continue it, or choose another folder"
+            )
+        else:
+            changed = _differences(yaml.safe_load(stored.read_text()), yaml.safe_load(resolved_config))
+            if changed:
+                listed = "\n  ".join(f"--{key}: was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+                raise ValueError(f"--resume with another configuration than the run in {self.path} has:\n  {listed}")
+        write_text(stored, resolved_config)
+
+    def round(self, number: int) -> Path:
+        return self.path / f"round_{number}"
+
+    def policy(self, number: int) -> Path:
+        return self.round(number) / "policy"
+
+    def finished(self, number: int, stage: str) -> bool:
+        return stage in self.manifest(number)["stages"]
+
+    def manifest(self, number: int) -> dict[str, Any]:
+        path = self.round(number) / "manifest.json"
+        return read_json(path) if path.exists() else {"round": number, "stages": {}}
+
+    def finish(self, number: int, stage: str, facts: dict[str, Any]) -> None:
+        """Record that a stage is done; its results must have their final names by now."""
+        manifest = self.manifest(number)
+        manifest["stages"][stage] = facts
+        write_json(self.round(number) / "manifest.json", manifest)
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in [*old, *(key for key in new if key not in old)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found |= _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found[prefix + key] = (before, after)
+    return found
+
+
+class Ledger:
+    """What each stage cost: wall seconds and peak memory, and whatever the stage adds (samples, tokens, calls)."""
+
+    def __init__(self, path: Path, writes: bool):
+        self.path = path
+        self.writes = writes
+        self.stages: dict[str, dict[str, float]] = read_json(path)["stages"] if path.exists() else {}
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, float]]:
+        entry: dict[str, float] = {}
+        start = time.perf_counter()
+        yield entry
+        entry["seconds"] = round(time.perf_counter() - start, 2)
+        entry["peak_memory_gib"] = round(_peak_memory_gib(), 2)
+        self.stages[name] = entry
+        if self.writes:
+            totals: dict[str, float] = {}
+            for one in self.stages.values():
+                for key, value in one.items():
+                    totals[key] = max(totals.get(key, 0), value) if "peak" in key else totals.get(key, 0) + value
+            write_json(self.path, {"total": totals, "stages": self.stages})
+
+
+def _peak_memory_gib() -> float:
+    """Of this process: GPU memory where there is one, else resident memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Metrics:
+    """metrics.jsonl, and W&B or TensorBoard where asked for; one run for all rounds."""
+
+    def __init__(self, folder: Path, config: Any, resolved: dict[str, Any], writes: bool):
+        self.every = config.logger.logging_steps
+        self.file = None
+        self._trackers: list[Any] = []
+        self._step = 0
+        if not writes:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open for the run
+        wandb_settings = config.logger.wandb
+        if wandb_settings.key:
+            import wandb
+
+            if wandb_settings.key != "env":
+                wandb.login(key=wandb_settings.key)
+            self._trackers.append(
+                wandb.init(
+                    entity=wandb_settings.org or None,
+                    project=wandb_settings.project,
+                    group=wandb_settings.group or None,
+                    name=wandb_settings.run_name,
+                    config=resolved,
+                )
+            )
+        if config.logger.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._trackers.append(SummaryWriter(os.path.join(config.logger.tensorboard_dir, wandb_settings.run_name)))
+
+    def log(self, stage: str, step: int, row: dict[str, float]) -> None:
+        """step counts within the stage; trackers get a counter over the whole run."""
+        self._step += 1
+        if self.file is None or step % self.every:
+            return
+        self.file.write(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+        for tracker in self._trackers:
+            if hasattr(tracker, "add_scalar"):
+                for name, value in row.items():
+                    tracker.add_scalar(name, value, self._step)
+            else:
+                tracker.log(row, step=self._step)
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()
+        for tracker in self._trackers:
+            (tracker.close if hasattr(tracker, "add_scalar") else tracker.finish)()

@@ -1,0 +1,33 @@
+"""Prompt embeddings for farthest-point seed selection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor
+from openrlhf_sgpo.training.scoring import release_memory
+
+
+@torch.no_grad()
+def prompt_embeddings(
+    model: str, prompts: list[tuple[int, ...]], config: Config, strategy: DeepspeedStrategy
+) -> Tensor:
+    """Last layer's hidden state at the last token of each prompt, shape (N, hidden), float32 on the CPU.
+
+    (Appendix of arXiv 2502.18099: the SFT model's last token, last layer.) Collective: every rank embeds all prompts,
+    which for a few thousand costs less than gathering would complicate.
+    """
+    actor = strategy.prepare(load_actor(model, config, strategy, trainable=False))
+    actor.eval()
+    device = next(actor.parameters()).device
+    rows = []
+    for prompt in tqdm(prompts, desc="seed: embed prompts", unit="prompt", disable=not strategy.is_rank_0()):
+        tokens = torch.tensor([prompt], device=device)
+        output = actor.model(tokens, output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        rows.append(output.hidden_states[-1][0, -1].float().cpu())
+    del actor, output
+    release_memory()
+    return torch.stack(rows)

