@@ -251,7 +251,8 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
     config, options = instances[""], instances[algorithm.name]
     check(config, options, algorithm, given)
     config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
-    config.seed.lr = config.seed.lr or config.adam.lr
+    if algorithm.needs.rounds:
+        config.seed.lr = config.seed.lr or config.adam.lr
     # The absolute path, so that a run folder "." has a name too.
     folder = os.path.basename(os.path.abspath(config.ckpt.output_dir))
     config.logger.wandb.run_name = config.logger.wandb.run_name or folder
