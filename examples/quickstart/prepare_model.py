@@ -36,7 +36,10 @@ def main(folder: Path) -> None:
     backend = source.backend_tokenizer
     # The file asks for single digits (tokenizer.ggml.pre = smollm); the conversion forgets it.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(

@@ -4,7 +4,8 @@ from openrlhf_sgpo.openrlhf.flash_attention import make_optional
 
 make_optional()
 
-from openrlhf.models import Actor, DPOLoss  # noqa: E402 - flash_attention must be made optional first
+from openrlhf.datasets import RewardDataset  # noqa: E402 - flash_attention must be made optional first
+from openrlhf.models import Actor, DPOLoss  # noqa: E402
 from openrlhf.trainer.dpo_trainer import DPOTrainer  # noqa: E402
 from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
 
@@ -17,6 +18,7 @@ __all__ = [
     "DPOTrainer",
     "DeepspeedStrategy",
     "DistributedSampler",
+    "RewardDataset",
     "build_strategy",
     "load_actor",
     "openrlhf_arguments",

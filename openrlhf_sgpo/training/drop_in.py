@@ -1,0 +1,69 @@
+"""SGPO for a script that already uses OpenRLHF's DPOTrainer: same arguments, same batches, same loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from openrlhf_sgpo.algorithms.base import PairBatch
+from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
+from openrlhf_sgpo.openrlhf import DPOTrainer
+
+
+class SGPOLoss(nn.Module):
+    """Stands where OpenRLHF's ``DPOLoss`` stands; the follower lives on a sliding window of recent margins.
+
+    settings: see ``SGPOSettings``; here the follower is solved every ``refresh_steps`` (default 16) training calls on
+    the last ``refresh_window`` margins of all ranks, and until the first solve the loss is DPO's. Leaders that fix the
+    place of each pair, groups and other solvers need the rounds of ``openrlhf-sgpo train``.
+
+    Raises ValueError for settings that do not go together.
+    """
+
+    def __init__(self, beta: float, settings: SGPOSettings | None = None):
+        super().__init__()
+        settings = settings or SGPOSettings()
+        settings = replace(settings, refresh_steps=settings.refresh_steps or 16)
+        problems = SGPO.check(settings)
+        if settings.group_size:
+            problems.append("--sgpo.group_size: a sliding window is one group; leave it at 0")
+        if problems:
+            raise ValueError("\n".join(problems))
+        self.beta = beta
+        self.algorithm = SGPO(settings, beta)
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(mean loss, rewards of chosen (batch,), rewards of rejected (batch,)), the rewards detached, as DPOLoss has it."""
+        batch = PairBatch(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+        loss = self.algorithm.loss(batch).mean()
+        if torch.is_grad_enabled():  # evaluation must not move the follower
+            self.algorithm.after_step(_over_ranks(batch.margins(self.beta).detach()))
+        chosen = self.beta * (policy_chosen_logps - reference_chosen_logps).detach()
+        rejected = self.beta * (policy_rejected_logps - reference_rejected_logps).detach()
+        return loss, chosen, rejected
+
+
+class SGPOTrainer(DPOTrainer):
+    """OpenRLHF's ``DPOTrainer`` with ``SGPOLoss``; every other argument is OpenRLHF's."""
+
+    def __init__(self, *args: Any, settings: SGPOSettings | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.loss_fn = SGPOLoss(self.beta, settings)
+
+
+def _over_ranks(margins: Tensor) -> Tensor:
+    """Margins of all ranks, so that every rank finds the same worst case."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return margins
+    parts = [torch.empty_like(margins) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, margins)
+    return torch.cat(parts)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openrlhf_sgpo.data.tokens import Group
+
+
+def one_by_one(model, groups):
+    """The definition: log softmax of the logits before each response token, summed; one sequence per forward."""
+    sums = []
+    for group in groups:
+        for response in group.responses:
+            tokens = torch.tensor([group.prompt + response])
+            log_probs = model(tokens).logits[0, :-1].log_softmax(-1)
+            picked = log_probs.gather(-1, tokens[0, 1:, None])[:, 0]
+            sums.append(picked[len(group.prompt) - 1 :].sum())
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_both_layouts_give_the_definition_and_its_gradient(make_config, groups, attention):
+    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+    from openrlhf_sgpo.training.log_probs import response_log_probs
+
+    config = make_config(ds__attn_implementation=attention)
+    actor = load_actor(config.model.model_name_or_path, config, build_strategy(config), trainable=True)
+    # Three responses behind one prompt, one token only, and repeated responses.
+    groups = [*groups[:3], Group(groups[3].prompt, (*groups[3].responses, (7,), groups[3].responses[0]))]
+    weights = torch.linspace(-1, 1, sum(len(group.responses) for group in groups))
+
+    def values_and_gradient(function):
+        actor.zero_grad()
+        values = function()
+        (values * weights).sum().backward()
+        return values.detach(), [p.grad.clone() for p in actor.parameters()]
+
+    expected, expected_gradient = values_and_gradient(lambda: one_by_one(actor.model, groups))
+    for layout in ("padded", "shared_prefix"):
+        values, gradient = values_and_gradient(lambda: response_log_probs(actor, groups, layout, 0))  # noqa: B023
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-4)
+        for found, wanted in zip(gradient, expected_gradient, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_response_does_not_see_its_siblings(make_config, groups):
+    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+    from openrlhf_sgpo.training.log_probs import response_log_probs
+
+    config = make_config()
+    actor = load_actor(config.model.model_name_or_path, config, build_strategy(config), trainable=False)
+    prompt, (chosen, rejected) = groups[0].prompt, groups[0].responses
+    alone = response_log_probs(actor, [Group(prompt, (rejected,))], "shared_prefix", 0)
+    beside = response_log_probs(actor, [groups[1], Group(prompt, (chosen, rejected))], "shared_prefix", 0)
+    torch.testing.assert_close(beside[-1:], alone, rtol=1e-6, atol=1e-5)
+
+
+def test_scorer_scores_each_response_once(make_config, groups):
+    from openrlhf_sgpo.openrlhf import build_strategy
+    from openrlhf_sgpo.training.scoring import Scorer
+
+    config = make_config()
+    scorer = Scorer(config, build_strategy(config), pad_token_id=0)
+    first = scorer.score(config.model.model_name_or_path, groups[:5], "test")
+    scored = scorer.tokens_scored
+    again = scorer.score(config.model.model_name_or_path, [groups[4], groups[0]], "test")
+    assert again == [first[4], first[0]]
+    assert scorer.tokens_scored == scored == sum(len(group) for group in groups[:5])
+    scorer.forget(config.model.model_name_or_path)
+    scorer.score(config.model.model_name_or_path, groups[:1], "test")
+    assert scorer.tokens_scored == scored + len(groups[0])
+
+
+def test_prompt_embeddings_are_the_last_hidden_states(make_config, groups):
+    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+    from openrlhf_sgpo.training.embeddings import prompt_embeddings
+
+    config = make_config()
+    strategy = build_strategy(config)
+    prompts = [group.prompt for group in groups[:3]]
+    found = prompt_embeddings(config.model.model_name_or_path, prompts, config, strategy)
+    model = load_actor(config.model.model_name_or_path, config, strategy, trainable=False).model
+    for row, prompt in zip(found, prompts, strict=True):
+        hidden = model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
+        torch.testing.assert_close(row, hidden, rtol=1e-5, atol=1e-5)

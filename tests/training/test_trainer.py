@@ -1,0 +1,172 @@
+"""The pair trainer against OpenRLHF's own DPOTrainer, and policies that survive being saved."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from openrlhf_sgpo.algorithms.base import NoSettings
+from openrlhf_sgpo.algorithms.dpo import DPO
+from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
+
+
+def upstream_losses(config, tiny_data, tokenizer):
+    """Losses of the installed, unmodified DPOTrainer.fit on its own dataset, per micro-step; and the final weights."""
+    from datasets import load_dataset
+
+    from openrlhf_sgpo.openrlhf import DPOTrainer, RewardDataset, build_strategy, load_actor
+
+    strategy = build_strategy(config)
+    strategy.args.data = SimpleNamespace(
+        prompt_key="prompt", chosen_key="chosen", rejected_key="rejected", apply_chat_template=True
+    )
+
+    def conversation(row):
+        return {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+
+    pairs = load_dataset("json", data_files=str(tiny_data["pairs"]), split="train").map(conversation)
+    dataset = RewardDataset(pairs, tokenizer, 256, strategy, is_dpo=True, num_processors=1)
+    loader = strategy.setup_dataloader(dataset, config.train.micro_batch_size, collate_fn=dataset.collate_fn)
+    model = load_actor(config.model.model_name_or_path, config, strategy, trainable=True)
+    reference = load_actor(config.model.model_name_or_path, config, strategy, trainable=False)
+    settings = optimizer_settings(config, len(dataset))
+    (model, optimizer, scheduler), reference = strategy.prepare((model, settings), reference)
+    trainer = DPOTrainer(
+        model, reference, strategy, tokenizer, optimizer, loader, None, scheduler, beta=config.model.beta, max_epochs=2
+    )
+    steps = []
+    trainer.save_logs_and_checkpoints = lambda args, step, bar, logs, states: steps.append(logs["loss_mean"])
+    trainer.fit(strategy.args)
+    return steps, weights(model)
+
+
+def optimizer_settings(config, pairs):
+    return {
+        "optim": "adam",
+        "adam": vars(config.adam),
+        "lr_scheduler": config.lr_scheduler,
+        "lr_warmup_ratio": config.lr_warmup_ratio,
+        "min_lr_ratio": config.min_lr_ratio,
+        "max_norm": config.max_norm,
+        "scheduler_steps": 2 * (pairs // config.train.batch_size),
+    }
+
+
+def weights(actor):
+    return {name: weight.clone() for name, weight in actor.model.module.state_dict().items()}
+
+
+def our_losses(config, groups, tokenizer, tmp_path, algorithm):
+    """Losses per optimiser step of train_stage, and the saved weights."""
+    from safetensors.torch import load_file
+
+    from openrlhf_sgpo.openrlhf import build_strategy
+    from openrlhf_sgpo.run_folder import Metrics
+    from openrlhf_sgpo.training.scoring import Scorer
+    from openrlhf_sgpo.training.stage import train_stage
+
+    strategy = build_strategy(config)
+    start = config.model.model_name_or_path
+    reference = Scorer(config, strategy, 0).score(start, groups, "reference")
+    margins = torch.zeros(len(groups))
+    algorithm.begin_stage(margins)
+    metrics = Metrics(tmp_path, config, {}, writes=True)
+    train_stage(
+        algorithm,
+        groups,
+        reference,
+        start=start,
+        destination=tmp_path / "policy",
+        epochs=2,
+        learning_rate=config.adam.lr,
+        label="round 1",
+        config=config,
+        strategy=strategy,
+        tokenizer=tokenizer,
+        metrics=metrics,
+    )
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows], load_file(tmp_path / "policy" / "model.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_dpo_follows_openrlhf_step_by_step(make_config, groups, tokenizer, tiny_data, tmp_path, layout):
+    config = make_config(train__layout=layout)
+    expected, expected_weights = upstream_losses(config, tiny_data, tokenizer)
+    found, found_weights = our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), config.model.beta))
+    assert len(found) == len(expected) == 2 * 24 // 4
+    assert abs(expected[-1] - expected[0]) > 0.01, "nothing was learned, so equality would prove nothing"
+    assert found == pytest.approx(expected, abs=2e-5)
+    for name, weight in found_weights.items():
+        torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=2e-4)
+
+
+def test_sgpo_with_radius_0_is_dpo_exactly(make_config, groups, tokenizer, tmp_path):
+    config = make_config()
+    dpo, dpo_weights = our_losses(config, groups, tokenizer, tmp_path / "dpo", DPO(NoSettings(), 0.1))
+    sgpo, sgpo_weights = our_losses(config, groups, tokenizer, tmp_path / "sgpo", SGPO(SGPOSettings(radius=0.0), 0.1))
+    assert sgpo == dpo
+    assert all(torch.equal(sgpo_weights[name], weight) for name, weight in dpo_weights.items())
+    other, _ = our_losses(config, groups, tokenizer, tmp_path / "other", SGPO(SGPOSettings(radius=0.3), 0.1))
+    assert other != dpo
+
+
+def test_gradient_accumulation_equals_one_large_batch(make_config, groups, tokenizer, tmp_path):
+    small = make_config(train__micro_batch_size=1)
+    large = make_config(train__micro_batch_size=4)
+    one, one_weights = our_losses(small, groups, tokenizer, tmp_path / "1", DPO(NoSettings(), 0.1))
+    four, four_weights = our_losses(large, groups, tokenizer, tmp_path / "4", DPO(NoSettings(), 0.1))
+    assert one == pytest.approx(four, abs=2e-5)
+    for name, weight in one_weights.items():
+        torch.testing.assert_close(weight, four_weights[name], rtol=0, atol=2e-4)
+
+
+def test_too_few_pairs_are_an_error_before_the_model_is_loaded(make_config, groups, tokenizer, tmp_path):
+    config = make_config(train__batch_size=64)
+    with pytest.raises(ValueError, match=r"24 pairs are fewer than --train.batch_size 64"):
+        our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "rank"), [(0, "fp32", 0), (1, "bf16", 0), (2, "fp32", 4), (3, "fp32", 0), (3, "fp32", 4)]
+)
+def test_a_saved_policy_has_the_trained_log_probabilities(make_config, groups, tokenizer, tmp_path, stage, dtype, rank):
+    """For every ZeRO stage, with and without LoRA: the folder read by plain transformers equals the trained actor."""
+    from transformers import AutoModelForCausalLM
+
+    from openrlhf_sgpo.openrlhf import build_strategy, load_actor, save_policy
+    from openrlhf_sgpo.training.log_probs import response_log_probs
+
+    config = make_config(ds__zero_stage=stage, ds__param_dtype=dtype, ds__lora__rank=rank, train__batch_size=2)
+    strategy = build_strategy(config)
+    actor = load_actor(config.model.model_name_or_path, config, strategy, trainable=True)
+    actor, optimizer, scheduler = strategy.prepare(
+        (actor, optimizer_settings(config, 24) | {"lr_scheduler": "constant"})
+    )
+    before = response_log_probs(actor, groups[:2], "padded", 0).detach()
+    for _ in range(3):
+        loss = -response_log_probs(actor, groups[:2], "padded", 0)[::2].mean()
+        strategy.backward(loss, actor, optimizer)
+        strategy.optimizer_step(optimizer, actor, scheduler)
+    trained = response_log_probs(actor, groups[:2], "padded", 0).detach()
+    assert (trained - before).abs().max() > 0.1
+    save_policy(actor, tokenizer, str(tmp_path / "policy"), strategy)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert model.config.use_cache
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    expected = []
+    for group in groups[:2]:
+        for response in group.responses:
+            tokens = torch.tensor([group.prompt + response])
+            log_probs = model(tokens).logits[0, :-1].float().log_softmax(-1).gather(-1, tokens[0, 1:, None])
+            expected.append(log_probs[len(group.prompt) - 1 :].sum())
+    tolerance = 1e-3 if dtype == "fp32" else 0.5
+    torch.testing.assert_close(trained, torch.stack(expected), rtol=0, atol=tolerance)
