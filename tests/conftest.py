@@ -60,6 +60,12 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_tiny_model(tmp_path_factory) -> Path:
+    """Same architecture and tokenizer, other weights."""
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> dict[str, Path]:
     """24 seed pairs, 8 held-out pairs, 24 prompts of different lengths."""
     folder = tmp_path_factory.mktemp("data")

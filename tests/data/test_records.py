@@ -1,0 +1,274 @@
+"""Reading pairs and prompts in every accepted shape, every reason for refusing a row, and rows read back as written."""
+
+import gzip
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
+from openrlhf_sgpo.run_folder import write_jsonl
+
+QUESTION = [{"role": "user", "content": "Why?"}]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi"},
+    {"role": "user", "content": "Why?"},
+]
+GOOD = {"id": "good", "prompt": "Why?", "chosen": "Because.", "rejected": "No."}
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def without(*columns, **changes):
+    return {key: value for key, value in GOOD.items() if key not in columns} | changes
+
+
+def write(folder, *rows):
+    """A .jsonl file; bytes are taken as they are, everything else becomes JSON."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path = folder / "rows.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The library, with a cache of this test's own."""
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return library
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Why?", "chosen": "yes", "rejected": "no"}, QUESTION),
+        ({"prompt": QUESTION, "chosen": said("yes"), "rejected": said("no")}, QUESTION),
+        ({"prompt": TALK, "chosen": "yes", "rejected": said("no")}, TALK),
+        ({"prompt": "Why?", "chosen": QUESTION + said("yes"), "rejected": QUESTION + said("no")}, QUESTION),
+        ({"prompt": TALK, "chosen": TALK + said("yes"), "rejected": said("no")}, TALK),
+        ({"chosen": TALK + said("yes"), "rejected": TALK + said("no")}, TALK),
+        ({"prompt": None, "chosen": QUESTION + said("yes"), "rejected": QUESTION + said("no")}, QUESTION),
+    ],
+    ids=["strings", "messages", "mixed", "chosen repeats", "only chosen repeats", "implicit", "implicit by null"],
+)
+def test_accepted_shapes(tmp_path, row, prompt):
+    assert load_pairs(str(write(tmp_path, row))) == [Pair(id="row-0", prompt=prompt, chosen="yes", rejected="no")]
+
+
+def test_further_keys_of_a_message_are_dropped(tmp_path):
+    row = without(prompt=[{"role": "user", "content": "Why?", "name": "Ada", "weight": 1}])
+    (pair,) = load_pairs(str(write(tmp_path, row)))
+    assert pair.prompt == QUESTION
+
+
+def as_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def as_gzip(path, rows):
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def as_json(path, rows):
+    path.write_text(json.dumps(rows))
+
+
+def as_parquet(path, rows):
+    pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(path)
+
+
+FORMATS = {"pairs.jsonl": as_jsonl, "v1.2.jsonl.gz": as_gzip, "pairs.json": as_json, "pairs.parquet": as_parquet}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_file_format_gives_the_same_records(tmp_path, name, datasets):
+    pairs = [
+        Pair(id=f"p{index}", prompt=prompt, chosen=f"Größe {index} ☃", rejected="no\nline", round=index)
+        for index, prompt in enumerate([QUESTION, TALK, QUESTION])
+    ]
+    rows = [pair.to_row() for pair in pairs]
+    for row in rows:
+        del row["scores"]  # Parquet has no empty struct
+    path = tmp_path / name
+    FORMATS[name](path, rows)
+    assert load_pairs(str(path)) == pairs
+    assert load_pairs(str(path), limit=2) == pairs[:2]
+    assert load_prompts(str(path)) == [Prompt(pair.id, pair.prompt) for pair in pairs]
+
+
+def test_rows_without_an_id_are_named_by_position(tmp_path, datasets):
+    rows = [without("id"), without(id=7), without(id="seven"), without("id")]
+    expected = ["row-0", "7", "seven", "row-3"]
+    assert [pair.id for pair in load_pairs(str(write(tmp_path, *rows)))] == expected
+    # A table fills what a row lacks with null, which is no name: prompts of that name would be taken for one.
+    for row in rows:
+        row["id"] = str(row["id"]) if "id" in row else None
+    path = tmp_path / "rows.parquet"
+    as_parquet(path, rows)
+    assert [pair.id for pair in load_pairs(str(path))] == expected
+    assert [prompt.id for prompt in load_prompts(str(path))] == expected
+
+
+def test_limit_stops_reading(tmp_path):
+    rows = [without(id=index) for index in range(3)]
+    path = str(write(tmp_path, rows[0], b"", rows[1], b"not JSON", rows[2]))
+    assert [pair.id for pair in load_pairs(path, limit=2)] == ["0", "1"]
+    for limit in (0, 3):
+        with pytest.raises(DataError, match="line 4: not JSON"):
+            load_pairs(path, limit=limit)
+
+
+# Each row that must be refused, with what its message must say beside file and line.
+REFUSED = [
+    (b'{"prompt": "\xff"}', ["not UTF-8", "byte 12", "convert the file"]),
+    (b'{"prompt": "Why?",', ["not JSON", "column 19"]),
+    (["a", "list"], ["expected an object, found list"]),
+    ("text", ["expected an object, found str"]),
+    ({}, ["missing column chosen and rejected", "found nothing"]),
+    (without("chosen"), ["missing column chosen;", "found id, prompt, rejected"]),
+    (without(rejected=None), ["missing column rejected;"]),
+    (without("prompt"), ["missing column prompt", "do not share the messages before the last one"]),
+    (
+        {"chosen": QUESTION + said("yes"), "rejected": TALK + said("no")},
+        ["missing column prompt", "do not share the messages before the last one"],
+    ),
+    (without(prompt=5), ["column 'prompt'", "non-empty string or a list of {role, content} messages"]),
+    (without(prompt="  \n"), ["column 'prompt'", "non-empty string"]),
+    (without(prompt=[]), ["column 'prompt'", "list of {role, content} messages"]),
+    (without(prompt=["Why?"]), ["column 'prompt'", "{role, content}"]),
+    (without(prompt=[{"content": "Why?"}]), ["column 'prompt'", "{role, content}"]),
+    (without(prompt=[{"role": "user", "content": None}]), ["column 'prompt'", "{role, content}"]),
+    (without(chosen=5), ["column 'chosen'", "{role, content}"]),
+    (without(rejected={"content": "No."}), ["column 'rejected'", "{role, content}"]),
+    (without(chosen=QUESTION), ["column 'chosen'", "last message", "must have the role assistant"]),
+    (without(chosen=" \t"), ["column 'chosen' holds an empty response"]),
+    (without(rejected=said("")), ["column 'rejected' holds an empty response"]),
+    (without(chosen="No."), ["chosen and rejected are identical"]),
+    (without(prompt=TALK + said("Because")), ["prompt ends with an assistant message", "chosen and rejected"]),
+]
+
+
+@pytest.mark.parametrize(("row", "said_about_it"), REFUSED)
+def test_a_refused_row_is_named_with_its_reason(tmp_path, row, said_about_it):
+    path = write(tmp_path, GOOD, b"", row)
+    with pytest.raises(DataError) as caught:
+        load_pairs(str(path))
+    head, problem = str(caught.value).splitlines()
+    assert head == "1 unusable rows (correct or remove them):"
+    assert problem.strip().startswith(f"{path}, line 3: ")
+    for part in said_about_it:
+        assert part in problem
+
+
+def test_all_refused_rows_are_listed_once_with_their_lines(tmp_path):
+    rows = [line for row, _ in REFUSED for line in (GOOD, row)]
+    path = write(tmp_path, *rows)
+    with pytest.raises(DataError) as caught:
+        load_pairs(str(path))
+    head, *problems = str(caught.value).splitlines()
+    assert head.startswith(f"{len(REFUSED)} unusable rows")
+    assert len(problems) == len(REFUSED)
+    for index, problem in enumerate(problems):
+        assert problem.strip().startswith(f"{path}, line {2 * (index + 1)}: ")
+        assert REFUSED[index][1][0] in problem
+
+
+def test_rows_of_a_table_are_named_by_number(tmp_path, datasets):
+    path = tmp_path / "rows.parquet"
+    as_parquet(path, [GOOD, without(chosen="No.")])
+    with pytest.raises(DataError, match="row 1: chosen and rejected are identical") as caught:
+        load_pairs(str(path))
+    assert f"{path}, row 1" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gone.jsonl", "gone.jsonl.gz", "gone.json", "gone.parquet"])
+@pytest.mark.parametrize("load", [load_pairs, load_prompts])
+def test_missing_file(tmp_path, name, load):
+    with pytest.raises(DataError, match=f"{name}: no such file"):
+        load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("load", [load_pairs, load_prompts])
+def test_file_without_rows(tmp_path, load):
+    path = write(tmp_path, b"", b"  ")
+    with pytest.raises(DataError, match="rows.jsonl: no rows"):
+        load(str(path))
+
+
+def test_prompts(tmp_path):
+    path = write(tmp_path, {"prompt": "Why?"}, {"id": "talk", "prompt": TALK}, GOOD)
+    assert load_prompts(str(path)) == [Prompt("row-0", QUESTION), Prompt("talk", TALK), Prompt("good", QUESTION)]
+
+
+@pytest.mark.parametrize(
+    ("row", "said_about_it"),
+    [
+        ({"question": "Why?"}, "missing column prompt; found question"),
+        ({}, "missing column prompt; found nothing"),
+        ({"prompt": ""}, "column 'prompt' must be a non-empty string"),
+        ({"prompt": 3}, "column 'prompt' must be a non-empty string"),
+    ],
+)
+def test_refused_prompts(tmp_path, row, said_about_it):
+    with pytest.raises(DataError) as caught:
+        load_prompts(str(write(tmp_path, {"prompt": "Why?"}, row)))
+    assert f"line 2: {said_about_it}" in str(caught.value)
+
+
+# Texts with everything that some reader takes for the end of a line.
+TEXTS = st.text(min_size=1).filter(str.strip) | st.sampled_from(["a\u2028b", "a\x85b", "a\r\nb", "a\x0bb\x0c", '"\\'])
+MESSAGES = st.lists(st.builds(lambda role, text: {"role": role, "content": text}, st.sampled_from(["system", "user"]), TEXTS), min_size=1, max_size=3)  # fmt: skip
+PAIRS = st.builds(
+    Pair,
+    id=st.text(),
+    prompt=MESSAGES,
+    chosen=TEXTS,
+    rejected=TEXTS,
+    source=st.sampled_from(["human", "implicit"]),
+    round=st.integers(0, 9),
+    flipped=st.booleans(),
+    chosen_truncated=st.booleans(),
+    rejected_truncated=st.booleans(),
+    scores=st.dictionaries(st.sampled_from(["chosen", "rejected"]), st.floats(allow_nan=False, allow_infinity=False)),
+).filter(lambda pair: pair.chosen != pair.rejected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(PAIRS, min_size=1, max_size=3))
+def test_written_pairs_read_back_equal(pairs):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "pairs.jsonl"
+        write_jsonl(path, [pair.to_row() for pair in pairs])
+        assert load_pairs(str(path)) == pairs
+
+
+def test_written_rows_have_the_conversational_shape_and_datasets_reads_them(tmp_path, datasets):
+    plain = Pair(id="a", prompt=TALK, chosen="yes", rejected="no")
+    ranked = replace(
+        plain, id="b", source="implicit", round=2, flipped=True, rejected_truncated=True, scores={"chosen": 0.5}
+    )
+    rows = [pair.to_row() for pair in (plain, ranked)]
+    for row in rows:
+        # What TRL's is_conversational asks for: lists of messages that consist of role and content.
+        for column in ("prompt", "chosen", "rejected"):
+            assert all(message.keys() == {"role", "content"} for message in row[column])
+        assert [message["role"] for message in row["chosen"] + row["rejected"]] == ["assistant", "assistant"]
+        assert row["prompt"] == TALK
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, rows)
+    table = datasets.load_dataset("json", data_files=str(path), split="train")
+    for row, read in zip(rows, table, strict=True):
+        for column in row.keys() - {"scores"}:
+            assert read[column] == row[column]
+        # Tables of older versions fill absent keys with null.
+        assert {key: value for key, value in read["scores"].items() if value is not None} == row["scores"]

@@ -1,0 +1,138 @@
+"""Prompt and response tokens against the tokenised rendering of the whole conversation, and what the limit does."""
+
+import copy
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from openrlhf_sgpo.data import Pair
+from openrlhf_sgpo.data.tokens import ChatFormat, Group
+
+END = "<|im_end|>"
+PLENTY = 10_000
+QUESTION = [{"role": "user", "content": "Why?"}]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello\n"},
+    {"role": "assistant", "content": "Hi"},
+    *QUESTION,
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer):
+    return ChatFormat(tokenizer, max_len=PLENTY)
+
+
+def conversation_tokens(tokenizer, messages, text):
+    """The fully rendered conversation up to and including the last end of turn."""
+    whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}], tokenize=False)
+    upto = whole[: whole.rindex(END) + len(END)]
+    assert upto != whole  # the template does write something behind it
+    return tuple(tokenizer(upto, add_special_tokens=False)["input_ids"])
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=st.sampled_from([QUESTION, TALK]), text=st.text(min_size=1).filter(lambda text: "<|" not in text))
+def test_prompt_and_response_are_the_rendered_conversation(tokenizer, chat, messages, text):
+    prompt, response = chat.prompt(messages), chat.response(text, truncated=False, room=PLENTY)
+    assert prompt + response == conversation_tokens(tokenizer, messages, text)
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+    assert response[-1] == tokenizer.convert_tokens_to_ids(END)
+
+
+def test_truncated_response_has_no_end_of_turn(tokenizer, chat):
+    whole = chat.response("Because", truncated=False, room=PLENTY)
+    cut = chat.response("Because", truncated=True, room=PLENTY)
+    assert cut + chat.end_of_turn == whole
+    assert tokenizer.decode(cut) == "Because"
+    assert chat.end_of_turn == (tokenizer.convert_tokens_to_ids(END),)
+
+
+def test_template_without_end_of_turn_ends_with_eos(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    assert ChatFormat(bare, PLENTY).end_of_turn == (tokenizer.eos_token_id,)
+
+
+def test_no_template(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="no chat template: start from a supervised fine-tuned") as caught:
+        ChatFormat(bare, PLENTY)
+    assert str(bare.name_or_path) in str(caught.value)
+
+
+def test_no_double_beginning_of_sequence(tokenizer):
+    from tokenizers import processors
+
+    greedy = copy.deepcopy(tokenizer)
+    begin = greedy.convert_tokens_to_ids("<|endoftext|>")
+    greedy.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    greedy.chat_template = "{{ '<|endoftext|>' }}" + tokenizer.chat_template
+    assert greedy("<|endoftext|>x")["input_ids"][:2] == [begin, begin]  # what the format must not do
+    chat = ChatFormat(greedy, PLENTY)
+    prompt = chat.prompt(TALK)
+    assert prompt[0] == begin and prompt.count(begin) == 1
+    assert begin not in chat.response("Because", truncated=False, room=PLENTY)
+
+
+def pair_of(chosen, rejected, prompt=QUESTION, **flags):
+    return Pair(id="pair", prompt=prompt, chosen=chosen, rejected=rejected, **flags)
+
+
+def test_pair(tokenizer, chat):
+    group = chat.pair(pair_of("Because.", "No", rejected_truncated=True))
+    assert group is not None
+    chosen, rejected = group.responses
+    assert group.prompt + chosen == conversation_tokens(tokenizer, QUESTION, "Because.")
+    assert group.prompt + rejected + chat.end_of_turn == conversation_tokens(tokenizer, QUESTION, "No")
+    assert len(group) == len(group.prompt) + len(chosen) + len(rejected)
+
+
+def test_same_text_cut_and_ended_are_two_responses(chat):
+    group = chat.pair(pair_of("No", "No", rejected_truncated=True))
+    assert group is not None and group.responses[0] == group.responses[1] + chat.end_of_turn
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2, 5])
+def test_limit_cuts_the_response_and_its_end_of_turn(tokenizer, chat, missing):
+    pair = pair_of("Because it is so.", "No")
+    whole = chat.pair(pair)
+    assert whole is not None
+    max_len = len(whole.prompt) + len(whole.responses[0]) - missing
+    group = ChatFormat(tokenizer, max_len).pair(pair)
+    assert group is not None
+    chosen, rejected = group.responses
+    assert group.prompt == whole.prompt and rejected == whole.responses[1]
+    assert len(group.prompt) + len(chosen) == max_len
+    assert chosen == whole.responses[0][: len(whole.responses[0]) - missing]
+    assert (chat.end_of_turn[0] in chosen) == (missing == 0)
+
+
+def test_pair_that_the_limit_makes_equal_is_dropped(tokenizer, chat):
+    pair = pair_of("same start, A", "same start, B")
+    room_for_difference = len(chat.prompt(QUESTION)) + len("same start, A")
+    assert isinstance(ChatFormat(tokenizer, room_for_difference).pair(pair), Group)
+    assert ChatFormat(tokenizer, room_for_difference - 1).pair(pair) is None
+
+
+def test_overlong_prompt_is_dropped(tokenizer, chat):
+    pair, length = pair_of("A", "B"), len(chat.prompt(QUESTION))
+    fitting = ChatFormat(tokenizer, length + 2)
+    assert fitting.fits(fitting.prompt(QUESTION))
+    group = fitting.pair(pair)
+    assert group is not None and [len(response) for response in group.responses] == [2, 2]
+    for max_len in (length + 1, length, 1):
+        tight = ChatFormat(tokenizer, max_len)
+        assert not tight.fits(tight.prompt(QUESTION)) and tight.pair(pair) is None

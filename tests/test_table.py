@@ -1,0 +1,74 @@
+"""The results table: figures and seconds where they belong, dashes where there are none."""
+
+import re
+
+import pytest
+
+from openrlhf_sgpo.table import STAGES, results_table
+
+START = {"name": "start", "accuracy": 0.5, "margin": 0.0, "probe": {"x": 1.0}}
+ROUND = {"name": "round 10", "accuracy": 0.61249, "margin": -12.34567, "response_length": 187.26, "worst_case": 0.71}
+STAGE_SECONDS = {
+    "initial/evaluate": {"seconds": 3.21},
+    "round_10/generate": {"seconds": 1234.56, "tokens": 5},
+    "round_10/train": {"seconds": 0.04},
+    "round_10/follower": {"peak_memory_gib": 1.0},
+    "round_1/evaluate": {"seconds": 77.0},
+}
+
+
+def cells(table):
+    """Cells of every line, cut where the rule under the header has its gaps; then the note."""
+    header, rule, *lines, note = table.splitlines()
+    columns = [match.span() for match in re.finditer("-+", rule)]
+    for line in [header, *lines]:
+        between = [line[left[1] : right[0]] for left, right in zip(columns, columns[1:], strict=False)]
+        assert len(line) == len(rule) and all(gap == "  " for gap in between)
+    return [[line[first:last] for first, last in columns] for line in [header, *lines]], note
+
+
+def test_figures_and_seconds():
+    (header, start, one), note = cells(results_table([START, ROUND], STAGE_SECONDS))
+    names = [cell.strip() for cell in header]
+    assert names == ["", "accuracy", "margin", "length", "worst case", *STAGES]
+    assert "seconds" in note and "held-out" in note
+    row = dict(zip(names, (cell.strip() for cell in one), strict=True))
+    expected = {
+        "": "round 10",
+        "accuracy": f"{ROUND['accuracy']:.3f}",
+        "margin": f"{ROUND['margin']:.4f}",
+        "length": f"{ROUND['response_length']:.1f}",
+        "worst case": f"{ROUND['worst_case']:.4f}",
+        "generate": "1234.6",
+        "annotate": "-",
+        "follower": "-",  # its entry has no seconds
+        "train": "0.0",
+        "evaluate": "-",  # those of round 1 are not those of round 10
+    }
+    assert row == expected
+    row = dict(zip(names, (cell.strip() for cell in start), strict=True))
+    missing = {"length", "worst case", *STAGES} - {"evaluate"}
+    assert {name for name, cell in row.items() if cell == "-"} == missing
+    assert (row[""], row["accuracy"], row["margin"], row["evaluate"]) == ("start", "0.500", "0.0000", "3.2")
+
+
+@pytest.mark.parametrize("rows", [[], [START], [{"name": "start"}, ROUND, {"name": "round 2", "worst_case": None}]])
+def test_alignment(rows):
+    table = results_table(rows, STAGE_SECONDS)
+    assert table.endswith("\n")
+    lines, _ = cells(table)
+    assert len(lines) == 1 + len(rows)
+    for line in lines:
+        assert line[0] == line[0].strip().ljust(len(line[0]))
+        for cell in line[1:]:
+            assert cell.strip() and cell == cell.strip().rjust(len(cell))
+
+
+def test_nothing_measured_is_all_dashes():
+    (_, line), _ = cells(results_table([{"name": "round 1"}], {}))
+    assert [cell.strip() for cell in line] == ["round 1"] + ["-"] * (4 + len(STAGES))
+
+
+def test_a_measured_zero_is_no_dash():
+    (_, line), _ = cells(results_table([{"name": "round 1", "accuracy": 0.0, "worst_case": 0.0}], {}))
+    assert [cell.strip() for cell in line[1:5]] == ["0.000", "-", "-", "0.0000"]
