@@ -7,6 +7,7 @@ Each stage starts from what is on disk and leaves its result on disk; that is al
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -91,6 +92,7 @@ class Run:
         self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id)
         self.rollout: Rollout | None = None
         self._last_probe: list[float] | None = None
+        self._shuffled: list[Prompt] | None = None
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -140,8 +142,7 @@ class Run:
         if self._finished(number, "generate"):
             return
         rollout, path = self.config.rollout, self.folder.round(number)
-        first = sum(self.prompt_counts[: number - 1])
-        prompts = self.prompts[first : first + self.prompt_counts[number - 1]]
+        prompts = self._round_prompts(number)
         tokens = [self.chat.prompt(prompt.messages) for prompt in prompts]
         room = self.config.data.max_len - rollout.max_new_tokens
         kept = [index for index, ids in enumerate(tokens) if len(ids) <= room]
@@ -242,7 +243,8 @@ class Run:
                 certificate = algorithm.begin_stage(margins)
             if certificate and self.writes:
                 write_json(certificate_path, certificate | {"margins": margins.tolist()})
-        self.scorer.forget(start)
+        if start != config.ref.model_name_or_path:
+            self.scorer.forget(start)
         with self.ledger.stage(f"round_{number}/train") as cost:
             tokens = train_stage(
                 algorithm,
@@ -326,6 +328,16 @@ class Run:
         initial = self.config.rounds.loss_reference == "initial" or number == 0
         return self.config.ref.model_name_or_path if initial else self._policy_before(number)
 
+    def _round_prompts(self, number: int) -> list[Prompt]:
+        """This round's share of the prompts, which are shuffled once; those of seed and held-out pairs are left out."""
+        if self._shuffled is None:
+            taken = {str(pair.prompt) for pair in [*self._read_pairs(0), *self.held_out]}
+            self._shuffled = [prompt for prompt in self.prompts if str(prompt.messages) not in taken]
+            random.Random(self.config.train.seed).shuffle(self._shuffled)
+            self.prompt_counts = _prompt_counts(self.config, len(self._shuffled))
+        first = sum(self.prompt_counts[: number - 1])
+        return self._shuffled[first : first + self.prompt_counts[number - 1]]
+
     def _engine(self, policy: str) -> Rollout:
         if self.rollout is None:
             self.rollout = start_rollout(self.config, self.tokenizer, policy)
@@ -389,7 +401,7 @@ def _prompt_counts(config: Config, available: int) -> list[int]:
     counts = list(rounds.prompts) or [available // rounds.count] * rounds.count
     if sum(counts) > available or 0 in counts:
         raise ValueError(
-            f"--data.prompt_dataset holds {available} prompts, {rounds.count} rounds need {counts or 'at least one each'}: "
-            "lower --rounds.prompts or --rounds.count"
+            f"--data.prompt_dataset holds {available} usable prompts, {rounds.count} rounds need "
+            f"{counts or 'at least one each'}: lower --rounds.prompts or --rounds.count"
         )
     return counts

@@ -47,7 +47,8 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines: it also splits at U+2028 and U+0085, which JSON leaves as they are inside a string.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 @contextlib.contextmanager
@@ -81,7 +82,7 @@ class RunFolder:
                 f"--ckpt.output_dir {self.path} already holds a run: add --resume to continue it, or choose another folder"
             )
         else:
-            changed = _differences(yaml.safe_load(stored.read_text()), yaml.safe_load(resolved_config))
+            changed = _differences(yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(resolved_config))
             if changed:
                 listed = "\n  ".join(f"--{key}: was {old!r}, now {new!r}" for key, (old, new) in changed.items())
                 raise ValueError(f"--resume with another configuration than the run in {self.path} has:\n  {listed}")

@@ -247,7 +247,7 @@ def test_dry_run_prints_the_resolved_configuration(tiny_model, tiny_data, tmp_pa
         (["--lr", "1e-6"], "did you mean --adam.lr?"),
         (["--sgpo.leader", "released"], "--sgpo.leader released needs --sgpo.space probability"),
         (["--data.max_len", "4096"], "exceeds the model's 2048 positions"),
-        (["--rounds.prompts", "100", "100"], "holds 24 prompts"),
+        (["--rounds.prompts", "100", "100"], "holds 24 usable prompts"),
     ],
 )
 def test_bad_settings_are_named_before_anything_expensive(tiny_model, tiny_data, tmp_path, more, message):

@@ -1,5 +1,6 @@
 """The results table: figures and seconds where they belong, dashes where there are none."""
 
+import itertools
 import re
 
 import pytest
@@ -22,7 +23,7 @@ def cells(table):
     header, rule, *lines, note = table.splitlines()
     columns = [match.span() for match in re.finditer("-+", rule)]
     for line in [header, *lines]:
-        between = [line[left[1] : right[0]] for left, right in zip(columns, columns[1:], strict=False)]
+        between = [line[left[1] : right[0]] for left, right in itertools.pairwise(columns)]
         assert len(line) == len(rule) and all(gap == "  " for gap in between)
     return [[line[first:last] for first, last in columns] for line in [header, *lines]], note
 

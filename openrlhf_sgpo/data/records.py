@@ -78,6 +78,11 @@ def _response(value: Any, column: str) -> tuple[Messages, str]:
     return before, text
 
 
+def _id(row: dict[str, Any], name: str) -> str:
+    # A table holds null where a row has no id.
+    return name if row.get("id") is None else str(row["id"])
+
+
 def _pair(row: dict[str, Any], name: str) -> Pair:
     missing = [column for column in ("chosen", "rejected") if row.get(column) is None]
     if missing:
@@ -95,13 +100,13 @@ def _pair(row: dict[str, Any], name: str) -> Pair:
         raise DataError("chosen and rejected are identical")
     kept = {key: row[key] for key in ("source", "round", "flipped", "scores") if row.get(key) is not None}
     kept |= {key: bool(row.get(key)) for key in ("chosen_truncated", "rejected_truncated")}
-    return Pair(id=str(row.get("id", name)), prompt=prompt, chosen=chosen, rejected=rejected, **kept)
+    return Pair(id=_id(row, name), prompt=prompt, chosen=chosen, rejected=rejected, **kept)
 
 
 def _prompt(row: dict[str, Any], name: str) -> Prompt:
     if row.get("prompt") is None:
         raise DataError(f"missing column prompt; found {', '.join(sorted(row)) or 'nothing'}")
-    return Prompt(id=str(row.get("id", name)), messages=_messages(row["prompt"], "prompt"))
+    return Prompt(id=_id(row, name), messages=_messages(row["prompt"], "prompt"))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -112,7 +117,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 continue
             where = f"{path}, line {number}"
             try:
-                yield where, json.loads(line.decode("utf-8"))
+                yield where, json.loads(line.decode("utf-8").rstrip())
             except UnicodeDecodeError as error:
                 yield where, DataError(f"not UTF-8 (byte {error.start}); convert the file")
             except json.JSONDecodeError as error:

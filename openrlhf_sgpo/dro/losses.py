@@ -69,37 +69,51 @@ def _like(value: Scalar, reference: Tensor) -> Scalar:
     return value.to(reference) if isinstance(value, Tensor) else value
 
 
-def _grid(space: str, pieces: int, window: Window | None, reference: Tensor) -> tuple[Scalar, Scalar]:
-    """First knot and distance between knots."""
+def _tangents(
+    space: str, pieces: int, first: Scalar, last: Scalar, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Slopes and offsets of the K tangents l_k(x) = offset_k + slope_k * x, and the K - 1 points where they meet.
+
+    Shapes (K,), (K,) and (K - 1,), or with one row per sample where the first or the last knot has one per sample.
+    """
+    steps = torch.linspace(0.0, 1.0, pieces, dtype=dtype, device=device)
+    if isinstance(first, Tensor) or isinstance(last, Tensor):
+        first, last = (torch.as_tensor(end, dtype=dtype, device=device).unsqueeze(-1) for end in (first, last))
+    knots = first + (last - first) * steps
+    slopes = _smooth_slope(knots, space)
+    offsets = _smooth(knots, space) - slopes * knots
+    meet = offsets.diff() / -slopes.diff()
+    # Neighbouring tangents of a convex function meet between their knots, even where rounding makes them equal (0 / 0).
+    return slopes, offsets, torch.fmin(torch.fmax(meet, knots[..., :-1]), knots[..., 1:])
+
+
+# Constant between two solves of the follower, so worth keeping.
+_shared_tangents = functools.lru_cache(maxsize=64)(_tangents)
+
+
+def _active_tangents(
+    values: Tensor, space: str, pieces: int, window: Window | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Index of the tangent that is largest at every x, its slope and its offset."""
     if space == "probability":
-        return 1.0 / pieces, 1.0 / pieces
-    if window is None:
+        window = (1.0 / pieces, 1.0)
+    elif window is None:
         raise ValueError("tangents in margin space need the window (a, b) that holds their knots; pass window=")
-    first, last = _like(window[0], reference), _like(window[1], reference)
-    return first, (last - first) / max(pieces - 1, 1)
+    shared = not any(isinstance(end, Tensor) for end in window)
+    slopes, offsets, meet = (_shared_tangents if shared else _tangents)(
+        space, pieces, *window, values.dtype, values.device
+    )
+    if meet.dim() == 1:
+        index = place = torch.bucketize(values, meet)
+    else:
+        index = torch.searchsorted(meet, values.detach().unsqueeze(-1)).squeeze(-1)
+        place = index + pieces * torch.arange(len(values), device=values.device)
+    return index, slopes.take(place), offsets.take(place)
 
 
 def active_piece(values: Tensor, *, space: str, pieces: int, window: Window | None = None) -> Tensor:
-    """Index 0..K-1 of the tangent that is largest at x, as whole numbers in the dtype of ``values``, same shape.
-
-    The breakpoint between two neighbouring tangents of a convex function lies between their knots. So between two knots
-    only their own tangents can be active, and outside all knots only the first or the last.
-    """
-    values = values.detach()
-    first, step = _grid(space, pieces, window, values)
-    lower = ((values - first) / step).floor().clamp(0, max(pieces - 2, 0))
-    upper = (lower + 1).clamp(max=pieces - 1)
-    rises = _tangent(values, first + upper * step, space) > _tangent(values, first + lower * step, space)
-    return torch.where(rises, upper, lower)
-
-
-def _tangent(values: Tensor, knot: Tensor, space: str) -> Tensor:
-    return _smooth(knot, space) + _smooth_slope(knot, space) * (values - knot)
-
-
-def _active_knot(values: Tensor, space: str, pieces: int, window: Window | None) -> Tensor:
-    first, step = _grid(space, pieces, window, values)
-    return first + active_piece(values, space=space, pieces=pieces, window=window) * step
+    """Index 0..K-1 of the tangent that is largest at x, int64, same shape."""
+    return _active_tangents(values, space, pieces, window)[0]
 
 
 def loss_value(values: Tensor, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
@@ -111,44 +125,38 @@ def loss_value(values: Tensor, *, space: str, pieces: int | None, window: Window
     pieces = resolve_pieces(space, pieces)
     if pieces is None:
         return _smooth(values, space)
-    return _tangent(values, _active_knot(values, space, pieces, window), space)
+    _, slope, offset = _active_tangents(values, space, pieces, window)
+    return torch.addcmul(offset, slope, values)
 
 
 def loss_slope(values: Tensor, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
     """The derivative l'(x) <= 0 in the variable of the space, same shape; at a kink, that of one of the two pieces."""
     pieces = resolve_pieces(space, pieces)
-    return _smooth_slope(values if pieces is None else _active_knot(values, space, pieces, window), space)
+    return _smooth_slope(values, space) if pieces is None else _active_tangents(values, space, pieces, window)[1]
 
 
 def chord_slope(values: Tensor, edge: float, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
-    """Descent (l(edge) - l(x)) / (x - edge) >= 0 of the chord from the edge to x >= edge, same shape as ``values``.
+    """Descent (l(edge) - l(x)) / (x - edge) >= 0 of the chord from the edge to x >= edge, shape (N,) as ``values``.
 
     At x = edge it is the limit -l'(edge). Accurate to rounding however close x is to the edge, where the difference
     quotient itself would lose all its digits.
     """
-    pieces = resolve_pieces(space, pieces)
-    corner = values.new_full((), edge)
+    points = torch.cat([values.new_full((1,), edge), values])
+    losses = loss_value(points, space=space, pieces=pieces, window=window)
+    steepness = -loss_slope(points, space=space, pieces=pieces, window=window)
     cost = values - edge
-    gain = loss_value(corner, space=space, pieces=pieces, window=window) - loss_value(
-        values, space=space, pieces=pieces, window=window
-    )
-    if pieces is None:
+    gain = losses[0] - losses[1:]
+    if resolve_pieces(space, pieces) is None:
         # log (1 + exp(-edge)) / (1 + exp(-x)) without the cancellation; far from the edge nothing cancels.
-        close = -torch.log1p(torch.sigmoid(-corner) * torch.expm1(-cost))
-        gain = torch.where(cost < 1, close, gain)
+        gain = torch.where(cost < 1, -torch.log1p(steepness[0] * torch.expm1(-cost)), gain)
     # A chord of a convex function is no flatter than the tangent at one end and no steeper than at the other. On a
-    # common linear piece the two agree and leave no rounding at all.
-    flattest = -loss_slope(values, space=space, pieces=pieces, window=window)
-    steepest = -loss_slope(corner, space=space, pieces=pieces, window=window)
-    return torch.clamp(gain / torch.where(cost > 0, cost, 1.0), min=flattest, max=steepest)
+    # common linear piece the two agree and leave no rounding at all; at the edge they replace 0 / 0.
+    return torch.fmin(torch.fmax(gain / cost, steepness[1:]), steepness[0])
 
 
 def piece_tangents(space: str, pieces: int, window: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """Slopes and offsets of all tangents l_k(x) = offset_k + slope_k * x, two float64 tensors of shape (K,)."""
-    reference = torch.arange(pieces, dtype=torch.float64)
-    first, step = _grid(space, pieces, window, reference)
-    knots = first + reference * step
-    return _smooth_slope(knots, space), _tangent(torch.zeros_like(knots), knots, space)
+    ...
 
 
 def danskin_loss(

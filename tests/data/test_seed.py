@@ -54,7 +54,7 @@ def test_every_choice_is_farthest_whatever_ties(data):
 
 def test_not_the_largest_sum_of_distances():
     # Two clusters a right angle apart and one point in between. The sum prefers a near-duplicate on the rim.
-    degrees = torch.deg2rad(torch.tensor([0.0, 1.0, 2.0, 45.0, 88.0, 89.0, 90.0]))
+    degrees = torch.deg2rad(torch.tensor([0.0, 1.0, 2.0, 45.0, 88.0, 89.5, 90.0]))
     embeddings = torch.stack([degrees.cos(), degrees.sin()], dim=1)
     assert farthest_points(embeddings, 3, first=0) == [0, 6, 3]
     assert greedy(embeddings, 3, 0, sum) == [0, 6, 5]

@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Only Python 3.11 and make are assumed.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# PyTorch's CPU builds; asked only if the ordinary index has none.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Hub names are never needed here, and a machine without a network should not wait for one.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: quickstart install test test-fast lint format benchmark clean
+
+quickstart: .venv/.installed build/smollm2/config.json  ## align a real 135M chat model with SSAPO on this machine
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/train_ssapo.sh --config examples/configs/quickstart.yaml $(FLAGS)
+
+install: .venv/.installed
+
+.venv/.installed: requirements/cpu.txt setup.py
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "the locked stack is for Python 3.11: make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv
+	@echo "Installing the locked CPU stack (about 3 GB, some minutes) ..."
+	$(BIN)/pip install -q --no-deps -r requirements/cpu.txt || \
+		$(BIN)/pip install -q --no-deps --extra-index-url $(TORCH_INDEX) -r requirements/cpu.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+.venv/.dev: .venv/.installed requirements/dev.txt
+	$(BIN)/pip install -q --no-deps -r requirements/dev.txt
+	touch $@
+
+build/smollm2/config.json: examples/quickstart/prepare_model.py | .venv/.installed
+	$(BIN)/python examples/quickstart/prepare_model.py build/smollm2
+
+test: .venv/.dev build/smollm2/config.json  ## everything, engines and launchers included
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
+
+test-fast: .venv/.dev  ## without engines and launchers
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m "not slow"
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: .venv/.dev
+	$(BIN)/python benchmarks/worst_case.py
+
+clean:
+	rm -rf .venv build runs

@@ -1,0 +1,346 @@
+"""A run on disk: whole or absent files, taking up a run, manifests, costs, metrics, and no secrets."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openrlhf_sgpo import flags
+from openrlhf_sgpo.config import Config, load
+from openrlhf_sgpo.run_folder import (
+    Ledger,
+    Metrics,
+    RunFolder,
+    read_json,
+    read_jsonl,
+    whole_folder,
+    write_json,
+    write_jsonl,
+    write_text,
+)
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_text_replaces_what_was_there_and_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "new" / "folder" / "table.txt"
+    for text in ("first and longer", "zweitens ☃", ""):
+        write_text(path, text)
+        assert path.read_text(encoding="utf-8") == text
+        assert names(path.parent) == ["table.txt"]
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda path: write_text(path, "half of it \ud800"),
+        lambda path: write_json(path, {"value": float("nan")}),
+        lambda path: write_json(path, {"value": object()}),
+        lambda path: write_jsonl(path, [{"fine": 1}, {"value": float("inf")}]),
+    ],
+    ids=["unwritable text", "nan", "no JSON", "infinity in the second row"],
+)
+def test_failed_write_keeps_the_old_file(tmp_path, fail):
+    path = tmp_path / "file.json"
+    with pytest.raises((ValueError, TypeError)):
+        fail(path)
+    assert not path.exists()
+    write_json(path, {"old": True})
+    with pytest.raises((ValueError, TypeError)):
+        fail(path)
+    assert read_json(path) == {"old": True}
+
+
+ROWS = st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.sampled_from(["a\u2028b\u2029c", "d\x85e\x1cf\r"])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS)
+def test_jsonl_reads_back_equal(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        write_jsonl(path, iter(rows))
+        assert read_jsonl(path) == rows
+        assert path.read_bytes().count(b"\n") == len(rows)
+        write_json(path, rows)
+        assert read_json(path) == rows
+
+
+def test_folder_gets_its_name_when_it_is_whole(tmp_path):
+    final = tmp_path / "round_1" / "policy"
+    with whole_folder(final) as folder:
+        assert not final.exists()
+        (folder / "weights").write_text("new")
+    assert names(final.parent) == ["policy"] and (final / "weights").read_text() == "new"
+
+
+def fill_half(path, error):
+    with whole_folder(path) as folder:
+        (folder / "half").write_text("")
+        raise error
+
+
+def test_failed_folder_leaves_no_name(tmp_path):
+    final = tmp_path / "policy"
+    with pytest.raises(KeyboardInterrupt):
+        fill_half(final, KeyboardInterrupt)
+    assert not final.exists()
+    # What the failure left does not get into the next attempt.
+    with whole_folder(final) as folder:
+        (folder / "weights").write_text("")
+    assert names(final) == ["weights"] and names(tmp_path) == ["policy"]
+
+
+def test_failed_folder_keeps_the_old_one(tmp_path):
+    final = tmp_path / "policy"
+    for text in ("old", "new"):
+        with whole_folder(final) as folder:
+            (folder / "weights").write_text(text)
+            (folder / f"only {text}").write_text("")
+        with pytest.raises(RuntimeError, match="disk"):
+            fill_half(final, RuntimeError("disk"))
+        assert (final / "weights").read_text() == text
+        assert names(final) == [f"only {text}", "weights"]
+
+
+# Taking up a run ------------------------------------------------------------------------------------------------------
+
+CONFIG = "model:\n  beta: 0.1\n  path: grün\nadam:\n  betas: [0.9, 0.999]\nalgo: sgpo\n"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
+def test_new_run(tmp_path, resume, exists):
+    path = tmp_path / "runs" / "first"
+    if exists:
+        path.mkdir(parents=True)
+    RunFolder(str(path)).prepare(CONFIG, resume)
+    assert (path / "resolved_config.yaml").read_text(encoding="utf-8") == CONFIG and names(path) == [
+        "resolved_config.yaml"
+    ]
+
+
+def test_existing_run_needs_resume(tmp_path):
+    run = RunFolder(str(tmp_path))
+    run.prepare(CONFIG, resume=False)
+    with pytest.raises(ValueError, match="already holds a run: add --resume to continue it") as caught:
+        run.prepare(CONFIG, resume=False)
+    assert f"--ckpt.output_dir {tmp_path}" in str(caught.value)
+    run.prepare(CONFIG, resume=True)
+    assert (tmp_path / "resolved_config.yaml").read_text(encoding="utf-8") == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("beta: 0.1", "beta: 0.25", ["--model.beta: was 0.1, now 0.25"]),
+        ("[0.9, 0.999]", "[0.9, 0.95]", ["--adam.betas: was [0.9, 0.999], now [0.9, 0.95]"]),
+        ("algo: sgpo\n", "", ["--algo: was 'sgpo', now None"]),
+        ("algo: sgpo\n", "algo: sgpo\nseed: 3\n", ["--seed: was None, now 3"]),
+        (
+            "beta: 0.1\n  path: grün",
+            "beta: 0\n  path: blau",
+            ["--model.beta: was 0.1, now 0", "--model.path: was 'grün', now 'blau'"],
+        ),
+    ],
+)
+def test_resume_with_another_configuration(tmp_path, old, new, said):
+    run = RunFolder(str(tmp_path))
+    run.prepare(CONFIG, resume=False)
+    changed = CONFIG.replace(old, new)
+    with pytest.raises(ValueError, match="--resume with another configuration") as caught:
+        run.prepare(changed, resume=True)
+    head, *listed = str(caught.value).splitlines()
+    assert str(tmp_path) in head and [line.strip() for line in listed] == said
+    assert (tmp_path / "resolved_config.yaml").read_text(encoding="utf-8") == CONFIG
+
+
+def test_order_and_layout_of_the_configuration_do_not_count(tmp_path):
+    run = RunFolder(str(tmp_path))
+    run.prepare("algo: sgpo\nmodel: {beta: 0.1}\n", resume=False)
+    run.prepare("model:\n  beta: 0.1\nalgo: 'sgpo'\n", resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_foreign_folder_is_left_alone(tmp_path, resume):
+    (tmp_path / "thesis.tex").write_text("dear")
+    with pytest.raises(ValueError, match="is not empty and not a run: choose another folder"):
+        RunFolder(str(tmp_path)).prepare(CONFIG, resume)
+    assert names(tmp_path) == ["thesis.tex"]
+
+
+def test_path_is_absolute_wherever_the_process_goes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder("runs/first")
+    monkeypatch.chdir("/")
+    assert run.policy(2) == tmp_path / "runs" / "first" / "round_2" / "policy"
+
+
+def test_manifests(tmp_path):
+    run = RunFolder(str(tmp_path))
+    assert run.manifest(1) == {"round": 1, "stages": {}} and not run.finished(1, "pairs")
+    assert not run.round(1).exists()  # asking creates nothing
+    run.finish(1, "pairs", {"pairs": 3})
+    run.finish(1, "train", {})
+    assert run.finished(1, "pairs") and run.finished(1, "train")
+    assert not run.finished(1, "generate") and not run.finished(0, "pairs")
+    again = RunFolder(str(tmp_path))
+    assert again.manifest(1) == {"round": 1, "stages": {"pairs": {"pairs": 3}, "train": {}}}
+    assert names(run.round(1)) == ["manifest.json"]
+    run.finish(1, "pairs", {"pairs": 4})
+    assert run.manifest(1)["stages"] == {"pairs": {"pairs": 4}, "train": {}}
+
+
+def test_secrets_are_not_stored(tmp_path, monkeypatch):
+    logins, started = [], []
+    tracker = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    wandb = SimpleNamespace(
+        login=lambda key: logins.append(key), init=lambda **keywords: started.append(keywords) or tracker
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def resolved(key):
+        required = ["--model.model_name_or_path", "m", "--data.dataset", "d", "--ckpt.output_dir", str(tmp_path)]
+        config, _ = load(["--algo", "dpo", *required, "--logger.wandb.key", key])
+        return config, {"": config}
+
+    config, tree = resolved("sesame-123")
+    run = RunFolder(config.ckpt.output_dir)
+    run.prepare(flags.dump(tree), resume=False)
+    metrics = Metrics(run.path, config, flags.to_dict(tree), writes=True)
+    metrics.log("round 0", 1, {"loss": 1.0})
+    metrics.close()
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert written.keys() == {"resolved_config.yaml", "metrics.jsonl"}
+    assert not any("sesame" in text for text in written.values())
+    assert logins == ["sesame-123"] and "sesame" not in repr(started)
+    assert started[0]["config"]["ckpt"]["output_dir"] == str(tmp_path)
+    # Another key is no other configuration, and `env` leaves the key to the environment.
+    config, tree = resolved("env")
+    run.prepare(flags.dump(tree), resume=True)
+    Metrics(run.path, config, flags.to_dict(tree), writes=True).close()
+    assert logins == ["sesame-123"] and len(started) == 2
+
+
+# Costs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_totals_add_up_and_peaks_take_the_maximum(tmp_path):
+    path = tmp_path / "ledger.json"
+    ledger = Ledger(path, writes=True)
+    for name, added in {
+        "round_0/pairs": {"pairs": 3},
+        "round_0/train": {"pairs": 4, "tokens_trained": 100, "peak_tokens": 7},
+        "round_1/train": {"pairs": 5, "tokens_trained": 50, "peak_tokens": 2},
+    }.items():
+        with ledger.stage(name) as cost:
+            cost.update(added)
+    stored = read_json(path)
+    assert stored["stages"] == ledger.stages
+    entries = list(ledger.stages.values())
+    total = stored["total"]
+    assert (total["pairs"], total["tokens_trained"], total["peak_tokens"]) == (12, 150, 7)
+    assert total["seconds"] == pytest.approx(sum(entry["seconds"] for entry in entries))
+    assert total["peak_memory_gib"] == max(entry["peak_memory_gib"] for entry in entries) > 0
+
+
+def test_seconds_are_those_of_the_stage(tmp_path, monkeypatch):
+    clock = iter([100.0, 102.5])
+    monkeypatch.setattr("openrlhf_sgpo.run_folder.time.perf_counter", lambda: next(clock))
+    ledger = Ledger(tmp_path / "ledger.json", writes=True)
+    with ledger.stage("round_0/train"):
+        pass
+    assert ledger.stages["round_0/train"]["seconds"] == 2.5
+
+
+def test_reloaded_ledger_continues(tmp_path):
+    path = tmp_path / "ledger.json"
+    with Ledger(path, writes=True).stage("round_0/train") as cost:
+        cost["pairs"] = 3
+    with Ledger(path, writes=True).stage("round_1/train") as cost:
+        cost["pairs"] = 4
+    stored = read_json(path)
+    assert list(stored["stages"]) == ["round_0/train", "round_1/train"] and stored["total"]["pairs"] == 7
+    # A stage that is done again replaces its entry.
+    with Ledger(path, writes=True).stage("round_1/train") as cost:
+        cost["pairs"] = 10
+    assert read_json(path)["total"]["pairs"] == 13
+
+
+def test_failed_stage_is_not_booked(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.json", writes=True)
+    with pytest.raises(RuntimeError), ledger.stage("round_0/train"):
+        raise RuntimeError
+    assert ledger.stages == {} and names(tmp_path) == []
+
+
+def test_only_the_writing_rank_touches_the_disk(tmp_path):
+    with Ledger(tmp_path / "ledger.json", writes=False).stage("round_0/train"):
+        pass
+    config = Config()
+    config.logger.tensorboard_dir = str(tmp_path / "tensorboard")
+    metrics = Metrics(tmp_path / "run", config, {}, writes=False)
+    metrics.log("round 0", 1, {"loss": 1.0})
+    metrics.close()
+    assert names(tmp_path) == []
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_written_at_once_and_appended_on_resume(tmp_path):
+    expected = []
+    for stage in ("round 0", "round 1"):
+        metrics = Metrics(tmp_path / "run", Config(), {}, writes=True)
+        for step in (1, 2):
+            metrics.log(stage, step, {"train/loss": step / 8})
+            expected.append({"stage": stage, "step": step, "train/loss": step / 8})
+            assert read_jsonl(tmp_path / "run" / "metrics.jsonl") == expected  # before close: a crash loses nothing
+        metrics.close()
+
+
+def test_logging_steps(tmp_path):
+    config = Config()
+    config.logger.logging_steps = 3
+    metrics = Metrics(tmp_path, config, {}, writes=True)
+    for stage in ("round 0", "round 1"):
+        for step in range(1, 8):
+            metrics.log(stage, step, {"loss": float(step)})
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        ("round 0", 3),
+        ("round 0", 6),
+        ("round 1", 3),
+        ("round 1", 6),
+    ]
+    assert all(row["loss"] == row["step"] for row in rows)
+
+
+def test_tensorboard_counts_over_all_stages(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = Config()
+    config.logger.tensorboard_dir = str(tmp_path / "tensorboard")
+    config.logger.wandb.run_name = "first"
+    config.logger.logging_steps = 2
+    metrics = Metrics(tmp_path, config, {}, writes=True)
+    for stage in (0, 1):
+        for step in (1, 2, 3):
+            metrics.log(f"round {stage}", step, {"train/loss": stage + step / 8, "train/pairs": 4})
+    metrics.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "first"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/pairs"}
+    # Of steps 1 to 6 of the run, the second of each stage.
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 0.25), (5, 1.25)]

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openrlhf_sgpo.algorithms.sgpo import SGPOSettings
+
+
+def log_probs(seed, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(size, generator=generator) * 5 - 20).requires_grad_(index < 2) for index in range(4)]
+
+
+def test_radius_0_is_openrlhfs_dpo_loss():
+    from openrlhf_sgpo import SGPOLoss
+    from openrlhf_sgpo.openrlhf import DPOLoss
+
+    loss = SGPOLoss(0.1, SGPOSettings(radius=0.0, refresh_steps=1))
+    for seed in range(3):
+        arguments = log_probs(seed)
+        ours, theirs = loss(*arguments), DPOLoss(0.1)(*arguments)
+        for found, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+
+def test_the_follower_sees_the_window_and_evaluation_leaves_it_alone():
+    from openrlhf_sgpo import SGPOLoss, solve_worst_case
+    from openrlhf_sgpo.openrlhf import DPOLoss
+
+    settings = SGPOSettings(radius=0.2, pieces=0, refresh_steps=2, refresh_window=12)
+    loss = SGPOLoss(0.1, settings)
+    first, second = log_probs(1), log_probs(2)
+    assert loss(*first)[0].item() == pytest.approx(DPOLoss(0.1)(*first)[0].item(), abs=1e-7)
+    with torch.no_grad():
+        for _ in range(5):
+            loss(*first)
+    loss(*second)
+
+    def margins(a):
+        return (0.1 * ((a[0] - a[1]) - (a[2] - a[3]))).detach()
+
+    worst = solve_worst_case(torch.cat([margins(first), margins(second)])[-12:], 0.2)
+    with torch.no_grad():
+        found = loss(*first)[0]
+    torch.testing.assert_close(found, worst.robust_loss(margins(first)).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_settings_that_need_rounds_are_refused():
+    from openrlhf_sgpo import SGPOLoss
+
+    with pytest.raises(ValueError, match="refresh_steps 16 needs --sgpo.leader danskin"):
+        SGPOLoss(0.1, SGPOSettings(leader="transport"))
+    with pytest.raises(ValueError, match="group_size"):
+        SGPOLoss(0.1, SGPOSettings(group_size=10))
