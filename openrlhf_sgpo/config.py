@@ -123,7 +123,7 @@ class DeepspeedSettings:
 @dataclass
 class CkptSettings:
     output_dir: str = setting("", "run folder")
-    save_steps: int = setting(-1, "save a DeepSpeed checkpoint every so many steps (-1: none)")
+    save_steps: int = setting(-1, "save a DeepSpeed checkpoint every so many steps of a stage, for --resume (-1: none)")
     max_num: int = setting(1, "how many checkpoints to keep")
 
 

@@ -89,7 +89,7 @@ class Run:
         distributed.barrier()
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
         self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
-        self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id)
+        self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
         self.rollout: Rollout | None = None
         self._last_probe: list[float] | None = None
         self._shuffled: list[Prompt] | None = None
@@ -175,25 +175,33 @@ class Run:
             return
         path = self.folder.round(number)
         prompts = {row["id"]: Prompt(row["id"], row["prompt"]) for row in read_jsonl(path / "prompts.jsonl")}
-        rows = read_jsonl(path / "responses.jsonl")
+        rows = []
         groups = []
-        for row in rows:
+        skipped = 0
+        for row in read_jsonl(path / "responses.jsonl"):
+            # Only distinct answers that say something can be ranked.
+            distinct = {one["text"]: one for one in row["responses"] if one["text"].strip()}
+            if len(distinct) < 2:
+                skipped += 1
+                continue
             prompt = self.chat.prompt(prompts[row["id"]].messages)
             room = self.config.data.max_len - len(prompt)
+            rows.append({"id": row["id"], "responses": list(distinct.values())})
             groups.append(
-                Group(prompt, tuple(self.chat.response(r["text"], r["truncated"], room) for r in row["responses"]))
+                Group(
+                    prompt, tuple(self.chat.response(one["text"], one["truncated"], room) for one in distinct.values())
+                )
             )
+        if not rows:
+            raise RuntimeError(f"round {number}: no prompt got two different answers, so there is nothing to rank")
         with self.ledger.stage(f"round_{number}/annotate") as cost, self._counting(cost):
             label = f"round {number}: score"
             policy = self.scorer.score(self._policy_before(number), groups, f"{label}, policy")
             reference = self.scorer.score(self._judge_reference(number), groups, f"{label}, reference")
-        pairs, same = [], 0
-        for row, group, log_probs, reference_log_probs in zip(rows, groups, policy, reference, strict=True):
+        pairs = []
+        for row, log_probs, reference_log_probs in zip(rows, policy, reference, strict=True):
             rewards = implicit_rewards(log_probs, reference_log_probs, self.config.model.beta)
             best, worst = best_and_worst(rewards)
-            if group.responses[best] == group.responses[worst] or not all(group.responses):
-                same += 1
-                continue
             chosen, rejected = row["responses"][best], row["responses"][worst]
             pairs.append(
                 Pair(
@@ -208,9 +216,7 @@ class Run:
                     scores={"chosen": rewards[best], "rejected": rewards[worst]},
                 )
             )
-        if not pairs:
-            raise RuntimeError(f"round {number}: every prompt got identical samples, so there is nothing to rank")
-        facts = {"judge_reference": self._name(self._judge_reference(number)), "identical_samples": same}
+        facts = {"judge_reference": self._name(self._judge_reference(number)), "prompts_without_two_answers": skipped}
         self._write_pairs(number, pairs, facts)
 
     def _train(self, number: int) -> dict[str, Any]:
@@ -240,11 +246,13 @@ class Run:
             if not is_seed:
                 policy = self.scorer.score(start, groups, f"{label}: policy")
                 margins = self._margins(policy, reference).float()
-                certificate = algorithm.begin_stage(margins)
+                device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+                certificate = algorithm.begin_stage(margins.to(device))
             if certificate and self.writes:
                 write_json(certificate_path, certificate | {"margins": margins.tolist()})
         if start != config.ref.model_name_or_path:
             self.scorer.forget(start)
+        self.scorer.discard(str(self.folder.policy(number)))
         with self.ledger.stage(f"round_{number}/train") as cost:
             tokens = train_stage(
                 algorithm,

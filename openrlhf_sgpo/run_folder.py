@@ -143,6 +143,10 @@ class Ledger:
             write_json(self.path, {"total": totals, "stages": self.stages})
 
 
+def _is_later(row: dict[str, Any], stage: str, step: int) -> bool:
+    return row["stage"] == stage and row["step"] > step
+
+
 def _peak_memory_gib() -> float:
     """Of this process: GPU memory where there is one, else resident memory."""
     torch = sys.modules.get("torch")
@@ -183,6 +187,18 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self._trackers.append(SummaryWriter(os.path.join(config.logger.tensorboard_dir, wandb_settings.run_name)))
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop what a killed process logged of this stage after ``step``: those steps are taken again."""
+        if self.file is None:
+            return
+        path = Path(self.file.name)
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and not _is_later(json.loads(row), stage, step)]
+        if kept != rows:
+            self.file.close()
+            write_text(path, "".join(kept))
+            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def log(self, stage: str, step: int, row: dict[str, float]) -> None:
         """step counts within the stage; trackers get a counter over the whole run."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -120,23 +121,31 @@ def test_a_second_run_in_the_same_folder_needs_resume_and_then_repeats_nothing(r
 
 
 @pytest.mark.slow
-def test_resume_after_a_lost_last_stage_gives_the_same_policy(run, tiny_model, tiny_data, tmp_path):
-    import shutil
-
+def test_killed_in_training_and_resumed_gives_the_same_run(run, tiny_model, tiny_data, tmp_path):
+    """SIGKILL after the fourth of six seed steps; the checkpoint is of step 3, so that steps are taken again."""
     folder, _ = run
     copy = tmp_path / "run"
-    shutil.copytree(folder, copy)
-    manifest = json.loads((copy / "round_2/manifest.json").read_text())
-    del manifest["stages"]["train"]
-    (copy / "round_2/manifest.json").write_text(json.dumps(manifest))
-    shutil.rmtree(copy / "round_2/policy")
-    config = yaml.safe_load((copy / "resolved_config.yaml").read_text())
-    config["ckpt"]["output_dir"] = str(copy)
-    (copy / "resolved_config.yaml").write_text(yaml.safe_dump(config))
-    resumed = train(*arguments(tiny_model, tiny_data, copy), "--resume")
+    argv = arguments(tiny_model, tiny_data, copy, "--ckpt.save_steps", "3")
+    command = [sys.executable, "-m", "openrlhf_sgpo.cli.main", "train", *argv]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = copy / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (copy / "round_0/policy").exists(), "the seed stage was over before the kill"
+    assert (copy / "round_0/checkpoints/latest").read_text() == "step_3"
+    resumed = train(*argv, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    name = "round_2/policy/model.safetensors"
-    assert (copy / name).read_bytes() == (folder / name).read_bytes()
+    assert not list(copy.rglob("checkpoints"))
+    assert losses(copy) == losses(folder)
+    for number in range(3):
+        for name in (f"round_{number}/policy/model.safetensors", f"round_{number}/pairs.jsonl"):
+            assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
+    assert (copy / "round_2/worst_case.json").read_bytes() == (folder / "round_2/worst_case.json").read_bytes()
 
 
 SELF_ANNOTATED_DPO = """

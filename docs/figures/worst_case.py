@@ -13,7 +13,7 @@ import torch
 
 from openrlhf_sgpo import solve_worst_case
 
-RADIUS = 0.1
+RADIUS = 0.4
 BLUE, RED, GREY = "#2f6db3", "#c8452f", "#8a8a8a"
 
 

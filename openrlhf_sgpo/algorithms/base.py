@@ -82,6 +82,13 @@ class Algorithm:
         """Loss of each pair, shape (batch,). Never reduced here."""
         raise NotImplementedError
 
+    def state_dict(self) -> dict[str, Any]:
+        """What ``after_step`` has changed since ``begin_stage``, for a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of ``state_dict``; called after ``begin_stage`` when training goes on from a checkpoint."""
+
     def after_step(self, margins: Tensor) -> dict[str, Any]:
         """Called after each optimiser step with the step's margins over all ranks, shape (train.batch_size,), detached.
         Returns metrics to log, by name."""

@@ -128,6 +128,10 @@ class SGPO(Algorithm):
         margins = batch.margins(self.beta)
         if self._answer is None:
             return dpo_loss(margins)
+        if batch.index is None and any(getattr(value, "ndim", 0) for value in self._answer.values()):
+            raise ValueError(
+                "this follower's answer differs from pair to pair, so the batch must say which pairs it holds"
+            )
         answer = {
             name: value[batch.index] if getattr(value, "ndim", 0) else value for name, value in self._answer.items()
         }
@@ -159,6 +163,15 @@ class SGPO(Algorithm):
         return {
             f"sgpo/{name}": value for name, value in _certificate([worst], self._recent).items() if value is not None
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.options.refresh_steps:
+            return {}
+        return {"answer": self._answer, "recent": self._recent, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self._answer, self._recent, self._steps = state["answer"], state["recent"], state["steps"]
 
     def _solve(self, margins: Tensor) -> WorstCase:
         from openrlhf_sgpo.dro import solve_worst_case
@@ -192,6 +205,7 @@ class SGPO(Algorithm):
 
     def _transport_answer(self, margins: Tensor, groups: list, solutions: list[WorstCase]) -> dict[str, Any]:
         import torch
+        from torch.nn.functional import pad
 
         s_parts, displacement_parts = [], []
         for group, worst in zip(groups, solutions, strict=True):
@@ -201,7 +215,9 @@ class SGPO(Algorithm):
         order = torch.cat([torch.arange(len(margins), device=margins.device)[group] for group in groups])
         answer = {}
         for name, parts in (("s", s_parts), ("displacement", displacement_parts)):
-            ordered = torch.cat(parts).to(margins)
+            # The program of the exact loss has a tangent per pair, so that groups differ in width; s = 0 is no atom.
+            width = max(part.shape[1] for part in parts)
+            ordered = torch.cat([pad(part, (0, width - part.shape[1])) for part in parts]).to(margins)
             answer[name] = torch.empty_like(ordered).index_copy_(0, order, ordered)
         return answer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Messages = list[dict[str, str]]
-Record = TypeVar("Record")
+Record = TypeVar("Record", "Pair", "Prompt")
 
 
 class DataError(ValueError):
@@ -90,6 +90,11 @@ def _pair(row: dict[str, Any], name: str) -> Pair:
     (before, chosen), (before_rejected, rejected) = (_response(row[c], c) for c in ("chosen", "rejected"))
     if row.get("prompt") is not None:
         prompt = _messages(row["prompt"], "prompt")
+        for column, repeated in (("chosen", before), ("rejected", before_rejected)):
+            if repeated and [m["content"].strip() for m in repeated] != [m["content"].strip() for m in prompt]:
+                raise DataError(
+                    f"the messages of column {column!r} before the response are not those of column 'prompt'"
+                )
     elif before and before == before_rejected:
         prompt = before
     else:
@@ -145,6 +150,7 @@ def _rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
 def _load(source: str, split: str, limit: int, parse: Callable[[dict[str, Any], str], Record]) -> list[Record]:
     records: list[Record] = []
     problems: list[str] = []
+    seen: set[str] = set()
     for number, (where, row) in enumerate(_rows(source, split)):
         if limit and len(records) == limit:
             break
@@ -153,7 +159,11 @@ def _load(source: str, split: str, limit: int, parse: Callable[[dict[str, Any], 
                 raise row
             if not isinstance(row, dict):
                 raise DataError(f"expected an object, found {type(row).__name__}")
-            records.append(parse(row, f"row-{number}"))
+            record = parse(row, f"row-{number}")
+            # Files are joined by id, so that an id must mean one row.
+            record.id = f"{record.id}#{number}" if record.id in seen else record.id
+            seen.add(record.id)
+            records.append(record)
         except DataError as error:
             problems.append(f"{where}: {error}")
     if problems:

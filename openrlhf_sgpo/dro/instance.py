@@ -56,40 +56,45 @@ def read_instance(
             raise ValueError(f"{name} must be finite and not negative, got {number}")
     # A copy, because a caller may reuse its buffer of recent margins.
     margins = margins.detach().to(torch.float64, copy=True)
-    prices = margins.new_ones((1,)) if price is None else _read_price(price, margins)
-    low, high, smallest_price, largest_price = torch.stack([*margins.aminmax(), *prices.aminmax()]).tolist()
+    low, high = torch.stack(margins.aminmax()).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
         index = int((~margins.isfinite()).nonzero()[0])
         raise ValueError(f"margin of sample {index} is {margins[index].item()}; drop that sample, or fix what made it")
-    if not (smallest_price > 0 and math.isfinite(largest_price)):
-        index = int((~(prices.isfinite() & (prices > 0))).nonzero()[0])
-        raise ValueError(f"price of sample {index} is {prices[index].item()}; prices must be positive and finite")
-    raw = space_variable(margins, space)
-    if window is None:
-        window = (0.0, 1.0) if space == "probability" else (low - window_pad, high + window_pad)
+    prices, smallest_price = (None, 1.0) if price is None else _read_price(price, margins)
+    values = space_variable(margins, space)
+    if window is not None:
+        window = _read_window(window, space, values)
+        values = values.clamp(*window)
+    elif space == "probability":
+        window = (0.0, 1.0)
+    else:
+        window = (low - window_pad, high + window_pad)
         if not window[0] < window[1]:
             raise ValueError(f"all margins equal {low} and window_pad {window_pad} leaves no window; raise window_pad")
-    else:
-        window = _read_window(window, space, raw)
     return Instance(
         margins=margins,
-        values=raw.clamp(*window),
+        values=values,
         radius=float(radius),
         space=space,
         pieces=pieces,
         window=window,
-        price=None if price is None else prices,
+        price=prices,
         smallest_price=smallest_price,
     )
 
 
-def _read_price(price: Tensor, margins: Tensor) -> Tensor:
+def _read_price(price: Tensor, margins: Tensor) -> tuple[Tensor, float]:
+    """A checked float64 copy of the prices, and the smallest of them."""
     prices = torch.as_tensor(price, dtype=torch.float64, device=margins.device).detach().clone()
     if prices.shape != margins.shape:
         raise ValueError(
             f"price must have one entry per margin, shape {tuple(margins.shape)}; got {tuple(prices.shape)}"
         )
-    return prices
+    smallest, largest = torch.stack(prices.aminmax()).tolist()
+    if not (smallest > 0 and math.isfinite(largest)):
+        index = int((~(prices.isfinite() & (prices > 0))).nonzero()[0])
+        raise ValueError(f"price of sample {index} is {prices[index].item()}; prices must be positive and finite")
+    return prices, smallest
 
 
 def _read_window(window: tuple[float, float], space: str, raw: Tensor) -> tuple[float, float]:

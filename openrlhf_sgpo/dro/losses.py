@@ -10,12 +10,13 @@ The follower works in one of two spaces, named by a string wherever a space is a
 
 Every loss here is convex and non-increasing, works in float32 and float64 on any device, and supports autograd. The
 entries a and b of a window are floats, or tensors of shape (N,), because samples that were solved in different groups
-have different knots. Nothing of shape (N, K) is built: the knots are equidistant, so the two tangents that compete at x
-are those of the knots around it.
+have different knots. The tangents are tabulated, shape (K,), and x is looked up among the points where neighbours meet.
+Only windows per sample cost a table of shape (N, K).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TypeAlias
 
 import torch
@@ -69,51 +70,56 @@ def _like(value: Scalar, reference: Tensor) -> Scalar:
     return value.to(reference) if isinstance(value, Tensor) else value
 
 
+def _knot_ends(space: str, pieces: int, window: Window | None) -> Window:
+    """First and last knot."""
+    if space == "probability":
+        return 1.0 / pieces, 1.0
+    if window is None:
+        raise ValueError("tangents in margin space need the window (a, b) that holds their knots; pass window=")
+    return window
+
+
 def _tangents(
-    space: str, pieces: int, first: Scalar, last: Scalar, dtype: torch.dtype, device: torch.device
+    space: str, pieces: int, ends: Window, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slopes and offsets of the K tangents l_k(x) = offset_k + slope_k * x, and the K - 1 points where they meet.
 
-    Shapes (K,), (K,) and (K - 1,), or with one row per sample where the first or the last knot has one per sample.
+    The last dimension is K, K and K - 1; before it comes one for the samples if they have ends of their own.
     """
-    steps = torch.linspace(0.0, 1.0, pieces, dtype=dtype, device=device)
-    if isinstance(first, Tensor) or isinstance(last, Tensor):
-        first, last = (torch.as_tensor(end, dtype=dtype, device=device).unsqueeze(-1) for end in (first, last))
-    knots = first + (last - first) * steps
+    first, last = (end.to(device, dtype).unsqueeze(-1) if isinstance(end, Tensor) else end for end in ends)
+    knots = first + (last - first) * torch.linspace(0.0, 1.0, pieces, dtype=dtype, device=device)
     slopes = _smooth_slope(knots, space)
     offsets = _smooth(knots, space) - slopes * knots
     meet = offsets.diff() / -slopes.diff()
-    # Neighbouring tangents of a convex function meet between their knots, even where rounding makes them equal (0 / 0).
+    # Neighbours meet between their knots, whatever rounding says, also where it makes them equal (0 / 0).
     return slopes, offsets, torch.fmin(torch.fmax(meet, knots[..., :-1]), knots[..., 1:])
 
 
-# Constant between two solves of the follower, so worth keeping.
-_shared_tangents = functools.lru_cache(maxsize=64)(_tangents)
+_cached_tangents = functools.lru_cache(maxsize=64)(_tangents)
 
 
-def _active_tangents(
-    values: Tensor, space: str, pieces: int, window: Window | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _active_tangents(values: Tensor, space: str, pieces: int, window: Window | None) -> tuple[Tensor, Tensor, Tensor]:
     """Index of the tangent that is largest at every x, its slope and its offset."""
-    if space == "probability":
-        window = (1.0 / pieces, 1.0)
-    elif window is None:
-        raise ValueError("tangents in margin space need the window (a, b) that holds their knots; pass window=")
-    shared = not any(isinstance(end, Tensor) for end in window)
-    slopes, offsets, meet = (_shared_tangents if shared else _tangents)(
-        space, pieces, *window, values.dtype, values.device
-    )
+    ends = _knot_ends(space, pieces, window)
+    tabulate = _tangents if any(isinstance(end, Tensor) for end in ends) else _cached_tangents
+    slopes, offsets, meet = tabulate(space, pieces, ends, values.dtype, values.device)
     if meet.dim() == 1:
-        index = place = torch.bucketize(values, meet)
-    else:
-        index = torch.searchsorted(meet, values.detach().unsqueeze(-1)).squeeze(-1)
-        place = index + pieces * torch.arange(len(values), device=values.device)
-    return index, slopes.take(place), offsets.take(place)
+        index = torch.bucketize(values, meet)
+        return index, slopes.take(index), offsets.take(index)
+    column = torch.searchsorted(meet, values.detach().unsqueeze(-1))
+    return column.squeeze(-1), slopes.gather(-1, column).squeeze(-1), offsets.gather(-1, column).squeeze(-1)
 
 
 def active_piece(values: Tensor, *, space: str, pieces: int, window: Window | None = None) -> Tensor:
     """Index 0..K-1 of the tangent that is largest at x, int64, same shape."""
     return _active_tangents(values, space, pieces, window)[0]
+
+
+def _loss_and_slope(values: Tensor, space: str, pieces: int | None, window: Window | None) -> tuple[Tensor, Tensor]:
+    if pieces is None:
+        return _smooth(values, space), _smooth_slope(values, space)
+    _, slope, offset = _active_tangents(values, space, pieces, window)
+    return torch.addcmul(offset, slope, values), slope
 
 
 def loss_value(values: Tensor, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
@@ -123,40 +129,35 @@ def loss_value(values: Tensor, *, space: str, pieces: int | None, window: Window
     :func:`resolve_pieces` does, and if those tangents have no window.
     """
     pieces = resolve_pieces(space, pieces)
-    if pieces is None:
-        return _smooth(values, space)
-    _, slope, offset = _active_tangents(values, space, pieces, window)
-    return torch.addcmul(offset, slope, values)
+    return _smooth(values, space) if pieces is None else _loss_and_slope(values, space, pieces, window)[0]
 
 
 def loss_slope(values: Tensor, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
     """The derivative l'(x) <= 0 in the variable of the space, same shape; at a kink, that of one of the two pieces."""
-    pieces = resolve_pieces(space, pieces)
-    return _smooth_slope(values, space) if pieces is None else _active_tangents(values, space, pieces, window)[1]
+    return _loss_and_slope(values, space, resolve_pieces(space, pieces), window)[1]
 
 
 def chord_slope(values: Tensor, edge: float, *, space: str, pieces: int | None, window: Window | None = None) -> Tensor:
-    """Descent (l(edge) - l(x)) / (x - edge) >= 0 of the chord from the edge to x >= edge, shape (N,) as ``values``.
+    """Descent (l(edge) - l(x)) / (x - edge) >= 0 of the chord from the edge to x >= edge, same shape as ``values``.
 
     At x = edge it is the limit -l'(edge). Accurate to rounding however close x is to the edge, where the difference
     quotient itself would lose all its digits.
     """
-    points = torch.cat([values.new_full((1,), edge), values])
-    losses = loss_value(points, space=space, pieces=pieces, window=window)
-    steepness = -loss_slope(points, space=space, pieces=pieces, window=window)
-    cost = values - edge
-    gain = losses[0] - losses[1:]
-    if resolve_pieces(space, pieces) is None:
+    pieces = resolve_pieces(space, pieces)
+    at_edge, steepest = _loss_and_slope(values.new_full((), edge), space, pieces, window)
+    losses, flattest = _loss_and_slope(values, space, pieces, window)
+    cost, gain = values - edge, at_edge - losses
+    if pieces is None:
         # log (1 + exp(-edge)) / (1 + exp(-x)) without the cancellation; far from the edge nothing cancels.
-        gain = torch.where(cost < 1, -torch.log1p(steepness[0] * torch.expm1(-cost)), gain)
+        gain = torch.where(cost < 1, -torch.log1p(-steepest * torch.expm1(-cost)), gain)
     # A chord of a convex function is no flatter than the tangent at one end and no steeper than at the other. On a
     # common linear piece the two agree and leave no rounding at all; at the edge they replace 0 / 0.
-    return torch.fmin(torch.fmax(gain / cost, steepness[1:]), steepness[0])
+    return torch.fmin(torch.fmax(gain / cost, -flattest), -steepest)
 
 
 def piece_tangents(space: str, pieces: int, window: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """Slopes and offsets of all tangents l_k(x) = offset_k + slope_k * x, two float64 tensors of shape (K,)."""
-    ...
+    return _tangents(space, pieces, _knot_ends(space, pieces, window), torch.float64, torch.device("cpu"))[:2]
 
 
 def danskin_loss(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -176,8 +177,8 @@ def solve_worst_case(
     price: (N,) positive, cost of moving sample i by one unit (default: 1 each).
 
     Computed in float64. Samples that tie (equal margins; with prices, equal gain per cost) share the split equally, so
-    the answer does not depend on their order. On an accelerator the host waits twice
-    (three times with a window of one's own), however many samples there are.
+    the answer does not depend on their order. On an accelerator the host waits for a handful of numbers, the same ones
+    however many samples there are.
 
     Raises ValueError, with the index of the sample, for every input that ``read_instance`` rejects.
     """
@@ -186,37 +187,35 @@ def solve_worst_case(
     )
     space, pieces, edge, values = instance.space, instance.pieces, instance.window[0], instance.values
     stays = loss_value(values, space=space, pieces=pieces, window=instance.window)
-    corner = values.new_full((), edge)
-    at_edge = loss_value(corner, space=space, pieces=pieces, window=instance.window)
+    at_edge = loss_value(values.new_full((), edge), space=space, pieces=pieces, window=instance.window)
     cost = values - edge if instance.price is None else instance.price * (values - edge)
     if instance.radius == 0.0:
-        moved = torch.zeros_like(values)
-        slope = values.new_full((), lipschitz(space, pieces) / instance.smallest_price)
-        threshold, saturated = values.new_full((), -math.inf), values.new_zeros(())
+        moved, slope, threshold = (
+            torch.zeros_like(values),
+            lipschitz(space, pieces) / instance.smallest_price,
+            -math.inf,
+        )
     else:
-        moved, slope, threshold, saturated = _knapsack(instance, cost)
-    scalars = torch.stack(
+        moved, slope, threshold = _knapsack(instance, cost)
+    sums = torch.stack(
         [
-            (stays + moved * (at_edge - stays)).mean(),
-            slope * instance.radius + torch.maximum(stays, at_edge - slope * cost).mean(),
-            stays.mean(),
-            slope,
-            threshold,
-            (moved * cost).mean(),
-            saturated.to(values),
+            stays.sum(),
+            torch.dot(moved, at_edge - stays),
+            torch.maximum(stays, torch.sub(at_edge, cost, alpha=slope)).sum(),
+            torch.dot(moved, cost),
         ]
     )
-    value, dual_value, empirical, slope_, threshold_, spent, saturated_ = scalars.tolist()
+    empirical, gained, dual, spent = (sums / len(values)).tolist()
     return WorstCase(
-        value=value,
-        dual_value=dual_value,
+        value=empirical + gained,
+        dual_value=slope * instance.radius + dual,
         empirical=empirical,
-        slope=slope_,
+        slope=slope,
         edge=edge,
-        threshold=math.inf if saturated_ else threshold_,
+        threshold=threshold,
         moved=moved.to(margins.dtype),
         budget_used=min(1.0, spent / instance.radius) if instance.radius > 0.0 else 0.0,
-        saturated=bool(saturated_),
+        saturated=threshold == math.inf,
         space=space,
         pieces=pieces,
         radius=instance.radius,
@@ -226,41 +225,35 @@ def solve_worst_case(
     )
 
 
-def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shares moved (N,), and three 0-dimensional tensors: slope, threshold (a margin) and whether all mass moves.
+def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, float, float]:
+    """Shares moved (N,), slope, and threshold (a margin; inf if all mass moves).
 
     Samples are served in rising order of a key: x itself, or minus gain per cost when there are prices. No index is
     scattered back: a sample's share follows from comparing its own key with that of the marginal sample.
     """
     values, edge = instance.values, instance.window[0]
+    chords = partial(chord_slope, edge=edge, space=instance.space, pieces=instance.pieces, window=instance.window)
     if instance.price is None:
         key = values
         ordered = key.sort().values
         ordered_cost = ordered - edge
     else:
-        key = -chord_slope(values, edge, space=instance.space, pieces=instance.pieces, window=instance.window)
-        key = key / instance.price
+        key = -chords(values) / instance.price
         # Equal ratios may come with unequal costs. Ordering those too makes every sum independent of the input's order.
         order = cost.argsort()
         order = order[key[order].argsort(stable=True)]
         ordered, ordered_cost = key[order], cost[order]
     budget = len(values) * instance.radius
-    paid = ordered_cost.cumsum(0)
-    saturated = paid[-1] <= budget
-    position = torch.searchsorted(paid, paid.new_full((1,), budget), right=True).clamp(max=len(values) - 1)
-    last_served = ordered.gather(0, position).squeeze(0)
-    marginal = torch.where(saturated, math.inf, last_served)
-    paid_before = torch.where(ordered < marginal, ordered_cost, 0.0).sum()
-    tied_cost = torch.where(ordered == marginal, ordered_cost, 0.0).sum()
-    share = ((budget - paid_before) / tied_cost).clamp(0.0, 1.0)
-    tied = key == marginal
-    moved = torch.where(key < marginal, 1.0, torch.where(tied, share, 0.0))
-    if instance.price is None:
-        slope = chord_slope(last_served, edge, space=instance.space, pieces=instance.pieces, window=instance.window)
-    else:
-        slope = -last_served
-    threshold = torch.where(tied, instance.margins, -math.inf).max()
-    return moved, torch.where(saturated, 0.0, slope), threshold, saturated
+    position = int(torch.searchsorted(ordered_cost.cumsum(0), budget, right=True))
+    if position == len(values):
+        return torch.ones_like(values), 0.0, math.inf
+    marginal = ordered[position]
+    first, last = torch.searchsorted(ordered, marginal), torch.searchsorted(ordered, marginal, right=True)
+    share = (budget - ordered_cost[:first].sum()) / ordered_cost[first:last].sum()
+    moved = torch.heaviside(marginal - key, share.clamp(0.0, 1.0))
+    threshold = instance.margins.masked_fill(key != marginal, -math.inf).max()
+    slope = chords(marginal) if instance.price is None else -marginal
+    return moved, float(slope), float(threshold)
 
 
 __all__ = ["WorstCase", "solve_worst_case"]

@@ -44,7 +44,7 @@ def openrlhf_arguments(config: Config) -> SimpleNamespace:
             tensor_parallel_size=1,
         ),
         eval=space(steps=-1),
-        ckpt=space(path=None, save_steps=-1, max_num=config.ckpt.max_num, max_mem=int(1e8)),
+        ckpt=space(path=None, save_steps=config.ckpt.save_steps, max_num=config.ckpt.max_num, max_mem=int(1e8)),
         logger=space(logging_steps=config.logger.logging_steps, tensorboard_dir=None, wandb=space(key=None)),
     )
 

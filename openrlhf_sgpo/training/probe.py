@@ -27,7 +27,8 @@ def check_weights_arrived(
     sequences = [group.prompt + group.responses[0] for group in probes]
     answers = engine.log_probs(sequences)
     lengths = [len(group.responses[0]) for group in probes]
-    sums = [sum(answer[-length:]) for answer, length in zip(answers, lengths, strict=True)]
+    # Entry t of an answer belongs to token t + 1.
+    sums = [sum(answer[len(group.prompt) - 1 :]) for answer, group in zip(answers, probes, strict=True)]
 
     def distance(others: list[float]) -> float:
         return sum(abs(a - b) for a, b in zip(sums, others, strict=True)) / sum(lengths)

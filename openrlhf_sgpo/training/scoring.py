@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
+from array import array
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,39 +21,89 @@ from openrlhf_sgpo.training.log_probs import response_log_probs
 if TYPE_CHECKING:
     from openrlhf_sgpo.openrlhf import Actor
 
-Key = tuple[tuple[int, ...], tuple[int, ...]]
+SEPARATOR = array("I", [2**32 - 1])  # no token has this number
+
+
+def content_key(prompt: tuple[int, ...], response: tuple[int, ...]) -> str:
+    """Hash of the exact tokens of a prompt and a response."""
+    tokens = array("I", prompt) + SEPARATOR + array("I", response)
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest()
 
 
 class Scorer:
     """Scores groups under a model folder; one model is in memory at a time, and no response is scored twice.
 
-    Results are kept per model and exact tokens, so that a reference is evaluated once, whoever asks. ``forget`` drops
-    those of a model that will not be asked again.
+    Results are kept per model by a hash of the tokens, in memory and in ``folder`` (one file per model), so that a
+    reference is evaluated once whoever asks, and a resumed run sees the very numbers it saw before.
     """
 
-    def __init__(self, config: Config, strategy: DeepspeedStrategy, pad_token_id: int):
+    def __init__(self, config: Config, strategy: DeepspeedStrategy, pad_token_id: int, folder: Path | None = None):
         self.config = config
         self.strategy = strategy
         self.pad_token_id = pad_token_id
+        self.folder = folder
         self.tokens_scored = 0
-        self._known: dict[str, dict[Key, float]] = {}
+        self._known: dict[str, dict[str, float]] = {}
 
     def forget(self, model: str) -> None:
+        """Drop a model's results from memory."""
         self._known.pop(model, None)
+
+    def discard(self, model: str) -> None:
+        """Drop a model's results from memory and disk: the model is about to change. Collective."""
+        self.forget(model)
+        if self.folder and self.strategy.is_rank_0():
+            self._file(model).unlink(missing_ok=True)
+        distributed.barrier()
 
     def score(self, model: str, groups: list[Group], label: str) -> list[tuple[float, ...]]:
         """Summed log-probability of each response of each group. Collective: every rank calls it with the same groups."""
-        known = self._known.setdefault(model, {})
-        missing = []
-        for group in groups:
-            responses = tuple(dict.fromkeys(r for r in group.responses if (group.prompt, r) not in known))
-            if responses:
-                missing.append(Group(group.prompt, responses))
+        if model not in self._known:
+            self._known[model] = self._read(model)
+        known = self._known[model]
+        keys = [[content_key(group.prompt, response) for response in group.responses] for group in groups]
+        missing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        for group, row in zip(groups, keys, strict=True):
+            missing |= {
+                key: (group.prompt, response)
+                for key, response in zip(row, group.responses, strict=True)
+                if key not in known
+            }
         if missing:
-            known.update(self._compute(model, missing, label))
-        return [tuple(known[group.prompt, response] for response in group.responses) for group in groups]
+            found = self._compute(model, _by_prompt(list(missing.values())), label)
+            known.update(found)
+            self._append(model, found)
+        return [tuple(known[key] for key in row) for row in keys]
 
-    def _compute(self, model: str, groups: list[Group], label: str) -> dict[Key, float]:
+    def _file(self, model: str) -> Path:
+        assert self.folder is not None
+        # Policies of this run by their place in it, so that the run folder can be moved.
+        if Path(model).is_relative_to(self.folder.parent):
+            model = str(Path(model).relative_to(self.folder.parent))
+        return self.folder / f"{hashlib.blake2b(model.encode(), digest_size=8).hexdigest()}.jsonl"
+
+    def _read(self, model: str) -> dict[str, float]:
+        if self.folder is None or not self._file(model).exists():
+            return {}
+        known = {}
+        for line in self._file(model).read_text().splitlines():
+            try:
+                known.update(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # the line that a killed run was writing
+        return known
+
+    def _append(self, model: str, found: dict[str, float]) -> None:
+        if self.folder is None:
+            return
+        if self.strategy.is_rank_0():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self._file(model), "a") as file:
+                # A killed run may have left a line without an end.
+                file.write("\n" + "".join(json.dumps({key: value}) + "\n" for key, value in found.items()))
+        distributed.barrier()
+
+    def _compute(self, model: str, groups: list[Group], label: str) -> dict[str, float]:
         self.tokens_scored += sum(map(len, groups))
         # Neighbours of similar length waste least; longest first, so that memory runs out at once or never.
         groups = sorted(groups, key=len, reverse=True)
@@ -65,8 +119,10 @@ class Scorer:
         finally:
             del actor
             release_memory()
-        keys = [(group.prompt, response) for batch in mine for group in batch for response in group.responses]
-        gathered: list[dict[Key, float]] = [{} for _ in range(world)]
+        keys = [
+            content_key(group.prompt, response) for batch in mine for group in batch for response in group.responses
+        ]
+        gathered: list[dict[str, float]] = [{} for _ in range(world)]
         distributed.all_gather_object(gathered, dict(zip(keys, sums.tolist(), strict=True)))
         return {key: value for part in gathered for key, value in part.items()}
 
@@ -76,6 +132,14 @@ class Scorer:
         progress = tqdm(batches, desc=label, unit="batch", disable=not self.strategy.is_rank_0())
         layout = self.config.train.layout
         return torch.cat([response_log_probs(actor, batch, layout, self.pad_token_id) for batch in progress])
+
+
+def _by_prompt(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Group]:
+    """(prompt, response) pairs as groups, so that a prompt is computed once for all its responses."""
+    responses: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for prompt, response in sequences:
+        responses.setdefault(prompt, []).append(response)
+    return [Group(prompt, tuple(found)) for prompt, found in responses.items()]
 
 
 def release_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,13 +36,15 @@ def train_stage(
 ) -> int:
     """Train the policy in ``start`` on pairs with known reference log-probabilities; returns the tokens trained on.
 
-    Collective. Raises ValueError if the pairs are too few for one optimiser step.
+    Goes on from the checkpoints beside ``destination`` if an earlier process left some. Collective.
+    Raises ValueError if the pairs are too few for one optimiser step.
     """
     if len(groups) < config.train.batch_size:
         raise ValueError(
             f"{label}: {len(groups)} pairs are fewer than --train.batch_size {config.train.batch_size}, so that no "
             "optimiser step would be taken: lower --train.batch_size"
         )
+    checkpoints = destination.with_name("checkpoints")
     actor = load_actor(start, config, strategy, trainable=True)
     optimizer_settings = {
         "optim": "adam",
@@ -60,6 +63,7 @@ def train_stage(
         layout=config.train.layout,
         metrics=metrics,
         stage=label,
+        checkpoints=checkpoints,
         model=actor,
         strategy=strategy,
         tokenizer=tokenizer,
@@ -71,15 +75,19 @@ def train_stage(
         max_epochs=epochs,
     )
     try:
-        trainer.fit()
+        consumed = trainer.restore()
+        metrics.rewind(label, consumed // config.train.batch_size)
+        trainer.fit(consumed_samples=consumed)
         # Rank 0 writes; the others take part in gathering and wait for the final name.
         if strategy.is_rank_0():
             with whole_folder(destination) as folder:
                 save_policy(actor, tokenizer, str(folder), strategy)
+            # The policy has its final name: the checkpoints on the way to it have served.
+            shutil.rmtree(checkpoints, ignore_errors=True)
         else:
             save_policy(actor, tokenizer, str(destination), strategy)
         distributed.barrier()
-        return strategy.all_reduce(trainer.tokens_trained, "sum")
+        return int(strategy.all_reduce(trainer.tokens_trained, "sum"))
     finally:
         del trainer, actor, optimizer, scheduler
         release_memory()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,42 +53,79 @@ class PairTrainer(DPOTrainer):
 
     Beside OpenRLHF's arguments: ``algorithm`` gives the per-pair loss, ``layout`` the forward (see ``log_probs``),
     ``metrics`` is where each step is logged under ``stage``. Reference log-probabilities come with the batch, so no
-    reference model is held. Numbers are read from the device once per optimiser step.
+    reference model is held. Numbers are read from the device once per optimiser step. ``checkpoints`` is the folder of
+    DeepSpeed checkpoints, written every ``ckpt.save_steps`` steps.
     """
 
-    def __init__(self, *, algorithm: Algorithm, layout: str, metrics: Metrics, stage: str, **openrlhf: Any):
+    def __init__(
+        self,
+        *,
+        algorithm: Algorithm,
+        layout: str,
+        metrics: Metrics,
+        stage: str,
+        checkpoints: Path | None = None,
+        **openrlhf: Any,
+    ):
         super().__init__(ref_model=None, eval_dataloader=None, **openrlhf)
         self.algorithm = algorithm
         self.layout = layout
         self.metrics = metrics
         self.stage = stage
+        self.checkpoints = checkpoints
         self.tokens_trained = 0
 
     def fit(self, args: Any = None, consumed_samples: int = 0, num_update_steps_per_epoch: int | None = None) -> None:
-        """Train for ``max_epochs``; the signature is OpenRLHF's, the batches are ``MicroBatch``es."""
-        micro_steps = len(self.train_dataloader)
+        """Train for ``max_epochs``, from ``consumed_samples`` on; the signature is OpenRLHF's."""
         accumulation = self.strategy.accumulated_gradient
-        if micro_steps < accumulation:
-            raise ValueError(
-                f"{self.stage}: {len(self.train_dataloader.dataset)} pairs are fewer than --train.batch_size "
-                f"{self.strategy.train_batch_size}, so that no optimiser step would be taken: lower --train.batch_size"
-            )
-        total = self.epochs * micro_steps // accumulation
+        micro_steps = len(self.train_dataloader)  # of an epoch, per rank
+        step = consumed_samples // self.strategy.train_batch_size
+        first_epoch, skipped = divmod(step * accumulation, micro_steps)
         device = next(self.model.parameters()).device
         records: list[Tensor] = []
-        progress = tqdm(total=total, desc=f"{self.stage}: train", unit="step", disable=not self.strategy.is_rank_0())
+        progress = tqdm(
+            total=self.epochs * micro_steps // accumulation,
+            initial=step,
+            desc=f"{self.stage}: train",
+            unit="step",
+            disable=not self.strategy.is_rank_0(),
+        )
         self.model.train()
-        micro_step = 0
-        for epoch in range(self.epochs):
+        for epoch in range(first_epoch, self.epochs):
             if isinstance(self.train_dataloader.sampler, DistributedSampler):
-                self.train_dataloader.sampler.set_epoch(epoch)
+                done = skipped * self.strategy.micro_train_batch_size * self.strategy.world_size
+                self.train_dataloader.sampler.set_epoch(epoch, consumed_samples=done if epoch == first_epoch else 0)
             for batch in self.train_dataloader:
                 records.append(self._micro_step(batch, device))
-                micro_step += 1
-                if micro_step % accumulation == 0:
-                    self._finish_step(micro_step // accumulation, records, progress)
+                if len(records) == accumulation:
+                    step += 1
+                    self._finish_step(step, records, progress)
+                    self._save_checkpoint(step)
                     records = []
         progress.close()
+
+    def restore(self) -> int:
+        """Take up the latest checkpoint, if there is one; returns the samples that it has consumed. Collective."""
+        if self.checkpoints is None or not (self.checkpoints / "latest").exists():
+            return 0
+        _, state = self.strategy.load_ckpt(self.model.model, str(self.checkpoints))
+        self.algorithm.load_state_dict(state["algorithm"])
+        self.tokens_trained = state["tokens_trained"]
+        return state["consumed_samples"]
+
+    def _save_checkpoint(self, step: int) -> None:
+        every = self.args.ckpt.save_steps
+        if self.checkpoints is None or every < 1 or step % every:
+            return
+        state = {
+            "consumed_samples": step * self.strategy.train_batch_size,
+            "tokens_trained": self.tokens_trained,
+            "algorithm": self.algorithm.state_dict(),
+        }
+        limits = self.args.ckpt
+        self.strategy.save_ckpt(
+            self.model.model, str(self.checkpoints), f"step_{step}", limits.max_num, limits.max_mem, state
+        )
 
     def _micro_step(self, batch: MicroBatch, device: torch.device) -> Tensor:
         """Forward, backward, and the optimiser at an accumulation boundary. Returns (batch, 6), detached."""

@@ -46,6 +46,11 @@ def batch(margins, index=None):
     return PairBatch(margins / BETA, none, none, none, index)
 
 
+def close(expected):
+    """Equal to rounding: torch may add up the same numbers in another order."""
+    return pytest.approx(expected, rel=0, abs=1e-12)
+
+
 def follower(options):
     """The arguments of solve_worst_case that these settings ask for."""
     settings = SGPOSettings(**options)
@@ -65,19 +70,19 @@ def split(count, size):
 # Radius 0 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("leader", ["danskin", "transport", "released"])
+@pytest.mark.parametrize(
+    ("space", "leader"),
+    [("margin", "danskin"), ("margin", "transport"), ("probability", "danskin"), ("probability", "released")],
+)
 @pytest.mark.parametrize("group_size", [0, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("space", ["margin", "probability"])
 def test_radius_0_is_dpo_to_the_last_bit(space, dtype, group_size, leader):
-    needed = {"transport": "margin", "released": "probability"}
-    if needed.get(leader, space) != space:
-        pytest.skip(f"{leader} has no {space} space")
     algorithm = sgpo(space=space, radius=0.0, leader=leader, group_size=group_size)
     certificate = algorithm.begin_stage(draw(10, dtype=dtype))
     margins = draw(10, seed=1, dtype=dtype)
     assert torch.equal(algorithm.loss(batch(margins)), dpo_loss(margins))
-    assert certificate["value"] == certificate["empirical"] == certificate["bound"]
+    for name in ("value", "dual_value", "bound"):
+        assert certificate[name] == close(certificate["empirical"])
     assert certificate["threshold"] is None and certificate["fraction_moved"] == 0
     json.dumps(certificate, allow_nan=False)
 
@@ -102,7 +107,7 @@ def test_certificate(options, group_size):
     certificate = sgpo(**options, group_size=group_size).begin_stage(margins)
     assert certificate["empirical"] < certificate["value"] <= certificate["bound"] + 1e-12
     assert abs(certificate["gap"]) < 1e-12
-    assert certificate["dual_value"] == pytest.approx(certificate["value"], abs=1e-12)
+    assert certificate["dual_value"] == close(certificate["value"])
     assert certificate["budget_used"] == pytest.approx(1.0)
     assert 0 < certificate["fraction_moved"] < 1
     assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
@@ -112,7 +117,7 @@ def test_certificate(options, group_size):
     solved = [(len(group), solve_worst_case(margins[group], **follower(options))) for group in groups]
     for name in ("value", "empirical", "bound", "slope", "edge", "threshold", "fraction_moved"):
         expected = sum(size * getattr(worst, name) for size, worst in solved) / 25
-        assert certificate[name] == pytest.approx(expected, abs=1e-12), name
+        assert certificate[name] == close(expected), name
 
 
 @pytest.mark.parametrize("group_size", [0, 7])
@@ -123,7 +128,7 @@ def test_what_the_leader_minimises_is_the_value(options, group_size):
     algorithm = sgpo(**options, group_size=group_size)
     certificate = algorithm.begin_stage(margins)
     mean = float(algorithm.loss(batch(margins)).mean())
-    assert certificate["slope"] * options["radius"] + mean == pytest.approx(certificate["value"], abs=1e-12)
+    assert certificate["slope"] * options["radius"] + mean == close(certificate["value"])
 
 
 @pytest.mark.parametrize("options", FOLLOWERS)
@@ -171,8 +176,8 @@ def test_bad_pairs_get_one_weight_and_a_changed_policy_keeps_it():
 def test_one_group_of_all_pairs_is_no_groups(leader, group_size):
     margins, later = draw(20), draw(20, seed=1)
     one, all_at_once = (sgpo(**MARGIN, leader=leader, group_size=size) for size in (group_size, 0))
-    assert one.begin_stage(margins) == all_at_once.begin_stage(margins)
-    assert torch.equal(one.loss(batch(later)), all_at_once.loss(batch(later)))
+    assert one.begin_stage(margins) == close(all_at_once.begin_stage(margins))
+    assert torch.allclose(one.loss(batch(later)), all_at_once.loss(batch(later)), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("options", FOLLOWERS)
@@ -207,14 +212,9 @@ def test_groups_in_single_precision():
 # Transport and released -----------------------------------------------------------------------------------------------
 
 
-UNEQUAL_COLUMNS = pytest.mark.xfail(
-    raises=RuntimeError, strict=True, reason="groups of unequal size have programs of unequal width (pieces 0)"
-)
-
-
 @pytest.mark.parametrize(
     ("solver", "group_size"),
-    [("exact", 0), ("exact", 4), ("program", 0), ("program", 5), pytest.param("program", 4, marks=UNEQUAL_COLUMNS)],
+    [("exact", 0), ("exact", 4), ("program", 0), ("program", 5), ("program", 4)],
 )
 def test_transport_attains_the_worst_case(solver, group_size):
     if solver == "program":
@@ -231,7 +231,7 @@ def test_transport_attains_the_worst_case(solver, group_size):
     (gradient,) = torch.autograd.grad(whole.sum(), later)
     assert bool((gradient < 0).all())
     index = torch.tensor([7, 2, 9])
-    assert torch.equal(algorithm.loss(batch(later[index], index)), whole[index])
+    assert torch.allclose(algorithm.loss(batch(later[index], index)), whole[index], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("leader", ["transport", "released"])
@@ -278,12 +278,12 @@ def test_slsqp():
     assert float(answer.displacement.abs().max()) > 0  # the attack took place
     later = draw(6, seed=1).requires_grad_()
     loss = algorithm.loss(batch(later))
-    assert torch.equal(loss, released_loss(later, answer.s, answer.displacement))
+    assert torch.allclose(loss, released_loss(later, answer.s, answer.displacement), rtol=0, atol=1e-12)
     (gradient,) = torch.autograd.grad(loss.sum(), later)
     assert gradient.isfinite().all() and (gradient <= 0).all() and gradient.any()
     # The certificate is that of the exact answer.
     keywords = {"space": "probability", "radius": 0.02, "pieces": 2}
-    assert certificate["value"] == solve_worst_case(margins, **keywords).value
+    assert certificate["value"] == close(solve_worst_case(margins, **keywords).value)
 
 
 # Refresh --------------------------------------------------------------------------------------------------------------
@@ -301,16 +301,17 @@ def test_refresh_answers_the_latest_margins(options, group_size):
     for refresh in (1, 2):
         for step in steps[3 * refresh - 3 : 3 * refresh - 1]:
             assert algorithm.after_step(step) == {}
-            assert torch.equal(algorithm.loss(pairs), before)
+            assert torch.allclose(algorithm.loss(pairs), before, rtol=0, atol=1e-12)
         metrics = algorithm.after_step(steps[3 * refresh - 1].clone().requires_grad_())
         window = torch.cat([start, *steps[: 3 * refresh]])[-20:]
         worst = solve_worst_case(window, **follower(options))
         after = algorithm.loss(pairs)
-        assert torch.equal(after, worst.robust_loss(later)) and not torch.equal(after, before)
+        assert torch.allclose(after, worst.robust_loss(later), rtol=0, atol=1e-12)
+        assert float((after - before).abs().max()) > 1e-6
         before = after
         assert metrics["sgpo/pairs"] == 20 and metrics["sgpo/groups"] == 1
         for name in ("value", "empirical", "bound", "slope", "edge", "threshold", "gap"):
-            assert metrics[f"sgpo/{name}"] == getattr(worst, name)
+            assert metrics[f"sgpo/{name}"] == close(getattr(worst, name))
         assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in metrics.values())
 
 
@@ -320,7 +321,7 @@ def test_refresh_window_keeps_the_latest_of_a_long_start():
     algorithm.begin_stage(start)
     metrics = algorithm.after_step(step)
     worst = solve_worst_case(torch.cat([start[-8:], step]), **follower(MARGIN))
-    assert (metrics["sgpo/pairs"], metrics["sgpo/value"]) == (10, worst.value)
+    assert (metrics["sgpo/pairs"], metrics["sgpo/value"]) == (10, close(worst.value))
 
 
 def test_a_buffer_that_the_caller_reuses_does_no_harm():
@@ -330,7 +331,7 @@ def test_a_buffer_that_the_caller_reuses_does_no_harm():
     expected = solve_worst_case(torch.cat([start, buffer, draw(4, seed=2)]), **follower(MARGIN)).value
     algorithm.after_step(buffer)
     buffer.fill_(5.0)
-    assert algorithm.after_step(draw(4, seed=2))["sgpo/value"] == expected
+    assert algorithm.after_step(draw(4, seed=2))["sgpo/value"] == close(expected)
 
 
 @pytest.mark.parametrize("options", [{**MARGIN, "refresh_steps": 0}, {"radius": 0.0, "refresh_steps": 1}])
@@ -340,7 +341,7 @@ def test_without_refresh_the_answer_stays(options):
     before = algorithm.loss(batch(draw(8, seed=1)))
     for seed in range(3):
         assert algorithm.after_step(draw(8, seed=seed) - 3) == {}
-    assert torch.equal(algorithm.loss(batch(draw(8, seed=1))), before)
+    assert torch.allclose(algorithm.loss(batch(draw(8, seed=1))), before, rtol=0, atol=1e-12)
 
 
 def test_next_stage_starts_from_its_own_margins():
@@ -348,9 +349,9 @@ def test_next_stage_starts_from_its_own_margins():
     for seed in (0, 1):
         margins, step = draw(8, seed), draw(4, seed + 2)
         certificate = algorithm.begin_stage(margins)
-        assert certificate["value"] == solve_worst_case(margins, **follower(MARGIN)).value
+        assert certificate["value"] == close(solve_worst_case(margins, **follower(MARGIN)).value)
         expected = solve_worst_case(torch.cat([margins, step]), **follower(MARGIN)).value
-        assert algorithm.after_step(step)["sgpo/value"] == expected
+        assert algorithm.after_step(step)["sgpo/value"] == close(expected)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

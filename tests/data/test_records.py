@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
@@ -247,6 +247,7 @@ PAIRS = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(PAIRS, min_size=1, max_size=3))
 def test_written_pairs_read_back_equal(pairs):
+    assume(len({pair.id for pair in pairs}) == len(pairs))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         write_jsonl(path, [pair.to_row() for pair in pairs])
@@ -273,3 +274,20 @@ def test_written_rows_have_the_conversational_shape_and_datasets_reads_them(tmp_
             assert read[column] == row[column]
         # Tables of older versions fill absent keys with null.
         assert {key: value for key, value in read["scores"].items() if value is not None} == row["scores"]
+
+
+def test_repeated_ids_are_made_distinct(tmp_path):
+    """Prompts and responses are joined by id: a repeated id would give an answer to another question."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": "same", "prompt": text}) + "\n" for text in ("a", "b", "c")))
+    prompts = load_prompts(str(path))
+    assert len({prompt.id for prompt in prompts}) == 3
+    assert [prompt.messages[0]["content"] for prompt in prompts] == ["a", "b", "c"]
+
+
+def test_a_context_that_is_not_the_prompt_is_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    talk = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "a"}]
+    path.write_text(json.dumps({"prompt": "question", "chosen": talk, "rejected": "b"}) + "\n")
+    with pytest.raises(DataError, match="column 'chosen' before the response are not those of column 'prompt'"):
+        load_pairs(str(path))

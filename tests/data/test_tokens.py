@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo.data import Pair
@@ -40,7 +40,7 @@ def conversation_tokens(tokenizer, messages, text):
     return tuple(tokenizer(upto, add_special_tokens=False)["input_ids"])
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None)
 @given(messages=st.sampled_from([QUESTION, TALK]), text=st.text(min_size=1).filter(lambda text: "<|" not in text))
 def test_prompt_and_response_are_the_rendered_conversation(tokenizer, chat, messages, text):
     prompt, response = chat.prompt(messages), chat.response(text, truncated=False, room=PLENTY)
