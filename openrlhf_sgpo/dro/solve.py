@@ -190,11 +190,8 @@ def solve_worst_case(
     at_edge = loss_value(values.new_full((), edge), space=space, pieces=pieces, window=instance.window)
     cost = values - edge if instance.price is None else instance.price * (values - edge)
     if instance.radius == 0.0:
-        moved, slope, threshold = (
-            torch.zeros_like(values),
-            lipschitz(space, pieces) / instance.smallest_price,
-            -math.inf,
-        )
+        moved, threshold = torch.zeros_like(values), -math.inf
+        slope = lipschitz(space, pieces) / instance.smallest_price
     else:
         moved, slope, threshold = _knapsack(instance, cost)
     sums = torch.stack(
