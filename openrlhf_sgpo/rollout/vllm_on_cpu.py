@@ -9,6 +9,8 @@ PLAIN_WEIGHTS = "OPENRLHF_SGPO_PLAIN_WEIGHTS"
 
 CPU_ENVIRONMENT = {
     PLAIN_WEIGHTS: "1",
+    # Otherwise a CPU engine gets a worker process of its own, and both poll for each other while the policy trains.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCHDYNAMO_DISABLE": "1",  # compiling for a CPU takes longer than small runs do
     "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
 }
