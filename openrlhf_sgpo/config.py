@@ -10,6 +10,7 @@ from __future__ import annotations
 import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -40,7 +41,6 @@ class ModelSettings:
 @dataclass
 class RefSettings:
     model_name_or_path: str = setting("", "initial reference (default: the policy to start from)")
-    offload: bool = setting(False, "keep the reference's parameters on the CPU between uses")
 
 
 @dataclass
@@ -190,7 +190,9 @@ class Config:
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     vllm: VllmSettings = field(default_factory=VllmSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
-    lr_scheduler: str = setting("cosine_with_min_lr", "learning-rate schedule, by its transformers name")
+    lr_scheduler: Literal[
+        "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = setting("cosine_with_min_lr", "learning-rate schedule, by its transformers name")
     lr_warmup_ratio: float = setting(0.1, "share of the steps that warm up")
     min_lr_ratio: float = setting(0.1, "final learning rate over peak (cosine_with_min_lr only)")
     max_norm: float = setting(1.0, "gradient norm at which gradients are clipped")
@@ -284,6 +286,12 @@ def check(
             f"--ds.packing_samples: does not work with --ds.attn_implementation {ds.attn_implementation}; "
             "use flash_attention_2, or leave packing off"
         )
+    elif ds.packing_samples and find_spec("flash_attn") is None:
+        problems.append("--ds.packing_samples: needs the package flash_attn, which is not installed")
+    if "flash_attention" in ds.attn_implementation and ds.param_dtype == "fp32":
+        problems.append(
+            f"--ds.param_dtype: {ds.attn_implementation} does not work in fp32; use bf16, or --ds.attn_implementation sdpa"
+        )
     if ds.packing_samples and train.layout == "shared_prefix":
         problems.append("--ds.packing_samples: does not work with --train.layout shared_prefix; use one of the two")
     if algorithm.needs.rounds:
@@ -343,7 +351,12 @@ def _check_unread(config: Config, algorithm: type[algorithms.Algorithm], given: 
     A file may state a default, for a dumped configuration states all of them.
     """
     if algorithm.needs.rounds:
-        return []
+        unread = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}[config.rollout.engine]
+        return [
+            f"--{name}: --rollout.engine {config.rollout.engine} would not read it ({origin}); leave it out"
+            for name, origin in given.items()
+            if name.startswith(unread) and origin == flags.COMMAND_LINE
+        ]
     default = Config()
     return [
         f"--{name}: --algo {algorithm.name} has no rounds and would not read it ({origin}); leave it out"

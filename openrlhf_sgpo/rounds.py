@@ -20,16 +20,16 @@ from torch import distributed
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from openrlhf_sgpo import flags
+from openrlhf_sgpo import flags, ranks
 from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.data.records import Pair, Prompt, load_pairs, load_prompts
+from openrlhf_sgpo.data.records import Pair, Prompt, fingerprint, load_pairs, load_prompts
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
 from openrlhf_sgpo.openrlhf import build_strategy
-from openrlhf_sgpo.oracle.implicit import best_and_worst, implicit_rewards
-from openrlhf_sgpo.rollout import Rollout, start_rollout
+from openrlhf_sgpo.oracle.implicit import implicit_rewards, rank
+from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.run_folder import (
     Ledger,
     Metrics,
@@ -42,6 +42,7 @@ from openrlhf_sgpo.run_folder import (
 )
 from openrlhf_sgpo.table import results_table
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
+from openrlhf_sgpo.training.log_probs import check_layout
 from openrlhf_sgpo.training.probe import check_weights_arrived
 from openrlhf_sgpo.training.scoring import Scorer
 from openrlhf_sgpo.training.stage import train_stage
@@ -63,10 +64,11 @@ class Run:
         self.held_out = (
             load_pairs(config.eval.dataset, config.eval.split, config.eval.max_samples) if config.eval.dataset else []
         )
-        self.prompts = (
-            load_prompts(config.data.prompt_dataset, config.data.prompt_split) if algorithm.needs.rounds else []
-        )
-        self.prompt_counts = _prompt_counts(config, len(self.prompts)) if algorithm.needs.rounds else []
+        samples = algorithm.needs.rounds and config.rounds.count > 0
+        self.prompts = load_prompts(config.data.prompt_dataset, config.data.prompt_split) if samples else []
+        self.prompt_counts = _prompt_counts(config, len(self.prompts)) if samples else []
+        if samples:
+            check_rollout(config)
         self.tokenizer = AutoTokenizer.from_pretrained(
             config.model.model_name_or_path, trust_remote_code=config.model.trust_remote_code
         )
@@ -76,6 +78,7 @@ class Run:
         longest = getattr(model, "max_position_embeddings", config.data.max_len)
         if config.data.max_len > longest:
             raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
+        check_layout(config, model.get_text_config())
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.chat = ChatFormat(self.tokenizer, config.data.max_len)
@@ -85,13 +88,21 @@ class Run:
         self.strategy = build_strategy(config)
         self.writes = self.strategy.is_rank_0()
         if self.writes:
-            self.folder.prepare(flags.dump(resolved), config.resume)
-        distributed.barrier()
+            data: dict[str, Any] = {
+                "--data.dataset": self.human,
+                "--data.prompt_dataset": self.prompts,
+                "--eval.dataset": self.held_out,
+            }
+            self.folder.prepare(
+                flags.dump(resolved), config.resume, {name: fingerprint(rows) for name, rows in data.items()}
+            )
+        ranks.barrier()
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
         self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
         self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
         self.rollout: Rollout | None = None
         self._last_probe: list[float] | None = None
+        self._noise: float | None = None
         self._shuffled: list[Prompt] | None = None
 
     # The loop -------------------------------------------------------------------------------------------------------
@@ -100,9 +111,13 @@ class Run:
         """All stages that are not finished yet; returns the rows of the results table, start first."""
         try:
             rows = [self._evaluate("start", self.config.model.model_name_or_path, self.folder.path / "initial")]
+            # How far engine and trainer are apart on the same weights, before there is anything to sync.
+            self._noise = rows[0].get("probe", {}).get("engine_to_trainer")
             for number in range(1 + len(self.prompt_counts)):
                 if number == 0:
                     self._seed_pairs()
+                    if self.prompt_counts:
+                        self._round_prompts(1)  # too few prompts must not show only after the seed stage
                 else:
                     self._generate(number)
                     self._annotate(number)
@@ -198,24 +213,10 @@ class Run:
             label = f"round {number}: score"
             policy = self.scorer.score(self._policy_before(number), groups, f"{label}, policy")
             reference = self.scorer.score(self._judge_reference(number), groups, f"{label}, reference")
-        pairs = []
-        for row, log_probs, reference_log_probs in zip(rows, policy, reference, strict=True):
-            rewards = implicit_rewards(log_probs, reference_log_probs, self.config.model.beta)
-            best, worst = best_and_worst(rewards)
-            chosen, rejected = row["responses"][best], row["responses"][worst]
-            pairs.append(
-                Pair(
-                    id=f"round_{number}/{row['id']}",
-                    prompt=prompts[row["id"]].messages,
-                    chosen=chosen["text"],
-                    rejected=rejected["text"],
-                    source="implicit",
-                    round=number,
-                    chosen_truncated=chosen["truncated"],
-                    rejected_truncated=rejected["truncated"],
-                    scores={"chosen": rewards[best], "rejected": rewards[worst]},
-                )
-            )
+        pairs = [
+            rank(prompts[row["id"]], row["responses"], implicit_rewards(*log_probs, self.config.model.beta), number)
+            for row, *log_probs in zip(rows, policy, reference, strict=True)
+        ]
         facts = {"judge_reference": self._name(self._judge_reference(number)), "prompts_without_two_answers": skipped}
         self._write_pairs(number, pairs, facts)
 
@@ -246,8 +247,7 @@ class Run:
             if not is_seed:
                 policy = self.scorer.score(start, groups, f"{label}: policy")
                 margins = self._margins(policy, reference).float()
-                device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-                certificate = algorithm.begin_stage(margins.to(device))
+                certificate = algorithm.begin_stage(margins, seed=config.train.seed + number)
             if certificate and self.writes:
                 write_json(certificate_path, certificate | {"margins": margins.tolist()})
         if start != config.ref.model_name_or_path:
@@ -289,7 +289,7 @@ class Run:
         Also the moment at which the engines take over a new policy, and at which it is proved that they did.
         """
         result_path = path / "evaluation.json"
-        if self._from_rank_0(result_path.exists()):
+        if ranks.from_rank_0(result_path.exists()):
             return read_json(result_path)
         row: dict[str, Any] = {"name": name}
         groups = self.held_out_groups
@@ -305,10 +305,10 @@ class Run:
                 row |= {"accuracy": accuracy.item(), "margin": margins.mean().item(), "pairs": len(groups)}
             if self.prompt_counts:
                 engine = self._engine(policy)
-                probes = (groups or self._tokenize(self.human[:PROBES])[1])[:PROBES]
+                probes = self._probes()
                 log_probs = [one[0] for one in self.scorer.score(policy, probes, f"{name}: probe")]
                 row["probe"] = check_weights_arrived(
-                    engine, probes, log_probs, self._last_probe, self.config.ds.param_dtype
+                    engine, probes, log_probs, self._last_probe, self.config.ds.param_dtype, self._noise
                 )
                 self._last_probe = log_probs
             if self.prompt_counts and groups:
@@ -320,7 +320,7 @@ class Run:
                 cost["tokens_generated"] = sum(one.tokens for (one,) in samples)
         if self.writes:
             write_json(result_path, row)
-        distributed.barrier()
+        ranks.barrier()
         return row
 
     # What a stage works with ----------------------------------------------------------------------------------------
@@ -345,6 +345,14 @@ class Run:
             self.prompt_counts = _prompt_counts(self.config, len(self._shuffled))
         first = sum(self.prompt_counts[: number - 1])
         return self._shuffled[first : first + self.prompt_counts[number - 1]]
+
+    def _probes(self) -> list[Group]:
+        """Fixed texts for the weight probe; an engine wants room for one more token."""
+        longest = self.config.data.max_len - 1
+        candidates = self.held_out_groups or self._tokenize(self.human)[1]
+        return [
+            Group(group.prompt, (group.responses[0][: longest - len(group.prompt)],)) for group in candidates[:PROBES]
+        ]
 
     def _engine(self, policy: str) -> Rollout:
         if self.rollout is None:
@@ -373,19 +381,13 @@ class Run:
     def _read_pairs(self, number: int) -> list[Pair]:
         return load_pairs(str(self.folder.round(number) / "pairs.jsonl"))
 
-    def _from_rank_0(self, value: Any) -> Any:
-        """Rank 0's value on every rank: what is on disk is for one rank to say, or ranks could part ways."""
-        box = [value]
-        distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
     def _finished(self, number: int, stage: str) -> bool:
-        return self._from_rank_0(self.folder.finished(number, stage))
+        return ranks.from_rank_0(self.folder.finished(number, stage))
 
     def _finish(self, number: int, stage: str, facts: dict[str, Any]) -> None:
         if self.writes:
             self.folder.finish(number, stage, facts)
-        distributed.barrier()
+        ranks.barrier()
 
     @contextmanager
     def _counting(self, cost: dict[str, float]) -> Iterator[None]:

@@ -1,6 +1,6 @@
 """A run on disk: what each stage leaves, what it cost, and what is finished.
 
-    resolved_config.yaml   metrics.jsonl   ledger.json   table.txt
+    resolved_config.yaml   metrics.jsonl   ledger.json   table.txt   log_probs/
     initial/evaluation.json
     round_K/   prompts.jsonl responses.jsonl pairs.jsonl worst_case.json policy/ evaluation.json manifest.json
 
@@ -68,10 +68,11 @@ class RunFolder:
     def __init__(self, path: str):
         self.path = Path(path).absolute()
 
-    def prepare(self, resolved_config: str, resume: bool) -> None:
+    def prepare(self, resolved_config: str, resume: bool, data: dict[str, str] | None = None) -> None:
         """Create the run folder, or take up the one that is there.
 
-        Raises ValueError if it holds a run and ``resume`` is off, or if ``resume`` is on and its configuration differs.
+        data: a hash of each data set that was read. Raises ValueError if the folder holds a run and ``resume`` is off, or if
+        ``resume`` is on and the configuration or the data differ from that run's.
         """
         stored = self.path / "resolved_config.yaml"
         if not stored.exists():
@@ -86,6 +87,12 @@ class RunFolder:
             if changed:
                 listed = "\n  ".join(f"--{key}: was {old!r}, now {new!r}" for key, (old, new) in changed.items())
                 raise ValueError(f"--resume with another configuration than the run in {self.path} has:\n  {listed}")
+            known = read_json(self.path / "data.json") if data else {}
+            other = [name for name, digest in (data or {}).items() if known.get(name, digest) != digest]
+            if other:
+                raise ValueError(f"--resume, but {' and '.join(other)} changed since the run in {self.path} began")
+        if data:
+            write_json(self.path / "data.json", data)
         write_text(stored, resolved_config)
 
     def round(self, number: int) -> Path:
@@ -130,6 +137,9 @@ class Ledger:
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, float]]:
         entry: dict[str, float] = {}
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         yield entry
         entry["seconds"] = round(time.perf_counter() - start, 2)

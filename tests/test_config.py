@@ -98,6 +98,7 @@ def test_every_field_survives_the_round_trip(tmp_path):
         "padded": "shared_prefix",
         "bf16": "fp16",
         "vllm": "hf",
+        "cosine_with_min_lr": "linear",
     }
     argv, names = [], every_flag(default)
     assert len(names) > 60
@@ -142,7 +143,7 @@ def test_required_settings():
     ("argv", "message"),
     [
         ("--train.batch_size 0", "--train.batch_size: 0 is out of range, use at least 1"),
-        ("--rollout.batch_size -2", "--rollout.batch_size: -2 is out of range, use at least 1"),
+        ("--rollout.engine hf --rollout.batch_size -2", "--rollout.batch_size: -2 is out of range, use at least 1"),
         ("--seed.size -1", "--seed.size: -1 is out of range, use at least 0"),
         ("--ds.lora.rank -1", "--ds.lora.rank: -1 is out of range, use at least 0"),
         ("--ds.lora.dropout 1", "--ds.lora.dropout: 1.0 is out of range, use 0 or more, less than 1"),

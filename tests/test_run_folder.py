@@ -344,3 +344,11 @@ def test_tensorboard_counts_over_all_stages(tmp_path):
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/pairs"}
     # Of steps 1 to 6 of the run, the second of each stage.
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 0.25), (5, 1.25)]
+
+
+def test_resume_with_other_data_is_refused(tmp_path):
+    run = RunFolder(str(tmp_path / "run"))
+    run.prepare("algo: dpo\n", resume=False, data={"--data.dataset": "a", "--eval.dataset": "b"})
+    run.prepare("algo: dpo\n", resume=True, data={"--data.dataset": "a", "--eval.dataset": "b"})
+    with pytest.raises(ValueError, match="--data.dataset changed since the run"):
+        run.prepare("algo: dpo\n", resume=True, data={"--data.dataset": "other", "--eval.dataset": "b"})

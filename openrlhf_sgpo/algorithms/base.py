@@ -31,7 +31,7 @@ class PairBatch:
     """Log-probabilities of one micro-batch of pairs, all of shape (batch,), summed over response tokens.
 
     index: position of each pair among the pairs given to ``begin_stage``, so that an algorithm can look up what it
-    stored per pair; None where the data loader is not the package's own.
+    stored per pair, on the CPU; None where the data loader is not the package's own.
     """
 
     policy_chosen: Tensor
@@ -73,9 +73,10 @@ class Algorithm:
         """Problems with a combination of settings, each naming its flag; empty when all is well. Needs no torch."""
         return []
 
-    def begin_stage(self, margins: Tensor) -> dict[str, Any]:
-        """Called once before a round's training with the margins of all its pairs, shape (N,), under the reference and
-        beta of the loss. Returns what to store as the round's certificate (JSON-serialisable), empty if there is none."""
+    def begin_stage(self, margins: Tensor, seed: int = 0) -> dict[str, Any]:
+        """Called once before a round's training with the margins of all its pairs, shape (N,) on the CPU, under the
+        reference and beta of the loss; ``seed`` decides what is random. Returns what to store as the round's certificate
+        (JSON-serialisable), empty if there is none."""
         return {}
 
     def loss(self, batch: PairBatch) -> Tensor:

@@ -102,7 +102,7 @@ class SGPO(Algorithm):
         self._recent: Tensor | None = None
         self._steps = 0
 
-    def begin_stage(self, margins: Tensor) -> dict[str, Any]:
+    def begin_stage(self, margins: Tensor, seed: int = 0) -> dict[str, Any]:
         """Solve the follower on all margins, shape (N,), group by group; returns the certificate.
 
         Raises SaturatedBallError if a group's ball moves everything, ValueError for margins that are not finite.
@@ -110,7 +110,7 @@ class SGPO(Algorithm):
         import torch
 
         size = self.options.group_size or len(margins)
-        order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(0)).to(margins.device)
+        order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(seed))
         groups = list(order.split(size)) if size < len(margins) else [slice(None)]
         solutions = [self._solve(margins[group]) for group in groups]
         self._recent = margins.detach()[-self.options.refresh_window :]
@@ -133,7 +133,8 @@ class SGPO(Algorithm):
                 "this follower's answer differs from pair to pair, so the batch must say which pairs it holds"
             )
         answer = {
-            name: value[batch.index] if getattr(value, "ndim", 0) else value for name, value in self._answer.items()
+            name: value[batch.index].to(margins.device) if getattr(value, "ndim", 0) else value
+            for name, value in self._answer.items()
         }
         if self.options.leader == "danskin":
             return danskin_loss(
@@ -153,7 +154,8 @@ class SGPO(Algorithm):
 
         if not (self.options.refresh_steps and self.options.radius):
             return {}
-        recent = margins.detach() if self._recent is None else torch.cat([self._recent, margins.detach()])
+        latest = margins.detach().cpu()  # the follower costs milliseconds there, and a checkpoint comes back there
+        recent = latest if self._recent is None else torch.cat([self._recent, latest])
         self._recent = recent[-self.options.refresh_window :]
         self._steps += 1
         if self._steps % self.options.refresh_steps:

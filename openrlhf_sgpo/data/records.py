@@ -8,8 +8,10 @@ message. Written rows are conversational (message lists) and carry further colum
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,6 +149,10 @@ def _rows(source: str, split: str) -> Iterable[tuple[str, Any]]:
     return ((f"{source}, row {number}", dict(row)) for number, row in enumerate(table))
 
 
+def _is_local_text(source: str) -> bool:
+    return bool({".jsonl", ".json"} & set(Path(source).suffixes))
+
+
 def _load(source: str, split: str, limit: int, parse: Callable[[dict[str, Any], str], Record]) -> list[Record]:
     records: list[Record] = []
     problems: list[str] = []
@@ -166,7 +172,11 @@ def _load(source: str, split: str, limit: int, parse: Callable[[dict[str, Any], 
             records.append(record)
         except DataError as error:
             problems.append(f"{where}: {error}")
-    if problems:
+    if problems and not _is_local_text(source):
+        # Nobody can mend a published dataset: its bad rows are left out, and said to be.
+        shown = "\n  ".join(problems[:3])
+        print(f"{source}: left out {len(problems)} unusable rows, such as\n  {shown}", file=sys.stderr)
+    elif problems:
         listed = "\n  ".join(problems)
         raise DataError(f"{len(problems)} unusable rows (correct or remove them):\n  {listed}")
     if not records:
@@ -174,10 +184,16 @@ def _load(source: str, split: str, limit: int, parse: Callable[[dict[str, Any], 
     return records
 
 
+def fingerprint(records: Sequence[Pair] | Sequence[Prompt]) -> str:
+    """A hash of the records' contents and order."""
+    return hashlib.blake2b(repr([asdict(record) for record in records]).encode(), digest_size=16).hexdigest()
+
+
 def load_pairs(source: str, split: str = "train", limit: int = 0) -> list[Pair]:
     """Preference pairs of a JSONL (also .gz), JSON or Parquet file, or of a hub dataset; at most ``limit`` unless 0.
 
-    Raises DataError listing every unusable row read, or if there is no row at all.
+    Unusable rows of JSON files raise a DataError that lists them all; those of Parquet files and hub datasets are left out
+    with a message. Raises DataError if there is no usable row.
     """
     return _load(source, split, limit, _pair)
 

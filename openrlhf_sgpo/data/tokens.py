@@ -44,6 +44,10 @@ class ChatFormat:
         marker = "response"
         rendered = self._render(opening + [{"role": "assistant", "content": marker}], generation_prompt=False)
         ending = rendered[rendered.rindex(marker) + len(marker) :].strip()
+        # Responses are tokenized behind what the template puts before them: alone, some tokenizers (SentencePiece's)
+        # would begin each with a space that the policy never sampled.
+        self._anchor = self._render(opening).removeprefix(self._render(opening, generation_prompt=False))
+        self._anchor_ids = self._encode(self._anchor)
         self.end_of_turn: tuple[int, ...] = tuple(self._encode(ending)) or (tokenizer.eos_token_id,)
 
     def _render(self, messages: Messages, generation_prompt: bool = True) -> str:
@@ -60,8 +64,9 @@ class ChatFormat:
 
     def response(self, text: str, truncated: bool, room: int) -> tuple[int, ...]:
         """Tokens of a response, cut to ``room`` tokens."""
-        ids = tuple(self._encode(text)) + (() if truncated else self.end_of_turn)
-        return ids[:room]
+        both, length = self._encode(self._anchor + text), len(self._anchor_ids)
+        ids = both[length:] if both[:length] == self._anchor_ids else self._encode(text)
+        return (tuple(ids) + (() if truncated else self.end_of_turn))[:room]
 
     def fits(self, prompt: tuple[int, ...]) -> bool:
         """Whether at least two response tokens fit behind the prompt."""

@@ -13,7 +13,8 @@ from openrlhf.models import Actor
 from openrlhf.models.actor import _patch_zero3_weight_mapping
 from openrlhf.models.utils import set_z3_leaf_modules
 from openrlhf.utils.deepspeed import DeepspeedStrategy
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -27,8 +28,7 @@ def load_actor(folder: str, config: Config, strategy: DeepspeedStrategy, *, trai
 
     trainable: with gradient checkpointing and LoRA adapters as configured; otherwise a plain frozen model.
     """
-    offload = config.ref.offload and not trainable
-    ds_config = strategy.get_ds_train_config() if trainable else strategy.get_ds_eval_config(offload=offload)
+    ds_config = strategy.get_ds_train_config() if trainable else strategy.get_ds_eval_config()
     # Alive while from_pretrained runs, it makes transformers load a ZeRO-3 model in shards.
     zero3 = HfDeepSpeedConfig(ds_config) if config.ds.zero_stage == 3 else None
     if zero3:
@@ -58,7 +58,6 @@ def load_actor(folder: str, config: Config, strategy: DeepspeedStrategy, *, trai
     # What the Actor sets itself only when it loads the model from a path.
     actor.packing_samples = config.ds.packing_samples
     actor.is_vlm = False
-    actor._offload = offload
     if trainable and config.model.gradient_checkpointing_enable:
         actor.gradient_checkpointing_enable({"use_reentrant": False})
     if not trainable:
@@ -66,9 +65,8 @@ def load_actor(folder: str, config: Config, strategy: DeepspeedStrategy, *, trai
     return actor
 
 
-def _merged_state(actor: Actor, model: PeftModel) -> dict[str, torch.Tensor]:
-    """The base model's state with W + (alpha / rank) B A in place of each adapted W; works on ZeRO-3's gathered state."""
-    state = actor.model._consolidated_16bit_state_dict() if model_is_sharded(actor) else model.state_dict()
+def _merged_state(state: dict[str, torch.Tensor], model: PeftModel) -> dict[str, torch.Tensor]:
+    """The base model's state with W + (alpha / rank) B A in place of each adapted W."""
     scaling = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
     prefix = "base_model.model."
     merged = {}
@@ -85,28 +83,27 @@ def _merged_state(actor: Actor, model: PeftModel) -> dict[str, torch.Tensor]:
     return merged
 
 
-def model_is_sharded(actor: Actor) -> bool:
-    return actor.model.zero_optimization_stage() == 3
-
-
 def save_policy(actor: Actor, tokenizer: PreTrainedTokenizerBase, folder: str, strategy: DeepspeedStrategy) -> None:
     """Write the policy as a plain Hugging Face folder; LoRA adapters are merged and also kept in ``folder/adapter``.
 
-    Collective: every rank must call it.
+    Collective: every rank must call it; rank 0 writes.
     """
     model = strategy._unwrap_model(actor)
     model.config.use_cache = True
-    try:
-        if not isinstance(model, PeftModel):
-            strategy.save_model(actor, tokenizer, folder)
-            return
-        state = _merged_state(actor, model)
-        if strategy.is_rank_0():
-            base = model.get_base_model()
-            base.save_pretrained(folder, state_dict=state)
-            tokenizer.save_pretrained(folder)
-            if not model_is_sharded(actor):
-                model.save_pretrained(os.path.join(folder, "adapter"))
-        torch.distributed.barrier()
-    finally:
-        model.config.use_cache = False
+    if not isinstance(model, PeftModel):
+        strategy.save_model(actor, tokenizer, folder)
+        return
+    sharded = actor.model.zero_optimization_stage() == 3
+    # With ZeRO-3 gathering is collective, and rank 0 alone gets the result.
+    state = actor.model._consolidated_16bit_state_dict() if sharded else model.state_dict()
+    if strategy.is_rank_0():
+        model.get_base_model().save_pretrained(folder, state_dict=_merged_state(state, model))
+        adapter = os.path.join(folder, "adapter")
+        os.makedirs(adapter, exist_ok=True)
+        save_file(
+            {name: weight.contiguous() for name, weight in get_peft_model_state_dict(model, state).items()},
+            os.path.join(adapter, "adapter_model.safetensors"),
+        )
+        model.peft_config["default"].save_pretrained(adapter)
+        tokenizer.save_pretrained(folder)
+    torch.distributed.barrier()

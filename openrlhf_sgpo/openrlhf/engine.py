@@ -19,10 +19,15 @@ class PolicyLoader(WorkerWrap):
     """Mixed into vLLM's worker: OpenRLHF's weight updates, and loading a policy folder."""
 
     def load_policy(self, folder: str) -> int:
-        """Replace the weights by those of a Hugging Face folder; returns how many tensors were read."""
+        """Replace the weights by those of a Hugging Face folder; returns how many tensors were read.
+
+        Raises FileNotFoundError if there are none, RuntimeError if a parameter of the engine was not among them.
+        """
         from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
         files = sorted(glob(os.path.join(folder, "*.safetensors")))
+        if not files:
+            raise FileNotFoundError(f"{folder} holds no *.safetensors")
         count = 0
 
         def counted():
@@ -31,7 +36,13 @@ class PolicyLoader(WorkerWrap):
                 count += 1
                 yield item
 
-        self.model_runner.model.load_weights(counted())
+        model = self.model_runner.model
+        loaded = model.load_weights(counted())
+        missed = {name for name, _ in model.named_parameters()} - set(loaded) if loaded else set()
+        if missed:
+            raise RuntimeError(
+                f"{folder} lacks weights that the engine has, so that these are old: {sorted(missed)[:5]}"
+            )
         return count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from datetime import timedelta
@@ -110,6 +111,7 @@ def build_strategy(config: Config) -> DeepspeedStrategy:
             f"--train.batch_size {config.train.batch_size} must be a multiple of --train.micro_batch_size "
             f"{config.train.micro_batch_size} times the number of ranks, {world_size}"
         )
+    deepspeed.utils.logger.setLevel(logging.WARNING)  # it reports memory at every engine that is built
     arguments = openrlhf_arguments(config)
     kind = DeepspeedStrategy
     if not torch.cuda.is_available():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from openrlhf_sgpo.data.records import Pair, Prompt
 
 
 def implicit_rewards(policy: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:
@@ -22,3 +25,19 @@ def best_and_worst(rewards: Sequence[float]) -> tuple[int, int]:
         raise ValueError(f"a preference needs two responses, got {len(rewards)}")
     order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
     return order[0], order[-1]
+
+
+def rank(prompt: Prompt, responses: Sequence[dict[str, Any]], rewards: Sequence[float], number: int) -> Pair:
+    """The pair of best and worst response (rows of responses.jsonl) of round ``number``; the rewards are kept as scores."""
+    best, worst = best_and_worst(rewards)
+    return Pair(
+        id=f"round_{number}/{prompt.id}",
+        prompt=prompt.messages,
+        chosen=responses[best]["text"],
+        rejected=responses[worst]["text"],
+        source="implicit",
+        round=number,
+        chosen_truncated=responses[best]["truncated"],
+        rejected_truncated=responses[worst]["truncated"],
+        scores={"chosen": rewards[best], "rejected": rewards[worst]},
+    )

@@ -11,7 +11,20 @@ if TYPE_CHECKING:
 
     from openrlhf_sgpo.config import Config
 
-__all__ = ["Rollout", "Sample", "start_rollout"]
+__all__ = ["Rollout", "Sample", "check_rollout", "start_rollout"]
+
+
+def check_rollout(config: Config) -> None:
+    """Raises ValueError if the engines ask for more GPUs than there are: Ray would wait for them for ever."""
+    import torch
+
+    settings, present = config.vllm, torch.cuda.device_count()
+    needed = settings.num_engines * settings.tensor_parallel_size
+    if config.rollout.engine == "vllm" and 0 < present < needed:
+        raise ValueError(
+            f"--vllm.num_engines {settings.num_engines} times --vllm.tensor_parallel_size {settings.tensor_parallel_size} "
+            f"needs {needed} GPUs, and {present} are visible: lower them, or start with --num_gpus {needed}"
+        )
 
 
 def start_rollout(config: Config, tokenizer: PreTrainedTokenizerBase, folder: str) -> Rollout:

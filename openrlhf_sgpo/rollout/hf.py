@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import distributed
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.rollout.base import Sample, prompt_seed
 
@@ -37,6 +38,10 @@ class HuggingFaceRollout:
             trust_remote_code=self.config.model.trust_remote_code,
         ).to(device)
         self.model.eval()
+        # Of a model's generation settings only the end of a turn counts here, as in vLLM: a repetition penalty, say, would
+        # sample from another distribution than the one that is scored and trained.
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id)
         self.folder = folder
 
     def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
@@ -48,9 +53,7 @@ class HuggingFaceRollout:
         mine: dict[int, list[Sample]] = {}
         for batch in tqdm(batches[rank::world], desc=label, unit="batch", disable=rank != 0):
             mine.update(zip(batch, self._sample([prompts[index] for index in batch], n, seed), strict=True))
-        gathered: list[dict[int, list[Sample]]] = [{} for _ in range(world)]
-        distributed.all_gather_object(gathered, mine)
-        merged = {index: samples for part in gathered for index, samples in part.items()}
+        merged = {index: samples for part in ranks.gather(mine) for index, samples in part.items()}
         return [merged[index] for index in range(len(prompts))]
 
     @torch.no_grad()
@@ -71,7 +74,7 @@ class HuggingFaceRollout:
                 temperature=self.config.rollout.temperature,
                 top_p=self.config.rollout.top_p,
                 top_k=0,
-                max_new_tokens=self.config.rollout.max_new_tokens,
+                max_new_tokens=min(self.config.rollout.max_new_tokens, self.config.data.max_len - longest),
                 pad_token_id=pad,
                 use_cache=True,
             )

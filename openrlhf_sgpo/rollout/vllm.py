@@ -8,6 +8,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.rollout.base import Sample, prompt_seed
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT
@@ -25,7 +26,7 @@ class VllmRollout:
         self.sleeps = config.vllm.enable_sleep and torch.cuda.is_available()
         if distributed.get_rank() == 0:
             self._start()
-        distributed.barrier()
+        ranks.barrier()
 
     def _start(self) -> None:
         import ray
@@ -36,7 +37,9 @@ class VllmRollout:
         environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | ({} if on_gpu else CPU_ENVIRONMENT)
         if not ray.is_initialized():
             # Engines say much; what goes wrong in them arrives as an exception with its traceback.
-            ray.init(include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
+            ray.init(
+                address="local", include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment}
+            )
         settings = self.config.vllm
         gpus = settings.tensor_parallel_size if on_gpu else 0
         arguments: dict[str, Any] = {
@@ -78,11 +81,6 @@ class VllmRollout:
         if self.sleeps:
             self._all("sleep")
 
-    def _from_rank_0(self, value: Any) -> Any:
-        box = [value]
-        distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
     def load(self, folder: str) -> None:
         if folder == self.folder:
             return
@@ -91,10 +89,10 @@ class VllmRollout:
             self._wake()
             self._all("load_policy", folder)
             self._sleep()
-        distributed.barrier()
+        ranks.barrier()
 
     def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
-        return self._from_rank_0(self._generate(prompts, n, seed, label) if self.engines else None)
+        return ranks.from_rank_0(self._generate(prompts, n, seed, label) if self.engines else None)
 
     def _generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
         import ray
@@ -107,21 +105,16 @@ class VllmRollout:
             "max_tokens": rollout.max_new_tokens,
         }
         self._wake()
-        pending = {}
-        for number, prompt in enumerate(prompts):
-            engine = self.engines[number % len(self.engines)]
-            request = engine.sample.remote(list(prompt), {**sampling, "seed": prompt_seed(seed, prompt)})
-            pending[request] = number
-        results: list[list[Sample]] = [[] for _ in prompts]
-        with tqdm(total=len(prompts), desc=label, unit="prompt") as progress:
-            waiting = list(pending)
-            while waiting:
-                (done,), waiting = ray.wait(waiting, num_returns=1)
-                results[pending[done]] = [
-                    Sample(one["text"], one["finish_reason"] == "length", len(one["token_ids"]))
-                    for one in ray.get(done)
-                ]
-                progress.update()
+        requests = [
+            self.engines[number % len(self.engines)].sample.remote(
+                list(prompt), {**sampling, "seed": prompt_seed(seed, prompt)}
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        results = [
+            [Sample(one["text"], one["finish_reason"] == "length", len(one["token_ids"])) for one in ray.get(request)]
+            for request in tqdm(requests, desc=label, unit="prompt")
+        ]
         self._sleep()
         return results
 
@@ -141,7 +134,7 @@ class VllmRollout:
                 gaps = [abs(sum(a) - sum(b)) / len(a) for a, b in zip(answer, other, strict=True)]
                 if max(gaps) > 0.1:
                     raise RuntimeError(f"engines 0 and {number} hold different weights: {max(gaps):.3g} nats per token")
-        return self._from_rank_0(answer)
+        return ranks.from_rank_0(answer)
 
     def close(self) -> None:
         if self.engines:

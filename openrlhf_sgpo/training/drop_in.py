@@ -18,7 +18,8 @@ class SGPOLoss(nn.Module):
 
     settings: see ``SGPOSettings``; here the follower is solved every ``refresh_steps`` (default 16) training calls on
     the last ``refresh_window`` margins of all ranks, and until the first solve the loss is DPO's. Leaders that fix the
-    place of each pair, groups and other solvers need the rounds of ``openrlhf-sgpo train``.
+    place of each pair, groups and other solvers need the rounds of ``openrlhf-sgpo train``. The window is not part of
+    OpenRLHF's checkpoints: after a restart the loss is DPO's again until the first solve.
 
     Raises ValueError for settings that do not go together.
     """

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from tqdm import tqdm
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor
 from openrlhf_sgpo.training.scoring import release_memory
@@ -17,17 +18,21 @@ def prompt_embeddings(
 ) -> Tensor:
     """Last layer's hidden state at the last token of each prompt, shape (N, hidden), float32 on the CPU.
 
-    (Appendix of arXiv 2502.18099: the SFT model's last token, last layer.) Collective: every rank embeds all prompts,
-    which for a few thousand costs less than gathering would complicate.
+    (Appendix of arXiv 2502.18099: the SFT model's last token, last layer.) Collective: prompts are dealt to the ranks.
     """
+    world, rank = distributed.get_world_size(), distributed.get_rank()
+    # ZeRO-3 gathers parameters collectively: every rank must run the same number of forwards.
+    share = -(-len(prompts) // world)
+    mine = [prompts[index % len(prompts)] for index in range(rank * share, (rank + 1) * share)]
     actor = strategy.prepare(load_actor(model, config, strategy, trainable=False))
     actor.eval()
     device = next(actor.parameters()).device
     rows = []
-    for prompt in tqdm(prompts, desc="seed: embed prompts", unit="prompt", disable=not strategy.is_rank_0()):
+    for prompt in tqdm(mine, desc="seed: embed prompts", unit="prompt", disable=not strategy.is_rank_0()):
         tokens = torch.tensor([prompt], device=device)
         output = actor.model(tokens, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         rows.append(output.hidden_states[-1][0, -1].float().cpu())
+    actor.model.destroy()
     del actor, output
     release_memory()
-    return torch.stack(rows)
+    return torch.cat(ranks.gather(torch.stack(rows)))[: len(prompts)]

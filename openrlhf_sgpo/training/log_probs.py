@@ -15,7 +15,21 @@ from torch import Tensor
 from openrlhf_sgpo.data.tokens import Group
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from openrlhf_sgpo.config import Config
     from openrlhf_sgpo.openrlhf import Actor
+
+
+def check_layout(config: Config, model: PretrainedConfig) -> None:
+    """Raises ValueError where one row with a mask of its own would not mean what it means in separate rows."""
+    if config.train.layout != "shared_prefix":
+        return
+    window = getattr(model, "sliding_window", None) if getattr(model, "use_sliding_window", True) else None
+    others = set(getattr(model, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others or (window and config.data.max_len > window):
+        reason = f"layers of kind {', '.join(sorted(others))}" if others else f"a sliding window of {window} tokens"
+        raise ValueError(f"--train.layout shared_prefix does not work with {reason}: use padded")
 
 
 def response_log_probs(actor: Actor, groups: list[Group], layout: str, pad_token_id: int) -> Tensor:
@@ -78,6 +92,8 @@ def _shared_prefix(actor: Actor, groups: list[Group], device: torch.device) -> T
         use_cache=False,
     )
     logits = output["logits"][0].float()
+    if len(logits) != len(targets):
+        raise ValueError("this model ignores logits_to_keep, which --train.layout shared_prefix needs: use padded")
     token_log_probs = logits.gather(-1, torch.tensor(targets, device=device)[:, None])[:, 0] - logits.logsumexp(-1)
     sums = token_log_probs.new_zeros(responses)
     return sums.index_add(0, torch.tensor(response_of, device=device), token_log_probs)

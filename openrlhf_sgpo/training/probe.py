@@ -14,14 +14,20 @@ class WeightSyncError(RuntimeError):
 
 
 def check_weights_arrived(
-    engine: Rollout, probes: list[Group], trained: list[float], before: list[float] | None, dtype: str
+    engine: Rollout,
+    probes: list[Group],
+    trained: list[float],
+    before: list[float] | None,
+    dtype: str,
+    noise: float | None = None,
 ) -> dict[str, float]:
     """Compare the engine's log-probabilities of fixed responses with the trainer's.
 
     probes: groups whose first response is the fixed text. trained, before: the trainer's summed log-probabilities of
-    these responses under the new policy and the one before it. The engine must agree with the new policy within the
-    dtype's tolerance; and where training moved the probes by more than that, it must be nearer to the new policy than
-    to the old one.
+    these responses under the new policy and the one before it. noise: the distance that was measured on equal weights,
+    if it was.
+    The engine must agree with the new policy within the dtype's tolerance; and where training moved the probes by more
+    than twice the noise, it must be nearer to the new policy than to the old one.
     Returns the figures, in nats per response token. Raises WeightSyncError. Collective.
     """
     sequences = [group.prompt + group.responses[0] for group in probes]
@@ -37,7 +43,8 @@ def check_weights_arrived(
     if before is not None:
         figures["engine_to_previous"] = distance(before)
         figures["moved_by_training"] = sum(abs(a - b) for a, b in zip(trained, before, strict=True)) / sum(lengths)
-    stale = figures.get("moved_by_training", 0) > TOLERANCE[dtype] and (
+    visible = TOLERANCE[dtype] if noise is None else 2 * noise
+    stale = figures.get("moved_by_training", 0) > visible and (
         figures["engine_to_trainer"] > figures["engine_to_previous"]
     )
     if stale or not figures["engine_to_trainer"] <= TOLERANCE[dtype]:

@@ -13,6 +13,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor
@@ -54,7 +55,7 @@ class Scorer:
         self.forget(model)
         if self.folder and self.strategy.is_rank_0():
             self._file(model).unlink(missing_ok=True)
-        distributed.barrier()
+        ranks.barrier()
 
     def score(self, model: str, groups: list[Group], label: str) -> list[tuple[float, ...]]:
         """Summed log-probability of each response of each group. Collective: every rank calls it with the same groups."""
@@ -101,7 +102,7 @@ class Scorer:
             with open(self._file(model), "a") as file:
                 # A killed run may have left a line without an end.
                 file.write("\n" + "".join(json.dumps({key: value}) + "\n" for key, value in found.items()))
-        distributed.barrier()
+        ranks.barrier()
 
     def _compute(self, model: str, groups: list[Group], label: str) -> dict[str, float]:
         self.tokens_scored += sum(map(len, groups))
@@ -117,14 +118,14 @@ class Scorer:
         try:
             sums = self._forward(actor, mine, label)
         finally:
+            actor.model.destroy()
             del actor
             release_memory()
         keys = [
             content_key(group.prompt, response) for batch in mine for group in batch for response in group.responses
         ]
-        gathered: list[dict[str, float]] = [{} for _ in range(world)]
-        distributed.all_gather_object(gathered, dict(zip(keys, sums.tolist(), strict=True)))
-        return {key: value for part in gathered for key, value in part.items()}
+        parts = ranks.gather(dict(zip(keys, sums.tolist(), strict=True)))
+        return {key: value for part in parts for key, value in part.items()}
 
     @torch.no_grad()
     def _forward(self, actor: Actor, batches: list[list[Group]], label: str) -> torch.Tensor:
@@ -143,7 +144,7 @@ def _by_prompt(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list
 
 
 def release_memory() -> None:
-    """Return the memory of a model that has just gone out of use; DeepSpeed's engines hold reference cycles."""
+    """Return the memory of a model that is out of use, after its engine's ``destroy``: engines hold reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
@@ -86,8 +86,9 @@ def train_stage(
             shutil.rmtree(checkpoints, ignore_errors=True)
         else:
             save_policy(actor, tokenizer, str(destination), strategy)
-        distributed.barrier()
+        ranks.barrier()
         return int(strategy.all_reduce(trainer.tokens_trained, "sum"))
     finally:
+        actor.model.destroy()
         del trainer, actor, optimizer, scheduler
         release_memory()

@@ -108,7 +108,9 @@ class PairTrainer(DPOTrainer):
         """Take up the latest checkpoint, if there is one; returns the samples that it has consumed. Collective."""
         if self.checkpoints is None or not (self.checkpoints / "latest").exists():
             return 0
-        _, state = self.strategy.load_ckpt(self.model.model, str(self.checkpoints))
+        path, state = self.strategy.load_ckpt(self.model.model, str(self.checkpoints))
+        if path is None:
+            return 0
         self.algorithm.load_state_dict(state["algorithm"])
         self.tokens_trained = state["tokens_trained"]
         return state["consumed_samples"]
@@ -122,9 +124,10 @@ class PairTrainer(DPOTrainer):
             "tokens_trained": self.tokens_trained,
             "algorithm": self.algorithm.state_dict(),
         }
-        limits = self.args.ckpt
+        # OpenRLHF makes room before it writes: with one more than asked for, the last whole checkpoint stays meanwhile.
+        kept = self.args.ckpt.max_num + 1
         self.strategy.save_ckpt(
-            self.model.model, str(self.checkpoints), f"step_{step}", limits.max_num, limits.max_mem, state
+            self.model.model, str(self.checkpoints), f"step_{step}", kept, self.args.ckpt.max_mem, state
         )
 
     def _micro_step(self, batch: MicroBatch, device: torch.device) -> Tensor:
@@ -132,7 +135,7 @@ class PairTrainer(DPOTrainer):
         pad = self.tokenizer.pad_token_id
         chosen, rejected = response_log_probs(self.model, batch.groups, self.layout, pad).view(-1, 2).T
         reference_chosen, reference_rejected = batch.reference.to(device).T
-        pairs = PairBatch(chosen, rejected, reference_chosen, reference_rejected, batch.index.to(device))
+        pairs = PairBatch(chosen, rejected, reference_chosen, reference_rejected, batch.index)
         losses = self.algorithm.loss(pairs)
         self.strategy.backward(losses.mean(), self.model, self.optimizer)
         self.strategy.optimizer_step(self.optimizer, self.model, self.scheduler)

@@ -136,3 +136,25 @@ def test_overlong_prompt_is_dropped(tokenizer, chat):
     for max_len in (length + 1, length, 1):
         tight = ChatFormat(tokenizer, max_len)
         assert not tight.fits(tight.prompt(QUESTION)) and tight.pair(pair) is None
+
+
+def test_a_tokenizer_that_opens_every_text_with_a_space_does_not_do_so_for_responses():
+    """SentencePiece's habit: alone, "Hi" is "_Hi"; behind the generation prompt, as sampled, it is not."""
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<|assistant|>", "<|user|>"]
+    letters = ["\u2581", *"\n?Hiresponx"]
+    vocabulary = {token: index for index, token in enumerate(special + letters)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    alone = tokenizer("Hi", add_special_tokens=False)["input_ids"]
+    assert alone[0] == vocabulary["\u2581"], "the tokenizer of this test must have the habit"
+    response = ChatFormat(tokenizer, 64).response("Hi", truncated=False, room=10)
+    assert response == (vocabulary["H"], vocabulary["i"], vocabulary["</s>"])

@@ -1,0 +1,39 @@
+"""What ranks tell each other apart from gradients: decisions, results, and that they are there.
+
+All of it goes over a gloo group with a long limit. Over NCCL, ranks that wait for rank 0's engines would spin on the very
+GPUs on which those engines generate, and give up after an hour.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+from torch import distributed
+
+Value = TypeVar("Value")
+
+
+@cache
+def _control() -> distributed.ProcessGroup:
+    """Created at the first use, which is collective like every use."""
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's value on every rank: what is on disk is for one rank to say, or ranks could part ways. Collective."""
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, group=_control())
+    return box[0]
+
+
+def gather(value: Value) -> list[Value]:
+    """Every rank's value, by rank, on every rank. Collective."""
+    values: list[Value] = [value] * distributed.get_world_size()
+    distributed.all_gather_object(values, value, group=_control())
+    return values
+
+
+def barrier() -> None:
+    distributed.barrier(group=_control())
