@@ -214,8 +214,10 @@ class Run:
             policy = self.scorer.score(self._policy_before(number), groups, f"{label}, policy")
             reference = self.scorer.score(self._judge_reference(number), groups, f"{label}, reference")
         pairs = [
-            rank(prompts[row["id"]], row["responses"], implicit_rewards(*log_probs, self.config.model.beta), number)
-            for row, *log_probs in zip(rows, policy, reference, strict=True)
+            rank(
+                prompts[row["id"]], row["responses"], implicit_rewards(log_probs, base, self.config.model.beta), number
+            )
+            for row, log_probs, base in zip(rows, policy, reference, strict=True)
         ]
         facts = {"judge_reference": self._name(self._judge_reference(number)), "prompts_without_two_answers": skipped}
         self._write_pairs(number, pairs, facts)

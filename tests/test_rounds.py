@@ -33,10 +33,12 @@ def arguments(tiny_model, tiny_data, folder, *more: str, algo: str = "sgpo") -> 
 
 def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     folder = os.path.dirname(sys.executable)
+    # Tests that build a strategy in this process leave its rank in the environment.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **environment},
+        env={**inherited, "PATH": f"{folder}:{os.environ['PATH']}", **environment},
         capture_output=True,
         text=True,
         timeout=500,
@@ -127,7 +129,8 @@ def test_killed_in_training_and_resumed_gives_the_same_run(run, tiny_model, tiny
     copy = tmp_path / "run"
     argv = arguments(tiny_model, tiny_data, copy, "--ckpt.save_steps", "3")
     command = [sys.executable, "-m", "openrlhf_sgpo.cli.main", "train", *argv]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics = copy / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
