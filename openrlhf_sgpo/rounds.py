@@ -47,7 +47,7 @@ from openrlhf_sgpo.training.probe import check_weights_arrived
 from openrlhf_sgpo.training.scoring import Scorer
 from openrlhf_sgpo.training.stage import train_stage
 
-PROBES = 4
+PROBES = 16  # fixed texts that prove a weight sync
 
 
 class Run:
@@ -112,7 +112,7 @@ class Run:
         try:
             rows = [self._evaluate("start", self.config.model.model_name_or_path, self.folder.path / "initial")]
             # How far engine and trainer are apart on the same weights, before there is anything to sync.
-            self._noise = rows[0].get("probe", {}).get("engine_to_trainer")
+            self._noise = rows[0].get("probe", {}).get("noise")
             for number in range(1 + len(self.prompt_counts)):
                 if number == 0:
                     self._seed_pairs()

@@ -209,16 +209,26 @@ def test_a_saturated_ball_stops_the_run_with_an_explanation(tiny_model, tiny_dat
 
 @pytest.mark.slow
 def test_two_ranks_through_deepspeed_train_as_one_through_bash(tiny_model, tiny_data, tmp_path):
-    """The same file is a shell script and a deepspeed target; two ranks give the losses of one, within rounding."""
+    """The same file is a shell script and a deepspeed target; two ranks give the losses of one, within rounding.
+
+    With ZeRO-3 and LoRA, whose saving is collective while rank 0 alone gets the weights.
+    """
+    extra = ("--ds.lora.rank", "4", "--sgpo.refresh_steps", "1")
     ranks = ["deepspeed", "--num_gpus", "2", "--master_port", "29541", str(SCRIPT)]
-    two = launch([*ranks, *arguments(tiny_model, tiny_data, tmp_path / "two")])
+    argv = arguments(tiny_model, tiny_data, tmp_path / "two", *extra)
+    argv[argv.index("--ds.zero_stage") + 1] = "3"
+    two = launch([*ranks, *argv])
     assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-3000:]
-    one = launch(["bash", str(SCRIPT), *arguments(tiny_model, tiny_data, tmp_path / "one")], MASTER_PORT="29543")
+    one = launch(
+        ["bash", str(SCRIPT), *arguments(tiny_model, tiny_data, tmp_path / "one", *extra), "--num_gpus", "1"],
+        MASTER_PORT="29543",
+    )
     assert one.returncode == 0, one.stdout[-2000:] + one.stderr[-3000:]
     assert len(losses(tmp_path / "two")) == len(losses(tmp_path / "one")) > 0
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-    name = "round_1/pairs.jsonl"
-    assert len(read_jsonl(tmp_path / "two" / name)) == len(read_jsonl(tmp_path / "one" / name))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=5e-4)
+    for name in ("round_1/pairs.jsonl", "round_2/pairs.jsonl"):
+        assert len(read_jsonl(tmp_path / "two" / name)) == len(read_jsonl(tmp_path / "one" / name))
+    assert (tmp_path / "two/round_2/policy/adapter/adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -231,6 +241,7 @@ def test_lora_through_vllm_engines(tiny_model, tiny_data, tmp_path):
     assert (tmp_path / "run/round_2/policy/adapter/adapter_model.safetensors").exists()
     probe = json.loads((tmp_path / "run/round_2/evaluation.json").read_text())["probe"]
     assert probe["engine_to_trainer"] < 1e-3 < probe["moved_by_training"]
+    assert probe["followed"] == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.slow

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.rollout import Rollout
 
-# Mean absolute difference, in nats per token, that other kernels and reduction orders make for the same weights.
+# Largest mean difference, in nats per token, that other kernels and reduction orders make for the same weights.
 TOLERANCE = {"bf16": 0.1, "fp16": 0.05, "fp32": 0.001}
+# The engine must have followed at least half of training's movement, where that can be told from noise with three sigma.
+FOLLOWED, CONCLUSIVE = 0.5, 1 / 6
 
 
 class WeightSyncError(RuntimeError):
@@ -24,29 +28,36 @@ def check_weights_arrived(
     """Compare the engine's log-probabilities of fixed responses with the trainer's.
 
     probes: groups whose first response is the fixed text. trained, before: the trainer's summed log-probabilities of
-    these responses under the new policy and the one before it. noise: the distance that was measured on equal weights,
-    if it was.
-    The engine must agree with the new policy within the dtype's tolerance; and where training moved the probes by more
-    than twice the noise, it must be nearer to the new policy than to the old one.
-    Returns the figures, in nats per response token. Raises WeightSyncError. Collective.
+    these responses under the new policy and the one before it. noise: root mean square of engine minus trainer per text,
+    in nats, measured on equal weights (default: the tolerance).
+
+    The engine must agree with the new policy within the dtype's tolerance. And of the movement m = trained - before it
+    must have followed its share, <engine - before, m> / <m, m>, which is 1 for the new weights and 0 for the old ones, with
+    a standard error of noise / |m|; the test counts where that error is small enough to tell the two apart.
+
+    Returns the figures: ``engine_to_trainer`` and ``moved_by_training`` in nats per response token, ``noise``, ``followed``
+    and ``followed_error``. Raises WeightSyncError. Collective.
     """
-    sequences = [group.prompt + group.responses[0] for group in probes]
-    answers = engine.log_probs(sequences)
-    lengths = [len(group.responses[0]) for group in probes]
+    answers = engine.log_probs([group.prompt + group.responses[0] for group in probes])
     # Entry t of an answer belongs to token t + 1.
     sums = [sum(answer[len(group.prompt) - 1 :]) for answer, group in zip(answers, probes, strict=True)]
-
-    def distance(others: list[float]) -> float:
-        return sum(abs(a - b) for a, b in zip(sums, others, strict=True)) / sum(lengths)
-
-    figures = {"engine_to_trainer": distance(trained)}
+    tokens = sum(len(group.responses[0]) for group in probes)
+    errors = [ours - theirs for ours, theirs in zip(sums, trained, strict=True)]
+    figures = {
+        "engine_to_trainer": sum(map(abs, errors)) / tokens,
+        "noise": math.dist(sums, trained) / len(probes) ** 0.5,
+    }
+    stale = False
     if before is not None:
-        figures["engine_to_previous"] = distance(before)
-        figures["moved_by_training"] = sum(abs(a - b) for a, b in zip(trained, before, strict=True)) / sum(lengths)
-    visible = TOLERANCE[dtype] if noise is None else 2 * noise
-    stale = figures.get("moved_by_training", 0) > visible and (
-        figures["engine_to_trainer"] > figures["engine_to_previous"]
-    )
+        movement = [new - old for new, old in zip(trained, before, strict=True)]
+        squares = sum(one * one for one in movement)
+        figures["moved_by_training"] = sum(map(abs, movement)) / tokens
+        if squares > 0:
+            noise = TOLERANCE[dtype] * tokens / len(probes) if noise is None else noise
+            product = sum((ours - old) * one for ours, old, one in zip(sums, before, movement, strict=True))
+            figures["followed"] = product / squares
+            figures["followed_error"] = noise / squares**0.5
+            stale = figures["followed_error"] < CONCLUSIVE and figures["followed"] < FOLLOWED
     if stale or not figures["engine_to_trainer"] <= TOLERANCE[dtype]:
         raise WeightSyncError(
             "the rollout engine does not hold the trained policy: log-probabilities of fixed texts differ by "
