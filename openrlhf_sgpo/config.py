@@ -15,17 +15,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from openrlhf_sgpo import algorithms, flags
-
-
-def setting(default: Any, help: str, secret: bool = False) -> Any:
-    """A dataclass field with its help text; lists are copied, so that no two configurations share one.
-
-    secret: the value is never written to the run folder.
-    """
-    metadata = {"help": help, "secret": secret}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from openrlhf_sgpo.flags import setting
 
 
 @dataclass

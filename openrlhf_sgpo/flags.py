@@ -55,6 +55,17 @@ class _Loader(yaml.BaseLoader):
 _Loader.add_implicit_resolver(_NULL_TAG, re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 
 
+def setting(default: Any, help: str, secret: bool = False) -> Any:
+    """A dataclass field with its help text; lists are copied, so that no two configurations share one.
+
+    secret: the value is never written to the run folder.
+    """
+    metadata = {"help": help, "secret": secret}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 def parse(argv: Sequence[str], sections: _Sections, known_elsewhere: Mapping[str, str] | None = None) -> Parsed:
     """Reads flags and the file of ``--config`` into one instance per section.
 

@@ -9,7 +9,8 @@ import pytest
 
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs
-from openrlhf_sgpo.config import Config, check, load, setting
+from openrlhf_sgpo.config import Config, check, load
+from openrlhf_sgpo.flags import setting
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
-from openrlhf_sgpo.config import setting
+from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
