@@ -52,7 +52,7 @@ def test_agreement_passes_with_its_figures(dtype, sign):
         "noise": pytest.approx(0.9 * tolerance * TOKENS / 3**0.5),
         "moved_by_training": pytest.approx(10 * tolerance),
         "followed": pytest.approx((10 + sign * 0.9) / 10),
-        "followed_error": pytest.approx(0.3 * tolerance / (10 * tolerance * TOKENS)),
+        "noise_to_movement": pytest.approx(0.3 * tolerance * 3**0.5 / (10 * tolerance * TOKENS)),
     }
 
 
@@ -102,26 +102,4 @@ def test_movement_below_the_noise_proves_nothing_and_does_not_raise(dtype):
     trained = shifted(OLD, movement)
     figures = check_weights_arrived(Engine(OLD), PROBES, trained, OLD, dtype, noise=movement * TOKENS / 5)
     assert figures["followed"] == pytest.approx(0.0, abs=1e-9)
-    assert figures["followed_error"] == pytest.approx(0.2)
-
-
-def test_many_probes_tell_old_from_new_where_single_ones_cannot():
-    """bf16 as measured: per text, noise as large as the movement. Sixty-four texts still tell, every time."""
-    import random
-
-    generator = random.Random(0)
-    probes = [Group((1,), ((2, 3, 4, 5, 6, 7, 8, 9),))] * 64
-    for _ in range(50):
-        old = [generator.gauss(-30, 5) for _ in probes]
-        trained = [value + generator.gauss(0, 0.3) for value in old]
-
-        class Noisy:
-            def __init__(self, sums):
-                self.sums = [value + generator.gauss(0, 0.3) for value in sums]
-
-            def log_probs(self, sequences):
-                return [[total / 8] * 8 for total in self.sums]
-
-        assert check_weights_arrived(Noisy(trained), probes, trained, old, "bf16", noise=0.3)["followed"] > 0.5
-        with pytest.raises(WeightSyncError):
-            check_weights_arrived(Noisy(old), probes, trained, old, "bf16", noise=0.3)
+    assert figures["noise_to_movement"] == pytest.approx(0.2 * 3**0.5)

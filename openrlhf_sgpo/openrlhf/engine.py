@@ -11,6 +11,7 @@ from glob import glob
 from typing import Any
 
 import ray
+import torch
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 
@@ -19,41 +20,42 @@ class PolicyLoader(WorkerWrap):
     """Mixed into vLLM's worker: OpenRLHF's weight updates, and loading a policy folder."""
 
     def load_policy(self, folder: str) -> int:
-        """Replace the weights by those of a Hugging Face folder; returns how many tensors were read.
+        """Replace the weights by those of a Hugging Face folder; returns how many were then compared bit by bit.
 
-        Raises FileNotFoundError if there are none, RuntimeError if a parameter of the engine was not among them.
+        Compared is what the engine holds under the file's own name and shape: with one GPU per engine everything that it
+        does not fuse. Raises FileNotFoundError if the folder has no weights, RuntimeError if a parameter of the engine was
+        not among them or differs afterwards.
         """
         from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
         files = sorted(glob(os.path.join(folder, "*.safetensors")))
         if not files:
             raise FileNotFoundError(f"{folder} holds no *.safetensors")
-        count = 0
-
-        def counted():
-            nonlocal count
-            for item in safetensors_weights_iterator(files, use_tqdm_on_load=False):
-                count += 1
-                yield item
-
         model = self.model_runner.model
-        loaded = model.load_weights(counted())
-        missed = {name for name, _ in model.named_parameters()} - set(loaded) if loaded else set()
-        if missed:
-            raise RuntimeError(
-                f"{folder} lacks weights that the engine has, so that these are old: {sorted(missed)[:5]}"
-            )
-        return count
+        loaded = model.load_weights(safetensors_weights_iterator(files, use_tqdm_on_load=False))
+        parameters = dict(model.named_parameters())
+        wrong = sorted(parameters.keys() - set(loaded)) if loaded else []
+        compared = 0
+        for name, weight in safetensors_weights_iterator(files, use_tqdm_on_load=False):
+            held = parameters.get(name)
+            # vLLM pads the vocabulary: an embedding may be longer than the file's.
+            if held is not None and held.shape[1:] == weight.shape[1:] and len(held) >= len(weight):
+                compared += 1
+                if not torch.equal(held[: len(weight)], weight.to(held)):
+                    wrong.append(name)
+        if wrong:
+            raise RuntimeError(f"after loading {folder} the engine still holds other weights: {wrong[:5]}")
+        return compared
 
 
 class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
     """OpenRLHF's actor as a plain class, so that it can be extended before Ray wraps it again."""
 
     async def load_policy(self, folder: str) -> int:
-        counts = await self.llm.collective_rpc("load_policy", args=(folder,))
+        compared = await self.llm.collective_rpc("load_policy", args=(folder,))
         # Cached keys and values belong to the old weights.
         await self.llm.reset_prefix_cache()
-        return counts[0]
+        return min(compared)
 
     async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[dict[str, Any]]:
         """n samples of one prompt in one request: the prompt is computed once."""

@@ -23,6 +23,7 @@ class VllmRollout:
         self.config = config
         self.folder = folder
         self.engines: list[Any] = []
+        self.compared = 0  # tensors that the engines compared with the files of the last policy, bit by bit
         self.sleeps = config.vllm.enable_sleep and torch.cuda.is_available()
         if distributed.get_rank() == 0:
             self._start()
@@ -87,7 +88,7 @@ class VllmRollout:
         self.folder = folder
         if self.engines:
             self._wake()
-            self._all("load_policy", folder)
+            self.compared = min(self._all("load_policy", folder))
             self._sleep()
         ranks.barrier()
 

@@ -9,7 +9,7 @@ from openrlhf_sgpo.rollout import Rollout
 
 # Largest mean difference, in nats per token, that other kernels and reduction orders make for the same weights.
 TOLERANCE = {"bf16": 0.1, "fp16": 0.05, "fp32": 0.001}
-# The engine must have followed at least half of training's movement, where that can be told from noise with three sigma.
+# The engine must have followed at least half of training's movement, where that stands out from the noise.
 FOLLOWED, CONCLUSIVE = 0.5, 1 / 6
 
 
@@ -32,11 +32,12 @@ def check_weights_arrived(
     in nats, measured on equal weights (default: the tolerance).
 
     The engine must agree with the new policy within the dtype's tolerance. And of the movement m = trained - before it
-    must have followed its share, <engine - before, m> / <m, m>, which is 1 for the new weights and 0 for the old ones, with
-    a standard error of noise / |m|; the test counts where that error is small enough to tell the two apart.
+    must have followed its share, <engine - before, m> / <m, m>, which is 1 for the new weights and 0 for the old ones; that
+    counts where the movement per text is at least six times the noise. A small step in bf16 is not: there the proof is the
+    engine's own comparison of its weights with the policy's files (``PolicyLoader.load_policy``).
 
     Returns the figures: ``engine_to_trainer`` and ``moved_by_training`` in nats per response token, ``noise``, ``followed``
-    and ``followed_error``. Raises WeightSyncError. Collective.
+    and ``noise_to_movement``. Raises WeightSyncError. Collective.
     """
     answers = engine.log_probs([group.prompt + group.responses[0] for group in probes])
     # Entry t of an answer belongs to token t + 1.
@@ -56,8 +57,8 @@ def check_weights_arrived(
             noise = TOLERANCE[dtype] * tokens / len(probes) if noise is None else noise
             product = sum((ours - old) * one for ours, old, one in zip(sums, before, movement, strict=True))
             figures["followed"] = product / squares
-            figures["followed_error"] = noise / squares**0.5
-            stale = figures["followed_error"] < CONCLUSIVE and figures["followed"] < FOLLOWED
+            figures["noise_to_movement"] = noise / (squares / len(probes)) ** 0.5
+            stale = figures["noise_to_movement"] < CONCLUSIVE and figures["followed"] < FOLLOWED
     if stale or not figures["engine_to_trainer"] <= TOLERANCE[dtype]:
         raise WeightSyncError(
             "the rollout engine does not hold the trained policy: log-probabilities of fixed texts differ by "
