@@ -190,6 +190,9 @@ class Config:
     dry_run: bool = setting(False, "print the resolved configuration and stop before a model is loaded")
 
 
+# Values of --ds.param_dtype by the names that torch, transformers and vLLM share.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
 # Only an algorithm with self-annotated rounds reads these.
 _ROUNDS_ONLY = (
     *("rounds.", "rollout.", "vllm.", "data.prompt_dataset", "data.prompt_split"),

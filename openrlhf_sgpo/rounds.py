@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -351,10 +352,10 @@ class Run:
     def _probes(self) -> list[Group]:
         """Fixed texts for the weight probe; an engine wants room for one more token."""
         longest = self.config.data.max_len - 1
-        candidates = self.held_out_groups or self._tokenize(self.human)[1]
-        return [
-            Group(group.prompt, (group.responses[0][: longest - len(group.prompt)],)) for group in candidates[:PROBES]
-        ]
+        # The first that fit: tokenizing all human pairs for a handful of probes would repeat minutes of work every round.
+        human = (group for group in map(self.chat.pair, self.human) if group)
+        candidates = self.held_out_groups[:PROBES] or list(islice(human, PROBES)) or self._tokenize(self.human)[1]
+        return [Group(group.prompt, (group.responses[0][: longest - len(group.prompt)],)) for group in candidates]
 
     def _engine(self, policy: str) -> Rollout:
         if self.rollout is None:

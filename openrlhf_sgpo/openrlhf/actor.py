@@ -18,9 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from openrlhf_sgpo.config import Config
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from openrlhf_sgpo.config import DTYPES, Config
 
 
 def load_actor(folder: str, config: Config, strategy: DeepspeedStrategy, *, trainable: bool) -> Actor:

@@ -10,10 +10,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.rollout.base import Sample, prompt_seed
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class HuggingFaceRollout:

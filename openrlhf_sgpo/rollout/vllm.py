@@ -9,11 +9,9 @@ from torch import distributed
 from tqdm import tqdm
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.rollout.base import Sample, prompt_seed
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class VllmRollout:
