@@ -18,20 +18,34 @@ if TYPE_CHECKING:
 class Needs:
     """What the loop must provide.
 
-    rounds: the algorithm samples its own data after the seed stage (False: one stage on the human pairs).
+    rounds: the algorithm is made for self-annotated rounds, which follow a seed stage of DPO (False: one stage on the human
+    pairs, unless ``--rounds.count`` asks for rounds; then the seed stage has the algorithm's own loss too).
     samples_per_prompt: the fewest responses per prompt that a round must sample.
     """
 
     rounds: bool = False
-    samples_per_prompt: int = 0
+    samples_per_prompt: int = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The stage of training that begins. number: 0 for the seed, then the round. steps: optimiser steps it will take.
+    seed: decides what is random."""
+
+    number: int = 1
+    steps: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Log-probabilities of one micro-batch of pairs, all of shape (batch,), summed over response tokens.
+    """One micro-batch of pairs. Log-probabilities are of shape (batch,) and summed over response tokens.
 
     index: position of each pair among the pairs given to ``begin_stage``, so that an algorithm can look up what it
     stored per pair, on the CPU; None where the data loader is not the package's own.
+    chosen_length, rejected_length: response tokens, shape (batch,); None in a drop-in loss.
+    extrapolated_chosen, extrapolated_rejected: detached log-probabilities under the extrapolated logits that
+    ``Algorithm.extrapolation`` asks for; None where it is 0.
     """
 
     policy_chosen: Tensor
@@ -39,6 +53,10 @@ class PairBatch:
     reference_chosen: Tensor
     reference_rejected: Tensor
     index: Tensor | None = None
+    chosen_length: Tensor | None = None
+    rejected_length: Tensor | None = None
+    extrapolated_chosen: Tensor | None = None
+    extrapolated_rejected: Tensor | None = None
 
     def margins(self, beta: float) -> Tensor:
         """Implicit-reward margins, shape (batch,): beta * [(log-ratio of chosen) - (log-ratio of rejected)]."""
@@ -55,7 +73,7 @@ class Algorithm:
     """Base of every algorithm; hooks are named after the moment at which the trainer calls them.
 
     Class attributes: ``name`` (flag value and flag group), ``paper``, ``summary``, ``settings`` (a dataclass type),
-    ``needs``.
+    ``needs``, ``defaults`` (shared settings whose default is another one here, by flag name).
     """
 
     name: ClassVar[str]
@@ -63,6 +81,11 @@ class Algorithm:
     summary: ClassVar[str]
     settings: ClassVar[type] = NoSettings
     needs: ClassVar[Needs] = Needs()
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    # Where this is lambda > 0 after begin_stage, batches carry the log-probabilities under softmax of
+    # (1 + lambda) * (logits of the policy) - lambda * (logits of the loss's reference). It costs a forward pass of both.
+    extrapolation: float = 0.0
 
     def __init__(self, options: Any, beta: float):
         self.options = options
@@ -73,15 +96,24 @@ class Algorithm:
         """Problems with a combination of settings, each naming its flag; empty when all is well. Needs no torch."""
         return []
 
-    def begin_stage(self, margins: Tensor, seed: int = 0) -> dict[str, Any]:
-        """Called once before a round's training with the margins of all its pairs, shape (N,) on the CPU, under the
-        reference and beta of the loss; ``seed`` decides what is random. Returns what to store as the round's certificate
-        (JSON-serialisable), empty if there is none."""
+    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:  # noqa: B008 - frozen
+        """Called once before a stage's training with the margins of all its pairs, shape (N,) on the CPU, under the
+        reference and beta of the loss. Returns what to store as the round's certificate (JSON-serialisable), empty if there
+        is none."""
         return {}
 
     def loss(self, batch: PairBatch) -> Tensor:
         """Loss of each pair, shape (batch,). Never reduced here."""
         raise NotImplementedError
+
+    def watched(self, batch: PairBatch) -> Tensor:
+        """What ``after_step`` is to see of each pair, shape (batch,); by default its margin."""
+        return batch.margins(self.beta)
+
+    def after_step(self, watched: Tensor) -> dict[str, Any]:
+        """Called after each optimiser step with ``watched`` of the step's pairs over all ranks, shape (train.batch_size,),
+        detached. Returns metrics to log, by name."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What ``after_step`` has changed since ``begin_stage``, for a checkpoint."""
@@ -90,10 +122,5 @@ class Algorithm:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``; called after ``begin_stage`` when training goes on from a checkpoint."""
 
-    def after_step(self, margins: Tensor) -> dict[str, Any]:
-        """Called after each optimiser step with the step's margins over all ranks, shape (train.batch_size,), detached.
-        Returns metrics to log, by name."""
-        return {}
 
-
-__all__ = ["Algorithm", "Needs", "NoSettings", "PairBatch"]
+__all__ = ["Algorithm", "Needs", "NoSettings", "PairBatch", "Stage"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch
+from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.flags import setting
 
@@ -102,7 +102,7 @@ class SGPO(Algorithm):
         self._recent: Tensor | None = None
         self._steps = 0
 
-    def begin_stage(self, margins: Tensor, seed: int = 0) -> dict[str, Any]:
+    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:  # noqa: B008 - frozen
         """Solve the follower on all margins, shape (N,), group by group; returns the certificate.
 
         Raises SaturatedBallError if a group's ball moves everything, ValueError for margins that are not finite.
@@ -110,7 +110,7 @@ class SGPO(Algorithm):
         import torch
 
         size = self.options.group_size or len(margins)
-        order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(stage.seed))
         groups = list(order.split(size)) if size < len(margins) else [slice(None)]
         solutions = [self._solve(margins[group]) for group in groups]
         self._recent = margins.detach()[-self.options.refresh_window :]
@@ -148,13 +148,13 @@ class SGPO(Algorithm):
         leader = transport_loss if self.options.leader == "transport" else released_loss
         return leader(margins, answer["s"], answer["displacement"])
 
-    def after_step(self, margins: Tensor) -> dict[str, Any]:
+    def after_step(self, watched: Tensor) -> dict[str, Any]:
         """Keep the latest margins and, every ``refresh_steps`` steps, solve the follower on them again."""
         import torch
 
         if not (self.options.refresh_steps and self.options.radius):
             return {}
-        latest = margins.detach().cpu()  # the follower costs milliseconds there, and a checkpoint comes back there
+        latest = watched.detach().cpu()  # the follower costs milliseconds there, and a checkpoint comes back there
         recent = latest if self._recent is None else torch.cat([self._recent, latest])
         self._recent = recent[-self.options.refresh_window :]
         self._steps += 1
