@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["openrlhf_sgpo", "openrlhf_sgpo.*"]),
+    package_data={"openrlhf_sgpo.data": ["benchmark_prompts.json"]},
     # Enough for settings, the registry and the follower; training needs the extra gpu, or the locked CPU stack.
     install_requires=["PyYAML>=6.0", "numpy>=1.26", "torch>=2.4", "tqdm>=4.66"],
     extras_require={

@@ -8,13 +8,15 @@ the documentation cost nothing.
 from __future__ import annotations
 
 import os.path
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, Literal
 
 from openrlhf_sgpo import algorithms, flags
+from openrlhf_sgpo.data.files import is_file
+from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
 
 
@@ -36,11 +38,12 @@ class RefSettings:
 @dataclass
 class DataSettings:
     dataset: str = setting("", "human preference pairs: prompt, chosen, rejected (JSON, JSONL, Parquet, or a hub name)")
-    dataset_split: str = setting("train", "split of --data.dataset when it is a hub name")
+    dataset_split: str = setting("", "split of --data.dataset when it is a hub name (default: train, or train_prefs)")
     prompt_dataset: str = setting("", "unlabelled prompts for the self-annotated rounds")
-    prompt_split: str = setting("train", "split of --data.prompt_dataset when it is a hub name")
+    prompt_split: str = setting("", "split of --data.prompt_dataset when it is a hub name (default: the same)")
     max_samples: int = setting(0, "read at most so many human pairs (0: all)")
     max_len: int = setting(512, "longest prompt plus response, in tokens; longer responses are cut at the end")
+    limits: DataLimits = field(default_factory=DataLimits)
 
 
 @dataclass
@@ -56,7 +59,7 @@ class SeedSettings:
 
 @dataclass
 class RoundsSettings:
-    count: int = setting(3, "self-annotated rounds after the seed stage")
+    count: int = setting(3, "self-annotated rounds after the seed stage (0: training on the human pairs alone)")
     prompts: list[int] = setting([], "prompts of each round, in order (default: all prompts, split evenly)")
     data: Literal["new", "all"] = setting(
         "new", "train a round on its own pairs, or on all pairs so far, seed included"
@@ -68,6 +71,12 @@ class RoundsSettings:
     loss_reference: Literal["initial", "previous"] = setting(
         "initial", "reference of the loss and the follower: the initial model, or the policy that enters the round"
     )
+
+
+@dataclass
+class RewardSettings:
+    model_name_or_path: str = setting("", "reward model of --oracle reward_model, as OpenRLHF trains them")
+    max_len: int = setting(0, "longest prompt plus response for the reward model, in its tokens (0: --data.max_len)")
 
 
 @dataclass
@@ -115,13 +124,19 @@ class CkptSettings:
     output_dir: str = setting("", "run folder")
     save_steps: int = setting(-1, "save a DeepSpeed checkpoint every so many steps of a stage, for --resume (-1: none)")
     max_num: int = setting(1, "how many checkpoints to keep")
+    fork_from: str = setting(
+        "", "run folder whose seed stage and first samples are taken over where they would be made again just so"
+    )
 
 
 @dataclass
 class EvalSettings:
     dataset: str = setting("", "held-out preference pairs; evaluated at the start and after each round")
-    split: str = setting("test", "split of --eval.dataset when it is a hub name")
+    split: str = setting("", "split of --eval.dataset when it is a hub name (default: test, or test_prefs)")
     max_samples: int = setting(0, "use at most so many held-out pairs (0: all)")
+    max_prompts: int = setting(
+        0, "sample an answer to at most so many held-out prompts (0: all), for length and divergence"
+    )
 
 
 @dataclass
@@ -172,6 +187,11 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     seed: SeedSettings = field(default_factory=SeedSettings)
     rounds: RoundsSettings = field(default_factory=RoundsSettings)
+    oracle: Literal["implicit", "reward_model"] = setting(
+        "implicit",
+        "who ranks sampled answers: the policy's implicit reward, or the model of --reward.model_name_or_path",
+    )
+    reward: RewardSettings = field(default_factory=RewardSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     adam: AdamSettings = field(default_factory=AdamSettings)
     ds: DeepspeedSettings = field(default_factory=DeepspeedSettings)
@@ -193,9 +213,19 @@ class Config:
 # Values of --ds.param_dtype by the names that torch, transformers and vLLM share.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-# Only an algorithm with self-annotated rounds reads these.
+# Only a run with self-annotated rounds reads these.
 _ROUNDS_ONLY = (
-    *("rounds.", "rollout.", "vllm.", "data.prompt_dataset", "data.prompt_split"),
+    *(
+        "rounds.",
+        "oracle",
+        "reward.",
+        "rollout.",
+        "vllm.",
+        "data.prompt_dataset",
+        "data.prompt_split",
+        "ckpt.fork_from",
+    ),
+    "eval.max_prompts",
     *("seed.max_epochs", "seed.lr"),  # without rounds there is one stage, which --train and --adam describe
 )
 
@@ -211,12 +241,29 @@ _AT_LEAST_ONE = (
     *("vllm.num_engines", "vllm.tensor_parallel_size", "ckpt.max_num", "logger.logging_steps", "ds.lora.alpha"),
 )
 _AT_LEAST_ZERO = (
-    *("data.max_samples", "eval.max_samples", "seed.size", "seed.lr", "rounds.count", "train.seed"),
+    *(
+        "data.max_samples",
+        "eval.max_samples",
+        "eval.max_prompts",
+        "reward.max_len",
+        "seed.size",
+        "seed.lr",
+        "rounds.count",
+        "train.seed",
+    ),
     *("adam.weight_decay", "ds.lora.rank", "max_norm"),
 )
 _POSITIVE = ("model.beta", "adam.lr", "adam.eps")
 _POSITIVE_SHARES = ("rollout.top_p", "vllm.gpu_memory_utilization")
-_SHARES = ("seed.flip_rate", "lr_warmup_ratio", "min_lr_ratio")
+_SHARES = (
+    *("seed.flip_rate", "lr_warmup_ratio", "min_lr_ratio"),
+    *(f"data.limits.{item.name}" for item in fields(DataLimits)),
+)
+_SPLITS = {
+    "data.dataset_split": "data.dataset",
+    "data.prompt_split": "data.prompt_dataset",
+    "eval.split": "eval.dataset",
+}
 
 
 def load(argv: Sequence[str]) -> tuple[Config, Any]:
@@ -241,17 +288,35 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
         for other in algorithms.names()
         if other != algorithm.name and other not in own
     }
-    sections = {"": Config, algorithm.name: algorithm.settings}
-    instances, given = flags.parse(argv, sections, elsewhere)
+    instances, given = flags.parse(argv, sections(algorithm), elsewhere)
     config, options = instances[""], instances[algorithm.name]
     check(config, options, algorithm, given)
     config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
-    if algorithm.needs.rounds:
+    if has_rounds(config, algorithm):
         config.seed.lr = config.seed.lr or config.adam.lr
     # The absolute path, so that a run folder "." has a name too.
     folder = os.path.basename(os.path.abspath(config.ckpt.output_dir))
     config.logger.wandb.run_name = config.logger.wandb.run_name or folder
     return config, options
+
+
+def sections(algorithm: type[algorithms.Algorithm]) -> dict[str, Callable[[], Any]]:
+    """What makes the default settings of a run of this algorithm, by group: its own, and the shared ones as it wants them."""
+
+    def shared() -> Config:
+        config = Config()
+        defaults = {"rounds.count": config.rounds.count if algorithm.needs.rounds else 0} | algorithm.defaults
+        for name, value in defaults.items():
+            group, _, leaf = name.rpartition(".")
+            setattr(attrgetter(group)(config) if group else config, leaf, value)
+        return config
+
+    return {"": shared, algorithm.name: algorithm.settings}
+
+
+def has_rounds(config: Config, algorithm: type[algorithms.Algorithm]) -> bool:
+    """Whether a seed stage comes first, with the settings of its own (``--seed.lr``, ``--seed.max_epochs``)."""
+    return algorithm.needs.rounds or config.rounds.count > 0
 
 
 def check(
@@ -287,7 +352,9 @@ def check(
         )
     if ds.packing_samples and train.layout == "shared_prefix":
         problems.append("--ds.packing_samples: does not work with --train.layout shared_prefix; use one of the two")
-    if algorithm.needs.rounds:
+    if has_rounds(config, algorithm):
+        if config.oracle == "reward_model" and not config.reward.model_name_or_path:
+            problems.append("--reward.model_name_or_path: missing, --oracle reward_model needs it")
         if rounds.count > 0 and not config.data.prompt_dataset:
             problems.append("--data.prompt_dataset: missing, the rounds need prompts; give it, or --rounds.count 0")
         if rounds.prompts and len(rounds.prompts) != rounds.count:
@@ -335,7 +402,19 @@ def _check_ranges(config: Config) -> list[str]:
         problems.append(
             f"--rollout.temperature: {config.rollout.temperature} makes all samples of a prompt identical, use more than 0"
         )
+    for split, dataset in _SPLITS.items():
+        source = attrgetter(dataset)(config)
+        if attrgetter(split)(config) and is_file(source):
+            problems.append(f"--{split}: --{dataset} {source} is a file, which has no splits; leave it out")
     return problems
+
+
+def check_data(config: Config) -> None:
+    """Raises flags.SettingsError with what is wrong for reading and inspecting data; nothing else is looked at."""
+    wanted = ("--data.", "--eval.", "--model.model_name_or_path", "--rollout.max_new_tokens")
+    problems = [problem for problem in _check_ranges(config) if problem.startswith(wanted)]
+    if problems:
+        raise flags.SettingsError(*problems)
 
 
 def _check_unread(config: Config, algorithm: type[algorithms.Algorithm], given: Mapping[str, str]) -> list[str]:
@@ -343,17 +422,25 @@ def _check_unread(config: Config, algorithm: type[algorithms.Algorithm], given: 
 
     A file may state a default, for a dumped configuration states all of them.
     """
-    if algorithm.needs.rounds:
-        unread = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}[config.rollout.engine]
+    default = sections(algorithm)[""]()
+
+    def unread(prefixes: tuple[str, ...], reason: str, even_in_a_file: bool) -> list[str]:
         return [
-            f"--{name}: --rollout.engine {config.rollout.engine} would not read it ({origin}); leave it out"
+            f"--{name}: {reason} and would not read it ({origin}); leave it out"
             for name, origin in given.items()
-            if name.startswith(unread) and origin == flags.COMMAND_LINE
+            if name.startswith(prefixes)
+            and name != "rounds.count"
+            and (
+                origin == flags.COMMAND_LINE
+                or (even_in_a_file and attrgetter(name)(config) != attrgetter(name)(default))
+            )
         ]
-    default = Config()
+
+    if not has_rounds(config, algorithm):
+        return unread(_ROUNDS_ONLY, f"--algo {algorithm.name} with --rounds.count 0 has no rounds", True)
+    engine = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}[config.rollout.engine]
+    judge = {"implicit": ("reward.",), "reward_model": ("rounds.judge_reference",)}[config.oracle]
     return [
-        f"--{name}: --algo {algorithm.name} has no rounds and would not read it ({origin}); leave it out"
-        for name, origin in given.items()
-        if name.startswith(_ROUNDS_ONLY)
-        and (origin == flags.COMMAND_LINE or attrgetter(name)(config) != attrgetter(name)(default))
+        *unread(engine, f"--rollout.engine {config.rollout.engine} is not the one", False),
+        *unread(judge, f"--oracle {config.oracle} is not the one", False),
     ]

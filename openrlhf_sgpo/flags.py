@@ -1,8 +1,9 @@
 """From dataclasses to flags and YAML keys, and back: a field is a flag, a nested dataclass is a group.
 
-``sections`` maps a prefix to a dataclass type all of whose fields have defaults; the prefix "" is the root. Field types:
-``bool``, ``int``, ``float`` (finite), ``str``, ``Literal`` of strings or integers, ``list[...]``, ``tuple[...]`` of
-fixed length, and ``... | None``. The command line wins over the file of ``--config``, which wins over the defaults.
+``sections`` maps a prefix to what makes a dataclass instance of defaults (often the type itself); the prefix "" is the
+root. Field types: ``bool``, ``int``, ``float`` (finite), ``str``, ``Literal`` of strings or integers, ``list[...]``,
+``tuple[...]`` of fixed length, and ``... | None``. The command line wins over the file of ``--config``, which wins over
+the defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import re
 import textwrap
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +23,7 @@ import yaml
 COMMAND_LINE = "command line"
 CONFIG_FLAG = "config"
 _NULL_TAG = "tag:yaml.org,2002:null"
-_Sections: TypeAlias = Mapping[str, type]
+_Sections: TypeAlias = Mapping[str, Callable[[], Any]]
 _Words: TypeAlias = list[tuple[str, list[str]]]  # flags with their texts
 _Entries: TypeAlias = list[tuple[str, Any, str]]  # keys with their values and origins
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}

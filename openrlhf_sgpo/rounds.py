@@ -7,29 +7,35 @@ Each stage starts from what is on disk and leaves its result on disk; that is al
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from openrlhf_sgpo import flags, ranks
-from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings
+from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
-from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.data.records import Pair, Prompt, fingerprint, load_pairs, load_prompts
+from openrlhf_sgpo.config import Config, has_rounds
+from openrlhf_sgpo.data.inspection import prompt_key
+from openrlhf_sgpo.data.records import Pair, Prompt, fingerprint, load_pairs
+from openrlhf_sgpo.data.report import require
+from openrlhf_sgpo.data.run_data import inspect_run, load_run
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
+from openrlhf_sgpo.evaluation import Evaluator, margins
+from openrlhf_sgpo.fork import take_over
 from openrlhf_sgpo.openrlhf import build_strategy
-from openrlhf_sgpo.oracle.implicit import implicit_rewards, rank
+from openrlhf_sgpo.oracle.base import Answer, Oracle, Question, agreement, rank
+from openrlhf_sgpo.oracle.implicit import ImplicitReward
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.run_folder import (
     Ledger,
@@ -44,7 +50,6 @@ from openrlhf_sgpo.run_folder import (
 from openrlhf_sgpo.table import results_table
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
 from openrlhf_sgpo.training.log_probs import check_layout
-from openrlhf_sgpo.training.probe import check_weights_arrived
 from openrlhf_sgpo.training.scoring import Scorer
 from openrlhf_sgpo.training.stage import train_stage
 
@@ -61,13 +66,8 @@ class Run:
         self.options = options
         self.folder = RunFolder(config.ckpt.output_dir)
         # Data is read before anything expensive, so that a bad row costs seconds.
-        self.human = load_pairs(config.data.dataset, config.data.dataset_split, config.data.max_samples)
-        self.held_out = (
-            load_pairs(config.eval.dataset, config.eval.split, config.eval.max_samples) if config.eval.dataset else []
-        )
-        samples = algorithm.needs.rounds and config.rounds.count > 0
-        self.prompts = load_prompts(config.data.prompt_dataset, config.data.prompt_split) if samples else []
-        self.prompt_counts = _prompt_counts(config, len(self.prompts)) if samples else []
+        samples = config.rounds.count > 0
+        records = load_run(config, with_prompts=samples)
         if samples:
             check_rollout(config)
         self.tokenizer = AutoTokenizer.from_pretrained(
@@ -83,27 +83,38 @@ class Run:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.chat = ChatFormat(self.tokenizer, config.data.max_len)
-        self.held_out_groups = self._tokenize(self.held_out)[1]
+        self.data = inspect_run(records, self.chat, config)
+        if os.environ.get("RANK", "0") == "0":  # the strategy does not exist yet
+            print("\n".join(report.text() for report in self.data.reports), flush=True)
+        require(self.data.reports)
+        self.prompt_counts = _prompt_counts(config, len(self.data.prompts.prompts)) if samples else []
 
         resolved = {"": replace(config, resume=False), algorithm.name: options}
         self.strategy = build_strategy(config)
         self.writes = self.strategy.is_rank_0()
         if self.writes:
-            data: dict[str, Any] = {
-                "--data.dataset": self.human,
-                "--data.prompt_dataset": self.prompts,
-                "--eval.dataset": self.held_out,
-            }
-            self.folder.prepare(
-                flags.dump(resolved), config.resume, {name: fingerprint(rows) for name, rows in data.items()}
-            )
+            data = {"data.dataset": self.data.human.pairs, "eval.dataset": self.data.held_out.pairs}
+            digests = {f"--{name}": fingerprint(rows) for name, rows in data.items()}
+            digests["--data.prompt_dataset"] = fingerprint(self.data.prompts.prompts)
+            self.folder.prepare(flags.dump(resolved), config.resume, digests)
+            write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
+            if config.ckpt.fork_from:
+                take_over(RunFolder(config.ckpt.fork_from), self.folder, flags.to_dict(resolved), digests)
         ranks.barrier()
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
         self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
         self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
         self.rollout: Rollout | None = None
-        self._last_probe: list[float] | None = None
-        self._noise: float | None = None
+        self.reward_model: Oracle | None = None
+        self.evaluator = Evaluator(
+            config,
+            self.scorer,
+            self.chat,
+            list(zip(self.data.held_out.pairs, self.data.held_out.groups, strict=True)),
+            self._probes() if samples else [],
+            self._engine if samples else None,
+            self.writes,
+        )
         self._shuffled: list[Prompt] | None = None
 
     # The loop -------------------------------------------------------------------------------------------------------
@@ -111,9 +122,8 @@ class Run:
     def execute(self) -> list[dict[str, Any]]:
         """All stages that are not finished yet; returns the rows of the results table, start first."""
         try:
-            rows = [self._evaluate("start", self.config.model.model_name_or_path, self.folder.path / "initial")]
-            # How far engine and trainer are apart on the same weights, before there is anything to sync.
-            self._noise = rows[0].get("probe", {}).get("noise")
+            rows = [self._evaluate("start", self.config.model.model_name_or_path, None, self.folder.path / "initial")]
+            self.evaluator.calibrate(rows[0])
             for number in range(1 + len(self.prompt_counts)):
                 if number == 0:
                     self._seed_pairs()
@@ -123,8 +133,10 @@ class Run:
                     self._generate(number)
                     self._annotate(number)
                 certificate = self._train(number)
-                row = self._evaluate(f"round {number}", str(self.folder.policy(number)), self.folder.round(number))
-                rows.append(row | {"worst_case": certificate.get("value")})
+                policy, path = str(self.folder.policy(number)), self.folder.round(number)
+                row = self._evaluate(f"round {number}", policy, self._policy_before(number), path)
+                labels = self.folder.manifest(number)["stages"]["pairs"].get("label_accuracy")
+                rows.append(row | {"worst_case": certificate.get("value"), "label_accuracy": labels})
             if self.writes:
                 table = results_table(rows, self.ledger.stages)
                 write_text(self.folder.path / "table.txt", table)
@@ -145,11 +157,13 @@ class Run:
         with self.ledger.stage("round_0/pairs") as cost:
             embeddings = None
             if settings.size and settings.selection == "fps":
-                prompts = [self.chat.prompt(pair.prompt)[-self.config.data.max_len :] for pair in self.human]
+                prompts = [group.prompt for group in self.data.human.groups]
                 embeddings = prompt_embeddings(
                     self.config.model.model_name_or_path, prompts, self.config, self.strategy
                 )
-            pairs = flip_labels(select_seed(self.human, settings.size, seed, embeddings), settings.flip_rate, seed)
+            pairs = flip_labels(
+                select_seed(self.data.human.pairs, settings.size, seed, embeddings), settings.flip_rate, seed
+            )
             cost["human_pairs"] = len(pairs)
         self._write_pairs(0, pairs, {"flipped": sum(pair.flipped for pair in pairs)})
 
@@ -177,7 +191,7 @@ class Run:
             cost["samples"] = len(kept) * rollout.n_samples_per_prompt
             cost["tokens_generated"] = sum(sample.tokens for group in samples for sample in group)
         if self.writes:
-            write_jsonl(path / "prompts.jsonl", ({"id": p.id, "prompt": p.messages} for p in prompts))
+            write_jsonl(path / "prompts.jsonl", map(_prompt_row, prompts))
             rows = zip(kept, samples, strict=True)
             write_jsonl(
                 path / "responses.jsonl",
@@ -186,41 +200,38 @@ class Run:
         self._finish(number, "generate", {"prompts": len(prompts), "too_long": len(prompts) - len(kept)})
 
     def _annotate(self, number: int) -> None:
-        """round_K/pairs.jsonl: best and worst response of each prompt by the policy's implicit reward."""
+        """round_K/pairs.jsonl: best and worst response of each prompt, as the oracle ranks them."""
         if self._finished(number, "pairs"):
             return
         path = self.folder.round(number)
-        prompts = {row["id"]: Prompt(row["id"], row["prompt"]) for row in read_jsonl(path / "prompts.jsonl")}
-        rows = []
-        groups = []
+        prompts = {row["id"]: row for row in read_jsonl(path / "prompts.jsonl")}
+        questions, gold = [], []
         skipped = 0
         for row in read_jsonl(path / "responses.jsonl"):
+            prompt = prompts[row["id"]]
             # Only distinct answers that say something can be ranked.
-            distinct = {one["text"]: one for one in row["responses"] if one["text"].strip()}
+            distinct = {one["text"]: one["truncated"] for one in row["responses"] if one["text"].strip()}
             if len(distinct) < 2:
                 skipped += 1
-                continue
-            prompt = self.chat.prompt(prompts[row["id"]].messages)
-            room = self.config.data.max_len - len(prompt)
-            rows.append({"id": row["id"], "responses": list(distinct.values())})
-            groups.append(
-                Group(
-                    prompt, tuple(self.chat.response(one["text"], one["truncated"], room) for one in distinct.values())
+            else:
+                questions.append(Question(row["id"], prompt["prompt"], tuple(starmap(Answer, distinct.items()))))
+            if prompt.get("chosen") is not None:
+                gold.append(
+                    Question(row["id"], prompt["prompt"], (Answer(prompt["chosen"]), Answer(prompt["rejected"])))
                 )
-            )
-        if not rows:
+        if not questions:
             raise RuntimeError(f"round {number}: no prompt got two different answers, so there is nothing to rank")
+        oracle = self._oracle(number)
         with self.ledger.stage(f"round_{number}/annotate") as cost, self._counting(cost):
-            label = f"round {number}: score"
-            policy = self.scorer.score(self._policy_before(number), groups, f"{label}, policy")
-            reference = self.scorer.score(self._judge_reference(number), groups, f"{label}, reference")
-        pairs = [
-            rank(
-                prompts[row["id"]], row["responses"], implicit_rewards(log_probs, base, self.config.model.beta), number
-            )
-            for row, log_probs, base in zip(rows, policy, reference, strict=True)
-        ]
-        facts = {"judge_reference": self._name(self._judge_reference(number)), "prompts_without_two_answers": skipped}
+            rewards = oracle.rewards([*questions, *gold], f"round {number}: score")
+        ranked = zip(questions, rewards[: len(questions)], strict=True)
+        pairs = [rank(question, scores, oracle.name, number) for question, scores in ranked]
+        facts: dict[str, Any] = {"oracle": oracle.name, "prompts_without_two_answers": skipped}
+        if oracle.name == "implicit":
+            facts["judge_reference"] = self._name(self._judge_reference(number))
+        if gold:
+            # How often the oracle agrees with people, on human pairs of the very prompts that it now labels.
+            facts |= {"label_accuracy": agreement(rewards[len(questions) :]), "gold_pairs": len(gold)}
         self._write_pairs(number, pairs, facts)
 
     def _train(self, number: int) -> dict[str, Any]:
@@ -230,9 +241,10 @@ class Run:
         if self._finished(number, "train"):
             return read_json(certificate_path) if certificate_path.exists() else {}
         start, loss_reference = self._policy_before(number), self._loss_reference(number)
-        # The seed stage of an algorithm with rounds is DPO with settings of its own.
-        is_seed = number == 0 and self.algorithm.needs.rounds
-        algorithm = DPO(NoSettings(), config.model.beta) if is_seed else self.algorithm(self.options, config.model.beta)
+        # A seed stage has settings of its own; an algorithm that is made for rounds begins with DPO.
+        is_seed = number == 0 and has_rounds(config, self.algorithm)
+        own = not (is_seed and self.algorithm.needs.rounds)
+        algorithm = self.algorithm(self.options, config.model.beta) if own else DPO(NoSettings(), config.model.beta)
         epochs = config.seed.max_epochs if is_seed else config.train.max_epochs
         learning_rate = config.seed.lr if is_seed else config.adam.lr
 
@@ -247,12 +259,13 @@ class Run:
         with self.ledger.stage(f"round_{number}/follower") as cost, self._counting(cost):
             reference = self.scorer.score(loss_reference, groups, f"{label}: reference")
             certificate: dict[str, Any] = {}
-            if not is_seed:
+            if own:
                 policy = self.scorer.score(start, groups, f"{label}: policy")
-                margins = self._margins(policy, reference).float()
-                certificate = algorithm.begin_stage(margins, seed=config.train.seed + number)
+                at_start = margins(policy, reference, config.model.beta).float()
+                steps = epochs * (len(groups) // config.train.batch_size)
+                certificate = algorithm.begin_stage(at_start, Stage(number, steps, config.train.seed + number))
             if certificate and self.writes:
-                write_json(certificate_path, certificate | {"margins": margins.tolist()})
+                write_json(certificate_path, certificate | {"margins": at_start.tolist()})
         if start != config.ref.model_name_or_path:
             self.scorer.forget(start)
         self.scorer.discard(str(self.folder.policy(number)))
@@ -262,6 +275,7 @@ class Run:
                 groups,
                 reference,
                 start=start,
+                loss_reference=loss_reference,
                 destination=self.folder.policy(number),
                 epochs=epochs,
                 learning_rate=learning_rate,
@@ -286,44 +300,12 @@ class Run:
         self._finish(number, "train", facts)
         return certificate
 
-    def _evaluate(self, name: str, policy: str, path: Path) -> dict[str, Any]:
-        """evaluation.json: held-out preference accuracy and margin, and the length of fresh samples.
-
-        Also the moment at which the engines take over a new policy, and at which it is proved that they did.
-        """
-        result_path = path / "evaluation.json"
-        if ranks.from_rank_0(result_path.exists()):
-            return read_json(result_path)
-        row: dict[str, Any] = {"name": name}
-        groups = self.held_out_groups
-        with self.ledger.stage(f"{path.name}/evaluate") as cost, self._counting(cost):
-            if groups:
-                reference = self.scorer.score(
-                    self.config.ref.model_name_or_path, groups, f"{name}: evaluate, reference"
-                )
-                scored = self.scorer.score(policy, groups, f"{name}: evaluate")
-                margins = self._margins(scored, reference)
-                # A tie is half right, so that an untrained policy has accuracy one half.
-                accuracy = (margins > 0).double().mean() + 0.5 * (margins == 0).double().mean()
-                row |= {"accuracy": accuracy.item(), "margin": margins.mean().item(), "pairs": len(groups)}
-            if self.prompt_counts:
-                engine = self._engine(policy)
-                probes = self._probes()
-                log_probs = [one[0] for one in self.scorer.score(policy, probes, f"{name}: probe")]
-                row["probe"] = check_weights_arrived(
-                    engine, probes, log_probs, self._last_probe, self.config.ds.param_dtype, self._noise
-                )
-                self._last_probe = log_probs
-            if self.prompt_counts and groups:
-                prompts = [group.prompt for group in groups]
-                samples = engine.generate(prompts, 1, seed=self.config.train.seed, label=f"{name}: sample")
-                row["response_length"] = sum(one.tokens for (one,) in samples) / len(samples)
-                row["truncated"] = sum(one.truncated for (one,) in samples) / len(samples)
-                cost["samples"] = len(samples)
-                cost["tokens_generated"] = sum(one.tokens for (one,) in samples)
-        if self.writes:
-            write_json(result_path, row)
-        ranks.barrier()
+    def _evaluate(self, name: str, policy: str, previous: str | None, path: Path) -> dict[str, Any]:
+        """evaluation.json of a policy; also the moment at which the engines take it over."""
+        row = self.evaluator.read(path)
+        if row is None:
+            with self.ledger.stage(f"{path.name}/evaluate") as cost, self._counting(cost):
+                row = self.evaluator.evaluate(name, policy, previous, path, cost)
         return row
 
     # What a stage works with ----------------------------------------------------------------------------------------
@@ -335,6 +317,17 @@ class Run:
         initial = self.config.rounds.judge_reference == "initial" or number < 2
         return self.config.ref.model_name_or_path if initial else str(self.folder.policy(number - 2))
 
+    def _oracle(self, number: int) -> Oracle:
+        if self.config.oracle == "reward_model":
+            from openrlhf_sgpo.oracle.reward_model import RewardModel
+
+            self.reward_model = self.reward_model or RewardModel(
+                self.config, self.strategy, self.folder.path / "rewards"
+            )
+            return self.reward_model
+        policy, reference = self._policy_before(number), self._judge_reference(number)
+        return ImplicitReward(self.scorer, self.chat, policy, reference, self.config.model.beta)
+
     def _loss_reference(self, number: int) -> str:
         initial = self.config.rounds.loss_reference == "initial" or number == 0
         return self.config.ref.model_name_or_path if initial else self._policy_before(number)
@@ -342,8 +335,8 @@ class Run:
     def _round_prompts(self, number: int) -> list[Prompt]:
         """This round's share of the prompts, which are shuffled once; those of seed and held-out pairs are left out."""
         if self._shuffled is None:
-            taken = {str(pair.prompt) for pair in [*self._read_pairs(0), *self.held_out]}
-            self._shuffled = [prompt for prompt in self.prompts if str(prompt.messages) not in taken]
+            taken = {prompt_key(pair.prompt) for pair in [*self._read_pairs(0), *self.data.held_out.pairs]}
+            self._shuffled = [one for one in self.data.prompts.prompts if prompt_key(one.messages) not in taken]
             random.Random(self.config.train.seed).shuffle(self._shuffled)
             self.prompt_counts = _prompt_counts(self.config, len(self._shuffled))
         first = sum(self.prompt_counts[: number - 1])
@@ -352,9 +345,7 @@ class Run:
     def _probes(self) -> list[Group]:
         """Fixed texts for the weight probe; an engine wants room for one more token."""
         longest = self.config.data.max_len - 1
-        # The first that fit: tokenizing all human pairs for a handful of probes would repeat minutes of work every round.
-        human = (group for group in map(self.chat.pair, self.human) if group)
-        candidates = self.held_out_groups[:PROBES] or list(islice(human, PROBES)) or self._tokenize(self.human)[1]
+        candidates = self.data.held_out.groups[:PROBES] or self.data.human.groups[:PROBES]
         return [Group(group.prompt, (group.responses[0][: longest - len(group.prompt)],)) for group in candidates]
 
     def _engine(self, policy: str) -> Rollout:
@@ -363,14 +354,10 @@ class Run:
         self.rollout.load(policy)
         return self.rollout
 
-    def _margins(self, policy: list[tuple[float, ...]], reference: list[tuple[float, ...]]) -> torch.Tensor:
-        """beta * [(log-ratio of chosen) - (log-ratio of rejected)], shape (pairs,), float64."""
-        ratio = torch.tensor(policy, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
-        return self.config.model.beta * (ratio[:, 0] - ratio[:, 1])
-
     def _tokenize(self, pairs: list[Pair]) -> tuple[list[Pair], list[Group]]:
         """The pairs that fit into --data.max_len, and their tokens."""
-        tokens = [(pair, self.chat.pair(pair)) for pair in pairs]
+        human = self.data.human
+        tokens = [(pair, (pair.round == 0 and human.tokens_of(pair)) or self.chat.pair(pair)) for pair in pairs]
         kept = [(pair, group) for pair, group in tokens if group is not None]
         if pairs and not kept:
             raise ValueError(f"none of {len(pairs)} pairs fits into --data.max_len {self.config.data.max_len} tokens")
@@ -406,6 +393,11 @@ class Run:
     def _say(self, text: str) -> None:
         if self.writes:
             print(text, flush=True)
+
+
+def _prompt_row(prompt: Prompt) -> dict[str, Any]:
+    gold = {} if prompt.chosen is None else {"chosen": prompt.chosen, "rejected": prompt.rejected}
+    return {"id": prompt.id, "prompt": prompt.messages} | gold
 
 
 def _prompt_counts(config: Config, available: int) -> list[int]:

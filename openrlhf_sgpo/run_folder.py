@@ -11,10 +11,12 @@ final name is whole; ``manifest.json`` names the finished stages of its round, w
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+LOCK = "lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,22 +72,37 @@ class RunFolder:
     def __init__(self, path: str):
         self.path = Path(path).absolute()
 
-    def prepare(self, resolved_config: str, resume: bool, data: dict[str, str] | None = None) -> None:
-        """Create the run folder, or take up the one that is there.
+    def lock(self) -> None:
+        """Hold the folder until this process ends, however it ends. Raises ValueError if another process holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as the file is open
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise ValueError(f"--ckpt.output_dir {self.path} is in use by {holder}: wait for it, or end it") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
 
-        data: a hash of each data set that was read. Raises ValueError if the folder holds a run and ``resume`` is off, or if
-        ``resume`` is on and the configuration or the data differ from that run's.
+    def prepare(self, resolved_config: str, resume: bool, data: dict[str, str] | None = None) -> None:
+        """Lock and create the run folder, or take up the one that is there.
+
+        data: a hash of each data set that was read. Raises ValueError if the folder is in use, or holds a run and ``resume``
+        is off, or if ``resume`` is on and the configuration or the data differ from that run's.
         """
+        self.lock()
         stored = self.path / "resolved_config.yaml"
         if not stored.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            if any(entry.name != LOCK for entry in self.path.iterdir()):
                 raise ValueError(f"--ckpt.output_dir {self.path} is not empty and not a run: choose another folder")
         elif not resume:
             raise ValueError(
                 f"--ckpt.output_dir {self.path} already holds a run: add --resume to continue it, or choose another folder"
             )
         else:
-            changed = _differences(yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(resolved_config))
+            changed = differences(yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(resolved_config))
             if changed:
                 listed = "\n  ".join(f"--{key}: was {old!r}, now {new!r}" for key, (old, new) in changed.items())
                 raise ValueError(f"--resume with another configuration than the run in {self.path} has:\n  {listed}")
@@ -115,12 +134,13 @@ class RunFolder:
         write_json(self.round(number) / "manifest.json", manifest)
 
 
-def _differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """(old, new) value of every key, by its dotted name, in which two nested mappings differ."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found |= _differences(before, after, f"{prefix}{key}.")
+            found |= differences(before, after, f"{prefix}{key}.")
         elif before != after:
             found[prefix + key] = (before, after)
     return found

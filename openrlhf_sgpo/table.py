@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+FIGURES = (  # title, key, digits
+    ("accuracy", "accuracy", 3),
+    ("margin", "margin", 4),
+    ("kl", "kl", 2),
+    ("length", "response_length", 1),
+    ("labels", "label_accuracy", 3),
+    ("worst case", "worst_case", 4),
+)
 STAGES = ("generate", "annotate", "follower", "train", "evaluate")
 
 
 def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]]) -> str:
-    """rows: evaluation rows with ``name``, and what was measured of accuracy, margin, response_length and worst_case;
-    stages: the ledger's entries, from which the seconds of each stage are taken. Missing figures are a dash."""
-    header = ["", "accuracy", "margin", "length", "worst case", *STAGES]
+    """rows: evaluation rows with ``name``, and what was measured of accuracy, margin, kl, response_length, label_accuracy and
+    worst_case; stages: the ledger's entries, from which the seconds of each stage are taken. Missing figures are a dash."""
+    header = ["", *(title for title, _, _ in FIGURES), *STAGES]
     lines = [header]
     for row in rows:
         folder = "initial" if row["name"] == "start" else row["name"].replace(" ", "_")
-        figures = [
-            _figure(row.get(key), digits)
-            for key, digits in (("accuracy", 3), ("margin", 4), ("response_length", 1), ("worst_case", 4))
-        ]
+        figures = [_figure(row.get(key), digits) for _, key, digits in FIGURES]
         seconds = [_figure(stages.get(f"{folder}/{stage}", {}).get("seconds"), 1) for stage in STAGES]
         lines.append([row["name"], *figures, *seconds])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
@@ -30,7 +35,8 @@ def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]
     ]
     text.insert(1, "  ".join("-" * width for width in widths))
     note = (
-        "accuracy, margin: held-out pairs against the initial reference; length: tokens per response; stages: seconds"
+        "accuracy, margin: held-out pairs against the initial reference; kl: nats per sampled response, to the same; length: "
+        "its tokens;\nlabels: agreement of the round's oracle with human pairs of its prompts; stages: seconds"
     )
     return "\n".join([*text, note]) + "\n"
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openrlhf_sgpo.oracle.implicit import best_and_worst, implicit_rewards
+from openrlhf_sgpo.oracle.base import best_and_worst
+from openrlhf_sgpo.oracle.implicit import implicit_rewards
 
 NUMBERS = st.floats(-1e3, 1e3)
 

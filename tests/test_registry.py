@@ -2,14 +2,16 @@
 
 import importlib
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from openrlhf_sgpo import algorithms
+from openrlhf_sgpo.cli.main import main
 
 MODULE = """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from openrlhf_sgpo.algorithms.base import Algorithm
 
 @dataclass
@@ -38,6 +40,25 @@ class Undefaulted(Algorithm):
 
 class Stranger:
     name = "stranger"
+
+@dataclass
+class Inner:
+    rate: float = 1e-5
+    text: str = ""
+
+@dataclass
+class Many:
+    switch: bool = True
+    sizes: list[int] = field(default_factory=lambda: list(range(20)))
+    inner: Inner = field(default_factory=Inner)
+
+class Configured(Algorithm):
+    name, paper, summary = "configured", "a paper", "a summary " + 12 * "that goes on "
+    settings = Many
+    defaults = {"rounds.count": 1, "oracle": "reward_model"}
+
+class Mute(Algorithm):
+    name = "mute"
 """
 
 
@@ -62,10 +83,28 @@ def install(folder: Path, distribution: str, *entries: str) -> None:
 
 def test_built_ins_are_lazy_and_first(folder, monkeypatch):
     install(folder, "zoo", "zeta = third_party:Good", "alpha = third_party:Good", "dpo = third_party:Other")
-    assert algorithms.names() == ["dpo", "sgpo", "alpha", "zeta"]
+    assert algorithms.names() == [*algorithms.BUILT_INS, "alpha", "zeta"]
     assert "third_party" not in sys.modules
     monkeypatch.setitem(algorithms.BUILT_INS, "good", "third_party:Good")
     assert algorithms.get("good") is importlib.import_module("third_party").Good
+
+
+@pytest.mark.parametrize("name", algorithms.BUILT_INS)
+def test_built_ins_load_and_accept_their_defaults(name):
+    algorithm = algorithms.get(name)
+    assert algorithm.name == name and algorithm.paper.startswith("arXiv ") and algorithm.summary
+    assert algorithm.check(algorithm.settings()) == []
+    assert algorithms.origin(name) == "built in"
+
+
+def test_origin(folder):
+    install(folder, "zoo", "good = third_party:Good", "dpo = third_party:Other")
+    assert algorithms.origin("good") == "entry point of zoo"
+    assert algorithms.origin("dpo") == "built in and entry point of zoo"
+    install(folder, "circus", "good = third_party:Good", "other = third_party:Other")
+    assert algorithms.origin("good") in ("entry point of zoo", "entry point of circus")
+    assert algorithms.origin("other") == "entry point of circus"
+    assert algorithms.origin("nobody") == "not registered"
 
 
 def test_entry_point_and_direct_class(folder):
@@ -74,9 +113,9 @@ def test_entry_point_and_direct_class(folder):
 
 
 def test_unknown_name(folder):
-    with pytest.raises(ValueError, match=r"unknown algorithm 'spgo'; did you mean sgpo\? known: dpo, sgpo"):
+    with pytest.raises(ValueError, match=r"unknown algorithm 'spgo'; did you mean sgpo\? known: dpo, ipo, cdpo, "):
         algorithms.get("spgo")
-    with pytest.raises(ValueError, match="unknown algorithm 'zzz'; known: dpo, sgpo"):
+    with pytest.raises(ValueError, match="unknown algorithm 'zzz'; known: dpo, ipo, cdpo, "):
         algorithms.get("zzz")
 
 
@@ -123,3 +162,51 @@ def test_name_of_the_class_must_agree(folder):
     install(folder, "zoo", "better = third_party:Good")
     with pytest.raises(ValueError, match="'better': third_party:Good calls itself 'good'"):
         algorithms.get("better")
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def listed(capsys) -> dict[str, list[str]]:
+    """What ``openrlhf-sgpo algorithms`` prints, by algorithm."""
+    assert main(["algorithms"]) == 0
+    blocks: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        assert line.isascii() and len(line) <= 100
+        if not line.startswith(" "):
+            name, _, line = line.partition(" ")
+            blocks[name] = []
+        blocks[name].append(line.strip())
+    return blocks
+
+
+def test_the_list_names_paper_origin_and_defaults(capsys):
+    blocks = listed(capsys)
+    assert list(blocks) == algorithms.names()
+    assert blocks["dpo"] == [algorithms.get("dpo").summary, "arXiv 2305.18290, built in"]
+    assert blocks["cdpo"][1:] == ["arXiv 2305.18290, built in", "--cdpo.label_smoothing 0.1"]
+    spa = " ".join(blocks["spa"])
+    assert "--spa.extrapolation 0.5 0.25 0.125 --spa.warmup_share 0.2" in spa
+    assert blocks["spa"][-1] == "shared: --rounds.loss_reference previous"
+    for name in algorithms.BUILT_INS:
+        flags_of_name = [word for word in " ".join(blocks[name]).split() if word.startswith(f"--{name}.")]
+        assert flags_of_name == [f"--{name}.{item.name}" for item in fields(algorithms.get(name).settings)]
+
+
+def test_the_list_shows_other_packages_and_survives_the_broken_ones(folder, capsys):
+    install(folder, "zoo", "configured = third_party:Configured", "mute = third_party:Mute")
+    install(folder, "circus", "broken = broken_party:Thing", "dpo = third_party:Other", "gone = no_such_module:Thing")
+    blocks = listed(capsys)
+    assert list(blocks) == [*algorithms.BUILT_INS, "broken", "configured", "gone", "mute"]
+    text = {name: " ".join(lines) for name, lines in blocks.items()}
+    assert "broken_party" in text["broken"] and "(RuntimeError: no luck) entry point of circus" in text["broken"]
+    assert "cannot import module 'no_such_module'" in text["gone"] and "circus" in text["gone"]
+    assert "no attribute 'summary'" in text["mute"] and "entry point of zoo" in text["mute"]
+    assert text["dpo"].startswith("error: algorithm 'dpo' is claimed by") and "uninstall one" in text["dpo"]
+    assert "a paper, entry point of zoo" in blocks["configured"]
+    # No flag is torn from its values.
+    sizes = " ".join(map(str, range(20)))
+    assert any(f"--configured.sizes {sizes}" in line for line in blocks["configured"])
+    assert "--configured.switch true" in text["configured"]
+    assert "--configured.inner.rate 1e-05 --configured.inner.text ''" in text["configured"]
+    assert blocks["configured"][-1] == "shared: --rounds.count 1 --oracle reward_model"

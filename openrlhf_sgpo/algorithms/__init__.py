@@ -17,7 +17,12 @@ ENTRY_POINT_GROUP = "openrlhf_sgpo.algorithms"
 
 BUILT_INS = {
     "dpo": "openrlhf_sgpo.algorithms.dpo:DPO",
+    "ipo": "openrlhf_sgpo.algorithms.ipo:IPO",
+    "cdpo": "openrlhf_sgpo.algorithms.cdpo:CDPO",
+    "rdpo": "openrlhf_sgpo.algorithms.rdpo:RDPO",
     "sgpo": "openrlhf_sgpo.algorithms.sgpo:SGPO",
+    "spa": "openrlhf_sgpo.algorithms.spa:SPA",
+    "iter_dpo": "openrlhf_sgpo.algorithms.iter_dpo:IterDPO",
 }
 
 
@@ -25,6 +30,11 @@ def names() -> list[str]:
     """Registered names: the built-ins, then the entry points in alphabetical order."""
     found = {entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
     return [*BUILT_INS, *sorted(found - BUILT_INS.keys())]
+
+
+def origin(name: str) -> str:
+    """Where a registered name comes from: ``built in``, or the distributions whose entry points claim it."""
+    return " and ".join(dict.fromkeys(_claims(name).values())) or "not registered"
 
 
 def get(name: str) -> type[Algorithm]:
@@ -35,11 +45,7 @@ def get(name: str) -> type[Algorithm]:
     """
     if ":" in name:
         return _load(name)
-    # Where each claim comes from, by its target: a package may well list the same class twice.
-    claims = {BUILT_INS[name]: "built in"} if name in BUILT_INS else {}
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
-        source = entry.dist.name if entry.dist is not None else "an unnamed distribution"
-        claims.setdefault(f"{entry.module}:{entry.attr}", f"entry point of {source}")
+    claims = _claims(name)
     if not claims:
         close = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
         hint = f"; did you mean {close[0]}?" if close else ";"
@@ -52,6 +58,15 @@ def get(name: str) -> type[Algorithm]:
     if algorithm.name != name:
         raise ValueError(f"algorithm {name!r}: {target} calls itself {algorithm.name!r}; the two names must agree")
     return algorithm
+
+
+def _claims(name: str) -> dict[str, str]:
+    """Where each claim to a name comes from, by its target: packages may well list the same class twice."""
+    claims = {BUILT_INS[name]: "built in"} if name in BUILT_INS else {}
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
+        source = entry.dist.name if entry.dist is not None else "an unnamed distribution"
+        claims.setdefault(f"{entry.module}:{entry.attr}", f"entry point of {source}")
+    return claims
 
 
 def _load(target: str) -> type[Algorithm]:
@@ -81,4 +96,4 @@ def _load(target: str) -> type[Algorithm]:
     return algorithm
 
 
-__all__ = ["BUILT_INS", "ENTRY_POINT_GROUP", "Algorithm", "get", "names"]
+__all__ = ["BUILT_INS", "ENTRY_POINT_GROUP", "Algorithm", "get", "names", "origin"]

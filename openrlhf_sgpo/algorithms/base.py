@@ -96,7 +96,7 @@ class Algorithm:
         """Problems with a combination of settings, each naming its flag; empty when all is well. Needs no torch."""
         return []
 
-    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:  # noqa: B008 - frozen
+    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:
         """Called once before a stage's training with the margins of all its pairs, shape (N,) on the CPU, under the
         reference and beta of the loss. Returns what to store as the round's certificate (JSON-serialisable), empty if there
         is none."""

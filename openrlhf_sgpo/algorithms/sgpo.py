@@ -12,7 +12,7 @@ from openrlhf_sgpo.flags import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from openrlhf_sgpo.dro import WorstCase
+    from openrlhf_sgpo.dro import BestCase, WorstCase
 
 
 class SaturatedBallError(RuntimeError):
@@ -26,6 +26,11 @@ class SGPOSettings:
     )
     space: Literal["margin", "probability"] = setting(
         "margin", "where the ball lives: on margins (the paper), or on win probabilities sigmoid(margin) (its code)"
+    )
+    ball: Literal["worst", "best"] = setting(
+        "worst",
+        "worst: train against the worst case of the ball (the paper); best: train on its best case, which forgives pairs that "
+        "the policy ranks badly (not in the paper; needs the leader danskin, and has no tangents and no window)",
     )
     pieces: int = setting(6, "tangents that stand for the loss in the follower (0: the exact loss, margin space only)")
     window_pad: float = setting(
@@ -52,6 +57,9 @@ class SGPO(Algorithm):
     The follower is solved exactly on the margins of all pairs (``openrlhf_sgpo.dro``); the default leader then minimises
     its exact gradient, mean_i phi(xi_i(theta)) with the follower's slope and edge held fixed (Danskin): DPO's loss whose
     part below the follower's threshold is a straight chord. Radius 0 is self-annotated DPO.
+
+    ``--sgpo.ball best`` (not in the paper) puts the inf of the same ball in place of the sup: DPO's loss that goes on as its
+    own tangent below the level to which the follower raises the smallest margins.
     """
 
     name = "sgpo"
@@ -73,6 +81,17 @@ class SGPO(Algorithm):
         for flag in ("window_pad", "group_size", "refresh_steps"):
             if getattr(options, flag) < 0:
                 problems.append(f"--sgpo.{flag} {getattr(options, flag)} must be 0 or more")
+        if options.ball == "best":
+            problems += [
+                f"--sgpo.{flag} {getattr(options, flag)} is not read with --sgpo.ball best, which {has}; leave it at "
+                f"{getattr(SGPOSettings, flag)}"
+                for flag, has in (
+                    ("leader", "has no atoms to move"),
+                    ("pieces", "has the exact loss"),
+                    ("window_pad", "has no window"),
+                )
+                if getattr(options, flag) != getattr(SGPOSettings, flag)
+            ]
         needed = {"transport": "margin", "released": "probability"}.get(options.leader)
         if needed and options.space != needed:
             problems.append(f"--sgpo.leader {options.leader} needs --sgpo.space {needed}")
@@ -97,7 +116,8 @@ class SGPO(Algorithm):
 
     def __init__(self, options: SGPOSettings, beta: float):
         super().__init__(options, beta)
-        # Danskin: slope, edge and window of each pair's group, or one value for all. Others: s and displacement per pair.
+        # Danskin: slope, edge and window of each pair's group, or one value for all; of a best case, its level. Other
+        # leaders: s and displacement per pair.
         self._answer: dict[str, Any] | None = None
         self._recent: Tensor | None = None
         self._steps = 0
@@ -120,10 +140,10 @@ class SGPO(Algorithm):
             self._answer = self._danskin_answer(margins, groups, solutions)
         else:
             self._answer = self._transport_answer(margins, groups, solutions)
-        return _certificate(solutions, margins)
+        return _certificate(self.options.ball, solutions, margins)
 
     def loss(self, batch: PairBatch) -> Tensor:
-        from openrlhf_sgpo.dro.losses import danskin_loss, released_loss, transport_loss
+        from openrlhf_sgpo.dro.losses import best_case_loss, danskin_loss, released_loss, transport_loss
 
         margins = batch.margins(self.beta)
         if self._answer is None:
@@ -136,6 +156,8 @@ class SGPO(Algorithm):
             name: value[batch.index].to(margins.device) if getattr(value, "ndim", 0) else value
             for name, value in self._answer.items()
         }
+        if self.options.ball == "best":
+            return best_case_loss(margins, answer["level"], space=self.options.space)
         if self.options.leader == "danskin":
             return danskin_loss(
                 margins,
@@ -160,11 +182,10 @@ class SGPO(Algorithm):
         self._steps += 1
         if self._steps % self.options.refresh_steps:
             return {}
-        worst = self._solve(self._recent)
-        self._answer = _scalars(worst)
-        return {
-            f"sgpo/{name}": value for name, value in _certificate([worst], self._recent).items() if value is not None
-        }
+        solution = self._solve(self._recent)
+        self._answer = _scalars(solution)
+        certificate = _certificate(self.options.ball, [solution], self._recent)
+        return {f"sgpo/{name}": value for name, value in certificate.items() if isinstance(value, (int, float))}
 
     def state_dict(self) -> dict[str, Any]:
         if not self.options.refresh_steps:
@@ -175,37 +196,44 @@ class SGPO(Algorithm):
         if state:
             self._answer, self._recent, self._steps = state["answer"], state["recent"], state["steps"]
 
-    def _solve(self, margins: Tensor) -> WorstCase:
-        from openrlhf_sgpo.dro import solve_worst_case
+    def _solve(self, margins: Tensor) -> WorstCase | BestCase:
+        from openrlhf_sgpo.dro import solve_best_case, solve_worst_case
 
         options = self.options
-        worst = solve_worst_case(
-            margins,
-            options.radius,
-            space=options.space,
-            pieces=options.pieces or None,
-            window_pad=options.window_pad,
-        )
-        if worst.saturated:
-            raise SaturatedBallError(
-                f"--sgpo.radius {options.radius} (space {options.space}) is enough to move all {len(margins)} margins to the "
-                f"edge {worst.edge:.4g}, where the loss has no gradient left. Margins range from {margins.min():.4g} to "
-                f"{margins.max():.4g}. Lower --sgpo.radius"
-                + (", or raise --sgpo.window_pad" if options.space == "margin" else "")
-                + ". With --rounds.loss_reference previous all margins are 0 when a round begins."
+        solution: WorstCase | BestCase
+        if options.ball == "best":
+            solution = solve_best_case(margins, options.radius, space=options.space)
+            place, or_else = "probability 1", ""
+        else:
+            solution = solve_worst_case(
+                margins,
+                options.radius,
+                space=options.space,
+                pieces=options.pieces or None,
+                window_pad=options.window_pad,
             )
-        return worst
+            place = f"the edge {solution.edge:.4g}"
+            or_else = ", or raise --sgpo.window_pad" if options.space == "margin" else ""
+        if solution.saturated:
+            raise SaturatedBallError(
+                f"--sgpo.radius {options.radius} (space {options.space}) is enough to move all {len(margins)} margins to "
+                f"{place}, where the loss has no gradient left. Margins range from {margins.min():.4g} to "
+                f"{margins.max():.4g}. Lower --sgpo.radius{or_else}"
+                ". With --rounds.loss_reference previous all margins are 0 when a round begins."
+            )
+        return solution
 
-    def _danskin_answer(self, margins: Tensor, groups: list, solutions: list[WorstCase]) -> dict[str, Any]:
+    def _danskin_answer(self, margins: Tensor, groups: list, solutions: list) -> dict[str, Any]:
+        answers = [_scalars(solution) for solution in solutions]
         if len(groups) == 1:
-            return _scalars(solutions[0])
-        answer = {name: margins.new_empty(len(margins)) for name in ("slope", "edge", "lower", "upper")}
-        for group, worst in zip(groups, solutions, strict=True):
-            for name, value in _scalars(worst).items():
+            return answers[0]
+        answer = {name: margins.new_empty(len(margins)) for name in answers[0]}
+        for group, scalars in zip(groups, answers, strict=True):
+            for name, value in scalars.items():
                 answer[name][group] = value
         return answer
 
-    def _transport_answer(self, margins: Tensor, groups: list, solutions: list[WorstCase]) -> dict[str, Any]:
+    def _transport_answer(self, margins: Tensor, groups: list, solutions: list) -> dict[str, Any]:
         import torch
         from torch.nn.functional import pad
 
@@ -248,23 +276,30 @@ class SGPO(Algorithm):
         return s, torch.where(s > 0, q / s.clamp_min(torch.finfo(s.dtype).tiny), 0.0)
 
 
-def _scalars(worst: WorstCase) -> dict[str, float]:
-    lower, upper = worst.window
-    return {"slope": worst.slope, "edge": worst.edge, "lower": lower, "upper": upper}
+def _scalars(solution: WorstCase | BestCase) -> dict[str, float]:
+    """All that the loss of the danskin leader needs to know of the follower's answer."""
+    from openrlhf_sgpo.dro import BestCase
+
+    if isinstance(solution, BestCase):
+        return {"level": solution.level}
+    lower, upper = solution.window
+    return {"slope": solution.slope, "edge": solution.edge, "lower": lower, "upper": upper}
 
 
-def _certificate(solutions: list[WorstCase], margins: Tensor) -> dict[str, Any]:
+def _certificate(ball: str, solutions: list, margins: Tensor) -> dict[str, Any]:
     """What proves the follower's answer, averaged over groups by their size; see docs/algorithms/sgpo.md."""
-    sizes = [len(worst.moved) for worst in solutions]
+    sizes = [len(solution.margins) for solution in solutions]
 
     def average(name: str) -> float:
-        return sum(size * getattr(worst, name) for size, worst in zip(sizes, solutions, strict=True)) / sum(sizes)
+        return sum(size * getattr(each, name) for size, each in zip(sizes, solutions, strict=True)) / sum(sizes)
 
-    names = ("value", "dual_value", "empirical", "bound", "slope", "edge", "fraction_moved", "budget_used")
+    place = {"worst": "edge", "best": "level"}[ball]
+    names = ("value", "dual_value", "empirical", "bound", "slope", place, "fraction_moved", "budget_used")
     certificate: dict[str, Any] = {name: average(name) for name in names}
     # At radius 0 nothing is below the threshold, and JSON has no minus infinity.
     certificate["threshold"] = average("threshold") if solutions[0].radius else None
-    certificate["gap"] = max(worst.gap for worst in solutions)
+    certificate["gap"] = max(solution.gap for solution in solutions)
+    certificate["ball"] = ball
     certificate["radius"] = solutions[0].radius
     certificate["groups"] = len(solutions)
     certificate["pairs"] = len(margins)

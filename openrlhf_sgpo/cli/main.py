@@ -1,17 +1,23 @@
-"""The command ``openrlhf-sgpo``: train, algorithms."""
+"""The command ``openrlhf-sgpo``: train, data, algorithms."""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from dataclasses import replace
+from typing import Any
 
 from openrlhf_sgpo import algorithms, config, flags
 
 USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
   train        train a policy: --algo NAME, see `openrlhf-sgpo train --help --algo NAME`
+  data         report on the data that these flags would train on, without a model
   algorithms   list the algorithms
 """
+
+# Stands for a space at which a line must not break; textwrap breaks at ASCII ones only.
+_UNBROKEN = "\u00a0"
 
 
 def train(argv: list[str]) -> int:
@@ -19,7 +25,7 @@ def train(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         rest = [word for word in argv if word not in ("--help", "-h")]
         algorithm = algorithms.get(flags.peek(rest, "algo") or config.Config().algo)
-        print(flags.help_text({"": config.Config, algorithm.name: algorithm.settings}))
+        print(flags.help_text(config.sections(algorithm)))
         return 0
     settings, options = config.load(argv)
     algorithm = algorithms.get(settings.algo)
@@ -32,11 +38,67 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def list_algorithms() -> int:
-    for name in algorithms.names():
-        algorithm = algorithms.get(name)
-        print(f"{name:12} {algorithm.paper:18} {algorithm.summary}")
+def data(argv: list[str]) -> int:
+    """Print the reports on the run's data; no model is loaded. Takes the flags and files of ``train``."""
+    if "--help" in argv or "-h" in argv:
+        return train(argv)
+    algorithm = algorithms.get(flags.peek(argv, "algo") or config.Config().algo)
+    instances, _ = flags.parse(argv, config.sections(algorithm))
+    settings: config.Config = instances[""]
+    config.check_data(settings)
+    from openrlhf_sgpo.data.report import require
+    from openrlhf_sgpo.data.run_data import inspect_run, load_run
+
+    records = load_run(settings, with_prompts=True)
+    from transformers import AutoTokenizer
+
+    from openrlhf_sgpo.data.tokens import ChatFormat
+
+    model = settings.model
+    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    reports = inspect_run(records, ChatFormat(tokenizer, settings.data.max_len), settings).reports
+    print("\n".join(report.text() for report in reports), end="", flush=True)
+    require(reports)
     return 0
+
+
+def list_algorithms() -> int:
+    """A block per algorithm: name and summary; paper and origin; flags with their defaults. At most 100 columns."""
+    indent = " " * 13
+    for name in algorithms.names():
+        head = f"{name:12} "
+        try:
+            summary, paper, *settings = _described(algorithms.get(name))
+        except Exception as error:  # foreign code: one bad package must not hide the others
+            summary, paper, *settings = f"error: {error}", ""
+        for line in (summary, ", ".join(filter(None, [paper, algorithms.origin(name)])), *settings):
+            text = textwrap.fill(
+                line, 100, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
+            )
+            print(text.replace(_UNBROKEN, " "))
+            head = indent
+    return 0
+
+
+def _described(algorithm: type[algorithms.Algorithm]) -> list[str]:
+    """Summary, paper, its own flags with defaults, and the shared flags whose default is another one here."""
+    own = _flag_words(flags.to_dict({algorithm.name: algorithm.settings()}))
+    shared = _flag_words(algorithm.defaults)
+    lines = [own, f"shared: {shared}" if shared else ""]
+    return [algorithm.summary, algorithm.paper, *filter(None, lines)]
+
+
+def _flag_words(tree: dict[str, Any], prefix: str = "") -> str:
+    """``--group.flag value`` of every leaf; the spaces within one flag do not break."""
+    words = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            words.append(_flag_words(value, f"{prefix}{key}."))
+        else:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            texts = [str(one).lower() if isinstance(one, bool) else str(one) or "''" for one in values]
+            words.append(_UNBROKEN.join([f"--{prefix}{key}", *texts]))
+    return " ".join(words)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +112,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if command == "train":
             return train(rest)
+        if command == "data":
+            return data(rest)
         if command == "algorithms" and not rest:
             return list_algorithms()
     except ValueError as error:

@@ -11,6 +11,8 @@ from openrlhf_sgpo.data.records import Pair
 if TYPE_CHECKING:
     from torch import Tensor
 
+_OTHER = {"chosen": "rejected", "rejected": "chosen"}
+
 
 def farthest_points(embeddings: Tensor, count: int, first: int) -> list[int]:
     """Greedy max-min selection: each new point is the one farthest (cosine) from all chosen so far.
@@ -47,7 +49,7 @@ def select_seed(pairs: list[Pair], size: int, seed: int, embeddings: Tensor | No
 
 
 def flip_labels(pairs: list[Pair], rate: float, seed: int) -> list[Pair]:
-    """Swap chosen and rejected of exactly round(rate * N) pairs, drawn by ``seed``; they are marked ``flipped``."""
+    """Swap chosen and rejected of exactly round(rate * N) pairs, with all that belongs to them, and mark them ``flipped``."""
     flipped = set(random.Random(f"flip {seed}").sample(range(len(pairs)), round(rate * len(pairs))))
     return [
         replace(
@@ -56,6 +58,7 @@ def flip_labels(pairs: list[Pair], rate: float, seed: int) -> list[Pair]:
             rejected=pair.chosen,
             chosen_truncated=pair.rejected_truncated,
             rejected_truncated=pair.chosen_truncated,
+            scores={_OTHER.get(name, name): score for name, score in pair.scores.items()},
             flipped=True,
         )
         if index in flipped

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from openrlhf_sgpo.data.records import Messages, Pair
 
@@ -22,6 +23,13 @@ class Group:
         return len(self.prompt) + sum(map(len, self.responses))
 
 
+class PairTokens(NamedTuple):
+    """Tokens of a pair before any limit: the rendered prompt and the texts of the responses, without an end of turn."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], tuple[int, ...]]
+
+
 class ChatFormat:
     """The tokenizer's chat template as prompt tokens and response tokens.
 
@@ -29,7 +37,7 @@ class ChatFormat:
     end of turn would teach the model to stop in the middle of a sentence. Tokens that a template puts after the end of
     turn (a newline, say) are never generated and are left out.
 
-    Raises ValueError if the tokenizer has no chat template.
+    Raises ValueError if the tokenizer has no chat template, or neither template nor tokenizer has an end of turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_len: int):
@@ -40,6 +48,8 @@ class ChatFormat:
             )
         self.tokenizer = tokenizer
         self.max_len = max_len
+        # One int object per token of the vocabulary: 60,000 pairs held as tokens would otherwise take gigabytes.
+        self._ids = list(range(1 + max(tokenizer.get_vocab().values())))
         opening: Messages = [{"role": "user", "content": "?"}]
         marker = "response"
         rendered = self._render(opening + [{"role": "assistant", "content": marker}], generation_prompt=False)
@@ -48,36 +58,89 @@ class ChatFormat:
         # would begin each with a space that the policy never sampled.
         self._anchor = self._render(opening).removeprefix(self._render(opening, generation_prompt=False))
         self._anchor_ids = self._encode(self._anchor)
-        self.end_of_turn: tuple[int, ...] = tuple(self._encode(ending)) or (tokenizer.eos_token_id,)
+        self.end_of_turn: tuple[int, ...] = self._encode(ending)
+        if not self.end_of_turn:
+            if tokenizer.eos_token_id is None:
+                raise ValueError(
+                    f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, and its chat template "
+                    "ends a response with nothing: a model could not learn to stop; save one of the two"
+                )
+            self.end_of_turn = (tokenizer.eos_token_id,)
 
     def _render(self, messages: Messages, generation_prompt: bool = True) -> str:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
         assert isinstance(text, str)
         return text
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         # The rendered text already contains the special tokens; adding them again would double the BOS.
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return [tuple(map(self._ids.__getitem__, row)) for row in rows]
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return self._encode_all([text])[0]
+
+    def _encode_responses(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        length = len(self._anchor_ids)
+        encoded = self._encode_all([self._anchor + text for text in texts])
+        return [
+            both[length:] if both[:length] == self._anchor_ids else self._encode(text)
+            for both, text in zip(encoded, texts, strict=True)
+        ]
+
+    def _end(self, ids: tuple[int, ...], truncated: bool, room: int) -> tuple[int, ...]:
+        """Response tokens within ``room``: with the whole end of turn, or, if anything was cut, with none of it."""
+        length = len(self.end_of_turn)
+        if not truncated and len(ids) + length <= room:
+            return ids + self.end_of_turn
+        ids = ids[:room]
+        # A text may itself hold the characters of the end of turn, and the cut may fall behind them.
+        while ids[-length:] == self.end_of_turn:
+            ids = ids[:-length]
+        return ids
 
     def prompt(self, messages: Messages) -> tuple[int, ...]:
-        return tuple(self._encode(self._render(messages)))
+        return self._encode(self._render(messages))
+
+    def prompts(self, conversations: Sequence[Messages]) -> list[tuple[int, ...] | None]:
+        """Tokens of prompts, all at once; None where the template refuses the conversation (its order of roles, say)."""
+        from jinja2.exceptions import TemplateError
+
+        rendered: dict[int, str] = {}
+        for index, messages in enumerate(conversations):
+            try:
+                rendered[index] = self._render(messages)
+            except TemplateError:
+                continue
+        tokens = dict(zip(rendered, self._encode_all(list(rendered.values())), strict=True))
+        return [tokens.get(index) for index in range(len(conversations))]
 
     def response(self, text: str, truncated: bool, room: int) -> tuple[int, ...]:
         """Tokens of a response, cut to ``room`` tokens."""
-        both, length = self._encode(self._anchor + text), len(self._anchor_ids)
-        ids = both[length:] if both[:length] == self._anchor_ids else self._encode(text)
-        return (tuple(ids) + (() if truncated else self.end_of_turn))[:room]
+        return self._end(self._encode_responses([text])[0], truncated, room)
 
     def fits(self, prompt: tuple[int, ...]) -> bool:
         """Whether at least two response tokens fit behind the prompt."""
         return len(prompt) <= self.max_len - 2
 
-    def pair(self, pair: Pair) -> Group | None:
-        """Tokens of a pair; None if the prompt is too long or the limit made both responses equal."""
-        prompt = self.prompt(pair.prompt)
-        if not self.fits(prompt):
+    def encode(self, pairs: Sequence[Pair]) -> list[PairTokens | None]:
+        """Tokens of pairs, all at once; None where the template refuses the prompt."""
+        prompts = self.prompts([pair.prompt for pair in pairs])
+        chosen = self._encode_responses([pair.chosen for pair in pairs])
+        rejected = self._encode_responses([pair.rejected for pair in pairs])
+        rows = zip(prompts, zip(chosen, rejected, strict=True), strict=True)
+        return [None if prompt is None else PairTokens(prompt, responses) for prompt, responses in rows]
+
+    def group(self, pair: Pair, tokens: PairTokens) -> Group | None:
+        """The pair within the limit; None if the prompt is too long, or the limit left both responses equal or one empty."""
+        if not self.fits(tokens.prompt):
             return None
-        room = self.max_len - len(prompt)
-        chosen = self.response(pair.chosen, pair.chosen_truncated, room)
-        rejected = self.response(pair.rejected, pair.rejected_truncated, room)
-        return None if chosen == rejected else Group(prompt, (chosen, rejected))
+        room = self.max_len - len(tokens.prompt)
+        chosen = self._end(tokens.responses[0], pair.chosen_truncated, room)
+        rejected = self._end(tokens.responses[1], pair.rejected_truncated, room)
+        return Group(tokens.prompt, (chosen, rejected)) if chosen and rejected and chosen != rejected else None
+
+    def pair(self, pair: Pair) -> Group | None:
+        """Tokens of a pair; None as in ``group``, or if the template refuses the prompt."""
+        (tokens,) = self.encode([pair])
+        return None if tokens is None else self.group(pair, tokens)

@@ -1,6 +1,7 @@
 """The worst case over a Wasserstein ball of margins: exact solution, the paper's program, losses of the leaders.
 
-``solve_worst_case`` needs torch only. ``program`` (cvxpy) and ``slsqp`` (SciPy) are loaded when first asked for.
+``solve_worst_case``, and ``solve_best_case`` for the other side of the same ball, need torch only. ``program`` (cvxpy) and
+``slsqp`` (SciPy) are loaded when first asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from openrlhf_sgpo.dro.best import BestCase, solve_best_case
 from openrlhf_sgpo.dro.solve import WorstCase, solve_worst_case
 
 if TYPE_CHECKING:
@@ -34,4 +36,13 @@ def __getattr__(name: str) -> Any:
 
 sys.modules[__name__].__class__ = _Room
 
-__all__ = ["ProgramSolution", "SlsqpSolution", "WorstCase", "program", "slsqp", "solve_worst_case"]
+__all__ = [
+    "BestCase",
+    "ProgramSolution",
+    "SlsqpSolution",
+    "WorstCase",
+    "program",
+    "slsqp",
+    "solve_best_case",
+    "solve_worst_case",
+]

@@ -195,6 +195,34 @@ def danskin_loss(
     return torch.where(values < edge, torch.minimum(stays, chord), torch.maximum(stays, chord))
 
 
+def best_case_loss(margins: Tensor, level: Scalar, *, space: str) -> Tensor:
+    """Logistic loss that goes on as its own tangent below a level, shape of ``margins``; differentiable in them.
+
+    With x the variable of the space, c the level and l(x) = -log sigmoid(x) or -log x,
+
+        psi(x) = l(x)  for x >= c,        l(c) + l'(c) * (x - c)  for x < c.
+
+    The dual loss of the best case (``best.py``; not in the SGPO paper). In margin space its gradient is that of the
+    logistic loss, but no larger than at the level; in probability space it fades like sigmoid(xi) / c for wrong pairs.
+
+    ``level`` (units of x, finite, above 0 in probability space) is a float, or a tensor of the shape of ``margins``
+    when samples come from different groups. Raises ValueError if the space is unknown.
+    """
+    resolve_pieces(space, None)
+    stays = -functional.logsigmoid(margins)
+    corner = torch.as_tensor(level, dtype=torch.float64, device=margins.device)
+    if space == "probability":
+        # The tangent is -log c + 1 - x / c, and x / c = exp(log x - log c) does no harm where the sigmoid underflows. The
+        # clamp keeps an overflow above the level, where nobody looks, from turning the gradient into 0 * inf.
+        at_level = -torch.log(corner).to(margins)
+        ahead = at_level - stays
+        return torch.where(ahead < 0, at_level + (1.0 - torch.exp(ahead.clamp(max=0.0))), stays)
+    # The tangent's value at 0, l(c) - l'(c) * c, is the entropy of sigmoid(c): a sum of terms that do not cancel.
+    up, down = torch.sigmoid(corner), torch.sigmoid(-corner)
+    at_zero = -up * functional.logsigmoid(corner) - down * functional.logsigmoid(-corner)
+    return torch.where(margins < corner, at_zero.to(margins) - down.to(margins) * margins, stays)
+
+
 def transport_loss(margins: Tensor, s: Tensor, displacement: Tensor) -> Tensor:
     """Logistic loss of the follower's atoms, moving with the policy: sum_k s_ik * log(1 + exp(-(xi_i - d_ik))).
 
@@ -231,6 +259,7 @@ __all__ = [
     "Scalar",
     "Window",
     "active_piece",
+    "best_case_loss",
     "chord_slope",
     "danskin_loss",
     "lipschitz",

@@ -10,6 +10,7 @@ from openrlhf.trainer.dpo_trainer import DPOTrainer  # noqa: E402
 from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
 
 from openrlhf_sgpo.openrlhf.actor import load_actor, save_policy  # noqa: E402
+from openrlhf_sgpo.openrlhf.reward import load_reward_model  # noqa: E402
 from openrlhf_sgpo.openrlhf.strategy import DeepspeedStrategy, build_strategy, openrlhf_arguments  # noqa: E402
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RewardDataset",
     "build_strategy",
     "load_actor",
+    "load_reward_model",
     "openrlhf_arguments",
     "save_policy",
 ]

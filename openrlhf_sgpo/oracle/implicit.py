@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from openrlhf_sgpo.data.records import Pair, Prompt
+from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.oracle.base import Question
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.data.tokens import ChatFormat
+    from openrlhf_sgpo.training.scoring import Scorer
 
 
 def implicit_rewards(policy: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:
@@ -16,28 +21,25 @@ def implicit_rewards(policy: Sequence[float], reference: Sequence[float], beta: 
     return [beta * (p - r) for p, r in zip(policy, reference, strict=True)]
 
 
-def best_and_worst(rewards: Sequence[float]) -> tuple[int, int]:
-    """Indices of the largest and the smallest reward; the earlier sample wins a tie, so that they always differ.
+class ImplicitReward:
+    """The oracle ``implicit``: the reward of ``policy`` (a model folder) against ``reference``."""
 
-    Raises ValueError for fewer than two rewards.
-    """
-    if len(rewards) < 2:
-        raise ValueError(f"a preference needs two responses, got {len(rewards)}")
-    order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
-    return order[0], order[-1]
+    name = "implicit"
 
+    def __init__(self, scorer: Scorer, chat: ChatFormat, policy: str, reference: str, beta: float):
+        self.scorer = scorer
+        self.chat = chat
+        self.policy = policy
+        self.reference = reference
+        self.beta = beta
 
-def rank(prompt: Prompt, responses: Sequence[dict[str, Any]], rewards: Sequence[float], number: int) -> Pair:
-    """The pair of best and worst response (rows of responses.jsonl) of round ``number``; the rewards are kept as scores."""
-    best, worst = best_and_worst(rewards)
-    return Pair(
-        id=f"round_{number}/{prompt.id}",
-        prompt=prompt.messages,
-        chosen=responses[best]["text"],
-        rejected=responses[worst]["text"],
-        source="implicit",
-        round=number,
-        chosen_truncated=responses[best]["truncated"],
-        rejected_truncated=responses[worst]["truncated"],
-        scores={"chosen": rewards[best], "rejected": rewards[worst]},
-    )
+    def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+        groups = []
+        for question in questions:
+            prompt = self.chat.prompt(question.prompt)
+            room = self.chat.max_len - len(prompt)
+            responses = (self.chat.response(one.text, one.truncated, room) for one in question.answers)
+            groups.append(Group(prompt, tuple(responses)))
+        policy = self.scorer.score(self.policy, groups, f"{label}, policy")
+        reference = self.scorer.score(self.reference, groups, f"{label}, reference")
+        return [implicit_rewards(p, r, self.beta) for p, r in zip(policy, reference, strict=True)]

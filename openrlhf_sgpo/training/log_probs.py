@@ -7,7 +7,7 @@ is no padding, and logits are computed at the positions that predict response to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,25 @@ def check_layout(config: Config, model: PretrainedConfig) -> None:
         raise ValueError(f"--train.layout shared_prefix does not work with {reason}: use padded")
 
 
+class Logits(NamedTuple):
+    """Logits at the T positions that predict response tokens: values (T, vocabulary) in float32, targets (T,) the tokens
+    they predict, response_of (T,) the response that each belongs to, out of ``responses``."""
+
+    values: Tensor
+    targets: Tensor
+    response_of: Tensor
+    responses: int
+
+    def log_probs(self, values: Tensor | None = None) -> Tensor:
+        """Sum of log-probabilities of each response, shape (responses,), under these or other logits of that shape."""
+        values = self.values if values is None else values
+        return self.sums(values.gather(-1, self.targets[:, None])[:, 0] - values.logsumexp(-1))
+
+    def sums(self, per_token: Tensor) -> Tensor:
+        """Per-token figures (T,) summed by response, shape (responses,)."""
+        return per_token.new_zeros(self.responses).index_add(0, self.response_of, per_token)
+
+
 def response_log_probs(actor: Actor, groups: list[Group], layout: str, pad_token_id: int) -> Tensor:
     """Sum of log-probabilities over the tokens of each response, shape (total responses,), in the order of ``groups``.
 
@@ -39,11 +58,45 @@ def response_log_probs(actor: Actor, groups: list[Group], layout: str, pad_token
     """
     device = next(actor.parameters()).device
     if layout == "shared_prefix":
-        return _shared_prefix(actor, groups, device)
-    return _padded(actor, groups, pad_token_id, device)
+        return _shared_prefix_logits(actor, groups, device).log_probs()
+    tokens, attention, is_response = padded_rows(groups, pad_token_id)
+    log_probs = actor(tokens.to(device), attention_mask=attention.to(device), return_logprobs=True)
+    # Column t of log_probs belongs to token t + 1.
+    return (log_probs * is_response[:, 1:].to(device)).sum(-1)
 
 
-def _padded(actor: Actor, groups: list[Group], pad_token_id: int, device: torch.device) -> Tensor:
+def response_logits(actor: Actor, groups: list[Group], layout: str, pad_token_id: int) -> Logits:
+    """The logits under ``response_log_probs``, for what needs the whole distribution of two models."""
+    device = next(actor.parameters()).device
+    if layout == "shared_prefix":
+        return _shared_prefix_logits(actor, groups, device)
+    tokens, attention, is_response = padded_rows(groups, pad_token_id)
+    output = actor(tokens.to(device), attention_mask=attention.to(device), return_output=True, allgather_logits=True)
+    rows, columns = is_response.nonzero(as_tuple=True)
+    values = output["logits"][rows.to(device), columns.to(device) - 1]
+    return Logits(values, tokens[rows, columns].to(device), rows.to(device), len(tokens))
+
+
+def extrapolated_log_probs(policy: Logits, reference: Logits, extrapolation: float) -> Tensor:
+    """Log-probabilities of the responses, shape (responses,), detached, under the logits
+
+        (1 + lambda) * policy - lambda * reference,    lambda = ``extrapolation``,
+
+    token by token (the de-coupled noise detection of SPA, arXiv 2406.04412). 0 gives the policy's own.
+    """
+    own = policy.values.detach()
+    return policy.log_probs(own + extrapolation * (own - reference.values)).detach()
+
+
+def sequence_divergence(policy: Logits, reference: Logits) -> Tensor:
+    """KL(policy || reference) of each response's tokens, shape (responses,), in nats: the divergence of the two
+    next-token distributions over the whole vocabulary, summed along the response."""
+    ours, theirs = policy.values.log_softmax(-1), reference.values.log_softmax(-1)
+    return policy.sums((ours.exp() * (ours - theirs)).sum(-1))
+
+
+def padded_rows(groups: list[Group], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, attention mask and response mask, one right-padded row per response."""
     rows = [(group.prompt, response) for group in groups for response in group.responses]
     length = max(len(prompt) + len(response) for prompt, response in rows)
     tokens = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
@@ -54,12 +107,10 @@ def _padded(actor: Actor, groups: list[Group], pad_token_id: int, device: torch.
         tokens[row, :end] = torch.tensor(prompt + response)
         attention[row, :end] = 1
         is_response[row, len(prompt) : end] = True
-    log_probs = actor(tokens.to(device), attention_mask=attention.to(device), return_logprobs=True)
-    # Column t of log_probs belongs to token t + 1.
-    return (log_probs * is_response[:, 1:].to(device)).sum(-1)
+    return tokens, attention, is_response
 
 
-def _shared_prefix(actor: Actor, groups: list[Group], device: torch.device) -> Tensor:
+def _shared_prefix_logits(actor: Actor, groups: list[Group], device: torch.device) -> Logits:
     tokens: list[int] = []
     positions: list[int] = []
     owners: list[tuple[int, int]] = []  # (group, 0 for the prompt or 1 + response)
@@ -94,9 +145,7 @@ def _shared_prefix(actor: Actor, groups: list[Group], device: torch.device) -> T
     logits = output["logits"][0].float()
     if len(logits) != len(targets):
         raise ValueError("this model ignores logits_to_keep, which --train.layout shared_prefix needs: use padded")
-    token_log_probs = logits.gather(-1, torch.tensor(targets, device=device)[:, None])[:, 0] - logits.logsumexp(-1)
-    sums = token_log_probs.new_zeros(responses)
-    return sums.index_add(0, torch.tensor(response_of, device=device), token_log_probs)
+    return Logits(logits, torch.tensor(targets, device=device), torch.tensor(response_of, device=device), responses)
 
 
 def _attention_mask(visible: Tensor, actor: Actor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Log-probabilities of responses under a policy on disk: the numbers that oracle, follower, loss and evaluation share."""
+"""Figures of responses under models on disk: log-probabilities, which oracle, follower, loss and evaluation share, rewards of
+a reward model, and divergences of two policies."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import gc
 import hashlib
 import json
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import distributed
@@ -16,12 +18,10 @@ from tqdm import tqdm
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
-from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor
-from openrlhf_sgpo.training.log_probs import response_log_probs
+from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy, load_actor, load_reward_model
+from openrlhf_sgpo.training.log_probs import padded_rows, response_log_probs, response_logits, sequence_divergence
 
-if TYPE_CHECKING:
-    from openrlhf_sgpo.openrlhf import Actor
-
+PART = 64  # batches per rank between two writes
 SEPARATOR = array("I", [2**32 - 1])  # no token has this number
 
 
@@ -71,9 +71,9 @@ class Scorer:
                 if key not in known
             }
         if missing:
-            found = self._compute(model, _by_prompt(list(missing.values())), label)
-            known.update(found)
-            self._append(model, found)
+            for found in self._sweep([model], _by_prompt(list(missing.values())), label):
+                known.update(found)
+                self._append(model, found)
         return [tuple(known[key] for key in row) for row in keys]
 
     def _file(self, model: str) -> Path:
@@ -100,12 +100,21 @@ class Scorer:
         if self.strategy.is_rank_0():
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self._file(model), "a") as file:
-                # A killed run may have left a line without an end.
-                file.write("\n" + "".join(json.dumps({key: value}) + "\n" for key, value in found.items()))
+                # A killed run may have left a line without an end. A part is one line, so that it is there or not: if some of
+                # its responses were missing, they would be scored in other batches, and differ in the last digit.
+                file.write("\n" + json.dumps(found) + "\n")
         ranks.barrier()
 
-    def _compute(self, model: str, groups: list[Group], label: str) -> dict[str, float]:
-        self.tokens_scored += sum(map(len, groups))
+    def divergence(self, policy: str, reference: str, groups: list[Group], label: str) -> list[float]:
+        """KL(policy || reference) of the first response of each group (see ``sequence_divergence``), in nats. Collective."""
+        found: dict[str, float] = {}
+        for part in self._sweep([policy, reference], groups, label):
+            found |= part
+        return [found[content_key(group.prompt, group.responses[0])] for group in groups]
+
+    def _sweep(self, models: list[str], groups: list[Group], label: str) -> Iterator[dict[str, float]]:
+        """One figure per response by its content key, in parts, so that a killed run loses only the last of them."""
+        self.tokens_scored += sum(map(len, groups)) * len(models)
         # Neighbours of similar length waste least; longest first, so that memory runs out at once or never.
         groups = sorted(groups, key=len, reverse=True)
         world, rank = distributed.get_world_size(), distributed.get_rank()
@@ -114,25 +123,55 @@ class Scorer:
         mine = batches[rank::world]
         # ZeRO-3 gathers parameters collectively: every rank must run the same number of forwards.
         mine += [batches[0]] * (-(-len(batches) // world) - len(mine))
-        actor = self.strategy.prepare(load_actor(model, self.config, self.strategy, trainable=False))
+        actors = [self.strategy.prepare(self._load(model)) for model in models]
+        progress = tqdm(total=len(mine), desc=label, unit="batch", disable=not self.strategy.is_rank_0())
         try:
-            sums = self._forward(actor, mine, label)
+            for actor in actors:
+                actor.eval()
+            for start in range(0, len(mine), PART):
+                part = mine[start : start + PART]
+                figures = []
+                with torch.no_grad():
+                    for batch in part:
+                        figures.append(self._figures(actors, batch))
+                        progress.update()
+                keys = [
+                    content_key(group.prompt, response)
+                    for batch in part
+                    for group in batch
+                    for response in group.responses
+                ]
+                gathered = ranks.gather(dict(zip(keys, torch.cat(figures).tolist(), strict=True)))
+                yield {key: value for one in gathered for key, value in one.items()}
         finally:
-            actor.model.destroy()
-            del actor
+            progress.close()
+            for actor in actors:
+                (actor.model if isinstance(actor, Actor) else actor).destroy()
+            del actors
             release_memory()
-        keys = [
-            content_key(group.prompt, response) for batch in mine for group in batch for response in group.responses
-        ]
-        parts = ranks.gather(dict(zip(keys, sums.tolist(), strict=True)))
-        return {key: value for part in parts for key, value in part.items()}
 
-    @torch.no_grad()
-    def _forward(self, actor: Actor, batches: list[list[Group]], label: str) -> torch.Tensor:
-        actor.eval()
-        progress = tqdm(batches, desc=label, unit="batch", disable=not self.strategy.is_rank_0())
+    def _load(self, model: str) -> Any:
+        return load_actor(model, self.config, self.strategy, trainable=False)
+
+    def _figures(self, actors: list[Any], batch: list[Group]) -> torch.Tensor:
+        """One figure per response of the batch: log-probability of one actor, or divergence of the first from the second."""
         layout = self.config.train.layout
-        return torch.cat([response_log_probs(actor, batch, layout, self.pad_token_id) for batch in progress])
+        if len(actors) == 1:
+            return response_log_probs(actors[0], batch, layout, self.pad_token_id)
+        policy, reference = (response_logits(actor, batch, layout, self.pad_token_id) for actor in actors)
+        return sequence_divergence(policy, reference)
+
+
+class RewardScorer(Scorer):
+    """The same for a reward model as OpenRLHF trains them: a figure is the reward of a response."""
+
+    def _load(self, model: str) -> Any:
+        return load_reward_model(model, self.config, self.strategy)
+
+    def _figures(self, actors: list[Any], batch: list[Group]) -> torch.Tensor:
+        device = next(actors[0].parameters()).device
+        tokens, attention, _ = padded_rows(batch, self.pad_token_id)
+        return actors[0](tokens.to(device), attention_mask=attention.to(device)).float()
 
 
 def _by_prompt(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Group]:

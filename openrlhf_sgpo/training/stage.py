@@ -25,6 +25,7 @@ def train_stage(
     reference: Sequence[tuple[float, ...]],
     *,
     start: str,
+    loss_reference: str,
     destination: Path,
     epochs: int,
     learning_rate: float,
@@ -36,7 +37,8 @@ def train_stage(
 ) -> int:
     """Train the policy in ``start`` on pairs with known reference log-probabilities; returns the tokens trained on.
 
-    Goes on from the checkpoints beside ``destination`` if an earlier process left some. Collective.
+    reference: log-probabilities of (chosen, rejected) under ``loss_reference``, which is loaded only for an algorithm that
+    extrapolates logits. Goes on from the checkpoints beside ``destination`` if an earlier process left some. Collective.
     Raises ValueError if the pairs are too few for one optimiser step.
     """
     if len(groups) < config.train.batch_size:
@@ -56,6 +58,10 @@ def train_stage(
         "scheduler_steps": math.ceil(epochs * (len(groups) // config.train.batch_size)),
     }
     actor, optimizer, scheduler = strategy.prepare((actor, optimizer_settings))
+    held = None
+    if algorithm.extrapolation:
+        held = strategy.prepare(load_actor(loss_reference, config, strategy, trainable=False))
+        held.eval()
     dataset = PairDataset(groups, reference)
     loader = strategy.setup_dataloader(dataset, config.train.micro_batch_size, shuffle=True, collate_fn=dataset.collate)
     trainer = PairTrainer(
@@ -64,6 +70,7 @@ def train_stage(
         metrics=metrics,
         stage=label,
         checkpoints=checkpoints,
+        reference=held,
         model=actor,
         strategy=strategy,
         tokenizer=tokenizer,
@@ -90,5 +97,7 @@ def train_stage(
         return int(strategy.all_reduce(trainer.tokens_trained, "sum"))
     finally:
         actor.model.destroy()
-        del trainer, actor, optimizer, scheduler
+        if held is not None:
+            held.model.destroy()
+        del trainer, actor, held, optimizer, scheduler
         release_memory()

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
 from openrlhf_sgpo.data.tokens import Group
-from openrlhf_sgpo.openrlhf import DistributedSampler, DPOTrainer
-from openrlhf_sgpo.training.log_probs import response_log_probs
+from openrlhf_sgpo.openrlhf import Actor, DistributedSampler, DPOTrainer
+from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.run_folder import Metrics
@@ -52,8 +52,9 @@ class PairTrainer(DPOTrainer):
     """One stage of training on pairs.
 
     Beside OpenRLHF's arguments: ``algorithm`` gives the per-pair loss, ``layout`` the forward (see ``log_probs``),
-    ``metrics`` is where each step is logged under ``stage``. Reference log-probabilities come with the batch, so no
-    reference model is held. Numbers are read from the device once per optimiser step. ``checkpoints`` is the folder of
+    ``metrics`` is where each step is logged under ``stage``. Reference log-probabilities come with the batch; a
+    ``reference`` model is held only for an algorithm that extrapolates logits. Numbers are read from the device once per
+    optimiser step. ``checkpoints`` is the folder of
     DeepSpeed checkpoints, written every ``ckpt.save_steps`` steps.
     """
 
@@ -65,6 +66,7 @@ class PairTrainer(DPOTrainer):
         metrics: Metrics,
         stage: str,
         checkpoints: Path | None = None,
+        reference: Actor | None = None,
         **openrlhf: Any,
     ):
         super().__init__(ref_model=None, eval_dataloader=None, **openrlhf)
@@ -73,6 +75,7 @@ class PairTrainer(DPOTrainer):
         self.metrics = metrics
         self.stage = stage
         self.checkpoints = checkpoints
+        self.reference = reference
         self.tokens_trained = 0
 
     def fit(self, args: Any = None, consumed_samples: int = 0, num_update_steps_per_epoch: int | None = None) -> None:
@@ -131,26 +134,43 @@ class PairTrainer(DPOTrainer):
         )
 
     def _micro_step(self, batch: MicroBatch, device: torch.device) -> Tensor:
-        """Forward, backward, and the optimiser at an accumulation boundary. Returns (batch, 6), detached."""
-        pad = self.tokenizer.pad_token_id
-        chosen, rejected = response_log_probs(self.model, batch.groups, self.layout, pad).view(-1, 2).T
+        """Forward, backward, and the optimiser at an accumulation boundary. Returns (batch, 7), detached."""
+        log_probs, extrapolated = self._forward(batch.groups)
+        chosen, rejected = log_probs.view(-1, 2).T
         reference_chosen, reference_rejected = batch.reference.to(device).T
-        pairs = PairBatch(chosen, rejected, reference_chosen, reference_rejected, batch.index)
+        lengths = [[len(response) for response in group.responses] for group in batch.groups]
+        chosen_length, rejected_length = torch.tensor(lengths, dtype=log_probs.dtype, device=device).T
+        pairs = PairBatch(
+            *(chosen, rejected, reference_chosen, reference_rejected, batch.index, chosen_length, rejected_length),
+            *((None, None) if extrapolated is None else extrapolated.view(-1, 2).T),
+        )
         losses = self.algorithm.loss(pairs)
         self.strategy.backward(losses.mean(), self.model, self.optimizer)
         self.strategy.optimizer_step(self.optimizer, self.model, self.scheduler)
         self.tokens_trained += sum(map(len, batch.groups))
         reward_chosen = self.beta * (chosen - reference_chosen)
         reward_rejected = self.beta * (rejected - reference_rejected)
-        columns = (losses, reward_chosen, reward_rejected, pairs.margins(self.beta), chosen, rejected)
+        margins, watched = pairs.margins(self.beta), self.algorithm.watched(pairs)
+        columns = (losses, reward_chosen, reward_rejected, margins, chosen, rejected, watched)
         return torch.stack(columns, dim=1).detach()
+
+    def _forward(self, groups: list[Group]) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of all responses, and those under the extrapolated logits where the algorithm wants them."""
+        pad = self.tokenizer.pad_token_id
+        if self.reference is None:
+            return response_log_probs(self.model, groups, self.layout, pad), None
+        policy = response_logits(self.model, groups, self.layout, pad)
+        with torch.no_grad():
+            reference = response_logits(self.reference, groups, self.layout, pad)
+            extrapolated = extrapolated_log_probs(policy, reference, self.algorithm.extrapolation)
+        return policy.log_probs(), extrapolated
 
     def _finish_step(self, step: int, records: list[Tensor], progress: tqdm) -> None:
         table = self.strategy.all_gather(torch.cat(records))
-        extra = self.algorithm.after_step(table[:, 3])
+        extra = self.algorithm.after_step(table[:, 6])
         accurate = (table[:, 3] > 0).to(table)
         loss, chosen, rejected, margin, logp_chosen, logp_rejected, accuracy = (
-            torch.cat([table, accurate[:, None]], dim=1).mean(0).tolist()
+            torch.cat([table[:, :6], accurate[:, None]], dim=1).mean(0).tolist()
         )
         row = {
             "train/loss": loss,

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SaturatedBallError, SGPOSettings
-from openrlhf_sgpo.dro import slsqp, solve_worst_case
+from openrlhf_sgpo.dro import slsqp, solve_best_case, solve_worst_case
 from openrlhf_sgpo.dro.losses import released_loss
 
 BETA = 0.5  # a power of two, so that margins come back from a batch exactly
@@ -176,7 +177,9 @@ def test_bad_pairs_get_one_weight_and_a_changed_policy_keeps_it():
 def test_one_group_of_all_pairs_is_no_groups(leader, group_size):
     margins, later = draw(20), draw(20, seed=1)
     one, all_at_once = (sgpo(**MARGIN, leader=leader, group_size=size) for size in (group_size, 0))
-    assert one.begin_stage(margins) == close(all_at_once.begin_stage(margins))
+    first, second = one.begin_stage(margins), all_at_once.begin_stage(margins)
+    assert first.pop("ball") == second.pop("ball") == "worst"
+    assert first == close(second)
     assert torch.allclose(one.loss(batch(later)), all_at_once.loss(batch(later)), rtol=0, atol=1e-12)
 
 
@@ -354,6 +357,119 @@ def test_next_stage_starts_from_its_own_margins():
         assert algorithm.after_step(step)["sgpo/value"] == close(expected)
 
 
+# The best case of the same ball ---------------------------------------------------------------------------------------
+
+BEST = [{"ball": "best", "radius": 0.3}, {"ball": "best", "space": "probability", "radius": 0.05}]
+
+
+def best_case(margins, options):
+    return solve_best_case(margins, options["radius"], space=options.get("space", "margin"))
+
+
+@pytest.mark.parametrize("group_size", [0, 7])
+@pytest.mark.parametrize("options", BEST)
+def test_best_case_certificate_and_value(options, group_size):
+    margins = draw(25)
+    algorithm = sgpo(**options, group_size=group_size)
+    certificate = algorithm.begin_stage(margins)
+    assert certificate["bound"] - 1e-12 <= certificate["value"] < certificate["empirical"]
+    assert abs(certificate["gap"]) < 1e-12
+    assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
+    groups = split(25, 7) if group_size else [torch.arange(25)]
+    assert (certificate["ball"], certificate["groups"], certificate["pairs"]) == ("best", len(groups), 25)
+    assert certificate["radius"] == options["radius"] and certificate["budget_used"] == pytest.approx(1.0)
+    assert "edge" not in certificate
+    solved = [(len(group), best_case(margins[group], options)) for group in groups]
+    for name in ("value", "dual_value", "empirical", "bound", "slope", "level", "threshold", "fraction_moved"):
+        expected = sum(size * getattr(best, name) for size, best in solved) / 25
+        assert certificate[name] == close(expected), name
+    # V = mean psi - slope * radius, group by group, hence also on average.
+    mean = float(algorithm.loss(batch(margins)).mean())
+    assert mean - certificate["slope"] * options["radius"] == close(certificate["value"])
+
+
+@pytest.mark.parametrize("options", BEST)
+def test_best_case_looks_each_pair_up_in_its_own_group(options):
+    margins, later = draw(17), draw(17, seed=1).requires_grad_()
+    algorithm = sgpo(**options, group_size=5)
+    algorithm.begin_stage(margins)
+    expected, levels = torch.empty_like(margins), set()
+    for group in split(17, 5):
+        best = best_case(margins[group], options)
+        expected[group] = best.robust_loss(later[group]).detach()
+        levels.add(best.level)
+    assert len(levels) > 1
+    loss = algorithm.loss(batch(later))
+    assert torch.allclose(loss, expected, rtol=0, atol=1e-12)
+    index = torch.tensor([11, 3, 16, 0])
+    assert torch.allclose(algorithm.loss(batch(later[index], index)), expected[index], rtol=0, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), later)
+    assert (gradient < 0).all()
+    with pytest.raises(ValueError, match="which pairs it holds"):
+        algorithm.loss(replace(batch(later), index=None))
+
+
+@pytest.mark.parametrize("options", BEST)
+def test_best_case_is_gentler_than_dpo_where_the_policy_ranks_badly(options):
+    algorithm = sgpo(**options)
+    threshold = algorithm.begin_stage(draw(40))["threshold"]
+    later = draw(40, seed=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(algorithm.loss(batch(later)).sum(), later)
+    low = later < threshold
+    assert 3 < low.sum() < 37
+    assert (gradient[low].abs() < torch.sigmoid(-later[low])).all()
+    assert torch.allclose(gradient[~low], -torch.sigmoid(-later[~low]))
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+@pytest.mark.parametrize("space", ["margin", "probability"])
+def test_best_case_of_radius_0_is_dpo_to_the_last_bit(space, group_size):
+    algorithm = sgpo(ball="best", space=space, radius=0.0, group_size=group_size)
+    certificate = algorithm.begin_stage(draw(10))
+    later = draw(10, seed=1)
+    assert torch.equal(algorithm.loss(batch(later)), dpo_loss(later))
+    assert certificate["value"] == close(certificate["empirical"])
+    assert certificate["threshold"] is None
+    json.dumps(certificate, allow_nan=False)
+
+
+@pytest.mark.parametrize("group_size", [0, 5])
+@pytest.mark.parametrize("options", BEST)
+def test_best_case_refreshes_and_resumes(options, group_size):
+    start, steps, later = draw(16), [draw(4, seed) - 0.3 for seed in (1, 2, 3)], torch.linspace(-5, 5, 16).double()
+    settings = {**options, "group_size": group_size, "refresh_steps": 2, "refresh_window": 20}
+    algorithm, resumed = sgpo(**settings), sgpo(**settings)
+    algorithm.begin_stage(start)
+    before = algorithm.loss(batch(later))
+    assert algorithm.after_step(steps[0]) == {}
+    assert torch.equal(algorithm.loss(batch(later)), before)
+    resumed.begin_stage(draw(16, seed=9))
+    resumed.load_state_dict(algorithm.state_dict())
+    assert torch.equal(resumed.loss(batch(later)), before)
+    metrics = algorithm.after_step(steps[1])
+    best = best_case(torch.cat([start, *steps[:2]])[-20:], options)
+    after = algorithm.loss(batch(later))
+    assert torch.allclose(after, best.robust_loss(later), rtol=0, atol=1e-12)
+    assert float((after - before).abs().max()) > 1e-6
+    assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in metrics.values())
+    for name in ("value", "empirical", "bound", "slope", "level", "threshold", "gap"):
+        assert metrics[f"sgpo/{name}"] == close(getattr(best, name))
+    assert resumed.after_step(steps[1]) == metrics
+    assert torch.equal(resumed.loss(batch(later)), after)
+
+
+def test_saturated_best_case():
+    margins = draw(9)
+    enough = float(torch.sigmoid(-margins).mean())
+    with pytest.raises(SaturatedBallError, match="all 9 margins to probability 1, .* no gradient") as caught:
+        sgpo(ball="best", space="probability", radius=enough + 1e-9).begin_stage(margins)
+    for part in ("(space probability)", "Lower --sgpo.radius.", "--rounds.loss_reference previous"):
+        assert part in str(caught.value)
+    assert "window_pad" not in str(caught.value)
+    sgpo(ball="best", space="probability", radius=enough - 1e-9).begin_stage(margins)
+    sgpo(ball="best", radius=100.0).begin_stage(margins)  # the line has no end to move to
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -416,6 +532,13 @@ def test_margins_that_are_not_finite(bad):
             {"leader": "released", "space": "probability", "refresh_steps": 5},
             ["--sgpo.refresh_steps 5 needs --sgpo.leader danskin"],
         ),
+        (
+            {"ball": "best", "leader": "transport"},
+            ["--sgpo.leader transport is not read with --sgpo.ball best", "leave it at danskin"],
+        ),
+        ({"ball": "best", "solver": "program"}, ["--sgpo.solver program", "valid here: exact"]),
+        ({"ball": "best", "pieces": 0}, ["--sgpo.pieces 0 is not read with --sgpo.ball best", "leave it at 6"]),
+        ({"ball": "best", "window_pad": 2.0}, ["--sgpo.window_pad 2.0 is not read", "leave it at 1.0"]),
         ({"refresh_steps": 5, "refresh_window": 0}, ["--sgpo.refresh_window 0 must be 1 or more"]),
     ],
 )
@@ -434,6 +557,7 @@ def test_check_names_the_one_problem(options, parts):
         {"window_pad": 0.0},
         {"space": "probability", "pieces": 1},
         {"refresh_steps": 5, "refresh_window": 1},
+        {"ball": "best", "space": "probability", "group_size": 8, "refresh_steps": 5},
         {"refresh_window": 0},  # nobody reads it
         {"leader": "transport", "solver": "program"},
         {"leader": "released", "space": "probability", "solver": "slsqp"},

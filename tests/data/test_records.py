@@ -1,7 +1,7 @@
 """Reading pairs and prompts in every accepted shape, every reason for refusing a row, and rows read back as written."""
 
-import gzip
 import json
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ TALK = [
     {"role": "assistant", "content": "Hi"},
     {"role": "user", "content": "Why?"},
 ]
+HH_TALK = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: Why?\n\nAssistant:"
 GOOD = {"id": "good", "prompt": "Why?", "chosen": "Because.", "rejected": "No."}
 
 
@@ -57,11 +58,41 @@ def datasets(tmp_path, monkeypatch):
         ({"prompt": TALK, "chosen": TALK + said("yes"), "rejected": said("no")}, TALK),
         ({"chosen": TALK + said("yes"), "rejected": TALK + said("no")}, TALK),
         ({"prompt": None, "chosen": QUESTION + said("yes"), "rejected": QUESTION + said("no")}, QUESTION),
+        ({"prompt": "Why?", "chosen": TALK + said("yes"), "rejected": TALK + said("no")}, TALK),
+        ({"chosen": "Why? yes", "rejected": "Why? no"}, QUESTION),
+        ({"chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"}, TALK[1:]),
+        ({"prompt": HH_TALK, "chosen": "yes", "rejected": "no"}, TALK[1:]),
     ],
-    ids=["strings", "messages", "mixed", "chosen repeats", "only chosen repeats", "implicit", "implicit by null"],
+    ids=[
+        *("strings", "messages", "mixed", "chosen repeats", "only chosen repeats", "implicit", "implicit by null"),
+        *("prompt is the last question", "implicit strings", "Anthropic's dialogues", "Anthropic's prompt"),
+    ],
 )
 def test_accepted_shapes(tmp_path, row, prompt):
     assert load_pairs(str(write(tmp_path, row))) == [Pair(id="row-0", prompt=prompt, chosen="yes", rejected="no")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ("The sky is blue.", "The sky is green.", ("The sky is", "blue.", "green.")),  # the example of TRL's pages
+        ("The sky is blue.", "The sky is black.", ("The sky is", "blue.", "black.")),  # TRL would cut at "bl"
+        ("1 + 1 = 2", "1 + 1 = 2 or 3", ("1 + 1 = 2", "", "or 3")),
+        ("Q: a?\nA: b", "Q: a?\nC", ("Q: a?", "A: b", "C")),
+        ("the same", "the same", ("the same", "", "")),
+    ],
+)
+def test_the_prompt_of_two_texts_is_their_common_beginning(tmp_path, chosen, rejected, expected):
+    (pair,) = load_pairs(str(write(tmp_path, {"chosen": chosen, "rejected": rejected})))
+    assert (pair.prompt[0]["content"], pair.chosen, pair.rejected) == expected
+
+
+def test_anthropic_dialogues_keep_their_empty_and_equal_answers(tmp_path):
+    """Published rows have them: the report counts them, the loader does not stop at them."""
+    rows = [{"chosen": f"{HH_TALK} yes", "rejected": HH_TALK}, {"chosen": f"{HH_TALK} a", "rejected": f"{HH_TALK} a"}]
+    first, second = load_pairs(str(write(tmp_path, *rows)))
+    assert (first.chosen, first.rejected, first.prompt) == ("yes", "", TALK[1:])
+    assert (second.chosen, second.rejected, second.prompt) == ("a", "a", TALK[1:])
 
 
 def test_further_keys_of_a_message_are_dropped(tmp_path):
@@ -74,36 +105,8 @@ def as_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def as_gzip(path, rows):
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def as_json(path, rows):
-    path.write_text(json.dumps(rows))
-
-
 def as_parquet(path, rows):
     pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(path)
-
-
-FORMATS = {"pairs.jsonl": as_jsonl, "v1.2.jsonl.gz": as_gzip, "pairs.json": as_json, "pairs.parquet": as_parquet}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_file_format_gives_the_same_records(tmp_path, name, datasets):
-    pairs = [
-        Pair(id=f"p{index}", prompt=prompt, chosen=f"Größe {index} ☃", rejected="no\nline", round=index)
-        for index, prompt in enumerate([QUESTION, TALK, QUESTION])
-    ]
-    rows = [pair.to_row() for pair in pairs]
-    for row in rows:
-        del row["scores"]  # Parquet has no empty struct
-    path = tmp_path / name
-    FORMATS[name](path, rows)
-    assert load_pairs(str(path)) == pairs
-    assert load_pairs(str(path), limit=2) == pairs[:2]
-    assert load_prompts(str(path)) == [Prompt(pair.id, pair.prompt) for pair in pairs]
 
 
 def test_rows_without_an_id_are_named_by_position(tmp_path, datasets):
@@ -119,15 +122,6 @@ def test_rows_without_an_id_are_named_by_position(tmp_path, datasets):
     assert [prompt.id for prompt in load_prompts(str(path))] == expected
 
 
-def test_limit_stops_reading(tmp_path):
-    rows = [without(id=index) for index in range(3)]
-    path = str(write(tmp_path, rows[0], b"", rows[1], b"not JSON", rows[2]))
-    assert [pair.id for pair in load_pairs(path, limit=2)] == ["0", "1"]
-    for limit in (0, 3):
-        with pytest.raises(DataError, match="line 4: not JSON"):
-            load_pairs(path, limit=limit)
-
-
 # Each row that must be refused, with what its message must say beside file and line.
 REFUSED = [
     (b'{"prompt": "\xff"}', ["not UTF-8", "byte 12", "convert the file"]),
@@ -137,7 +131,7 @@ REFUSED = [
     ({}, ["missing column chosen and rejected", "found nothing"]),
     (without("chosen"), ["missing column chosen;", "found id, prompt, rejected"]),
     (without(rejected=None), ["missing column rejected;"]),
-    (without("prompt"), ["missing column prompt", "do not share the messages before the last one"]),
+    (without("prompt"), ["missing column prompt", "do not share their beginning", "found chosen, id, rejected"]),
     (
         {"chosen": QUESTION + said("yes"), "rejected": TALK + said("no")},
         ["missing column prompt", "do not share the messages before the last one"],
@@ -151,10 +145,16 @@ REFUSED = [
     (without(chosen=5), ["column 'chosen'", "{role, content}"]),
     (without(rejected={"content": "No."}), ["column 'rejected'", "{role, content}"]),
     (without(chosen=QUESTION), ["column 'chosen'", "last message", "must have the role assistant"]),
-    (without(chosen=" \t"), ["column 'chosen' holds an empty response"]),
-    (without(rejected=said("")), ["column 'rejected' holds an empty response"]),
-    (without(chosen="No."), ["chosen and rejected are identical"]),
     (without(prompt=TALK + said("Because")), ["prompt ends with an assistant message", "chosen and rejected"]),
+    (without(prompt=[{"role": 3, "content": "Why?"}]), ["column 'prompt'", "{role, content}"]),
+    (without(chosen="half \ud83d"), ["column 'chosen' holds half of a character", "\\ud83d", "write the text again"]),
+    (without(prompt="\udc00"), ["column 'prompt' holds half of a character"]),
+    (without(chosen_truncated="no"), ["column 'chosen_truncated' must be true or false"]),
+    (
+        {"chosen": QUESTION + said("a") + said("yes"), "rejected": QUESTION + said("a") + said("no")},
+        ["two assistant messages end the conversation"],
+    ),
+    (b"[" * 100_000, ["nested too deeply"]),
 ]
 
 
@@ -170,50 +170,69 @@ def test_a_refused_row_is_named_with_its_reason(tmp_path, row, said_about_it):
         assert part in problem
 
 
-def test_all_refused_rows_are_listed_once_with_their_lines(tmp_path):
+def test_every_bad_line_is_listed_once(tmp_path):
+    """In the message, where lines with one reason share a line, and one by one in the exception."""
     rows = [line for row, _ in REFUSED for line in (GOOD, row)]
     path = write(tmp_path, *rows)
     with pytest.raises(DataError) as caught:
         load_pairs(str(path))
-    head, *problems = str(caught.value).splitlines()
+    head, *lines = str(caught.value).splitlines()
     assert head.startswith(f"{len(REFUSED)} unusable rows")
-    assert len(problems) == len(REFUSED)
-    for index, problem in enumerate(problems):
-        assert problem.strip().startswith(f"{path}, line {2 * (index + 1)}: ")
-        assert REFUSED[index][1][0] in problem
+    assert len(lines) <= 21
+    assert sorted(named(lines)) == [2 * (index + 1) for index in range(len(REFUSED))]
+    assert len(caught.value.problems) == len(REFUSED)
+    for index, problem in enumerate(caught.value.problems):
+        assert problem.startswith(f"{path}, line {2 * (index + 1)}: ")
+        assert all(part in problem for part in REFUSED[index][1])
 
 
-def test_unusable_rows_of_a_table_are_left_out_and_named(tmp_path, datasets, capsys):
-    """A published table cannot be mended by its reader; if no row is left it is an error all the same."""
-    path = tmp_path / "rows.parquet"
-    as_parquet(path, [GOOD, without(chosen="No.")])
-    assert [pair.chosen for pair in load_pairs(str(path))] == [GOOD["chosen"]]
-    assert (
-        f"left out 1 unusable rows, such as\n  {path}, row 1: chosen and rejected are identical"
-        in capsys.readouterr().err
-    )
-    as_parquet(path, [without(chosen="No.")])
-    with pytest.raises(DataError, match="no rows"):
-        load_pairs(str(path))
+def named(lines):
+    """The numbers of the lines that a message names."""
+    numbers = []
+    for line in lines:
+        places = re.search(r", lines? ([\d, -]+):", line).group(1)
+        for run in places.split(", "):
+            first, _, last = run.partition("-")
+            numbers += range(int(first), int(last or first) + 1)
+    return numbers
 
 
-@pytest.mark.parametrize("name", ["gone.jsonl", "gone.jsonl.gz", "gone.json", "gone.parquet"])
-@pytest.mark.parametrize("load", [load_pairs, load_prompts])
-def test_missing_file(tmp_path, name, load):
-    with pytest.raises(DataError, match=f"{name}: no such file"):
-        load(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("load", [load_pairs, load_prompts])
-def test_file_without_rows(tmp_path, load):
-    path = write(tmp_path, b"", b"  ")
-    with pytest.raises(DataError, match="rows.jsonl: no rows"):
-        load(str(path))
+def test_foreign_columns_are_not_taken_for_this_packages_own(tmp_path):
+    row = without(source=["web"], round="first", flipped="no", scores=[1, 2])
+    assert load_pairs(str(write(tmp_path, row))) == load_pairs(str(write(tmp_path, GOOD)))
 
 
 def test_prompts(tmp_path):
-    path = write(tmp_path, {"prompt": "Why?"}, {"id": "talk", "prompt": TALK}, GOOD)
-    assert load_prompts(str(path)) == [Prompt("row-0", QUESTION), Prompt("talk", TALK), Prompt("good", QUESTION)]
+    chat = {"messages": TALK + said("an answer")}
+    rows = [{"prompt": "Why?"}, {"id": "talk", "prompt": TALK}, GOOD, chat, {"prompt": HH_TALK}]
+    assert load_prompts(str(write(tmp_path, *rows))) == [
+        Prompt("row-0", QUESTION),
+        Prompt("talk", TALK),
+        Prompt("good", QUESTION, "Because.", "No."),
+        Prompt("row-3", TALK),
+        Prompt("row-4", TALK[1:]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        without("rejected"),
+        without(chosen="", id="good"),
+        without(chosen="No."),
+        without(chosen=5),
+        without(chosen=QUESTION),
+        without(chosen_truncated="?"),
+    ],
+    ids=["one answer", "empty", "identical", "wrong type", "wrong role", "wrong flag"],
+)
+def test_a_prompt_with_unusable_answers_is_a_prompt(tmp_path, row):
+    assert load_prompts(str(write(tmp_path, row))) == [Prompt("good", QUESTION)]
+
+
+def test_implicit_prompts_of_preference_rows(tmp_path):
+    path = write(tmp_path, {"chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"})
+    assert load_prompts(str(path)) == [Prompt("row-0", TALK[1:], "yes", "no")]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +242,8 @@ def test_prompts(tmp_path):
         ({}, "missing column prompt; found nothing"),
         ({"prompt": ""}, "column 'prompt' must be a non-empty string"),
         ({"prompt": 3}, "column 'prompt' must be a non-empty string"),
+        ({"prompt": TALK[:3]}, "the prompt ends with an assistant message"),
+        ({"messages": said("an answer")}, "column 'messages' holds no question before its last answer"),
     ],
 )
 def test_refused_prompts(tmp_path, row, said_about_it):

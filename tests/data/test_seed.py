@@ -88,6 +88,7 @@ def make_pairs(count):
             rejected=f"bad {index}",
             chosen_truncated=index % 2 == 0,
             rejected_truncated=index % 3 == 0,
+            scores=[{}, {"chosen": 2.0, "rejected": 1.0, "margin": float(index)}, {"chosen": 3.0}][index % 3],
         )
         for index in range(count)
     ]
@@ -145,6 +146,9 @@ def test_flips_exactly_the_rate(count, rate, flips):
             rejected=before.chosen,
             chosen_truncated=before.rejected_truncated,
             rejected_truncated=before.chosen_truncated,
+            scores=[{}, {"rejected": 2.0, "chosen": 1.0, "margin": before.scores.get("margin")}, {"rejected": 3.0}][
+                int(before.id.removeprefix("pair-")) % 3
+            ],
             flipped=True,
         )
         assert after == (mirrored if after.flipped else before)

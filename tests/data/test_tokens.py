@@ -158,3 +158,76 @@ def test_a_tokenizer_that_opens_every_text_with_a_space_does_not_do_so_for_respo
     assert alone[0] == vocabulary["\u2581"], "the tokenizer of this test must have the habit"
     response = ChatFormat(tokenizer, 64).response("Hi", truncated=False, room=10)
     assert response == (vocabulary["H"], vocabulary["i"], vocabulary["</s>"])
+
+
+SPECIAL = st.sampled_from(["", END, f"a{END}", f"{END}{END}", f"So{END} it is", "<|im_start|>"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.tuples(st.text(max_size=30) | SPECIAL, st.text(max_size=30) | SPECIAL),
+    marked=st.tuples(st.booleans(), st.booleans()),
+    missing=st.integers(0, 40),
+)
+def test_a_cut_response_never_ends_with_an_end_of_turn(tokenizer, texts, marked, missing):
+    """Whether the limit cuts it or a flag says that it was cut, and whatever the text holds."""
+    pair = pair_of(*texts, chosen_truncated=marked[0], rejected_truncated=marked[1])
+    (tokens,) = ChatFormat(tokenizer, PLENTY).encode([pair])
+    chat = ChatFormat(tokenizer, max(1, len(tokens.prompt) + max(map(len, tokens.responses)) + 1 - missing))
+    group, (end,) = chat.group(pair, tokens), chat.end_of_turn
+    assert group == chat.pair(pair)
+    if group is None:
+        return
+    room = chat.max_len - len(group.prompt)
+    for text, whole, cut, response in zip(texts, tokens.responses, marked, group.responses, strict=True):
+        assert len(response) <= room
+        if cut or len(whole) >= room:
+            assert response[-1] != end and response == whole[: len(response)]
+            if END not in text:
+                assert end not in response and len(response) == min(room, len(whole))
+        else:
+            assert response == (*whole, end)
+
+
+def test_an_end_of_turn_of_several_tokens_is_there_as_a_whole_or_not_at_all(tokenizer):
+    lengthy = copy.deepcopy(tokenizer)
+    lengthy.chat_template = tokenizer.chat_template.replace("<|im_end|>", "###")
+    pair = pair_of("Because it is so.", "No", rejected_truncated=True)
+    (tokens,) = ChatFormat(lengthy, PLENTY).encode([pair])
+    text = tokens.responses[0]
+    for room in range(2, len(text) + 5):
+        chat = ChatFormat(lengthy, len(tokens.prompt) + room)
+        assert len(chat.end_of_turn) == 3
+        group = chat.group(pair, tokens)
+        assert group is not None
+        whole = room >= len(text) + 3
+        assert group.responses == (text + chat.end_of_turn if whole else text[:room], tokens.responses[1])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([QUESTION, TALK]), st.text(), st.text()), max_size=5))
+def test_all_at_once_is_one_by_one(tokenizer, chat, rows):
+    pairs = [pair_of(chosen, rejected, prompt=prompt) for prompt, chosen, rejected in rows]
+    groups = [chat.group(pair, tokens) for pair, tokens in zip(pairs, chat.encode(pairs), strict=True)]
+    assert groups == [chat.pair(pair) for pair in pairs]
+    assert chat.prompts([pair.prompt for pair in pairs]) == [chat.prompt(pair.prompt) for pair in pairs]
+
+
+def test_a_conversation_that_the_template_refuses_has_no_tokens(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    chat = ChatFormat(strict, PLENTY)
+    assert [tokens is None for tokens in chat.prompts([TALK, QUESTION])] == [True, False]
+    assert chat.pair(pair_of("A", "B", prompt=TALK)) is None
+
+
+def test_neither_template_nor_tokenizer_has_an_end(tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    endless.eos_token = None
+    with pytest.raises(
+        ValueError, match="has no end-of-sequence token, and its chat template ends a response with nothing"
+    ):
+        ChatFormat(endless, PLENTY)

@@ -1,0 +1,27 @@
+"""Iterative DPO: rounds whose answers an external reward model ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch
+from openrlhf_sgpo.algorithms.dpo import dpo_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class IterDPO(Algorithm):
+    """DPO's loss on answers that a reward model ranks (the baseline of SPA, arXiv 2406.04412, and SSAPO, arXiv 2502.18099).
+
+    Round t starts from the policy of round t - 1, which is also the reference of its loss.
+    """
+
+    name = "iter_dpo"
+    paper = "arXiv 2406.04412"
+    summary = "Iterative DPO: rounds ranked by an external reward model"
+    needs = Needs(rounds=True)
+    defaults: ClassVar[dict[str, Any]] = {"oracle": "reward_model", "rounds.loss_reference": "previous"}
+
+    def loss(self, batch: PairBatch) -> Tensor:
+        return dpo_loss(batch.margins(self.beta))

@@ -1,0 +1,198 @@
+"""SPA: self-annotated rounds in which the labels of the least confident pairs are smoothed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch, Stage
+from openrlhf_sgpo.algorithms.dpo import dpo_loss
+from openrlhf_sgpo.flags import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What the authors' code fixes: two ranks among the latest 50 margins, which stand for a share of one tenth.
+RELEASED_WINDOW = 50
+RELEASED_SHARE = 0.1
+
+
+def spa_loss(margins: Tensor, noisy: Tensor, smoothing: float) -> Tensor:
+    """-(1 - a z) log sigmoid(m) - a z log sigmoid(-m) per pair (Kim et al., ICLR 2025, arXiv 2406.04412).
+
+    m = margins, any shape; z = noisy, same shape, true or 1 where the label is in doubt; a = smoothing. Where a z is 0
+    this is ``dpo_loss`` to the last bit.
+    """
+    share = smoothing * noisy.to(margins)
+    return (1 - share) * dpo_loss(margins) + share * dpo_loss(-margins)
+
+
+def share_threshold(recent: Tensor, share: float) -> float:
+    """The value below which another margin from the law of ``recent``, shape (n,), falls with probability ``share``.
+
+    It lies at position share * (n + 1) of the sorted margins, between two of them by interpolation: the k-th smallest of n
+    leaves k / (n + 1) of the law below it on average. Minus infinity if n is too small for that position to exist, plus
+    infinity if it is beyond the largest: a share of 0 is below nothing, a share of 1 below everything.
+    """
+    position = share * (len(recent) + 1)
+    if position < 1:
+        return -math.inf
+    if position > len(recent):
+        return math.inf
+    ordered = recent.double().sort().values
+    left = int(position)
+    right = min(left + 1, len(recent))
+    return ordered[left - 1].lerp(ordered[right - 1], position - left).item()
+
+
+def released_threshold(recent: Tensor) -> float:
+    """The mean of the 6th and the 7th smallest of the latest 50 margins, 0 until there are so many: what the authors' code
+    compares with."""
+    if len(recent) < RELEASED_WINDOW:
+        return 0.0
+    return recent[-RELEASED_WINDOW:].double().sort().values[5:7].mean().item()
+
+
+@dataclass
+class SPASettings:
+    smoothing: float = setting(0.1, "label smoothing alpha of the pairs in doubt (0: no refinement)")
+    noisy_share: float = setting(0.1, "K: this share of the pairs, the least confident ones, is in doubt (0 to 1)")
+    extrapolation: list[float] = setting(
+        [0.5, 0.25, 0.125],
+        "lambda of each round, the last one for all later rounds: the confidence is taken under logits (1 + lambda) policy "
+        "- lambda reference (0: under the policy)",
+    )
+    warmup_share: float = setting(0.2, "no refinement in this share of a round's first steps (0 to 1)")
+    window: int = setting(50, "how many of the latest confidences decide where the least confident ones begin")
+    threshold: Literal["quantile", "released"] = setting(
+        "quantile",
+        "quantile: below --spa.noisy_share of the window; released: the rule of the authors' code (window 50, share 0.1)",
+    )
+
+
+class SPA(Algorithm):
+    """Self-annotated rounds of DPO that smooth the labels the policy itself doubts (Kim et al., arXiv 2406.04412).
+
+    A pair is in doubt if its confidence is among the lowest ``noisy_share`` of the latest ones. The confidence is the
+    win probability under extrapolated logits (de-coupled noise detection). Sigmoid is monotone, so margins are compared in
+    its place. Each round's loss is relative to the policy that enters it.
+    """
+
+    name = "spa"
+    paper = "arXiv 2406.04412"
+    summary = "SPA: self-annotated rounds that smooth the labels of the least confident pairs"
+    settings = SPASettings
+    needs = Needs(rounds=True, samples_per_prompt=2)
+    defaults: ClassVar[dict[str, Any]] = {"rounds.loss_reference": "previous"}
+
+    @classmethod
+    def check(cls, options: SPASettings) -> list[str]:
+        problems = []
+        if not 0 <= options.smoothing < 0.5:
+            problems.append(f"--spa.smoothing {options.smoothing} is out of range, use 0 or more, less than 0.5")
+        for flag in ("noisy_share", "warmup_share"):
+            if not 0 <= getattr(options, flag) <= 1:
+                problems.append(f"--spa.{flag} {getattr(options, flag)} is out of range, use 0 to 1")
+        if not options.extrapolation or min(options.extrapolation) < 0:
+            given = " ".join(map(str, options.extrapolation)) or "is empty"
+            problems.append(f"--spa.extrapolation {given}: give one or more numbers of 0 or more (0: off)")
+        if options.window < 1:
+            problems.append(f"--spa.window {options.window} must be 1 or more")
+        elif options.threshold == "released":
+            if (options.window, options.noisy_share) != (RELEASED_WINDOW, RELEASED_SHARE):
+                problems.append(
+                    f"--spa.threshold released needs --spa.window {RELEASED_WINDOW} and --spa.noisy_share "
+                    f"{RELEASED_SHARE}, the authors' code fixes both"
+                )
+        elif 0 < options.noisy_share < 1:
+            # A share finer than one place of the window would silently be none, or all.
+            least = math.ceil(round(1 / min(options.noisy_share, 1 - options.noisy_share) - 1, 6))
+            if options.window < least:
+                problems.append(
+                    f"--spa.window {options.window} cannot resolve --spa.noisy_share {options.noisy_share}, "
+                    f"use at least {least}"
+                )
+        return problems
+
+    def __init__(self, options: SPASettings, beta: float):
+        super().__init__(options, beta)
+        self._stage = Stage()
+        self._steps = 0
+        self._recent: Tensor | None = None  # the latest detection margins, oldest first, on the CPU
+        self._threshold = -math.inf
+        self._forget()
+
+    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:  # noqa: B008 - frozen
+        """A round's confidences say nothing about those of the next, whose reference is another one: start anew."""
+        self._stage = stage
+        values = self.options.extrapolation
+        # Without smoothing nobody asks who is in doubt, and extrapolation costs two forward passes.
+        refines = self.options.smoothing and self.options.noisy_share and self.options.warmup_share < 1
+        self.extrapolation = values[min(max(stage.number, 1), len(values)) - 1] if refines else 0.0
+        self._forget()
+        return {}
+
+    def loss(self, batch: PairBatch) -> Tensor:
+        """Raises ValueError if the batch lacks the extrapolated log-probabilities that ``extrapolation`` asks for."""
+        return spa_loss(batch.margins(self.beta), self._noisy(self.watched(batch)), self.options.smoothing)
+
+    def watched(self, batch: PairBatch) -> Tensor:
+        """Detection margins, shape (batch,), detached: the confidence is their sigmoid."""
+        if not self.extrapolation:
+            return batch.margins(self.beta).detach()
+        if batch.extrapolated_chosen is None or batch.extrapolated_rejected is None:
+            raise ValueError(
+                f"--spa.extrapolation {self.extrapolation} needs log-probabilities under extrapolated logits, which this "
+                "batch does not have; use --spa.extrapolation 0"
+            )
+        extrapolated = batch.extrapolated_chosen - batch.extrapolated_rejected
+        return (self.beta * (extrapolated - (batch.reference_chosen - batch.reference_rejected))).detach()
+
+    def after_step(self, watched: Tensor) -> dict[str, Any]:
+        """Take up the step's detection margins, shape (train.batch_size,). Metrics: the share of these pairs that the loss
+        smoothed, and the threshold of the next step where it is finite."""
+        import torch
+
+        latest = watched.detach().cpu()
+        metrics = {"spa/noisy_share": self._noisy(latest).double().mean().item()}
+        recent = latest if self._recent is None else torch.cat([self._recent, latest])
+        self._recent = recent[-self.options.window :].clone()  # a view would drag all earlier steps into checkpoints
+        self._steps += 1
+        self._update_threshold()
+        if math.isfinite(self._threshold):  # JSON has no infinity
+            metrics["spa/threshold"] = self._threshold
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": self._recent, "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self._recent, self._steps = state["recent"], state["steps"]
+            self._update_threshold()
+
+    def _forget(self) -> None:
+        self._recent, self._steps = None, 0
+        self._update_threshold()
+
+    def _update_threshold(self) -> None:
+        import torch
+
+        recent = torch.empty(0) if self._recent is None else self._recent
+        if self.options.threshold == "released":
+            self._threshold = released_threshold(recent)
+        else:
+            self._threshold = share_threshold(recent, self.options.noisy_share)
+
+    def _noisy(self, detection: Tensor) -> Tensor:
+        """Whether each pair's label is to be smoothed, shape of ``detection``, bool."""
+        import torch
+
+        # A quotient: in floating point 0.28 * 25 is more than 7, but 7 / 25 is 0.28.
+        if self._steps / max(self._stage.steps, 1) < self.options.warmup_share:
+            return torch.zeros_like(detection, dtype=torch.bool)
+        return detection <= self._threshold if self.options.threshold == "released" else detection < self._threshold
+
+
+__all__ = ["SPA", "SPASettings", "released_threshold", "share_threshold", "spa_loss"]

@@ -1,0 +1,211 @@
+"""Rows of files and hub datasets, each with the place where it stands; what a row means is not known here."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TRAIN_SPLITS = ("train", "train_prefs")
+TEST_SPLITS = ("test", "test_prefs")
+KINDS = (".jsonl", ".json", ".parquet")
+_SHOWN = 20  # different reasons that a message spells out
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names each bad row once, with file, line and remedy.
+
+    problems: one text per bad row, however many rows the message puts into one line.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()):
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A source's rows as (place, row); in place of a row that cannot be read stands a DataError.
+
+    unit: what a place counts, lines from 1 or rows from 0. published: a dataset that its reader cannot mend.
+    """
+
+    unit: str
+    entries: Iterable[tuple[int, Any]]
+    published: bool = False
+
+
+def is_file(source: str) -> bool:
+    """Whether the source is meant as a local file, by its name or because there is one."""
+    return _kind(source) in KINDS or Path(source).is_file()
+
+
+def read_rows(source: str, split: str = "", splits: Sequence[str] = TRAIN_SPLITS) -> Rows:
+    """Rows of a JSONL or JSON file (also .gz), a Parquet file, or a hub dataset's ``split`` (default: first of splits).
+
+    Raises DataError if there is no such source or split, or if a file is not what its name says.
+    """
+    path, kind = Path(source), _kind(source)
+    expected = "expected .jsonl, .json (either also .gz), .parquet, or the name of a hub dataset"
+    if not is_file(source):
+        return Rows("row", _hub(source, split, splits, expected), published=True)
+    if not path.is_file():
+        raise DataError(f"{source}: no such file")
+    if split:
+        raise DataError(f"{source}: a file has no splits, leave the split {split!r} out")
+    if kind not in KINDS or (kind == ".parquet" and path.suffix.lower() != ".parquet"):
+        raise DataError(f"{source}: unknown kind of file; {expected}")
+    if not path.stat().st_size:
+        raise DataError(f"{source}: no rows, the file is empty")
+    if kind == ".parquet":
+        return Rows("row", _parquet(path))
+    return Rows("line", _lines(path) if kind == ".jsonl" else _json(path))
+
+
+def listing(source: str, unit: str, problems: Sequence[tuple[int, str]]) -> tuple[list[str], list[str]]:
+    """(lines that name every bad place once, one text per bad place); places with the same reason share a line."""
+    places: dict[str, list[int]] = {}
+    for place, reason in problems:
+        places.setdefault(reason, []).append(place)
+    reasons = list(places)
+    lines = [f"{source}, {_places(unit, places[reason])}: {reason}" for reason in reasons[:_SHOWN]]
+    others = sorted(place for reason in reasons[_SHOWN:] for place in places[reason])
+    if others:
+        lines.append(f"{source}, {_places(unit, others)}: other reasons, told once these rows are mended")
+    return lines, [f"{source}, {unit} {place}: {reason}" for place, reason in problems]
+
+
+def _places(unit: str, places: Sequence[int]) -> str:
+    """``line 3`` or ``lines 3, 5-9``."""
+    runs: list[list[int]] = []
+    for place in places:
+        if runs and place == runs[-1][1] + 1:
+            runs[-1][1] = place
+        else:
+            runs.append([place, place])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"{unit}{'s' if len(places) > 1 else ''} {text}"
+
+
+def _kind(source: str) -> str:
+    suffixes = [suffix.lower() for suffix in Path(source).suffixes]
+    suffixes = suffixes[:-1] if suffixes[-1:] == [".gz"] else suffixes
+    return suffixes[-1] if suffixes else ""
+
+
+def _bytes(path: Path) -> Iterator[bytes]:
+    """Lines with their ends. Raises DataError where a compressed file breaks off, or if it is UTF-16."""
+    opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file):
+                if number == 0:
+                    if line[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in line[:2]:
+                        raise DataError(
+                            f"{path}: UTF-16, not UTF-8; convert the file, as with iconv -f UTF-16 -t UTF-8"
+                        )
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+                yield line
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged or not what its name says ({error}); fetch or write it again") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(_bytes(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8").rstrip())
+        except UnicodeDecodeError as error:
+            yield number, DataError(f"not UTF-8 (byte {error.start}); convert the file")
+        except json.JSONDecodeError as error:
+            yield number, DataError(f"not JSON: {error.msg} at column {error.colno}")
+        except RecursionError:
+            yield number, DataError("not a row: nested too deeply")
+
+
+def _json(path: Path) -> Iterator[tuple[int, Any]]:
+    """An array of rows, or one row per line as in a .jsonl file."""
+    content = b"".join(_bytes(path))
+    if content.lstrip()[:1] == b"[":
+        try:
+            yield from _array(content.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            yield content.count(b"\n", 0, error.start) + 1, DataError("not UTF-8; convert the file")
+        return
+    try:
+        whole = json.loads(content)
+    except (ValueError, RecursionError):
+        whole = None
+    if isinstance(whole, dict) and len(whole) == 1 and isinstance(next(iter(whole.values())), list):
+        key = next(iter(whole))
+        raise DataError(f"{path}: an object with the one key {key!r}; expected an array of rows, write the list alone")
+    if isinstance(whole, dict):
+        yield 1, whole
+    else:
+        yield from _lines(path)
+
+
+def _array(text: str) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON array with the lines on which they begin; nothing after a syntax error."""
+    decoder, line, counted = json.JSONDecoder(), 1, 0
+
+    def skip(position: int) -> int:
+        match = _SPACE.match(text, position)
+        return match.end() if match else position
+
+    position = skip(skip(0) + 1)
+    while text[position : position + 1] != "]":
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            item, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            yield error.lineno, DataError(f"not JSON: {error.msg} at column {error.colno}")
+            return
+        except RecursionError:
+            yield line, DataError("not a row: nested too deeply")
+            return
+        yield line, item
+        position = skip(end)
+        if text[position : position + 1] == ",":
+            position = skip(position + 1)
+        elif text[position : position + 1] != "]":
+            yield line, DataError("not JSON: expected a comma or the end of the array behind this row")
+            return
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        batches = ParquetFile(path).iter_batches()
+        yield from enumerate(row for batch in batches for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: damaged, or not a Parquet file ({reason}); fetch or write it again") from error
+
+
+def _hub(source: str, split: str, splits: Sequence[str], expected: str) -> Iterator[tuple[int, Any]]:
+    from datasets import load_dataset
+
+    try:
+        table = load_dataset(source, split=split or None)
+    except Exception as error:  # the library raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{source}: cannot be loaded ({reason}); {expected}, with an existing split") from error
+    if not split:
+        found = [name for name in splits if name in table]
+        if not found:
+            raise DataError(
+                f"{source}: no split {' or '.join(splits)}; choose one of {', '.join(table)} with "
+                "--data.dataset_split, --data.prompt_split or --eval.split"
+            )
+        table = table[found[0]]
+    return ((number, dict(row)) for number, row in enumerate(table))

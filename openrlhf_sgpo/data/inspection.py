@@ -1,0 +1,281 @@
+"""Looks at every row once, tokenizes it once, and says which rows are used."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from openrlhf_sgpo.data.benchmarks import benchmarks_with, normalised
+from openrlhf_sgpo.data.limits import DataLimits
+from openrlhf_sgpo.data.records import Messages, Pair, Prompt, Records
+from openrlhf_sgpo.data.report import COUNTED, LEFT_OUT, DataReport, Tally, quantiles
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, PairTokens
+
+NEARLY = 0.95  # share of common words from which responses count as near-identical
+BATCH = 512  # rows per call of the tokenizer
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class InspectedPairs:
+    """The pairs that are used, their tokens, and what was found in all of them."""
+
+    pairs: list[Pair]
+    groups: list[Group]
+    report: DataReport
+
+    @cached_property
+    def _by_id(self) -> dict[str, tuple[Pair, Group]]:
+        return {pair.id: (pair, group) for pair, group in zip(self.pairs, self.groups, strict=True)}
+
+    def tokens_of(self, pair: Pair) -> Group | None:
+        """Tokens of one of these pairs, its labels flipped or not; None if it is none of them."""
+        known, group = self._by_id.get(pair.id, (None, None))
+        if known is None or group is None or pair.prompt != known.prompt:
+            return None
+        if (pair.chosen, pair.rejected) == (known.chosen, known.rejected):
+            return group
+        flipped = (pair.chosen, pair.rejected) == (known.rejected, known.chosen)
+        return Group(group.prompt, group.responses[::-1]) if flipped else None
+
+
+@dataclass(frozen=True)
+class InspectedPrompts:
+    """The prompts that are used, and what was found in all of them."""
+
+    prompts: list[Prompt]
+    report: DataReport
+
+
+def near_identical(first: str, second: str) -> bool:
+    """Whether two texts have the same letters and digits, or at least 95% of their words in common.
+
+    Common words: 2 |A and B| / (|A| + |B|) of the multisets A and B of words, in any order.
+    """
+    if (letters := normalised(first)) and letters == normalised(second):
+        return True
+    words = [_WORD.findall(text.casefold()) for text in (first, second)]
+    total = sum(map(len, words))
+    if not total or 2 * min(map(len, words)) < NEARLY * total:
+        return False
+    return 2 * (Counter(words[0]) & Counter(words[1])).total() >= NEARLY * total
+
+
+def unfinished(text: str) -> bool:
+    """Whether a response of at least 20 words seems to stop in the middle of a sentence.
+
+    A guess: the last line is prose (five words, no list item) and ends in a letter, a comma or a semicolon.
+    """
+    last = text.rstrip().rpartition("\n")[2].strip()
+    prose = len(last.split()) >= 5 and not re.match(r"[-*+|>#\u2022]|\d+[.)]", last)
+    return prose and (last[-1].isalpha() or last[-1] in ",;") and len(text.split()) >= 20
+
+
+def digest(*parts: Any) -> bytes:
+    """16 bytes that stand for the values."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def prompt_key(messages: Messages) -> bytes:
+    """Equal for conversations that differ in white space only."""
+    return digest(*((message["role"], " ".join(message["content"].split())) for message in messages))
+
+
+class _SpecialTokens:
+    """Which special tokens a conversation has once too often."""
+
+    def __init__(self, chat: ChatFormat):
+        tokenizer = chat.tokenizer
+        self.bos_id = tokenizer.bos_token_id
+        self.bos = tokenizer.bos_token
+        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        self.is_end = chat.end_of_turn[-1] in special
+        ends = {tokenizer.eos_token, tokenizer.decode(chat.end_of_turn)} if self.is_end else {tokenizer.eos_token}
+        self.ends = [text for text in ends if text]
+
+    def findings(self, prompt: tuple[int, ...], texts: Sequence[str]) -> Iterator[str]:
+        twice = self.bos_id is not None and prompt[:2] == (self.bos_id, self.bos_id)
+        if twice or (self.bos and any(self.bos in text for text in texts)):
+            yield "double_bos"
+        if any(end in text for end in self.ends for text in texts):
+            yield "double_eos"
+
+
+def inspect_pairs(
+    pairs: Sequence[Pair],
+    chat: ChatFormat,
+    limits: DataLimits,
+    *,
+    name: str,
+    held_out: Sequence[Messages] | None = None,
+    trained_on: bool = True,
+) -> InspectedPairs:
+    """Tokenizes pairs and counts what ``docs/data.md`` defines. Exceeded limits are reported; ``require`` raises for them.
+
+    name: how the report calls the data. held_out: prompts that should not occur; None if the question does not arise.
+    trained_on: false for pairs that only evaluate, which may be a benchmark's.
+    """
+    tally, special = Tally(), _SpecialTokens(chat)
+    left_out = _count_left_out(pairs, tally)
+    kept: list[Pair] = []
+    groups: list[Group] = []
+    lengths: dict[str, list[int]] = {column: [] for column in ("prompt", "chosen", "rejected", "needed")}
+    longer: Counter[str] = Counter()
+    seen: set[bytes] = set()
+    not_wanted = set(map(prompt_key, held_out or []))
+    met: set[bytes] = set()
+    for pair, tokens in _encoded(pairs, chat):
+        if tokens is None:
+            tally.add("refused", pair.id)
+            continue
+        prompt, chosen, rejected = len(tokens.prompt), *map(len, tokens.responses)
+        end = len(chat.end_of_turn)
+        needed = prompt + max(chosen, rejected) + end
+        for column, length in zip(lengths, (prompt, chosen + end, rejected + end, needed), strict=True):
+            lengths[column].append(length)
+        group = chat.group(pair, tokens)
+        if (defect := _defect(pair)) or group is None:
+            reason, parts = (defect, []) if defect else _lost(tokens, chat)
+            tally.add(reason, pair.id, parts)
+            continue
+        kept.append(pair)
+        groups.append(group)
+        longer["chosen"] += chosen > rejected
+        longer["equal"] += chosen == rejected
+
+        cut = _cut(pair, tokens, chat.max_len)
+        whole = [side for side in ("chosen", "rejected") if side not in cut]
+        if cut:
+            tally.add("truncated", pair.id, cut)
+        responses = dict(zip(("chosen", "rejected"), group.responses, strict=True))
+        if lacking := [side for side in whole if not (special.is_end and responses[side][-end:] == chat.end_of_turn)]:
+            tally.add("missing_eos", pair.id, lacking)
+        texts = [message["content"] for message in pair.prompt] + [pair.chosen, pair.rejected]
+        for finding in special.findings(tokens.prompt, texts):
+            tally.add(finding, pair.id)
+        if near_identical(pair.chosen, pair.rejected):
+            tally.add("near_identical", pair.id)
+        key, chosen_text, rejected_text = prompt_key(pair.prompt), pair.chosen.strip(), pair.rejected.strip()
+        if digest(key, chosen_text, rejected_text) in seen:
+            tally.add("duplicate", pair.id)
+        if digest(key, rejected_text, chosen_text) in seen:
+            tally.add("contradictory", pair.id)
+        seen.add(digest(key, chosen_text, rejected_text))
+        if open_ended := [side for side in whole if unfinished(getattr(pair, side))]:
+            tally.add("unfinished", pair.id, open_ended)
+        if found := benchmarks_with(pair.prompt):
+            tally.add("benchmark", pair.id, found)
+        # However many pairs a prompt has, it spoils one held-out prompt.
+        if key in not_wanted and key not in met:
+            met.add(key)
+            tally.add("held_out", pair.id)
+    rows = len(pairs) + left_out
+    names = [*LEFT_OUT, *(finding for finding in COUNTED if finding != "held_out" or held_out is not None)]
+    report = DataReport(
+        name=name,
+        kind="pairs",
+        rows=rows,
+        kept=len(kept),
+        findings=tally.findings(
+            names, rows, limits, of={"held_out": len(not_wanted)}, unlimited=[] if trained_on else ["benchmark"]
+        ),
+        lengths={column: quantiles(values) for column, values in lengths.items() if values},
+        longer={side: longer[side] / len(kept) for side in ("chosen", "equal")} if kept else {},
+    )
+    return InspectedPairs(kept, groups, report)
+
+
+def inspect_prompts(
+    prompts: Sequence[Prompt],
+    chat: ChatFormat,
+    limits: DataLimits,
+    *,
+    name: str,
+    room: int,
+    held_out: Sequence[Messages] | None = None,
+) -> InspectedPrompts:
+    """The same for prompts. room: tokens that a prompt must leave for an answer.
+
+    Held-out prompts are counted without a limit and kept: a run leaves them out itself.
+    """
+    tally, special = Tally(), _SpecialTokens(chat)
+    left_out = _count_left_out(prompts, tally)
+    kept: list[Prompt] = []
+    lengths: list[int] = []
+    seen: set[bytes] = set()
+    not_wanted = set(map(prompt_key, held_out or []))
+    for prompt, tokens in _encoded_prompts(prompts, chat):
+        if tokens is None:
+            tally.add("refused", prompt.id)
+            continue
+        lengths.append(len(tokens))
+        if _is_blank(prompt.messages) or len(tokens) + room > chat.max_len:
+            tally.add("empty" if _is_blank(prompt.messages) else "too_long", prompt.id)
+            continue
+        kept.append(prompt)
+        for finding in special.findings(tokens, [message["content"] for message in prompt.messages]):
+            tally.add(finding, prompt.id)
+        key = prompt_key(prompt.messages)
+        if key in seen:
+            tally.add("duplicate", prompt.id)
+        seen.add(key)
+        if found := benchmarks_with(prompt.messages):
+            tally.add("benchmark", prompt.id, found)
+        if key in not_wanted:
+            tally.add("held_out", prompt.id)
+    rows = len(prompts) + left_out
+    names = ["malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate", "benchmark"]
+    names += [] if held_out is None else ["held_out"]
+    findings = tally.findings(names, rows, limits, unlimited=["held_out"])
+    report = DataReport(name, "prompts", rows, len(kept), findings, {"prompt": quantiles(lengths)} if lengths else {})
+    return InspectedPrompts(kept, report)
+
+
+def _count_left_out(records: Sequence[Pair] | Sequence[Prompt], tally: Tally) -> int:
+    rows = records.left_out if isinstance(records, Records) else ()
+    for row in rows:
+        tally.add("malformed", row)
+    return len(rows)
+
+
+def _encoded(pairs: Sequence[Pair], chat: ChatFormat) -> Iterator[tuple[Pair, PairTokens | None]]:
+    for start in range(0, len(pairs), BATCH):
+        batch = pairs[start : start + BATCH]
+        yield from zip(batch, chat.encode(batch), strict=True)
+
+
+def _encoded_prompts(prompts: Sequence[Prompt], chat: ChatFormat) -> Iterator[tuple[Prompt, tuple[int, ...] | None]]:
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        yield from zip(batch, chat.prompts([prompt.messages for prompt in batch]), strict=True)
+
+
+def _is_blank(messages: Messages) -> bool:
+    return not messages[-1]["content"].strip()
+
+
+def _defect(pair: Pair) -> str | None:
+    """Why the pair is not used, as far as its texts say."""
+    chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
+    if chosen == rejected:
+        return "identical"
+    return None if chosen and rejected and not _is_blank(pair.prompt) else "empty"
+
+
+def _lost(tokens: PairTokens, chat: ChatFormat) -> tuple[str, list[str]]:
+    """Why the format has no tokens for a pair with sound texts: the finding and its parts."""
+    if not chat.fits(tokens.prompt):
+        return "too_long", []
+    return ("identical", ["once cut"]) if all(tokens.responses) else ("empty", [])
+
+
+def _cut(pair: Pair, tokens: PairTokens, max_len: int) -> list[str]:
+    """The responses that are marked as cut, or whose text is longer than the limit allows."""
+    room = max_len - len(tokens.prompt)
+    marked = {"chosen": pair.chosen_truncated, "rejected": pair.rejected_truncated}
+    return [side for side, ids in zip(marked, tokens.responses, strict=True) if marked[side] or len(ids) > room]

@@ -1,0 +1,27 @@
+"""The findings of the data report that can stop a run: each field is a finding, its limit, and the flag that moves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openrlhf_sgpo.flags import setting
+
+
+@dataclass
+class DataLimits:
+    """The largest share of rows that may show a finding. ``docs/data.md`` defines the findings."""
+
+    malformed: float = setting(0.05, "rows of a hub dataset that cannot be read, at most (in a file there may be none)")
+    refused: float = setting(0.01, "conversations that the chat template refuses, at most")
+    empty: float = setting(0.05, "pairs with an empty prompt or response, at most")
+    identical: float = setting(0.05, "pairs whose responses are the same, at most")
+    too_long: float = setting(0.2, "prompts that leave no room for a response within --data.max_len, at most")
+    truncated: float = setting(0.6, "pairs with a response that is cut by --data.max_len or marked as cut, at most")
+    missing_eos: float = setting(0.05, "pairs with an uncut response that does not end in an end of turn, at most")
+    double_bos: float = setting(0.01, "conversations in which the begin-of-sequence token is doubled, at most")
+    double_eos: float = setting(0.01, "conversations whose texts hold the end-of-turn token, at most")
+    near_identical: float = setting(0.2, "pairs whose responses differ in next to nothing, at most")
+    duplicate: float = setting(0.1, "rows that repeat an earlier one, at most")
+    contradictory: float = setting(0.02, "pairs that prefer the opposite of an earlier pair, at most")
+    benchmark: float = setting(0.01, "conversations that begin with a prompt of AlpacaEval or MT-Bench, at most")
+    held_out: float = setting(0.01, "prompts of --eval.dataset that --data.dataset has too, at most")

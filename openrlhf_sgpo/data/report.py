@@ -1,0 +1,187 @@
+"""What a data set looks like once loaded and tokenized: counts of defects, lengths, and limits that stop a run.
+
+``docs/data.md`` defines every finding; the limits are ``DataLimits``.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from openrlhf_sgpo.data.files import DataError
+from openrlhf_sgpo.data.limits import DataLimits
+
+# In this order in the report. Rows with one of the first kind are not trained on, and are looked at no further.
+LEFT_OUT = ("malformed", "refused", "empty", "identical", "too_long")
+COUNTED = (
+    *("truncated", "missing_eos", "double_bos", "double_eos", "near_identical", "duplicate", "contradictory"),
+    *("unfinished", "benchmark", "held_out"),
+)
+EXAMPLES = 5
+_QUANTILES = {"5%": 0.05, "50%": 0.5, "95%": 0.95, "max": 1.0}
+_REMEDIES = {
+    "malformed": "give a file without these rows",
+    "refused": "bring the roles of the messages into the order that the chat template expects",
+    "empty": "remove these rows",
+    "identical": "remove these rows",
+    "too_long": "raise --data.max_len",
+    "truncated": "raise --data.max_len",
+    "missing_eos": "give the model's end-of-sequence token to the end of the chat template's turns",
+    "double_bos": "give plain messages, the chat template adds special tokens",
+    "double_eos": "give plain messages, the chat template adds special tokens",
+    "near_identical": "remove these rows",
+    "duplicate": "remove these rows",
+    "contradictory": "keep one row of each prompt and its responses",
+    "benchmark": "remove these rows if you evaluate on the benchmark",
+    "held_out": "remove these rows from --data.dataset",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """count of ``of`` rows show it. limit: None if none applies. parts: counts by response or benchmark."""
+
+    name: str
+    count: int
+    of: int
+    limit: float | None
+    examples: list[str]
+    parts: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        return self.count / self.of if self.of else 0.0
+
+    @property
+    def exceeded(self) -> bool:
+        return self.limit is not None and self.share > self.limit
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """One data set. rows: all that it has; kept: those that are used.
+
+    lengths: quantiles in tokens of all tokenized rows before anything is cut; ``needed`` is prompt plus longer response.
+    longer: shares of the kept pairs in which chosen has more tokens than rejected, or as many.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    kept: int
+    findings: list[Finding]
+    lengths: dict[str, dict[str, int]]
+    longer: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        shares = [{"share": finding.share} for finding in self.findings]
+        row = asdict(self)
+        row["findings"] = [finding | share for finding, share in zip(row["findings"], shares, strict=True)]
+        return row
+
+    def text(self) -> str:
+        """What was found, as an aligned table of at most 120 columns (ids of any length aside); what was not, in a line."""
+        cells = [["", "count", "share", "limit", "", "such as"]]
+        for finding in (one for one in self.findings if one.count):
+            parts = [f"{name} {count}" for name, count in finding.parts.items()]
+            note = ", ".join(["left out"] * (finding.name in LEFT_OUT) + parts)
+            limit = "" if finding.limit is None else f"{finding.limit:.1%}"
+            limit += " exceeded" * finding.exceeded
+            cells.append(
+                [finding.name, str(finding.count), f"{finding.share:.1%}", limit, note, ", ".join(finding.examples[:2])]
+            )
+        none = [finding.name for finding in self.findings if not finding.count]
+        lines = [f"{self.name}: {self.rows} {self.kind}, {self.kept} kept"]
+        lines += _aligned(cells, left={0, 3, 4, 5}) if len(cells) > 1 else []
+        lines += textwrap.wrap(f"none: {', '.join(none)}", 118, subsequent_indent=" " * 6) if none else []
+        head = ["tokens", *_QUANTILES]
+        rows = [[name, *map(str, quantiles.values())] for name, quantiles in self.lengths.items()]
+        lines += _aligned([head, *rows], left={0}) if rows else []
+        if self.longer:
+            lines.append(
+                f"chosen is longer than rejected in {self.longer['chosen']:.1%} of the pairs, as long in "
+                f"{self.longer['equal']:.1%}"
+            )
+        return "\n  ".join(lines) + "\n"
+
+    def problems(self) -> list[str]:
+        """Every limit that is exceeded, with count, examples, remedy and the flag that moves it."""
+        found = []
+        for finding in (one for one in self.findings if one.exceeded):
+            accepted = math.ceil(finding.share * 1000) / 1000
+            examples = f", such as {', '.join(finding.examples)}" if finding.examples else ""
+            found.append(
+                f"{self.name}: {finding.name} {finding.count} of {finding.of} ({finding.share:.1%}, limit "
+                f"{finding.limit:.1%}){examples}; {_REMEDIES[finding.name]}, or --data.limits.{finding.name} "
+                f"{accepted:g} accepts this"
+            )
+        if not self.kept and not found:
+            found.append(f"{self.name}: none of {self.rows} {self.kind} can be used")
+        return found
+
+
+def require(reports: Sequence[DataReport]) -> None:
+    """Raises DataError with every limit that one of the reports exceeds."""
+    problems = [problem for report in reports for problem in report.problems()]
+    if problems:
+        raise DataError("the data exceeds its limits:\n  " + "\n  ".join(problems), problems)
+
+
+class Tally:
+    """Collects findings row by row."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+        self._parts: dict[str, Counter[str]] = {}
+
+    def add(self, name: str, example: str, parts: Sequence[str] = ()) -> None:
+        self._counts[name] += 1
+        self._parts.setdefault(name, Counter()).update(parts)
+        examples = self._examples.setdefault(name, [])
+        if len(examples) < EXAMPLES:
+            examples.append(example)
+
+    def findings(
+        self,
+        names: Sequence[str],
+        rows: int,
+        limits: DataLimits,
+        of: Mapping[str, int] | None = None,
+        unlimited: Sequence[str] = (),
+    ) -> list[Finding]:
+        """The findings ``names`` in the report's order, as shares of ``rows``, or of another number that ``of`` has."""
+        return [
+            Finding(
+                name=name,
+                count=self._counts[name],
+                of=(of or {}).get(name, rows),
+                limit=None if name in unlimited else getattr(limits, name, None),
+                examples=self._examples.get(name, []),
+                parts=dict(sorted(self._parts.get(name, {}).items())),
+            )
+            for name in (*LEFT_OUT, *COUNTED)
+            if name in names
+        ]
+
+
+def quantiles(lengths: Sequence[int]) -> dict[str, int]:
+    """The smallest length that at least this share of the lengths does not exceed."""
+    ordered = sorted(lengths)
+    return {name: ordered[max(0, math.ceil(share * len(ordered)) - 1)] for name, share in _QUANTILES.items()}
+
+
+def _aligned(cells: list[list[str]], left: set[int]) -> list[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]

@@ -1,0 +1,78 @@
+"""All data of a run: read before anything expensive, inspected once there is a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from openrlhf_sgpo.data.files import TEST_SPLITS, DataError
+from openrlhf_sgpo.data.inspection import InspectedPairs, InspectedPrompts, inspect_pairs, inspect_prompts
+from openrlhf_sgpo.data.records import Pair, Prompt, Records, load_pairs, load_prompts
+from openrlhf_sgpo.data.report import DataReport
+from openrlhf_sgpo.data.tokens import ChatFormat
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.config import Config
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What --data.dataset, --eval.dataset and --data.prompt_dataset hold; empty where a flag is not given."""
+
+    human: Records[Pair]
+    held_out: Records[Pair]
+    prompts: Records[Prompt]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The same, as far as it is used, with tokens and reports."""
+
+    human: InspectedPairs
+    held_out: InspectedPairs
+    prompts: InspectedPrompts
+
+    @property
+    def reports(self) -> list[DataReport]:
+        return [one.report for one in (self.human, self.held_out, self.prompts) if one.report.rows]
+
+
+def load_run(config: Config, with_prompts: bool) -> RunRecords:
+    """Raises DataError with the unusable rows of all three at once. with_prompts: whether the run samples."""
+    data, held_out, errors = config.data, config.eval, []
+
+    def attempt(load: Callable[..., Records[Any]], source: str, *arguments: Any, **options: Any) -> Records[Any]:
+        try:
+            return load(source, *arguments, **options) if source else Records()
+        except DataError as error:
+            errors.append(error)
+            return Records()
+
+    records = RunRecords(
+        attempt(load_pairs, data.dataset, data.dataset_split, data.max_samples),
+        attempt(load_pairs, held_out.dataset, held_out.split, held_out.max_samples, splits=TEST_SPLITS),
+        attempt(load_prompts, data.prompt_dataset if with_prompts else "", data.prompt_split),
+    )
+    if errors:
+        raise DataError("\n".join(map(str, errors)), [problem for error in errors for problem in error.problems])
+    return records
+
+
+def inspect_run(records: RunRecords, chat: ChatFormat, config: Config) -> RunData:
+    """Inspects all three; ``report.require`` then raises for exceeded limits. Each text is tokenized once."""
+    limits = config.data.limits
+    held_out = inspect_pairs(
+        records.held_out, chat, limits, name=f"--eval.dataset {config.eval.dataset}", trained_on=False
+    )
+    questions = [pair.prompt for pair in held_out.pairs] if records.held_out else None
+    human = inspect_pairs(records.human, chat, limits, name=f"--data.dataset {config.data.dataset}", held_out=questions)
+    prompts = inspect_prompts(
+        records.prompts,
+        chat,
+        limits,
+        name=f"--data.prompt_dataset {config.data.prompt_dataset}",
+        room=config.rollout.max_new_tokens,
+        held_out=questions,
+    )
+    return RunData(human, held_out, prompts)

@@ -1,0 +1,86 @@
+"""Taking over what another run has already made: runs that differ only in the leader's stage share seed stage and samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from openrlhf_sgpo import algorithms
+from openrlhf_sgpo.algorithms.dpo import DPO
+from openrlhf_sgpo.run_folder import RunFolder, differences, read_json, whole_folder, write_json, write_text
+
+# What may differ, because neither the seed stage nor the first round's samples and labels depend on it.
+_FREE = ("algo", "rounds.loss_reference", "train.max_epochs", "adam.lr", "ckpt.", "logger.")
+_SHARED_STAGES = ("generate", "pairs")
+
+
+def take_over(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], data: dict[str, str]) -> None:
+    """Bring the finished seed stage of ``source`` into ``folder``, and its first round up to the labels.
+
+    What is already in the folder stays, so that it can be repeated after a kill. Policies are hard links where the file
+    system allows it; ledger and metrics of what was taken over come along.
+
+    Raises ValueError if there is no such run, or its seed stage is unfinished, or it was made from other settings or data.
+    """
+    if folder.finished(0, "train") and folder.path.joinpath("initial").exists():
+        return
+    flag = f"--ckpt.fork_from {source.path}"
+    stored = source.path / "resolved_config.yaml"
+    if not stored.exists() or not source.finished(0, "train"):
+        raise ValueError(f"{flag} is not a run with a finished seed stage")
+    theirs = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    _check_same(flag, theirs, resolved)
+    other = [name for name, digest in data.items() if read_json(source.path / "data.json").get(name) != digest]
+    if other:
+        raise ValueError(f"{flag}: {' and '.join(other)} held other rows in that run")
+
+    shutil.rmtree(folder.round(0), ignore_errors=True)
+    for name in ("initial", "round_0"):
+        with whole_folder(folder.path / name) as partial:
+            shutil.copytree(source.path / name, partial, copy_function=_link, dirs_exist_ok=True)
+    first = source.manifest(1)
+    kept = {name: facts for name, facts in first["stages"].items() if name in _SHARED_STAGES}
+    if "pairs" in kept and not folder.round(1).exists():
+        with whole_folder(folder.round(1)) as partial:
+            for name in ("prompts.jsonl", "responses.jsonl", "pairs.jsonl"):
+                _link(source.round(1) / name, partial / name)
+            write_json(partial / "manifest.json", first | {"stages": kept})
+    # Scores are appended to: they need a copy of their own. Those of later policies are dropped when those are trained.
+    for name in ("log_probs", "rewards"):
+        if (source.path / name).exists() and not (folder.path / name).exists():
+            with whole_folder(folder.path / name) as partial:
+                shutil.copytree(source.path / name, partial, dirs_exist_ok=True)
+    stages = read_json(source.path / "ledger.json")["stages"]
+    prefixes = ("initial/", "round_0/", *(f"round_1/{name}" for name in ("generate", "annotate") if "pairs" in kept))
+    shared = {name: cost for name, cost in stages.items() if name.startswith(prefixes)}
+    write_json(folder.path / "ledger.json", {"total": {}, "stages": shared})
+    rows = (source.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    write_text(folder.path / "metrics.jsonl", "".join(row for row in rows if json.loads(row)["stage"] == "round 0"))
+
+
+def _check_same(flag: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    for name in (theirs["algo"], ours["algo"]):
+        algorithm = algorithms.get(name)
+        if not (algorithm.needs.rounds or algorithm is DPO):
+            raise ValueError(f"{flag}: the seed stage of --algo {name} has its own loss, so that it cannot be shared")
+    groups = {algorithms.get(name).name for name in (theirs["algo"], ours["algo"])}
+    changed = {
+        key: values
+        for key, values in differences(theirs, ours).items()
+        if key.partition(".")[0] not in groups and not key.startswith(_FREE)
+    }
+    if changed:
+        listed = "\n  ".join(f"--{key}: {old!r} there, {new!r} here" for key, (old, new) in changed.items())
+        raise ValueError(f"{flag} has other settings, from which another seed stage or other samples come:\n  {listed}")
+
+
+def _link(source: str | Path, destination: str | Path) -> None:
+    try:
+        os.link(source, destination)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, destination)

@@ -1,0 +1,40 @@
+"""OpenRLHF's reward model out of a folder that its reward trainer wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openrlhf.models.model import _get_reward_model
+from openrlhf.utils.deepspeed import DeepspeedStrategy
+from transformers import AutoConfig, AutoModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from openrlhf_sgpo.config import DTYPES, Config
+
+
+def load_reward_model(folder: str, config: Config, strategy: DeepspeedStrategy) -> Any:
+    """A frozen model that maps (tokens, attention_mask) to a reward per row; not yet prepared by the strategy.
+
+    The class is OpenRLHF's, with the head, mean and deviation that the folder's config names. OpenRLHF's own loading turns
+    ``trust_remote_code`` on and knows no fp32. Raises ValueError if the folder has no value head.
+    """
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    head = getattr(settings, "value_head_prefix", "score")
+    settings.normalize_reward = hasattr(settings, "mean")
+    settings._attn_implementation = config.ds.attn_implementation
+    base = AutoModel._model_mapping[type(settings)]
+    kind = _get_reward_model(base.__base__, base, head, packing_samples=False)
+    ds_config = strategy.get_ds_eval_config()
+    # Alive while from_pretrained runs, it makes transformers load a ZeRO-3 model in shards.
+    zero3 = HfDeepSpeedConfig(ds_config) if config.ds.zero_stage == 3 else None
+    model, report = kind.from_pretrained(
+        folder, config=settings, dtype=DTYPES[config.ds.param_dtype], output_loading_info=True
+    )
+    del zero3
+    if f"{head}.weight" in report["missing_keys"]:
+        raise ValueError(
+            f"--reward.model_name_or_path {folder} has no weights {head}.weight: it is no reward model, or its value head "
+            "has another name (value_head_prefix in its config.json)"
+        )
+    model.requires_grad_(False)
+    return model

@@ -1,0 +1,170 @@
+"""``openrlhf-sgpo train`` that ends itself with SIGKILL at a named moment: python killed_run.py MOMENT [flags of train].
+
+SIGKILL cannot be caught, so what is on disk is what any sudden death at that moment leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo import evaluation, fork, rounds, run_folder
+from openrlhf_sgpo.algorithms.sgpo import SGPO
+from openrlhf_sgpo.cli.main import main
+from openrlhf_sgpo.training import scoring, stage, trainer
+
+
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def replace(owner: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def after_step(label: str, number: int) -> None:
+    """Die when a step of a stage has been logged, before its checkpoint."""
+
+    def make(log):
+        def wrapped(self, stage_label, step, row):
+            log(self, stage_label, step, row)
+            if (stage_label, step) == (label, number):
+                die()
+
+        return wrapped
+
+    replace(run_folder.Metrics, "log", make)
+
+
+def half_checkpoint(label: str, number: int) -> None:
+    """Die while a checkpoint is written: one of its files has half of its bytes."""
+    import torch
+
+    def half(state, path, *args, **kwargs):
+        save(state, path, *args, **kwargs)
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+
+    save = torch.save
+
+    def make(save_checkpoint):
+        def wrapped(self, step):
+            if (self.stage, step) == (label, number):
+                torch.save = half
+            save_checkpoint(self, step)
+
+        return wrapped
+
+    replace(trainer.PairTrainer, "_save_checkpoint", make)
+
+
+def half_policy(folder: str) -> None:
+    """Die while a policy is saved: half of its weights are written."""
+
+    def make(save_policy):
+        def wrapped(actor, tokenizer, destination, strategy):
+            save_policy(actor, tokenizer, destination, strategy)
+            if f"/{folder}/" in destination:
+                weights = Path(destination) / "model.safetensors"
+                os.truncate(weights, weights.stat().st_size // 2)
+                die()
+
+        return wrapped
+
+    replace(stage, "save_policy", make)
+
+
+def half_file(ending: str) -> None:
+    """Die while a file of the run folder is written: half of its text is there."""
+
+    def make(write_text):
+        def wrapped(path, text):
+            if str(path).endswith(ending):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.with_name(path.name + ".partial").write_text(text[: len(text) // 2])
+                die()
+            write_text(path, text)
+
+        return wrapped
+
+    for module in (run_folder, rounds, fork, evaluation):
+        if hasattr(module, "write_text"):
+            replace(module, "write_text", make)
+
+
+def in_generation() -> None:
+    """Die after the first of two batches has been sampled; the evaluation before it takes one of its own."""
+    import transformers
+
+    calls = []
+
+    def make(generate):
+        def wrapped(*args, **kwargs):
+            calls.append(0)
+            return die() if len(calls) > 2 else generate(*args, **kwargs)
+
+        return wrapped
+
+    replace(transformers.GenerationMixin, "generate", make)
+
+
+def half_scores(part: int) -> None:
+    """Die while scores are appended: the last line is cut in the middle."""
+    calls = []
+
+    def make(append):
+        def wrapped(self, model, found):
+            calls.append(model)
+            append(self, model, found)
+            if len(calls) == part:
+                path = self._file(model)
+                os.truncate(path, path.stat().st_size - 20)
+                die()
+
+        return wrapped
+
+    replace(scoring.Scorer, "_append", make)
+
+
+def in_follower() -> None:
+    """Die when the follower has its answer and nothing of it is stored."""
+
+    def make(begin_stage):
+        def wrapped(self, *args):
+            begin_stage(self, *args)
+            die()
+
+        return wrapped
+
+    replace(SGPO, "begin_stage", make)
+
+
+# In the order of a run, so that one folder can be killed at all of them, one after the other.
+MOMENTS: dict[str, Callable[[], None]] = {
+    "start evaluation": lambda: half_file("initial/evaluation.json"),
+    "seed pairs": lambda: half_file("round_0/pairs.jsonl"),
+    "seed reference scoring": lambda: half_scores(1),
+    "seed training": lambda: after_step("round 0", 3),
+    "seed checkpoint": lambda: half_checkpoint("round 0", 4),
+    "seed saving": lambda: half_policy("round_0"),
+    "generation": in_generation,
+    "writing responses": lambda: half_file("round_1/responses.jsonl"),
+    "scoring": lambda: half_scores(1),
+    "writing pairs": lambda: half_file("round_1/pairs.jsonl"),
+    "follower": in_follower,
+    "writing the certificate": lambda: half_file("round_1/worst_case.json"),
+    "leader checkpoint": lambda: half_checkpoint("round 1", 4),
+    "leader training": lambda: after_step("round 1", 5),
+    "leader saving": lambda: half_policy("round_1"),
+    "manifest": lambda: half_file("round_1/manifest.json"),
+    "evaluation": lambda: half_file("round_1/evaluation.json"),
+}
+
+
+if __name__ == "__main__":
+    MOMENTS[sys.argv[1]]()
+    sys.exit(main(["train", *sys.argv[2:]]))

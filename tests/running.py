@@ -1,0 +1,53 @@
+"""Whole runs through the command line, for the tests that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "train_ssapo.sh"
+
+
+def arguments(tiny_model, tiny_data, folder, *more: str, algo: str = "sgpo") -> list[str]:
+    """A run of two rounds of 12 prompts in fp32."""
+    common = [
+        *("--algo", algo, "--model.model_name_or_path", str(tiny_model), "--data.dataset", str(tiny_data["pairs"])),
+        *("--eval.dataset", str(tiny_data["held_out"]), "--data.max_len", "128", "--ckpt.output_dir", str(folder)),
+        *("--train.batch_size", "4", "--train.micro_batch_size", "2", "--adam.lr", "1e-3", "--ds.zero_stage", "2"),
+        *("--ds.param_dtype", "fp32", "--train.layout", "shared_prefix"),
+    ]
+    rounds = [
+        *("--data.prompt_dataset", str(tiny_data["prompts"]), "--rounds.count", "2", "--rollout.engine", "hf"),
+        *("--rollout.max_new_tokens", "8", "--rollout.temperature", "1.0"),
+    ]
+    return common + (rounds if algo != "dpo" else []) + list(more)
+
+
+def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    folder = os.path.dirname(sys.executable)
+    # Tests that build a strategy in this process leave its rank in the environment.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**inherited, "PATH": f"{folder}:{os.environ['PATH']}", **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def train(*argv: str, **environment: str) -> subprocess.CompletedProcess:
+    return launch([sys.executable, "-m", "openrlhf_sgpo.cli.main", "train", *argv], **environment)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["train/loss"] for row in read_jsonl(folder / "metrics.jsonl")]

@@ -1,0 +1,66 @@
+"""One run that is killed at every moment, resumed each time, and ends with the bytes of a run that nothing disturbed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from killed_run import MOMENTS
+from running import ROOT, arguments, launch, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+# Costs are wall time, and this process's number is in the lock: they differ between any two runs.
+NOT_COMPARED = {"ledger.json", "table.txt", "lock", "resolved_config.yaml"}
+
+
+def flags(tiny_model, tiny_data, folder: Path) -> list[str]:
+    argv = arguments(tiny_model, tiny_data, folder, "--ckpt.save_steps", "2", "--rollout.batch_size", "16")
+    argv[argv.index("--rounds.count") + 1] = "1"
+    return argv
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file by its path; scores by what they say, because the order of a file that was appended to is no result."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name in NOT_COMPARED:
+            continue
+        if name.startswith("log_probs/"):
+            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            found[name] = {key: value for line in lines for key, value in line.items()}
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def test_killed_at_every_moment(tiny_model, tiny_data, tmp_path):
+    undisturbed = train(*flags(tiny_model, tiny_data, tmp_path / "whole"))
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
+    expected = contents(tmp_path / "whole")
+    assert {"round_0/pairs.jsonl", "round_1/worst_case.json", "round_1/policy/model.safetensors"} <= expected.keys()
+
+    folder = tmp_path / "killed"
+    argv = flags(tiny_model, tiny_data, folder)
+    matrix = []
+    for moment in MOMENTS:
+        killed = launch([sys.executable, str(ROOT / "tests/killed_run.py"), moment, *argv])
+        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr[-3000:]}"
+        # What has its final name is whole, whatever the moment, and already what it will be at the end.
+        there = {
+            name: text
+            for name, text in contents(folder).items()
+            if not any(part in name for part in (".partial", "checkpoints/", "manifest", "metrics", "log_probs"))
+        }
+        assert {name: expected.get(name) == text for name, text in there.items()} == dict.fromkeys(there, True)
+        matrix.append((moment, len(there)))
+        argv = [*flags(tiny_model, tiny_data, folder), "--resume"]
+    resumed = train(*argv)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert contents(folder) == expected
+    assert "Traceback" not in resumed.stderr
+    for moment, files in matrix:
+        print(f"{moment:28} killed, {files:2} whole files there, resumed; at the end all {len(expected)} files equal")
