@@ -55,6 +55,7 @@ def prepare_data(study: dict[str, Any], sources: list[str], model: str, out: Pat
     from transformers import AutoTokenizer
 
     from openrlhf_sgpo.data import load_pairs
+    from openrlhf_sgpo.data.benchmarks import benchmarks_with
     from openrlhf_sgpo.data.tokens import ChatFormat
 
     sizes = study["sizes"]
@@ -64,6 +65,8 @@ def prepare_data(study: dict[str, Any], sources: list[str], model: str, out: Pat
     by_prompt = {}
     for pair in (pair for source in sources for pair in load_pairs(source)):
         if not pair.chosen.strip() or not pair.rejected.strip() or pair.chosen.strip() == pair.rejected.strip():
+            continue
+        if benchmarks_with(pair.prompt):
             continue
         prompt = chat.prompt(pair.prompt)
         if len(prompt) > study["longest_prompt"]:
