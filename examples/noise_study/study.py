@@ -39,8 +39,9 @@ class Cell:
 
 
 def cells(study: dict[str, Any]) -> list[Cell]:
-    """Base methods first, so that the others find what they take over."""
-    order = sorted(study["methods"], key=lambda method: "fork_from" in method)
+    """In the order in which they run: what others take over first."""
+    shared = {method["fork_from"] for method in study["methods"] if "fork_from" in method}
+    order = sorted(study["methods"], key=lambda method: method["name"] not in shared)
     return [
         Cell(method["name"], method["flags"], rate, seed, method.get("fork_from"))
         for method in order
@@ -264,8 +265,11 @@ def main() -> None:
         offline = {name: value for name, value in study["common"].items() if name not in only_rounds}
         (out / "offline.yaml").write_text(yaml.safe_dump(offline))
         threads = max(1, len(os.sched_getaffinity(0)) // given.jobs)
-        todo = cells(study)
-        for wave in ([cell for cell in todo if not cell.base], [cell for cell in todo if cell.base]):
+        shared = {cell.base for cell in (todo := cells(study))}
+        for wave in (
+            [cell for cell in todo if cell.method in shared],
+            [cell for cell in todo if cell.method not in shared],
+        ):
             with ThreadPoolExecutor(given.jobs) as pool:
                 list(pool.map(lambda cell: run(cell, given.model, out, threads), wave))
     found = collect(study, out)
