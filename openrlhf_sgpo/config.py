@@ -8,14 +8,12 @@ the documentation cost nothing.
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, Literal
 
 from openrlhf_sgpo import algorithms, flags
-from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
 
@@ -213,58 +211,6 @@ class Config:
 # Values of --ds.param_dtype by the names that torch, transformers and vLLM share.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-# Only a run with self-annotated rounds reads these.
-_ROUNDS_ONLY = (
-    *(
-        "rounds.",
-        "oracle",
-        "reward.",
-        "rollout.",
-        "vllm.",
-        "data.prompt_dataset",
-        "data.prompt_split",
-        "ckpt.fork_from",
-    ),
-    "eval.max_prompts",
-    *("seed.max_epochs", "seed.lr"),  # without rounds there is one stage, which --train and --adam describe
-)
-
-_REQUIRED = {
-    "model.model_name_or_path": "the policy to start from",
-    "data.dataset": "the human preference pairs",
-    "ckpt.output_dir": "the run folder",
-}
-
-_AT_LEAST_ONE = (
-    *("data.max_len", "seed.max_epochs", "train.max_epochs", "train.batch_size", "train.micro_batch_size"),
-    *("rollout.n_samples_per_prompt", "rollout.max_new_tokens", "rollout.batch_size"),
-    *("vllm.num_engines", "vllm.tensor_parallel_size", "ckpt.max_num", "logger.logging_steps", "ds.lora.alpha"),
-)
-_AT_LEAST_ZERO = (
-    *(
-        "data.max_samples",
-        "eval.max_samples",
-        "eval.max_prompts",
-        "reward.max_len",
-        "seed.size",
-        "seed.lr",
-        "rounds.count",
-        "train.seed",
-    ),
-    *("adam.weight_decay", "ds.lora.rank", "max_norm"),
-)
-_POSITIVE = ("model.beta", "adam.lr", "adam.eps")
-_POSITIVE_SHARES = ("rollout.top_p", "vllm.gpu_memory_utilization")
-_SHARES = (
-    *("seed.flip_rate", "lr_warmup_ratio", "min_lr_ratio"),
-    *(f"data.limits.{item.name}" for item in fields(DataLimits)),
-)
-_SPLITS = {
-    "data.dataset_split": "data.dataset",
-    "data.prompt_split": "data.prompt_dataset",
-    "eval.split": "eval.dataset",
-}
-
 
 def load(argv: Sequence[str]) -> tuple[Config, Any]:
     """The configuration and the algorithm's options from command-line arguments (without the program's name).
@@ -273,6 +219,8 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
     to the same result. Raises flags.SettingsError with every problem at once; only a file that cannot be read and an
     algorithm that cannot be loaded come alone, because they decide which flags exist.
     """
+    from openrlhf_sgpo.config_check import check  # it needs this module
+
     name = flags.peek(argv, "algo")
     try:
         algorithm = algorithms.get(Config().algo if name is None else name)
@@ -317,130 +265,3 @@ def sections(algorithm: type[algorithms.Algorithm]) -> dict[str, Callable[[], An
 def has_rounds(config: Config, algorithm: type[algorithms.Algorithm]) -> bool:
     """Whether a seed stage comes first, with the settings of its own (``--seed.lr``, ``--seed.max_epochs``)."""
     return algorithm.needs.rounds or config.rounds.count > 0
-
-
-def check(
-    config: Config, options: Any, algorithm: type[algorithms.Algorithm], given: Mapping[str, str] | None = None
-) -> None:
-    """Raises flags.SettingsError with everything that is wrong with the values or their combination.
-
-    given: origin of the settings that were given explicitly, as ``flags.parse`` returns it; without it, a setting that
-    the algorithm would not read goes unnoticed.
-    """
-    problems = _check_ranges(config) + _check_unread(config, algorithm, given or {})
-    train, ds, rounds, rollout = config.train, config.ds, config.rounds, config.rollout
-    if train.micro_batch_size > 0 and train.batch_size % train.micro_batch_size:
-        problems.append(
-            f"--train.batch_size: {train.batch_size} is not a multiple of --train.micro_batch_size "
-            f"{train.micro_batch_size}; change one of them"
-        )
-    if train.layout == "shared_prefix" and ds.attn_implementation not in ("sdpa", "eager"):
-        problems.append(
-            f"--train.layout: shared_prefix does not work with --ds.attn_implementation {ds.attn_implementation}; "
-            "use sdpa or eager, or the layout padded"
-        )
-    if ds.packing_samples and "flash_attention" not in ds.attn_implementation:
-        problems.append(
-            f"--ds.packing_samples: does not work with --ds.attn_implementation {ds.attn_implementation}; "
-            "use flash_attention_2, or leave packing off"
-        )
-    elif ds.packing_samples and find_spec("flash_attn") is None:
-        problems.append("--ds.packing_samples: needs the package flash_attn, which is not installed")
-    if "flash_attention" in ds.attn_implementation and ds.param_dtype == "fp32":
-        problems.append(
-            f"--ds.param_dtype: {ds.attn_implementation} does not work in fp32; use bf16, or --ds.attn_implementation sdpa"
-        )
-    if ds.packing_samples and train.layout == "shared_prefix":
-        problems.append("--ds.packing_samples: does not work with --train.layout shared_prefix; use one of the two")
-    if has_rounds(config, algorithm):
-        if config.oracle == "reward_model" and not config.reward.model_name_or_path:
-            problems.append("--reward.model_name_or_path: missing, --oracle reward_model needs it")
-        if rounds.count > 0 and not config.data.prompt_dataset:
-            problems.append("--data.prompt_dataset: missing, the rounds need prompts; give it, or --rounds.count 0")
-        if rounds.prompts and len(rounds.prompts) != rounds.count:
-            problems.append(
-                f"--rounds.prompts: {len(rounds.prompts)} numbers for --rounds.count {rounds.count}; give one per round"
-            )
-        if any(count < 1 for count in rounds.prompts):
-            problems.append("--rounds.prompts: a round needs at least 1 prompt; lower --rounds.count instead")
-        if rollout.n_samples_per_prompt < algorithm.needs.samples_per_prompt:
-            problems.append(
-                f"--rollout.n_samples_per_prompt: {rollout.n_samples_per_prompt} is too few for --algo "
-                f"{algorithm.name}, use at least {algorithm.needs.samples_per_prompt}"
-            )
-        if rollout.max_new_tokens >= config.data.max_len:
-            problems.append(
-                f"--rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt within --data.max_len "
-                f"{config.data.max_len}; lower the one or raise the other"
-            )
-    problems += algorithm.check(options)
-    if problems:
-        raise flags.SettingsError(*problems)
-
-
-def _check_ranges(config: Config) -> list[str]:
-    """Problems with single values."""
-
-    def outside(names: Sequence[str], allowed: str, inside: Any) -> list[str]:
-        values = {name: attrgetter(name)(config) for name in names}
-        return [
-            f"--{name}: {value} is out of range, use {allowed}" for name, value in values.items() if not inside(value)
-        ]
-
-    problems = [f"--{name}: missing, give {what}" for name, what in _REQUIRED.items() if not attrgetter(name)(config)]
-    problems += outside(_AT_LEAST_ONE, "at least 1", lambda value: value >= 1)
-    problems += outside(_AT_LEAST_ZERO, "at least 0", lambda value: value >= 0)
-    problems += outside(_POSITIVE, "more than 0", lambda value: value > 0)
-    problems += outside(_SHARES, "0 to 1", lambda value: 0 <= value <= 1)
-    problems += outside(_POSITIVE_SHARES, "more than 0, at most 1", lambda value: 0 < value <= 1)
-    problems += outside(("ds.lora.dropout",), "0 or more, less than 1", lambda value: 0 <= value < 1)
-    problems += outside(
-        ("adam.betas",), "two of 0 or more, less than 1", lambda value: all(0 <= item < 1 for item in value)
-    )
-    problems += outside(("ckpt.save_steps",), "at least 1, or -1 for none", lambda value: value == -1 or value >= 1)
-    if config.rollout.temperature <= 0:
-        problems.append(
-            f"--rollout.temperature: {config.rollout.temperature} makes all samples of a prompt identical, use more than 0"
-        )
-    for split, dataset in _SPLITS.items():
-        source = attrgetter(dataset)(config)
-        if attrgetter(split)(config) and is_file(source):
-            problems.append(f"--{split}: --{dataset} {source} is a file, which has no splits; leave it out")
-    return problems
-
-
-def check_data(config: Config) -> None:
-    """Raises flags.SettingsError with what is wrong for reading and inspecting data; nothing else is looked at."""
-    wanted = ("--data.", "--eval.", "--model.model_name_or_path", "--rollout.max_new_tokens")
-    problems = [problem for problem in _check_ranges(config) if problem.startswith(wanted)]
-    if problems:
-        raise flags.SettingsError(*problems)
-
-
-def _check_unread(config: Config, algorithm: type[algorithms.Algorithm], given: Mapping[str, str]) -> list[str]:
-    """Settings that were given although the algorithm does not read them.
-
-    A file may state a default, for a dumped configuration states all of them.
-    """
-    default = sections(algorithm)[""]()
-
-    def unread(prefixes: tuple[str, ...], reason: str, even_in_a_file: bool) -> list[str]:
-        return [
-            f"--{name}: {reason} and would not read it ({origin}); leave it out"
-            for name, origin in given.items()
-            if name.startswith(prefixes)
-            and name != "rounds.count"
-            and (
-                origin == flags.COMMAND_LINE
-                or (even_in_a_file and attrgetter(name)(config) != attrgetter(name)(default))
-            )
-        ]
-
-    if not has_rounds(config, algorithm):
-        return unread(_ROUNDS_ONLY, f"--algo {algorithm.name} with --rounds.count 0 has no rounds", True)
-    engine = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}[config.rollout.engine]
-    judge = {"implicit": ("reward.",), "reward_model": ("rounds.judge_reference",)}[config.oracle]
-    return [
-        *unread(engine, f"--rollout.engine {config.rollout.engine} is not the one", False),
-        *unread(judge, f"--oracle {config.oracle} is not the one", False),
-    ]

@@ -136,7 +136,7 @@ class Run:
                 policy, path = str(self.folder.policy(number)), self.folder.round(number)
                 row = self._evaluate(f"round {number}", policy, self._policy_before(number), path)
                 labels = self.folder.manifest(number)["stages"]["pairs"].get("label_accuracy")
-                rows.append(row | {"worst_case": certificate.get("value"), "label_accuracy": labels})
+                rows.append(row | {"value": certificate.get("value"), "label_accuracy": labels})
             if self.writes:
                 table = results_table(rows, self.ledger.stages)
                 write_text(self.folder.path / "table.txt", table)

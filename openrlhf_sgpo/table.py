@@ -10,14 +10,14 @@ FIGURES = (  # title, key, digits
     ("kl", "kl", 2),
     ("length", "response_length", 1),
     ("labels", "label_accuracy", 3),
-    ("worst case", "worst_case", 4),
+    ("value", "value", 4),
 )
 STAGES = ("generate", "annotate", "follower", "train", "evaluate")
 
 
 def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]]) -> str:
     """rows: evaluation rows with ``name``, and what was measured of accuracy, margin, kl, response_length, label_accuracy and
-    worst_case; stages: the ledger's entries, from which the seconds of each stage are taken. Missing figures are a dash."""
+    value; stages: the ledger's entries, from which the seconds of each stage are taken. Missing figures are a dash."""
     header = ["", *(title for title, _, _ in FIGURES), *STAGES]
     lines = [header]
     for row in rows:
@@ -35,8 +35,9 @@ def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]
     ]
     text.insert(1, "  ".join("-" * width for width in widths))
     note = (
-        "accuracy, margin: held-out pairs against the initial reference; kl: nats per sampled response, to the same; length: "
-        "its tokens;\nlabels: agreement of the round's oracle with human pairs of its prompts; stages: seconds"
+        "accuracy, margin: held-out pairs against the initial reference; kl: nats per sampled response, to the same\n"
+        "length: tokens per response; labels: agreement of the oracle with human pairs of the round's prompts\n"
+        "value: the follower's problem before the round's steps; the rest: seconds"
     )
     return "\n".join([*text, note]) + "\n"
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from openrlhf_sgpo import flags
+from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs
-from openrlhf_sgpo.config import Config, check, load
+from openrlhf_sgpo.config import Config, load, sections
+from openrlhf_sgpo.config_check import check
 from openrlhf_sgpo.flags import setting
 
 
@@ -96,6 +97,7 @@ def test_every_field_survives_the_round_trip(tmp_path):
         "random": "fps",
         "new": "all",
         "initial": "previous",
+        "implicit": "reward_model",
         "padded": "shared_prefix",
         "bf16": "fp16",
         "vllm": "hf",
@@ -191,14 +193,38 @@ def test_no_prompts_are_needed_without_a_round():
 
 def test_settings_that_the_algorithm_would_not_read(tmp_path):
     # At its default, but asked for on the command line.
-    assert problems(*ONCE, "--rounds.count", "3", "--rollout.top_p=0.9", "--data.prompt_dataset", "x") == [
-        f"--{name}: --algo once has no rounds and would not read it (command line); leave it out"
-        for name in ("rounds.count", "rollout.top_p", "data.prompt_dataset")
+    assert problems(*ONCE, "--rollout.top_p=1.0", "--data.prompt_dataset", "x", "--oracle", "implicit") == [
+        f"--{name}: --algo once with --rounds.count 0 has no rounds and would not read it (command line); leave it out"
+        for name in ("rollout.top_p", "data.prompt_dataset", "oracle")
     ]
-    config = write(tmp_path, "rounds: {count: 3}\nrollout: {top_p: 0.9}\n")
+    config = write(tmp_path, "rounds: {count: 0}\nrollout: {top_p: 0.9}\n")
     (found,) = problems(*config, *ONCE)
     assert found.startswith("--rollout.top_p:")
     assert f"{config[1]}:2" in found
+    (found,) = problems(*LOOP, "--reward.max_len", "9")
+    assert found.startswith("--reward.max_len: --oracle implicit is not the one")
+    (found,) = problems(*LOOP, "--rollout.engine", "hf", "--vllm.num_engines", "1")
+    assert found.startswith("--vllm.num_engines: --rollout.engine hf is not the one")
+
+
+def test_an_algorithm_of_human_pairs_has_rounds_where_they_are_asked_for():
+    assert load(ONCE)[0].rounds.count == 0
+    config, _ = load([*ONCE, "--rounds.count", "2", "--data.prompt_dataset", "x", "--seed.lr", "1e-4"])
+    assert (config.rounds.count, config.seed.lr) == (2, 1e-4)
+    (found,) = problems(*ONCE, "--rounds.count", "2")
+    assert found.startswith("--data.prompt_dataset: missing, the rounds need prompts")
+
+
+def test_an_algorithm_may_shift_shared_defaults(tmp_path):
+    rounds = [*LOOP[2:], "--algo", "iter_dpo", "--reward.model_name_or_path", "r"]
+    config, _ = load(rounds)
+    assert (config.oracle, config.rounds.loss_reference, config.rounds.count) == ("reward_model", "previous", 3)
+    config, _ = load([*rounds, "--rounds.loss_reference", "initial"])
+    assert config.rounds.loss_reference == "initial"
+    assert load(write(tmp_path, flags.dump({"": config})))[0] == config
+    (found,) = problems(*rounds[:-2])
+    assert found.startswith("--reward.model_name_or_path: missing, --oracle reward_model needs it")
+    assert "previous" in flags.help_text(sections(algorithms.get("iter_dpo")))
 
 
 def test_flags_of_another_algorithm():
@@ -216,7 +242,7 @@ def test_algorithms_that_cannot_be_loaded():
 
 
 def test_check_without_knowing_what_was_given():
-    config = Config()
+    config = sections(Once)[""]()
     config.model.model_name_or_path, config.data.dataset, config.ckpt.output_dir = "m", "d", "o"
     check(config, None, Once)
 

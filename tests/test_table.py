@@ -7,8 +7,9 @@ import pytest
 
 from openrlhf_sgpo.table import STAGES, results_table
 
+FIGURE_NAMES = ["accuracy", "margin", "kl", "length", "labels", "value"]
 START = {"name": "start", "accuracy": 0.5, "margin": 0.0, "probe": {"x": 1.0}}
-ROUND = {"name": "round 10", "accuracy": 0.61249, "margin": -12.34567, "response_length": 187.26, "worst_case": 0.71}
+ROUND = {"name": "round 10", "accuracy": 0.61249, "margin": -12.34567, "response_length": 187.26, "kl": 8.125, "value": 0.71}
 STAGE_SECONDS = {
     "initial/evaluate": {"seconds": 3.21},
     "round_10/generate": {"seconds": 1234.56, "tokens": 5},
@@ -19,8 +20,9 @@ STAGE_SECONDS = {
 
 
 def cells(table):
-    """Cells of every line, cut where the rule under the header has its gaps; then the note."""
-    header, rule, *lines, note = table.splitlines()
+    """Cells of every line, cut where the rule under the header has its gaps; then the notes."""
+    header, rule, *lines = table.splitlines()
+    lines, note = lines[:-3], "\n".join(lines[-3:])
     columns = [match.span() for match in re.finditer("-+", rule)]
     for line in [header, *lines]:
         between = [line[left[1] : right[0]] for left, right in itertools.pairwise(columns)]
@@ -31,15 +33,17 @@ def cells(table):
 def test_figures_and_seconds():
     (header, start, one), note = cells(results_table([START, ROUND], STAGE_SECONDS))
     names = [cell.strip() for cell in header]
-    assert names == ["", "accuracy", "margin", "length", "worst case", *STAGES]
+    assert names == ["", *FIGURE_NAMES, *STAGES]
     assert "seconds" in note and "held-out" in note
     row = dict(zip(names, (cell.strip() for cell in one), strict=True))
     expected = {
         "": "round 10",
         "accuracy": f"{ROUND['accuracy']:.3f}",
         "margin": f"{ROUND['margin']:.4f}",
+        "kl": f"{ROUND['kl']:.2f}",
         "length": f"{ROUND['response_length']:.1f}",
-        "worst case": f"{ROUND['worst_case']:.4f}",
+        "labels": "-",
+        "value": f"{ROUND['value']:.4f}",
         "generate": "1234.6",
         "annotate": "-",
         "follower": "-",  # its entry has no seconds
@@ -48,12 +52,12 @@ def test_figures_and_seconds():
     }
     assert row == expected
     row = dict(zip(names, (cell.strip() for cell in start), strict=True))
-    missing = {"length", "worst case", *STAGES} - {"evaluate"}
+    missing = {"kl", "length", "labels", "value", *STAGES} - {"evaluate"}
     assert {name for name, cell in row.items() if cell == "-"} == missing
     assert (row[""], row["accuracy"], row["margin"], row["evaluate"]) == ("start", "0.500", "0.0000", "3.2")
 
 
-@pytest.mark.parametrize("rows", [[], [START], [{"name": "start"}, ROUND, {"name": "round 2", "worst_case": None}]])
+@pytest.mark.parametrize("rows", [[], [START], [{"name": "start"}, ROUND, {"name": "round 2", "value": None}]])
 def test_alignment(rows):
     table = results_table(rows, STAGE_SECONDS)
     assert table.endswith("\n")
@@ -67,9 +71,9 @@ def test_alignment(rows):
 
 def test_nothing_measured_is_all_dashes():
     (_, line), _ = cells(results_table([{"name": "round 1"}], {}))
-    assert [cell.strip() for cell in line] == ["round 1"] + ["-"] * (4 + len(STAGES))
+    assert [cell.strip() for cell in line] == ["round 1"] + ["-"] * (len(FIGURE_NAMES) + len(STAGES))
 
 
 def test_a_measured_zero_is_no_dash():
-    (_, line), _ = cells(results_table([{"name": "round 1", "accuracy": 0.0, "worst_case": 0.0}], {}))
-    assert [cell.strip() for cell in line[1:5]] == ["0.000", "-", "-", "0.0000"]
+    (_, line), _ = cells(results_table([{"name": "round 1", "accuracy": 0.0, "value": 0.0}], {}))
+    assert [cell.strip() for cell in line[1:7]] == ["0.000", "-", "-", "-", "-", "0.0000"]

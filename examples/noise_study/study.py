@@ -265,7 +265,8 @@ def main() -> None:
         offline = {name: value for name, value in study["common"].items() if name not in only_rounds}
         (out / "offline.yaml").write_text(yaml.safe_dump(offline))
         threads = max(1, len(os.sched_getaffinity(0)) // given.jobs)
-        shared = {cell.base for cell in (todo := cells(study))}
+        todo = cells(study)
+        shared = {cell.base for cell in todo}
         for wave in (
             [cell for cell in todo if cell.method in shared],
             [cell for cell in todo if cell.method not in shared],

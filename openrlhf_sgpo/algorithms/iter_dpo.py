@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class IterDPO(Algorithm):
-    """DPO's loss on answers that a reward model ranks (the baseline of SPA, arXiv 2406.04412, and SSAPO, arXiv 2502.18099).
+    """DPO's loss on answers that a reward model ranks (Xu et al., arXiv 2312.16682; the baseline of SPA and SSAPO).
 
     Round t starts from the policy of round t - 1, which is also the reference of its loss.
     """
 
     name = "iter_dpo"
-    paper = "arXiv 2406.04412"
+    paper = "arXiv 2312.16682"
     summary = "Iterative DPO: rounds ranked by an external reward model"
     needs = Needs(rounds=True)
     defaults: ClassVar[dict[str, Any]] = {"oracle": "reward_model", "rounds.loss_reference": "previous"}

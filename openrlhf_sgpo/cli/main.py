@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from openrlhf_sgpo import algorithms, config, flags
+from openrlhf_sgpo.config_check import check_data
 
 USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
@@ -45,7 +46,7 @@ def data(argv: list[str]) -> int:
     algorithm = algorithms.get(flags.peek(argv, "algo") or config.Config().algo)
     instances, _ = flags.parse(argv, config.sections(algorithm))
     settings: config.Config = instances[""]
-    config.check_data(settings)
+    check_data(settings)
     from openrlhf_sgpo.data.report import require
     from openrlhf_sgpo.data.run_data import inspect_run, load_run
 

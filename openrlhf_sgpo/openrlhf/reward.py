@@ -36,5 +36,9 @@ def load_reward_model(folder: str, config: Config, strategy: DeepspeedStrategy) 
             f"--reward.model_name_or_path {folder} has no weights {head}.weight: it is no reward model, or its value head "
             "has another name (value_head_prefix in its config.json)"
         )
+    if settings.normalize_reward:
+        # transformers 5 builds a model without memory and then leaves buffers that no file holds, as these, undefined.
+        model.mean.fill_(settings.mean)
+        model.std.fill_(settings.std)
     model.requires_grad_(False)
     return model

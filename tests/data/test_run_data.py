@@ -11,7 +11,8 @@ import pytest
 
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.cli.main import main
-from openrlhf_sgpo.config import Config, check_data
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config_check import check_data
 from openrlhf_sgpo.data.run_data import inspect_run, load_run
 from openrlhf_sgpo.data.tokens import ChatFormat
 

@@ -83,3 +83,95 @@ def test_prompt_embeddings_are_the_last_hidden_states(make_config, groups):
     for row, prompt in zip(found, prompts, strict=True):
         hidden = model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
         torch.testing.assert_close(row, hidden, rtol=1e-5, atol=1e-5)
+
+
+LAYOUTS = ("padded", "shared_prefix")
+
+
+@pytest.fixture
+def two_models(make_config, groups, tiny_model, other_tiny_model):
+    """Frozen actors of both tiny models, and groups: of two responses, of one, of one token, of one that is repeated."""
+    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+
+    config = make_config()
+    strategy = build_strategy(config)
+    actors = [load_actor(str(folder), config, strategy, trainable=False) for folder in (tiny_model, other_tiny_model)]
+    first, second, third, last = groups[:4]
+    some = [first, Group(second.prompt, second.responses[:1]), third]
+    return actors, [*some, Group(last.prompt, (*last.responses, (7,), last.responses[0]))]
+
+
+def next_token_logits(model, groups):
+    """By definition, one sequence per forward: of each response its tokens, and the logits before each of them."""
+    rows = []
+    for group in groups:
+        for response in group.responses:
+            with torch.no_grad():
+                logits = model(torch.tensor([group.prompt + response])).logits[0]
+            rows.append((response, logits[len(group.prompt) - 1 : -1].double()))
+    return rows
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logits_give_the_same_log_probabilities(two_models, layout):
+    from openrlhf_sgpo.training.log_probs import response_log_probs, response_logits
+
+    (actor, _), groups = two_models
+    logits = response_logits(actor, groups, layout, 0)
+    lengths = [len(response) for group in groups for response in group.responses]
+    assert logits.responses == len(lengths) and len(logits.values) == len(logits.targets) == sum(lengths)
+    assert logits.values.dtype == torch.float32
+    assert torch.bincount(logits.response_of).tolist() == lengths
+    torch.testing.assert_close(
+        logits.log_probs(), response_log_probs(actor, groups, layout, 0), rtol=1e-6, atol=1e-5
+    )
+    torch.testing.assert_close(logits.log_probs(), one_by_one(actor.model, groups), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("extrapolation", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_extrapolated_log_probabilities_token_by_token(two_models, layout, extrapolation):
+    from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_logits
+
+    actors, groups = two_models
+    policy, reference = (response_logits(actor, groups, layout, 0) for actor in actors)
+    found = extrapolated_log_probs(policy, reference, extrapolation)
+    expected = []
+    both = zip(*(next_token_logits(actor.model, groups) for actor in actors), strict=True)
+    for (response, ours), (_, theirs) in both:
+        log_probs = ((1 + extrapolation) * ours - extrapolation * theirs).log_softmax(-1)
+        expected.append(sum(log_probs[place, token] for place, token in enumerate(response)))
+    torch.testing.assert_close(found, torch.stack(expected).float(), rtol=1e-5, atol=1e-3)
+    if extrapolation == 0:
+        assert torch.equal(found, policy.log_probs())
+    else:
+        assert (found - policy.log_probs()).abs().min() > 0.01, "the models are too alike to tell"
+
+
+def test_extrapolation_has_no_gradient(two_models):
+    from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_logits
+
+    (actor, other), groups = two_models
+    actor.requires_grad_(True)
+    policy = response_logits(actor, groups, "shared_prefix", 0)
+    assert policy.log_probs().requires_grad
+    assert not extrapolated_log_probs(policy, response_logits(other, groups, "shared_prefix", 0), 0.5).requires_grad
+
+
+def test_divergence_over_the_whole_vocabulary(two_models):
+    from openrlhf_sgpo.training.log_probs import response_logits, sequence_divergence
+
+    actors, groups = two_models
+    expected = []
+    both = zip(*(next_token_logits(actor.model, groups) for actor in actors), strict=True)
+    for (_, ours), (_, theirs) in both:
+        p, q = ours.softmax(-1), theirs.softmax(-1)
+        expected.append((p * (p / q).log()).sum())
+    expected = torch.stack(expected).float()
+    assert expected.min() > 0.01, "the models are too alike to tell"
+    for layout in LAYOUTS:
+        policy, reference = (response_logits(actor, groups, layout, 0) for actor in actors)
+        torch.testing.assert_close(sequence_divergence(policy, reference), expected, rtol=1e-4, atol=1e-4)
+        assert sequence_divergence(policy, policy).tolist() == [0.0] * len(expected)
+        # Not symmetric: the other way round is another figure.
+        assert (sequence_divergence(reference, policy) - expected).abs().max() > 0.01

@@ -1,0 +1,80 @@
+"""Sweeps over models on disk: what is stored, what an interruption costs, and divergences."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from openrlhf_sgpo.data.tokens import Group
+
+
+@pytest.fixture
+def make_scorer(make_config):
+    from openrlhf_sgpo.openrlhf import build_strategy
+    from openrlhf_sgpo.training.scoring import Scorer
+
+    config = make_config()
+    strategy = build_strategy(config)
+    return lambda folder=None: Scorer(config, strategy, pad_token_id=0, folder=folder)
+
+
+@pytest.mark.parametrize("cut", ["half of the last line", "the last line"])
+def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny_model, tmp_path, monkeypatch, cut):
+    """Parts of 3 batches of 2 pairs: 24 pairs are 4 lines, each scored in the batches of an undisturbed sweep."""
+    from openrlhf_sgpo.training import scoring
+
+    monkeypatch.setattr(scoring, "PART", 3)
+    model, folder = str(tiny_model), tmp_path / "log_probs"
+    first = make_scorer(folder)
+    expected = first.score(model, groups, "whole")
+    (file,) = folder.iterdir()
+    parts = [json.loads(line) for line in file.read_text().split("\n") if line]
+    assert [len(part) for part in parts] == [12, 12, 12, 12]
+
+    whole = file.read_text().rstrip("\n")
+    start = whole.rindex("\n") + 1
+    file.write_text(whole[: start + (len(whole) - start) // 2] if cut == "half of the last line" else whole[:start])
+    resumed = make_scorer(folder)
+    assert resumed.score(model, groups, "resumed") == expected
+    lost = [
+        group
+        for group in groups
+        if any(scoring.content_key(group.prompt, response) in parts[-1] for response in group.responses)
+    ]
+    assert resumed.tokens_scored == sum(map(len, lost)) < first.tokens_scored == sum(map(len, groups))
+
+    # What the resumed sweep added is on disk again, beside the torn line.
+    again = make_scorer(folder)
+    assert again.score(model, groups, "again") == expected and again.tokens_scored == 0
+
+
+def test_scores_are_kept_by_model_and_discarded_with_it(make_scorer, groups, tiny_model, other_tiny_model, tmp_path):
+    scorer = make_scorer(tmp_path / "log_probs")
+    one, other = (scorer.score(str(model), groups[:4], "test") for model in (tiny_model, other_tiny_model))
+    assert one != other and len(list((tmp_path / "log_probs").iterdir())) == 2
+    scorer.discard(str(tiny_model))
+    assert len(list((tmp_path / "log_probs").iterdir())) == 1
+    before = scorer.tokens_scored
+    assert scorer.score(str(other_tiny_model), groups[:4], "test") == other and scorer.tokens_scored == before
+    assert scorer.score(str(tiny_model), groups[:4], "test") == one and scorer.tokens_scored > before
+
+
+def test_divergence_is_that_of_the_first_responses(make_scorer, groups, tiny_model, other_tiny_model):
+    """In the order of the groups, however the sweep sorts them; two models are two forwards."""
+    from transformers import AutoModelForCausalLM
+
+    scorer = make_scorer()
+    spoken = [Group(group.prompt, group.responses[:1]) for group in groups[:7]]
+    found = scorer.divergence(str(tiny_model), str(other_tiny_model), spoken, "test")
+    assert scorer.tokens_scored == 2 * sum(map(len, spoken))
+    models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tiny_model, other_tiny_model)]
+    for group, value in zip(spoken, found, strict=True):
+        tokens = torch.tensor([group.prompt + group.responses[0]])
+        with torch.no_grad():
+            p, q = (model(tokens).logits[0, len(group.prompt) - 1 : -1].double().softmax(-1) for model in models)
+        assert value == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-4)
+        assert value > 0
+    assert len(set(found)) == len(found), "equal figures would hide a wrong order"
+    assert scorer.divergence(str(tiny_model), str(tiny_model), spoken[:3], "test") == [0.0] * 3
