@@ -39,10 +39,6 @@ def take_over(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], da
     if other:
         raise ValueError(f"{flag}: {' and '.join(other)} held other rows in that run")
 
-    shutil.rmtree(folder.round(0), ignore_errors=True)
-    for name in ("initial", "round_0"):
-        with whole_folder(folder.path / name) as partial:
-            shutil.copytree(source.path / name, partial, copy_function=_link, dirs_exist_ok=True)
     first = source.manifest(1)
     kept = {name: facts for name, facts in first["stages"].items() if name in _SHARED_STAGES}
     if "pairs" in kept and not folder.round(1).exists():
@@ -61,6 +57,10 @@ def take_over(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], da
     write_json(folder.path / "ledger.json", {"total": {}, "stages": shared})
     rows = (source.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     write_text(folder.path / "metrics.jsonl", "".join(row for row in rows if json.loads(row)["stage"] == "round 0"))
+    # The seed stage comes last: where it is, everything is, and a resumed run asks no further.
+    for name in ("initial", "round_0"):
+        with whole_folder(folder.path / name) as partial:
+            shutil.copytree(source.path / name, partial, copy_function=_link, dirs_exist_ok=True)
 
 
 def _check_same(flag: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -95,7 +95,10 @@ class RunFolder:
         self.lock()
         stored = self.path / "resolved_config.yaml"
         if not stored.exists():
-            if any(entry.name != LOCK for entry in self.path.iterdir()):
+            # A process that was killed at this point left no more than the beginning of these.
+            own = (LOCK, "data.json", stored.name)
+            if any(entry.name.removesuffix(".partial") not in own for entry in self.path.iterdir()):
+                (self.path / LOCK).unlink()  # somebody else's folder stays as it was
                 raise ValueError(f"--ckpt.output_dir {self.path} is not empty and not a run: choose another folder")
         elif not resume:
             raise ValueError(

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).parent
+ONLY_WITH_ROUNDS = ("rounds", "rollout", "seed", "vllm", "eval")  # groups that a run without rounds does not read
 
 
 @dataclass(frozen=True)
@@ -261,8 +262,7 @@ def main() -> None:
             parser.error("--pairs and --model are needed to run the study")
         prepare_data(study, given.pairs, given.model, out / "data")
         (out / "common.yaml").write_text(yaml.safe_dump(study["common"]))
-        only_rounds = ("rounds", "rollout", "seed", "vllm", "eval")
-        offline = {name: value for name, value in study["common"].items() if name not in only_rounds}
+        offline = {name: value for name, value in study["common"].items() if name not in ONLY_WITH_ROUNDS}
         (out / "offline.yaml").write_text(yaml.safe_dump(offline))
         threads = max(1, len(os.sched_getaffinity(0)) // given.jobs)
         todo = cells(study)
