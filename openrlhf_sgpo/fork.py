@@ -56,7 +56,8 @@ def take_over(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], da
     shared = {name: cost for name, cost in stages.items() if name.startswith(prefixes)}
     write_json(folder.path / "ledger.json", {"total": {}, "stages": shared})
     rows = (source.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    write_text(folder.path / "metrics.jsonl", "".join(row for row in rows if json.loads(row)["stage"] == "round 0"))
+    whole = (row for row in rows if row.endswith("\n"))  # the other run may have been killed, or be writing
+    write_text(folder.path / "metrics.jsonl", "".join(row for row in whole if json.loads(row)["stage"] == "round 0"))
     # The seed stage comes last: where it is, everything is, and a resumed run asks no further.
     for name in ("initial", "round_0"):
         with whole_folder(folder.path / name) as partial:

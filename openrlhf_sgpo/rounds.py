@@ -251,10 +251,10 @@ class Run:
         first = 0 if config.rounds.data == "all" else number
         pairs = [pair for k in range(first, number + 1) for pair in self._read_pairs(k)]
         pairs, groups = self._tokenize(pairs)
-        label = f"round {number}"
+        label, judges_itself = f"round {number}", self.config.oracle == "implicit"
         self._say(
             f"\n{label}: {len(pairs)} pairs, policy {self._name(start)}, loss reference {self._name(loss_reference)}"
-            + (f", judge reference {self._name(self._judge_reference(number))}" if number else "")
+            + (f", judge reference {self._name(self._judge_reference(number))}" if number and judges_itself else "")
         )
         with self.ledger.stage(f"round_{number}/follower") as cost, self._counting(cost):
             reference = self.scorer.score(loss_reference, groups, f"{label}: reference")

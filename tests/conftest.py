@@ -49,28 +49,6 @@ def make_tiny_model(folder: Path, layers: int = 2, seed: int = 0) -> Path:
     return folder
 
 
-def make_reward_model(base: Path, folder: Path, seed: int = 0, **normalisation: float) -> Path:
-    """A reward model on top of ``base``, of OpenRLHF's own class, as its reward trainer leaves it: weights and head, mean and
-    std in config.json, tokenizer. The head is random, so that no reward is a function of length alone."""
-    import torch
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    import openrlhf_sgpo.openrlhf  # noqa: F401 - makes flash_attn optional
-    from openrlhf.models.model import _get_reward_model  # isort: skip
-
-    config = AutoConfig.from_pretrained(base)
-    config.normalize_reward = False
-    base_class = AutoModel._model_mapping[type(config)]
-    model = _get_reward_model(base_class.__base__, base_class).from_pretrained(base, config=config, dtype=torch.float32)
-    torch.manual_seed(seed)
-    torch.nn.init.normal_(model.score.weight)
-    for name, value in normalisation.items():
-        setattr(model.config, name, value)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    return folder
-
-
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -89,6 +67,8 @@ def other_tiny_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_reward_model(tiny_model, tmp_path_factory) -> Path:
+    from reward_models import make_reward_model
+
     return make_reward_model(tiny_model, tmp_path_factory.mktemp("model") / "reward", mean=2.0, std=4.0)
 
 

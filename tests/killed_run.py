@@ -112,6 +112,19 @@ def in_generation() -> None:
     replace(transformers.GenerationMixin, "generate", make)
 
 
+def in_vllm_generation() -> None:
+    """Die when the engines have answered the first prompt of a round and are at work on the others."""
+    from openrlhf_sgpo.rollout import vllm
+
+    class Progress(vllm.tqdm):
+        def update(self, n=1):
+            if "generate" in str(self.desc):
+                die()
+            return super().update(n)
+
+    vllm.tqdm = Progress
+
+
 def half_scores(part: int) -> None:
     """Die while scores are appended: the last line is cut in the middle."""
     calls = []
@@ -164,7 +177,9 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "evaluation": lambda: half_file("round_1/evaluation.json"),
 }
 
+OTHER_ENGINES = {"generation by vLLM": in_vllm_generation}
+
 
 if __name__ == "__main__":
-    MOMENTS[sys.argv[1]]()
+    (MOMENTS | OTHER_ENGINES)[sys.argv[1]]()
     sys.exit(main(["train", *sys.argv[2:]]))

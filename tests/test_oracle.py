@@ -93,48 +93,17 @@ def oracle(folder, tmp_path, max_len=128, reward_max_len=0):
     return RewardModel(config, build_strategy(config), tmp_path / "rewards")
 
 
-def alone(folder, sequences):
-    """Rewards by OpenRLHF's own class with the folder's weights: one sequence per forward, so that there is no padding.
-
-    Built by its constructor, because from_pretrained of transformers 5 leaves its mean and std undefined.
-    """
-    import torch
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModel
-
-    import openrlhf_sgpo.openrlhf  # noqa: F401 - makes flash_attn optional
-    from openrlhf.models.model import _get_reward_model  # isort: skip
-
-    config = AutoConfig.from_pretrained(folder)
-    config.normalize_reward = True
-    base = AutoModel._model_mapping[type(config)]
-    model = _get_reward_model(base.__base__, base)(config).eval()
-    weights = load_file(folder / "model.safetensors")
-    assert weights.keys() == model.state_dict().keys()
-    model.load_state_dict(weights)
-    with torch.no_grad():
-        rows = [torch.tensor([sequence]) for sequence in sequences]
-        return [model(row, attention_mask=torch.ones_like(row)).item() for row in rows]
-
-
-def sequences(tokenizer, question):
-    """The conversation as the template writes it, up to the end of the answer's turn; by hand, not by the package."""
-    found = []
-    for answer in question.answers:
-        text = f"<|im_start|>user\n{question.prompt[0]['content']}<|im_end|>\n<|im_start|>assistant\n{answer.text}"
-        text += "" if answer.truncated else "<|im_end|>"
-        found.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return found
-
-
 def test_rewards_are_those_of_openrlhfs_class(tiny_reward_model, tmp_path):
-    from transformers import AutoTokenizer
+    from reward_models import conversation, rewards_alone
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_reward_model)
     judge = oracle(tiny_reward_model, tmp_path)
     found = judge.rewards(QUESTIONS, "test")
-    every = [row for question in QUESTIONS for row in sequences(tokenizer, question)]
-    expected = alone(tiny_reward_model, every)
+    every = [
+        conversation(tiny_reward_model, question.prompt[0]["content"], answer.text, not answer.truncated)
+        for question in QUESTIONS
+        for answer in question.answers
+    ]
+    expected = rewards_alone(tiny_reward_model, every)
     assert [reward for row in found for reward in row] == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 0.5, "too alike to tell"
     # Stored: another process reads the very numbers and loads no model.
@@ -159,6 +128,7 @@ def test_mean_and_deviation_of_the_folder_count(tiny_reward_model, tmp_path):
 def test_what_does_not_fit_is_cut_at_the_beginning_of_the_prompt(tiny_reward_model, tmp_path, lengths):
     """One cut for all answers to a prompt, so that they reply to the same; an answer that does not fit itself keeps its
     beginning, and one token of the prompt."""
+    from reward_models import rewards_alone
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_reward_model)
@@ -166,7 +136,9 @@ def test_what_does_not_fit_is_cut_at_the_beginning_of_the_prompt(tiny_reward_mod
     judge = oracle(tiny_reward_model, tmp_path, **lengths)
     prompt = [{"role": "user", "content": "0123456789" * 5}]
     long, endless = Answer("a" * 20), Answer("b" * 60)
-    found = judge.rewards([Question("1", prompt, (Answer("short"), long)), Question("2", prompt, (endless, long))], "test")
+    found = judge.rewards(
+        [Question("1", prompt, (Answer("short"), long)), Question("2", prompt, (endless, long))], "test"
+    )
     start = tokenizer(
         f"<|im_start|>user\n{prompt[0]['content']}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
     )["input_ids"]
@@ -184,7 +156,7 @@ def test_what_does_not_fit_is_cut_at_the_beginning_of_the_prompt(tiny_reward_mod
     ]
     assert max(map(len, expected)) == limit
     flat = [reward for row in found for reward in row]
-    assert flat == pytest.approx(alone(tiny_reward_model, expected), abs=1e-4)
+    assert flat == pytest.approx(rewards_alone(tiny_reward_model, expected), abs=1e-4)
 
 
 def test_a_language_model_is_no_reward_model(tiny_model, tmp_path):

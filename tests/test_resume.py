@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,43 @@ def test_killed_at_every_moment(tiny_model, tiny_data, tmp_path):
     assert "Traceback" not in resumed.stderr
     for moment, files in matrix:
         print(f"{moment:28} killed, {files:2} whole files there, resumed; at the end all {len(expected)} files equal")
+
+
+def processes_with(mark: str) -> list[int]:
+    """Numbers of the processes that have inherited this environment variable."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def test_killed_while_vllm_engines_generate(tiny_model, tiny_data, tmp_path):
+    """The engines are processes of their own: none may survive the run, and the resumed run samples the same answers."""
+
+    def argv(folder: Path) -> list[str]:
+        found = flags(tiny_model, tiny_data, folder)
+        found[found.index("hf")] = "vllm"
+        batch = found.index("--rollout.batch_size")
+        return found[:batch] + found[batch + 2 :]
+
+    undisturbed = train(*argv(tmp_path / "whole"))
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
+    mark = {"OPENRLHF_SGPO_TEST": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "tests/killed_run.py"), "generation by vLLM", *argv(tmp_path / "killed")]
+    killed = launch(command, **mark)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    deadline = time.monotonic() + 60
+    while processes_with(f"OPENRLHF_SGPO_TEST={tmp_path}"):
+        assert time.monotonic() < deadline, "engines outlive the run that started them"
+        time.sleep(0.5)
+    assert not (tmp_path / "killed/round_1/responses.jsonl").exists()
+    resumed = train(*argv(tmp_path / "killed"), "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    name = "round_1/responses.jsonl"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    name = "round_1/policy/model.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

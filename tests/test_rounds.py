@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import time
+import shutil
+from statistics import mean
 
 import pytest
 import yaml
-from running import ROOT, SCRIPT, arguments, launch, losses, read_jsonl, train
+from running import SCRIPT, arguments, launch, losses, read_jsonl, train
+
+from openrlhf_sgpo.cli.main import main
+from openrlhf_sgpo.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,47 @@ def test_pairs_are_ranked_by_implicit_reward_and_margins_are_its_differences(run
 
 
 @pytest.mark.slow
+def test_evaluations_say_what_their_files_say(run):
+    """Row by row: accuracy and margin from held_out.jsonl; length, truncation and divergence from samples.jsonl."""
+    folder, process = run
+    rows = {}
+    for name in ("initial", "round_0", "round_1", "round_2"):
+        row = rows[name] = json.loads((folder / name / "evaluation.json").read_text())
+        held_out, samples = (read_jsonl(folder / name / f"{kind}.jsonl") for kind in ("held_out", "samples"))
+        assert (
+            [one["id"] for one in held_out] == [one["id"] for one in samples] == [f"pair-{i}" for i in range(100, 108)]
+        )
+        margins = [one["margin"] for one in held_out]
+        assert row["pairs"] == 8 and row["margin"] == pytest.approx(mean(margins), abs=1e-12)
+        assert row["accuracy"] == mean((margin > 0) + 0.5 * (margin == 0) for margin in margins)
+        assert row["response_length"] == mean(one["tokens"] for one in samples) <= 8
+        assert row["truncated"] == mean(one["truncated"] for one in samples)
+        assert row["kl"] == pytest.approx(mean(one["kl"] for one in samples), abs=1e-12)
+        assert all(one["kl"] >= 0 for one in samples) and row["kl_error"] >= 0
+    assert rows["initial"]["kl"] == rows["initial"]["margin"] == 0 and rows["initial"]["accuracy"] == 0.5
+    # Each stage trains from where the last one ended, away from the initial reference.
+    assert all(rows[name]["kl"] > 1e-4 for name in ("round_0", "round_1", "round_2"))
+    assert len({row["kl"] for row in rows.values()}) == 4
+    header, _, *lines = process.stdout.split("  accuracy")[-1].splitlines()
+    assert header.split()[:4] == ["margin", "kl", "length", "labels"]
+    table = {line[:7].strip(): line[7:].split() for line in lines[:4]}
+    for name, row in zip(("start", "round 0", "round 1", "round 2"), rows.values(), strict=True):
+        assert table[name][:3] == [f"{row['accuracy']:.3f}", f"{row['margin']:.4f}", f"{row['kl']:.2f}"]
+        assert table[name][4] == "-", "no prompt has human labels"
+
+
+@pytest.mark.slow
+def test_the_data_report_is_kept_and_printed(run, tiny_data):
+    folder, process = run
+    reports = json.loads((folder / "data_report.json").read_text())
+    flags = {"--data.dataset": "pairs", "--eval.dataset": "held_out", "--data.prompt_dataset": "prompts"}
+    assert [report["name"] for report in reports] == [f"{flag} {tiny_data[kind]}" for flag, kind in flags.items()]
+    assert [(report["rows"], report["kept"]) for report in reports] == [(24, 24), (8, 8), (24, 24)]
+    for report in reports:
+        assert f"{report['name']}: {report['rows']} {report['kind']}, {report['kept']} kept" in process.stdout
+
+
+@pytest.mark.slow
 def test_pair_files_load_in_trl_form(run):
     from datasets import load_dataset
 
@@ -63,15 +106,14 @@ def test_pair_files_load_in_trl_form(run):
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_folder_needs_resume_and_then_repeats_nothing(run, tiny_model, tiny_data):
+def test_a_second_run_in_the_same_folder_needs_resume_and_then_repeats_nothing(run, tiny_model, tiny_data, capsys):
     folder, _ = run
     argv = arguments(tiny_model, tiny_data, folder)
-    again = train(*argv)
-    assert again.returncode != 0
-    assert "add --resume" in again.stderr
+    assert main(["train", *argv]) == 2
+    assert "add --resume" in capsys.readouterr().err
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
-    changed = train(*argv, "--resume", "--sgpo.radius", "0.02")
-    assert "--sgpo.radius: was 0.01, now 0.02" in changed.stderr
+    assert main(["train", *argv, "--resume", "--sgpo.radius", "0.02"]) == 2
+    assert "--sgpo.radius: was 0.01, now 0.02" in capsys.readouterr().err
     resumed = train(*argv, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == before
@@ -79,59 +121,82 @@ def test_a_second_run_in_the_same_folder_needs_resume_and_then_repeats_nothing(r
 
 
 @pytest.mark.slow
-def test_killed_in_training_and_resumed_gives_the_same_run(run, tiny_model, tiny_data, tmp_path):
-    """SIGKILL after the fourth of six seed steps; the checkpoint is of step 3, so that steps are taken again."""
+def test_resume_while_the_run_folder_is_in_use(run, tiny_model, tiny_data, capsys):
     folder, _ = run
-    copy = tmp_path / "run"
-    argv = arguments(tiny_model, tiny_data, copy, "--ckpt.save_steps", "3")
-    command = [sys.executable, "-m", "openrlhf_sgpo.cli.main", "train", *argv]
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = copy / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert not (copy / "round_0/policy").exists(), "the seed stage was over before the kill"
-    assert (copy / "round_0/checkpoints/latest").read_text() == "step_3"
-    resumed = train(*argv, "--resume")
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert not list(copy.rglob("checkpoints"))
-    assert losses(copy) == losses(folder)
-    for number in range(3):
-        for name in (f"round_{number}/policy/model.safetensors", f"round_{number}/pairs.jsonl"):
-            assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
-    assert (copy / "round_2/worst_case.json").read_bytes() == (folder / "round_2/worst_case.json").read_bytes()
-
-
-SELF_ANNOTATED_DPO = """
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs
-from openrlhf_sgpo.algorithms.dpo import dpo_loss
-
-class SelfAnnotatedDPO(Algorithm):
-    name, paper, summary = "self_annotated_dpo", "-", "-"
-    needs = Needs(rounds=True, samples_per_prompt=2)
-
-    def loss(self, batch):
-        return dpo_loss(batch.margins(self.beta))
-"""
+    holder = RunFolder(str(folder))
+    holder.lock()
+    assert main(["train", *arguments(tiny_model, tiny_data, folder, "--resume")]) == 2
+    assert f"--ckpt.output_dir {folder} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    holder._lock.close()
 
 
 @pytest.mark.slow
-def test_radius_0_equals_self_annotated_dpo_exactly(tiny_model, tiny_data, tmp_path):
-    (tmp_path / "third_party.py").write_text(SELF_ANNOTATED_DPO)
-    path = {"PYTHONPATH": str(tmp_path)}
-    algo = "third_party:SelfAnnotatedDPO"
-    dpo = train(*arguments(tiny_model, tiny_data, tmp_path / "dpo", algo=algo), **path)
-    assert dpo.returncode == 0, dpo.stderr[-3000:]
-    zero = train(*arguments(tiny_model, tiny_data, tmp_path / "zero", "--sgpo.radius", "0"))
-    assert zero.returncode == 0, zero.stderr[-3000:]
-    assert losses(tmp_path / "zero") == losses(tmp_path / "dpo")
-    name = "round_2/policy/model.safetensors"
-    assert (tmp_path / "zero" / name).read_bytes() == (tmp_path / "dpo" / name).read_bytes()
+def test_iterative_dpo_with_a_reward_model(tiny_model, tiny_reward_model, tiny_data, tmp_path):
+    """Every label is the reward model's; for 18 prompts with human labels the run says how many it shares."""
+    from reward_models import conversation, rewards_alone
+
+    prompts = read_jsonl(tiny_data["prompts"])
+    for index, row in enumerate(prompts[:18]):
+        row |= {"chosen": "yes" + "!" * index, "rejected": "no" + " no" * (index % 5)}
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    folder = tmp_path / "run"
+    argv = arguments(tiny_model, tiny_data | {"prompts": path}, folder, algo="iter_dpo")
+    argv[argv.index("--rounds.count") + 1] = "1"
+    process = train(*argv, "--reward.model_name_or_path", str(tiny_reward_model))
+    assert process.returncode == 0, process.stderr[-3000:]
+
+    def judged(rows):
+        """Rewards of rows (prompt, answer, whether the answer ends) by OpenRLHF's class, in twos."""
+        tokens = [conversation(tiny_reward_model, *row) for row in rows]
+        rewards = rewards_alone(tiny_reward_model, tokens)
+        return list(zip(rewards[::2], rewards[1::2], strict=True))
+
+    sides = ("chosen", "rejected")
+    pairs = read_jsonl(folder / "round_1/pairs.jsonl")
+    assert len(pairs) > 12 and {pair["source"] for pair in pairs} == {"reward_model"}
+    rewards = judged(
+        (pair["prompt"][0]["content"], pair[side][0]["content"], not pair[f"{side}_truncated"])
+        for pair in pairs
+        for side in sides
+    )
+    for pair, (chosen, rejected) in zip(pairs, rewards, strict=True):
+        assert chosen > rejected
+        assert pair["scores"] == pytest.approx({"chosen": chosen, "rejected": rejected}, abs=1e-4)
+
+    shared = mean(
+        chosen > rejected for chosen, rejected in judged((row["prompt"], row[s]) for row in prompts[:18] for s in sides)
+    )
+    assert 0 < shared < 1, "all or none would prove little"
+    facts = json.loads((folder / "round_1/manifest.json").read_text())["stages"]
+    assert facts["pairs"]["oracle"] == "reward_model" and "judge_reference" not in facts["pairs"]
+    assert facts["pairs"]["gold_pairs"] == 18 and facts["pairs"]["label_accuracy"] == pytest.approx(shared, abs=1e-12)
+    assert facts["train"]["loss_reference"] == "round_0/policy"
+    table = [line.split() for line in (folder / "table.txt").read_text().splitlines()]
+    assert table[4][:2] == ["round", "1"] and table[4][6] == f"{shared:.3f}" and table[3][6] == "-"
+    assert "judge reference" not in process.stdout
+
+
+@pytest.mark.slow
+def test_spa_smooths_in_two_rounds(tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    more = ("--spa.noisy_share", "0.5", "--spa.warmup_share", "0", "--spa.window", "4", "--lr_warmup_ratio", "0")
+    process = train(*arguments(tiny_model, tiny_data, folder, *more, algo="spa"))
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = read_jsonl(folder / "metrics.jsonl")
+    assert not any("spa" in key for row in rows if row["stage"] == "round 0" for key in row)
+    for number in (1, 2):
+        manifest = json.loads((folder / f"round_{number}/manifest.json").read_text())["stages"]
+        assert manifest["train"]["loss_reference"] == f"round_{number - 1}/policy"
+        steps = [row for row in rows if row["stage"] == f"round {number}"]
+        assert len(steps) >= 2
+        assert all({"train/spa/noisy_share", "train/spa/threshold"} <= row.keys() for row in steps)
+        # The first step has no earlier margins to compare with, and its own are 0: the policy is the reference.
+        assert steps[0]["train/spa/noisy_share"] == 0
+        assert steps[0]["train/spa/threshold"] == pytest.approx(0, abs=1e-4)
+        assert abs(steps[1]["train/spa/threshold"]) > 1e-3, "by now the policy has left the reference"
+        assert steps[0]["train/loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert not list(folder.glob("round_*/worst_case.json"))
 
 
 @pytest.mark.slow
@@ -206,9 +271,41 @@ def test_dpo_is_one_stage_on_the_human_pairs(tiny_model, tiny_data, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / "run").glob("round_*")) == ["round_0"]
     assert len(losses(tmp_path / "run")) == 24 // 4
-    wrong = train(*arguments(tiny_model, tiny_data, tmp_path / "other", "--rounds.count", "2", algo="dpo"))
-    assert wrong.returncode == 2
-    assert "--algo dpo has no rounds" in wrong.stderr
+    # Without rounds nothing samples: what only they would read is refused. (test_fork.py has --algo dpo with a round.)
+    evaluation = json.loads((tmp_path / "run/round_0/evaluation.json").read_text())
+    assert evaluation["pairs"] == 8 and not {"kl", "probe", "response_length"} & evaluation.keys()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--rollout.temperature", "--rounds.judge_reference", "--eval.max_prompts", "--seed.lr"]
+)
+def test_what_a_run_without_rounds_would_not_read_is_refused(tiny_model, tiny_data, tmp_path, capsys, flag):
+    value = {"--rounds.judge_reference": "previous"}.get(flag, "1")
+    assert main(["train", *arguments(tiny_model, tiny_data, tmp_path / "run", flag, value, algo="dpo")]) == 2
+    message = capsys.readouterr().err
+    assert f"{flag}: --algo dpo with --rounds.count 0 has no rounds and would not read it" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_exceeded_data_limits_stop_a_run_before_a_model_is_loaded(tiny_model, tiny_data, tmp_path, capsys):
+    """The model's folder has no weights, so that loading it would be another error."""
+    light = tmp_path / "light"
+    shutil.copytree(tiny_model, light, ignore=shutil.ignore_patterns("*.safetensors"))
+    rows = read_jsonl(tiny_data["pairs"])
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row | {"rejected": row["chosen"]}) + "\n" for row in rows[:3]))
+    with open(pairs, "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows[3:])
+    argv = arguments(light, tiny_data | {"pairs": pairs}, tmp_path / "run")
+    assert main(["train", *argv]) == 2
+    captured = capsys.readouterr()
+    assert f"--data.dataset {pairs}: identical 3 of 24 (12.5%, limit 5.0%), such as pair-0, pair-1" in captured.err
+    assert "--data.limits.identical 0.125 accepts this" in captured.err
+    assert f"--data.dataset {pairs}: 24 pairs, 21 kept" in captured.out  # the report comes first
+    assert not (tmp_path / "run").exists()
+    # With the flag that the message names, the model is what stops it.
+    with pytest.raises(OSError, match="safetensors"):
+        main(["train", *argv, "--data.limits.identical", "0.125"])
 
 
 def test_dry_run_prints_the_resolved_configuration(tiny_model, tiny_data, tmp_path):
@@ -229,20 +326,19 @@ def test_dry_run_prints_the_resolved_configuration(tiny_model, tiny_data, tmp_pa
         (["--rounds.prompts", "100", "100"], "holds 24 usable prompts"),
     ],
 )
-def test_bad_settings_are_named_before_anything_expensive(tiny_model, tiny_data, tmp_path, more, message):
+def test_bad_settings_are_named_before_anything_expensive(tiny_model, tiny_data, tmp_path, capsys, more, message):
     argv = arguments(tiny_model, tiny_data, tmp_path / "run")
     if more[0] in argv:
         del argv[argv.index(more[0]) : argv.index(more[0]) + 2]
-    process = train(*argv, *more)
-    assert process.returncode == 2
-    assert message in process.stderr
+    assert main(["train", *argv, *more]) == 2
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_broken_line_is_named(tiny_model, tiny_data, tmp_path):
+def test_a_broken_line_is_named(tiny_model, tiny_data, tmp_path, capsys):
     broken = tmp_path / "pairs.jsonl"
     broken.write_text(tiny_data["pairs"].read_text() + '{"prompt": "a", "chosen": "b"}\nnot json\n')
-    process = train(*arguments(tiny_model, tiny_data | {"pairs": broken}, tmp_path / "run"))
-    assert process.returncode == 2
-    assert f"{broken}, line 25: missing column rejected" in process.stderr
-    assert f"{broken}, line 26: not JSON" in process.stderr
+    assert main(["train", *arguments(tiny_model, tiny_data | {"pairs": broken}, tmp_path / "run")]) == 2
+    message = capsys.readouterr().err
+    assert f"{broken}, line 25: missing column rejected" in message
+    assert f"{broken}, line 26: not JSON" in message

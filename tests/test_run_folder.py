@@ -1,6 +1,12 @@
 """A run on disk: whole or absent files, taking up a run, manifests, costs, metrics, and no secrets."""
 
+import contextlib
+import gc
 import json
+import os
+import signal
+import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -125,7 +131,8 @@ def test_new_run(tmp_path, resume, exists):
         path.mkdir(parents=True)
     RunFolder(str(path)).prepare(CONFIG, resume)
     assert (path / "resolved_config.yaml").read_text(encoding="utf-8") == CONFIG and names(path) == [
-        "resolved_config.yaml"
+        "lock",
+        "resolved_config.yaml",
     ]
 
 
@@ -220,7 +227,7 @@ def test_secrets_are_not_stored(tmp_path, monkeypatch):
     metrics.log("round 0", 1, {"loss": 1.0})
     metrics.close()
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert written.keys() == {"resolved_config.yaml", "metrics.jsonl"}
+    assert written.keys() == {"resolved_config.yaml", "metrics.jsonl", "lock"}
     assert not any("sesame" in text for text in written.values())
     assert logins == ["sesame-123"] and "sesame" not in repr(started)
     assert started[0]["config"]["ckpt"]["output_dir"] == str(tmp_path)
@@ -229,6 +236,118 @@ def test_secrets_are_not_stored(tmp_path, monkeypatch):
     run.prepare(flags.dump(tree), resume=True)
     Metrics(run.path, config, flags.to_dict(tree), writes=True).close()
     assert logins == ["sesame-123"] and len(started) == 2
+
+
+# The lock -------------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+HOLD = """
+import sys, time
+from openrlhf_sgpo.run_folder import RunFolder
+run = RunFolder(sys.argv[1])
+run.prepare(sys.argv[2], False)
+print("held", flush=True)
+time.sleep(600)
+"""
+DIE_IN_WRITE = """
+import os, signal, sys
+from pathlib import Path
+from openrlhf_sgpo.run_folder import RunFolder
+left, replace = int(sys.argv[3]), Path.replace
+def die_at_last(self, target):
+    global left
+    left -= 1
+    return replace(self, target) if left else os.kill(os.getpid(), signal.SIGKILL)
+Path.replace = die_at_last
+RunFolder(sys.argv[1]).prepare(sys.argv[2], False, {"--data.dataset": "a"})
+"""
+
+
+@contextlib.contextmanager
+def holder(path):
+    """Another process that holds the folder; it is killed at the end."""
+    command = [sys.executable, "-c", HOLD, str(path), CONFIG]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_folder_in_use_by_another_process_is_refused_until_that_is_killed(tmp_path):
+    path = tmp_path / "run"
+    run = RunFolder(str(path))
+    with holder(path) as process:
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="is in use by") as caught:
+                run.prepare(CONFIG, resume)
+            named = f"--ckpt.output_dir {path} is in use by process {process.pid} on {socket.gethostname()}: "
+            assert str(caught.value).startswith(named)
+        # Somebody who is refused does not take the holder's name off.
+        assert (path / "lock").read_text() == f"process {process.pid} on {socket.gethostname()}"
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        run.prepare(CONFIG, resume=True)
+        assert (path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_folder_in_use_by_this_process_is_refused_too(tmp_path):
+    first = RunFolder(str(tmp_path))
+    first.prepare(CONFIG, resume=False)
+    second = RunFolder(str(tmp_path))
+    with pytest.raises(ValueError, match=f"is in use by process {os.getpid()} "):
+        second.prepare(CONFIG, resume=True)
+    first.prepare(CONFIG, resume=True)  # its own lock does not stop it
+    other = RunFolder(str(tmp_path / "other"))
+    other.prepare(CONFIG, resume=False)
+    del first
+    gc.collect()
+    second.prepare(CONFIG, resume=True)
+
+
+def test_a_refused_run_stops_nobody_later(tmp_path):
+    path = tmp_path / "run"
+    run = RunFolder(str(path))
+    run.prepare(CONFIG, resume=False)
+    del run
+    gc.collect()
+    before = {name: (path / name).read_bytes() for name in names(path) if name != "lock"}
+    for config, resume, reason in [
+        (CONFIG, False, "already holds a run"),
+        (CONFIG.replace("sgpo", "dpo"), True, "--resume with another configuration"),
+    ]:
+        refused = RunFolder(str(path))
+        with pytest.raises(ValueError, match=reason):
+            refused.prepare(config, resume)
+        del refused
+        gc.collect()
+    assert {name: (path / name).read_bytes() for name in names(path) if name != "lock"} == before
+    RunFolder(str(path)).prepare(CONFIG, resume=True)
+
+
+def test_a_foreign_folder_that_is_cleared_can_be_used(tmp_path):
+    (tmp_path / "thesis.tex").write_text("dear")
+    run = RunFolder(str(tmp_path))
+    with pytest.raises(ValueError, match="is not empty and not a run"):
+        run.prepare(CONFIG, resume=False)
+    (tmp_path / "thesis.tex").unlink()
+    RunFolder(str(tmp_path)).prepare(CONFIG, resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("write", "left"), [(1, ["data.json.partial"]), (2, ["data.json", "resolved_config.yaml.partial"])]
+)
+def test_killed_before_the_configuration_was_stored(tmp_path, write, left, resume):
+    path = tmp_path / "run"
+    killed = subprocess.run([sys.executable, "-c", DIE_IN_WRITE, str(path), CONFIG, str(write)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL and names(path) == sorted([*left, "lock"])
+    RunFolder(str(path)).prepare(CONFIG, resume, {"--data.dataset": "b"})
+    assert read_json(path / "data.json") == {"--data.dataset": "b"}
+    assert names(path) == ["data.json", "lock", "resolved_config.yaml"]
 
 
 # Costs ----------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,14 @@ from openrlhf_sgpo.table import STAGES, results_table
 
 FIGURE_NAMES = ["accuracy", "margin", "kl", "length", "labels", "value"]
 START = {"name": "start", "accuracy": 0.5, "margin": 0.0, "probe": {"x": 1.0}}
-ROUND = {"name": "round 10", "accuracy": 0.61249, "margin": -12.34567, "response_length": 187.26, "kl": 8.125, "value": 0.71}
+ROUND = {
+    "name": "round 10",
+    "accuracy": 0.61249,
+    "margin": -12.34567,
+    "response_length": 187.26,
+    "kl": 8.125,
+    "value": 0.71,
+}
 STAGE_SECONDS = {
     "initial/evaluate": {"seconds": 3.21},
     "round_10/generate": {"seconds": 1234.56, "tokens": 5},

@@ -122,9 +122,7 @@ def test_logits_give_the_same_log_probabilities(two_models, layout):
     assert logits.responses == len(lengths) and len(logits.values) == len(logits.targets) == sum(lengths)
     assert logits.values.dtype == torch.float32
     assert torch.bincount(logits.response_of).tolist() == lengths
-    torch.testing.assert_close(
-        logits.log_probs(), response_log_probs(actor, groups, layout, 0), rtol=1e-6, atol=1e-5
-    )
+    torch.testing.assert_close(logits.log_probs(), response_log_probs(actor, groups, layout, 0), rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(logits.log_probs(), one_by_one(actor.model, groups), rtol=1e-5, atol=1e-4)
 
 
@@ -151,11 +149,10 @@ def test_extrapolated_log_probabilities_token_by_token(two_models, layout, extra
 def test_extrapolation_has_no_gradient(two_models):
     from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_logits
 
-    (actor, other), groups = two_models
-    actor.requires_grad_(True)
-    policy = response_logits(actor, groups, "shared_prefix", 0)
-    assert policy.log_probs().requires_grad
-    assert not extrapolated_log_probs(policy, response_logits(other, groups, "shared_prefix", 0), 0.5).requires_grad
+    actors, groups = two_models
+    policy, reference = (response_logits(actor.requires_grad_(True), groups, "shared_prefix", 0) for actor in actors)
+    assert policy.log_probs().requires_grad and reference.log_probs().requires_grad
+    assert not extrapolated_log_probs(policy, reference, 0.5).requires_grad
 
 
 def test_divergence_over_the_whole_vocabulary(two_models):

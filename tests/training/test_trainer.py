@@ -83,6 +83,7 @@ def our_losses(config, groups, tokenizer, tmp_path, algorithm):
         groups,
         reference,
         start=start,
+        loss_reference=start,
         destination=tmp_path / "policy",
         epochs=2,
         learning_rate=config.adam.lr,
