@@ -117,10 +117,11 @@ def in_vllm_generation() -> None:
     from openrlhf_sgpo.rollout import vllm
 
     class Progress(vllm.tqdm):
-        def update(self, n=1):
-            if "generate" in str(self.desc):
-                die()
-            return super().update(n)
+        def __iter__(self):
+            for number, item in enumerate(super().__iter__()):
+                if number == 1 and "generate" in str(self.desc):
+                    die()
+                yield item
 
     vllm.tqdm = Progress
 
