@@ -1,0 +1,39 @@
+"""IPO-MD: online IPO on answers of the geometric mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openrlhf_sgpo.algorithms.on_policy import Role
+from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
+from openrlhf_sgpo.flags import setting
+
+
+@dataclass
+class IPOMDSettings:
+    mixture: float = setting(0.125, "the reference's share in what the answers are drawn from (0: online IPO)")
+
+
+class IPOMD(OnlineIPO):
+    """The loss of online IPO on two answers of pi^(1 - b) pi_ref^b (Calandriello et al., arXiv 2403.08635), b = ``mixture``.
+
+    Its fixed point is Nash-MD's with the same mixture.
+    """
+
+    name = "ipo_md"
+    summary = "IPO-MD: online IPO on answers of a mixture of policy and reference"
+    settings = IPOMDSettings
+
+    @classmethod
+    def check(cls, options: IPOMDSettings) -> list[str]:
+        if 0 <= options.mixture <= 1:
+            return []
+        return [f"--ipo_md.mixture {options.mixture} is out of range, use 0 to 1"]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("mixture", "mixture")
+
+    @property
+    def mixture(self) -> float:
+        return self.options.mixture

@@ -1,0 +1,56 @@
+"""Nash-MD: policy gradient against the geometric mixture of policy and reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from openrlhf_sgpo.algorithms.on_policy import Level, OnPolicyAlgorithm, Plays, Role, policy_gradient_loss
+from openrlhf_sgpo.flags import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class NashMDSettings:
+    mixture: float = setting(
+        0.125, "the reference's share in the opponent (0: self-play, 1: best response to the reference)"
+    )
+    kl_level: Level = setting("sequence", "how the divergence enters the gradient, see docs/algorithms/nash_md.md")
+
+
+class NashMD(OnPolicyAlgorithm):
+    """Nash-MD-PG (Munos et al., arXiv 2312.00886): the policy learns to win against a mixture of itself and the
+    reference,
+
+        E[ (p(y > y') - 1/2 - tau * s(y)) * grad log pi(y) ],   y ~ pi,  y' ~ pi^(1 - b) pi_ref^b,
+
+    with tau = ``--model.beta`` and b = ``mixture``. Its fixed point is pi proportional to pi_ref exp(p(y > mixture) / tau):
+    the regularised Nash equilibrium for b = 0, and for other b a policy whose mixture is the equilibrium at tau / (1 - b).
+    Only with b tied to the step size, as in the paper's tabular algorithm, would it be the equilibrium at tau itself.
+    """
+
+    name = "nash_md"
+    paper = "arXiv 2312.00886"
+    summary = "Nash-MD-PG: policy gradient against a mixture of policy and reference"
+    settings = NashMDSettings
+
+    @classmethod
+    def check(cls, options: NashMDSettings) -> list[str]:
+        if 0 <= options.mixture <= 1:
+            return []
+        return [f"--nash_md.mixture {options.mixture} is out of range, use 0 to 1"]
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        return ("policy", "mixture")
+
+    @property
+    def mixture(self) -> float:
+        return self.options.mixture
+
+    def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
+        gain = batch.preferences[:, 0, 1] - 0.5
+        own, reference = batch.log_probs[:, 0], batch.reference[:, 0]
+        return policy_gradient_loss(own, reference, gain, self.beta, self.options.kl_level)

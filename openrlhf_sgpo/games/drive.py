@@ -1,0 +1,149 @@
+"""Algorithms on tabular games: their own loss code, softmax policies, and exact expectations instead of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from openrlhf_sgpo.games.tabular import Array, Game
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+
+
+@dataclass
+class Policies:
+    """Softmax policies as logits, float64: the policy (n,), in one role alone or as leader, and the follower (n, n), row y
+    for the draft y. previous: the policy's log-probabilities when the round began."""
+
+    policy: Tensor
+    follower: Tensor
+    previous: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.new_round()
+
+    def new_round(self) -> None:
+        self.previous = self.policy.detach().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where the policies were: policies (steps + 1, n) and followers (steps + 1, n, n), probabilities."""
+
+    policies: Array
+    followers: Array
+
+
+def start(game: Game, policy: Any = None, follower: Any = None) -> Policies:
+    """Policies with these probabilities, by default the game's references."""
+    import torch
+
+    first = game.leader_reference if policy is None else np.asarray(policy, dtype=np.float64)
+    second = game.follower_reference if follower is None else np.asarray(follower, dtype=np.float64)
+    logits = (torch.tensor(np.log(one), dtype=torch.float64, requires_grad=True) for one in (first, second))
+    return Policies(*logits)
+
+
+def expected_loss(
+    game: Game, algorithm: OnPolicyAlgorithm, policies: Policies, samples: int = 0, generator: Any = None
+) -> Tensor:
+    """The expectation of the algorithm's loss over everything that can be drawn in a play, differentiable.
+
+    Every combination of answers is one play of a large batch, weighted by its probability, through which no gradient flows:
+    it is the drawing. With samples > 0 that many plays are drawn instead, and preferences with them (0 or 1), as an oracle
+    of single votes would give them.
+    """
+    import torch
+
+    from openrlhf_sgpo.algorithms.on_policy import Plays
+
+    own, follower = policies.policy.log_softmax(-1), policies.follower.log_softmax(-1)
+    reference = torch.tensor(game.leader_reference).log()
+    follower_reference = torch.tensor(game.follower_reference).log()
+    mixture = ((1 - algorithm.mixture) * own + algorithm.mixture * reference).log_softmax(-1)
+    drawn_by = {"policy": own, "mixture": mixture, "previous": policies.previous}
+    answers = torch.tensor(list(product(range(game.size), repeat=len(algorithm.roles))))
+    log_weights = torch.zeros(len(answers), dtype=torch.float64)
+    columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    for place, role in enumerate(algorithm.roles):
+        answer = answers[:, place]
+        if role == "follower":
+            draft = answers[:, 0]
+            log_probs, base = follower[draft, answer], follower_reference[draft, answer]
+            log_weights = log_weights + log_probs.detach()
+            columns.append((log_probs, base, base))
+        else:
+            log_weights = log_weights + drawn_by[role].detach()[answer]
+            columns.append((own[answer], reference[answer], policies.previous[answer]))
+    preferences = torch.tensor(game.preferences)[answers[:, :, None], answers[:, None, :]]
+    weights = log_weights.exp()
+    chosen = torch.arange(len(answers))
+    if samples:
+        chosen = torch.multinomial(weights, samples, replacement=True, generator=generator)
+        weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
+        preferences = _votes(preferences[chosen], generator)
+    # One token per answer.
+    log_probs, base, previous = (
+        torch.stack(column, dim=1)[chosen].unsqueeze(-1) for column in zip(*columns, strict=True)
+    )
+    return (weights * algorithm.loss(Plays(log_probs, base, previous, preferences))).sum()
+
+
+def _votes(preferences: Tensor, generator: Any) -> Tensor:
+    """One vote per pair of answers, consistent in both orders; the diagonal stays one half."""
+    import torch
+
+    upper = torch.bernoulli(preferences, generator=generator).triu(1)
+    lower = (1 - upper.transpose(-1, -2)).tril(-1)
+    return upper + lower + 0.5 * torch.eye(preferences.shape[-1], dtype=preferences.dtype)
+
+
+def drive(
+    game: Game,
+    algorithm: OnPolicyAlgorithm,
+    *,
+    steps: int,
+    learning_rate: float,
+    rounds: int = 1,
+    policies: Policies | None = None,
+    samples: int = 0,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Gradient descent on the expected loss: ``rounds`` rounds of ``steps`` steps; the path has a point per step.
+
+    Raises ValueError if a policy is no longer finite: the learning rate is too large.
+    """
+    import torch
+
+    policies = start(game) if policies is None else policies
+    parameters = [policies.policy, policies.follower]
+    generator = torch.Generator().manual_seed(seed)
+    leaders, followers = [_probabilities(policies.policy)], [_probabilities(policies.follower)]
+    for number in range(rounds):
+        policies.new_round()
+        for _ in range(steps):
+            loss = expected_loss(game, algorithm, policies, samples, generator)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    if gradient is not None:
+                        parameter -= learning_rate * gradient
+            leaders.append(_probabilities(policies.policy))
+            followers.append(_probabilities(policies.follower))
+        if not np.isfinite(leaders[-1]).all() or not np.isfinite(followers[-1]).all():
+            raise ValueError(f"{algorithm.name} diverged: lower the learning rate, {learning_rate}")
+        if progress:
+            progress(number)
+    return Path(np.array(leaders), np.array(followers))
+
+
+def _probabilities(logits: Tensor) -> Array:
+    return np.asarray(logits.detach().softmax(-1).numpy())
