@@ -41,6 +41,7 @@ def test_files_stay_readable(path):
         ("openrlhf_sgpo, openrlhf_sgpo.config, openrlhf_sgpo.algorithms.sgpo, openrlhf_sgpo.cli.main", "torch"),
         ("openrlhf_sgpo.dro, openrlhf_sgpo.dro.losses", "cvxpy scipy transformers openrlhf deepspeed ray vllm"),
         ("openrlhf_sgpo.data, openrlhf_sgpo.data.seed", "torch datasets"),
+        ("openrlhf_sgpo.games", "torch scipy matplotlib"),
     ],
 )
 def test_light_modules_stay_light(module, absent):

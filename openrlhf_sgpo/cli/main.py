@@ -1,4 +1,4 @@
-"""The command ``openrlhf-sgpo``: train, data, algorithms."""
+"""The command ``openrlhf-sgpo``: train, data, algorithms, games."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ USAGE = """usage: openrlhf-sgpo COMMAND [flags]
   train        train a policy: --algo NAME, see `openrlhf-sgpo train --help --algo NAME`
   data         report on the data that these flags would train on, without a model
   algorithms   list the algorithms
+  games        drive the algorithms on small games to their known solutions: --out FOLDER draws their paths
 """
 
 # Stands for a space at which a line must not break; textwrap breaks at ASCII ones only.
@@ -61,6 +62,17 @@ def data(argv: list[str]) -> int:
     print("\n".join(report.text() for report in reports), end="", flush=True)
     require(reports)
     return 0
+
+
+def games(argv: list[str]) -> int:
+    """The gate that every algorithm must pass, see ``openrlhf_sgpo.games``."""
+    from openrlhf_sgpo.games.gate import GateSettings, run
+
+    if "--help" in argv or "-h" in argv:
+        print(flags.help_text({"": GateSettings}))
+        return 0
+    instances, _ = flags.parse(argv, {"": GateSettings})
+    return run(instances[""])
 
 
 def list_algorithms() -> int:
@@ -115,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
             return train(rest)
         if command == "data":
             return data(rest)
+        if command == "games":
+            return games(rest)
         if command == "algorithms" and not rest:
             return list_algorithms()
     except ValueError as error:

@@ -14,6 +14,7 @@ from openrlhf_sgpo.games.tabular import Array, Game
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openrlhf_sgpo.algorithms.base import Algorithm
     from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 
 
@@ -52,14 +53,40 @@ def start(game: Game, policy: Any = None, follower: Any = None) -> Policies:
 
 
 def expected_loss(
-    game: Game, algorithm: OnPolicyAlgorithm, policies: Policies, samples: int = 0, generator: Any = None
+    game: Game, algorithm: Algorithm, policies: Policies, samples: int = 0, generator: Any = None
 ) -> Tensor:
-    """The expectation of the algorithm's loss over everything that can be drawn in a play, differentiable.
+    """The expectation of the algorithm's loss over everything that can be drawn, differentiable.
 
-    Every combination of answers is one play of a large batch, weighted by its probability, through which no gradient flows:
-    it is the drawing. With samples > 0 that many plays are drawn instead, and preferences with them (0 or 1), as an oracle
-    of single votes would give them.
+    Every combination of answers is one item of a large batch, weighted by its probability, through which no gradient flows:
+    it is the drawing. Algorithms of pairs get all pairs of two draws from ``game.behaviour``, labelled both ways, in
+    proportion to the preference. With samples > 0 that many plays of an on-policy algorithm are drawn instead, and
+    preferences with them (0 or 1), as an oracle of single votes would give them.
     """
+    from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+
+    if isinstance(algorithm, OnPolicyAlgorithm):
+        return _expected_plays(game, algorithm, policies, samples, generator)
+    if samples:
+        raise ValueError(f"{algorithm.name} trains on pairs, of which all are taken: leave samples at 0")
+    return _expected_pairs(game, algorithm, policies)
+
+
+def _expected_pairs(game: Game, algorithm: Algorithm, policies: Policies) -> Tensor:
+    import torch
+
+    from openrlhf_sgpo.algorithms.base import PairBatch
+
+    own, reference = policies.policy.log_softmax(-1), torch.tensor(game.leader_reference).log()
+    chosen, rejected = torch.tensor(list(product(range(game.size), repeat=2))).T
+    behaviour = torch.tensor(game.behaviour)
+    weights = behaviour[chosen] * behaviour[rejected] * torch.tensor(game.preferences)[chosen, rejected]
+    batch = PairBatch(own[chosen], own[rejected], reference[chosen], reference[rejected])
+    return 2 * (weights * algorithm.loss(batch)).sum()
+
+
+def _expected_plays(
+    game: Game, algorithm: OnPolicyAlgorithm, policies: Policies, samples: int, generator: Any
+) -> Tensor:
     import torch
 
     from openrlhf_sgpo.algorithms.on_policy import Plays
@@ -107,7 +134,7 @@ def _votes(preferences: Tensor, generator: Any) -> Tensor:
 
 def drive(
     game: Game,
-    algorithm: OnPolicyAlgorithm,
+    algorithm: Algorithm,
     *,
     steps: int,
     learning_rate: float,

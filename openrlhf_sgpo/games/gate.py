@@ -1,0 +1,205 @@
+"""The gate: every algorithm's own loss, driven on a small game, must reach the solution that is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from openrlhf_sgpo.algorithms import Algorithm
+from openrlhf_sgpo.algorithms.base import NoSettings
+from openrlhf_sgpo.algorithms.dpo import DPO
+from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
+from openrlhf_sgpo.algorithms.ipo import IPO, IPOSettings
+from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
+from openrlhf_sgpo.algorithms.nash_md import NashMD, NashMDSettings
+from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
+from openrlhf_sgpo.algorithms.rloo import RLOO, RLOOSettings
+from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
+from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings
+from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.games import drive as driver
+from openrlhf_sgpo.games import solutions
+from openrlhf_sgpo.games.simplex import draw_paths
+from openrlhf_sgpo.games.tabular import GAMES, Array, Game
+
+TAU = 0.1
+SKEWED = (0.1, 0.2, 0.7)  # where every path begins, far from all solutions
+
+
+@dataclass
+class GateSettings:
+    out: str = setting("", "folder for policy_paths.svg (empty: no picture)")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One algorithm on one game. solution: what is expected, named. average: of the rounds' ends, instead of the last."""
+
+    title: str
+    game: str
+    algorithm: Algorithm
+    solution: str
+    target: Callable[[Game], solutions.Solution]
+    steps: int
+    learning_rate: float
+    rounds: int = 1
+    average: bool = False
+    begin: tuple[float, float, float] = SKEWED
+    tolerance: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Result:
+    check: Check
+    target: Array
+    reached: Array
+    path: Array
+
+    @property
+    def error(self) -> float:
+        return float(abs(self.reached - self.target).max())
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.check.tolerance
+
+
+def _nash_md(coefficient: float) -> Callable[[Game], solutions.Solution]:
+    return lambda game: solutions.nash_md(game, TAU, coefficient)
+
+
+def _stackelberg(credit: bool) -> Callable[[Game], solutions.Solution]:
+    return lambda game: solutions.stackelberg(game, TAU, TAU, follower_kl_credit=credit)
+
+
+def _offline_ipo(game: Game) -> solutions.Solution:
+    return solutions.offline_ipo(game, TAU)
+
+
+def _dpo(game: Game) -> solutions.Solution:
+    return solutions.dpo(game, TAU)
+
+
+def _regularised_nash(game: Game) -> solutions.Solution:
+    return solutions.regularised_nash(game, TAU)
+
+
+CHECKS = (
+    Check("slhf", "condorcet", SLHF(SLHFSettings(), TAU), "Stackelberg", _stackelberg(True), 2000, 1.0),
+    Check(
+        "slhf, no KL credit",
+        "condorcet",
+        SLHF(SLHFSettings(follower_kl_credit=False), TAU),
+        "where the released code rests",
+        _stackelberg(False),
+        2000,
+        1.0,
+    ),
+    Check(
+        "nash_md, mixture 0",
+        "condorcet",
+        NashMD(NashMDSettings(0.0), TAU),
+        "regularised Nash",
+        _nash_md(0.0),
+        1500,
+        2.0,
+    ),
+    Check(
+        "nash_md, mixture 1/8", "condorcet", NashMD(NashMDSettings(0.125), TAU), "its own", _nash_md(0.125), 1500, 2.0
+    ),
+    Check("online_ipo", "condorcet", OnlineIPO(NoSettings(), TAU), "regularised Nash", _regularised_nash, 1500, 0.02),
+    Check(
+        "ipo_md, mixture 1/8", "condorcet", IPOMD(IPOMDSettings(0.125), TAU), "Nash-MD's", _nash_md(0.125), 1500, 0.02
+    ),
+    Check("rloo", "condorcet", RLOO(RLOOSettings(), TAU), "regularised Nash", _regularised_nash, 1500, 2.0),
+    Check(
+        "inpo", "condorcet", INPO(INPOSettings(0.3), TAU), "regularised Nash", _regularised_nash, 150, 0.5, rounds=30
+    ),
+    Check(
+        "sppo, average",
+        "rock_paper_scissors",
+        SPPO(SPPOSettings(2, 0.5, "all"), TAU),
+        "Nash",
+        solutions.nash,
+        15,
+        1.0,
+        rounds=200,
+        average=True,
+        begin=(0.5, 0.3, 0.2),
+        tolerance=0.03,
+    ),
+    Check("ipo, offline", "offline_ipo", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 3000, 0.5),
+    Check(
+        "ipo, uniform data", "condorcet", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 1500, 0.5
+    ),
+    Check("dpo, uniform data", "condorcet", DPO(NoSettings(), TAU), "Bradley-Terry", _dpo, 3000, 500.0),
+)
+
+
+def play(check: Check) -> Result:
+    """Drives the algorithm from a skewed policy; what it reached beside what it should."""
+    game = GAMES[check.game]()
+    found = driver.drive(
+        game,
+        check.algorithm,
+        steps=check.steps,
+        learning_rate=check.learning_rate,
+        rounds=check.rounds,
+        policies=driver.start(game, check.begin),
+    )
+    path = found.policies[:: check.steps] if check.rounds > 1 else found.policies
+    reached = path[1:].mean(0) if check.average else path[-1]
+    return Result(check, check.target(game).policy, reached, path)
+
+
+def table(results: list[Result]) -> str:
+    """One aligned row per check."""
+    rows = [["algorithm", "game", "solution", "target", "reached", "error", "tolerance", ""]]
+    for result in results:
+        check = result.check
+        target, reached = (" ".join(f"{value:.6f}" for value in policy) for policy in (result.target, result.reached))
+        verdict = "" if result.passed else "MISSED"
+        rows.append(
+            [
+                check.title,
+                check.game,
+                check.solution,
+                target,
+                reached,
+                f"{result.error:.1e}",
+                f"{check.tolerance:g}",
+                verdict,
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) + "\n"
+
+
+def run(settings: GateSettings) -> int:
+    """Prints the table, draws the paths if asked for; 1 if an algorithm misses its solution, else 0."""
+    results = [play(check) for check in CHECKS]
+    print(table(results), end="")
+    if settings.out:
+        game = GAMES["condorcet"]()
+        drawn = {result.check.title: result for result in results if result.check.title in _DRAWN}
+        marked = {result.check.solution: result.target for result in drawn.values()}
+        picture = draw_paths(
+            {title: result.path for title, result in drawn.items()},
+            marked,
+            Path(settings.out) / "policy_paths.svg",
+            actions=game.actions,
+            title=f"Condorcet paradox, tau = {TAU:g}",
+        )
+        print(f"\npaths: {picture}")
+    return 0 if all(result.passed for result in results) else 1
+
+
+_DRAWN = (
+    "slhf",
+    "slhf, no KL credit",
+    "nash_md, mixture 0",
+    "nash_md, mixture 1/8",
+    "dpo, uniform data",
+    "ipo, uniform data",
+)
