@@ -14,6 +14,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from openrlhf_sgpo import algorithms, flags
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
 
@@ -226,6 +227,10 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
         algorithm = algorithms.get(Config().algo if name is None else name)
     except ValueError as error:
         raise flags.SettingsError(f"--algo: {error}") from error
+    if issubclass(algorithm, OnPolicyAlgorithm):
+        raise flags.SettingsError(
+            f"--algo: {algorithm.name} cannot train a language model yet; openrlhf-sgpo games runs it on small games"
+        )
     own = {item.name for item in fields(Config)}
     if algorithm.name in own:
         raise flags.SettingsError(
@@ -240,7 +245,7 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
     config, options = instances[""], instances[algorithm.name]
     check(config, options, algorithm, given)
     config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
-    if has_rounds(config, algorithm):
+    if config.rounds.count > 0:
         config.seed.lr = config.seed.lr or config.adam.lr
     # The absolute path, so that a run folder "." has a name too.
     folder = os.path.basename(os.path.abspath(config.ckpt.output_dir))
@@ -260,8 +265,3 @@ def sections(algorithm: type[algorithms.Algorithm]) -> dict[str, Callable[[], An
         return config
 
     return {"": shared, algorithm.name: algorithm.settings}
-
-
-def has_rounds(config: Config, algorithm: type[algorithms.Algorithm]) -> bool:
-    """Whether a seed stage comes first, with the settings of its own (``--seed.lr``, ``--seed.max_epochs``)."""
-    return algorithm.needs.rounds or config.rounds.count > 0

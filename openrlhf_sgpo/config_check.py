@@ -10,7 +10,7 @@ from typing import Any
 
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms import Algorithm
-from openrlhf_sgpo.config import Config, has_rounds, sections
+from openrlhf_sgpo.config import Config, sections
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.limits import DataLimits
 
@@ -88,11 +88,15 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
         )
     if ds.packing_samples and train.layout == "shared_prefix":
         problems.append("--ds.packing_samples: does not work with --train.layout shared_prefix; use one of the two")
-    if has_rounds(config, algorithm):
+    if algorithm.needs.rounds and rounds.count == 0:
+        problems.append(
+            f"--rounds.count: 0, but --algo {algorithm.name} learns in rounds only; use --algo dpo for the human pairs alone"
+        )
+    if rounds.count > 0:
         if config.oracle == "reward_model" and not config.reward.model_name_or_path:
             problems.append("--reward.model_name_or_path: missing, --oracle reward_model needs it")
-        if rounds.count > 0 and not config.data.prompt_dataset:
-            problems.append("--data.prompt_dataset: missing, the rounds need prompts; give it, or --rounds.count 0")
+        if not config.data.prompt_dataset:
+            problems.append("--data.prompt_dataset: missing, the rounds need prompts; give it, or --algo dpo")
         if rounds.prompts and len(rounds.prompts) != rounds.count:
             problems.append(
                 f"--rounds.prompts: {len(rounds.prompts)} numbers for --rounds.count {rounds.count}; give one per round"
@@ -172,11 +176,11 @@ def _check_unread(config: Config, algorithm: type[Algorithm], given: Mapping[str
             )
         ]
 
-    if not has_rounds(config, algorithm):
+    if config.rounds.count == 0:
         return unread(_ROUNDS_ONLY, f"--algo {algorithm.name} with --rounds.count 0 has no rounds", True)
     engine = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}[config.rollout.engine]
     judge = {"implicit": ("reward.",), "reward_model": ("rounds.judge_reference",)}[config.oracle]
     return [
         *unread(engine, f"--rollout.engine {config.rollout.engine} is not the one", False),
-        *unread(judge, f"--oracle {config.oracle} is not the one", False),
+        *unread(judge, f"--oracle {config.oracle} is not the one", True),
     ]

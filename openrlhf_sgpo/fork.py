@@ -19,15 +19,12 @@ _FREE = ("algo", "rounds.loss_reference", "train.max_epochs", "adam.lr", "ckpt."
 _SHARED_STAGES = ("generate", "pairs")
 
 
-def take_over(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], data: dict[str, str]) -> None:
-    """Bring the finished seed stage of ``source`` into ``folder``, and its first round up to the labels.
-
-    What is already in the folder stays, so that it can be repeated after a kill. Policies are hard links where the file
-    system allows it; ledger and metrics of what was taken over come along.
+def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], data: dict[str, str]) -> None:
+    """Whether ``take_over`` can do its work, before the folder is made.
 
     Raises ValueError if there is no such run, or its seed stage is unfinished, or it was made from other settings or data.
     """
-    if folder.finished(0, "train") and folder.path.joinpath("initial").exists():
+    if _is_done(folder):
         return
     flag = f"--ckpt.fork_from {source.path}"
     stored = source.path / "resolved_config.yaml"
@@ -39,6 +36,15 @@ def take_over(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], da
     if other:
         raise ValueError(f"{flag}: {' and '.join(other)} held other rows in that run")
 
+
+def take_over(source: RunFolder, folder: RunFolder) -> None:
+    """Bring the finished seed stage of ``source`` into ``folder``, and its first round up to the labels.
+
+    What is already in the folder stays, so that it can be repeated after a kill. Policies are hard links where the file
+    system allows it; ledger and metrics of what was taken over come along.
+    """
+    if _is_done(folder):
+        return
     first = source.manifest(1)
     kept = {name: facts for name, facts in first["stages"].items() if name in _SHARED_STAGES}
     if "pairs" in kept and not folder.round(1).exists():
@@ -62,6 +68,10 @@ def take_over(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], da
     for name in ("initial", "round_0"):
         with whole_folder(folder.path / name) as partial:
             shutil.copytree(source.path / name, partial, copy_function=_link, dirs_exist_ok=True)
+
+
+def _is_done(folder: RunFolder) -> bool:
+    return folder.finished(0, "train") and folder.path.joinpath("initial").exists()
 
 
 def _check_same(flag: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ GPUs on which those engines generate, and give up after an hour.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -26,6 +27,20 @@ def from_rank_0(value: Any) -> Any:
     box = [value]
     distributed.broadcast_object_list(box, src=0, group=_control())
     return box[0]
+
+
+def on_rank_0(work: Callable[[], None]) -> None:
+    """Run ``work`` on rank 0; a ValueError that it raises is raised on every rank, so that none waits for the others.
+    Collective."""
+    problem = None
+    if distributed.get_rank() == 0:
+        try:
+            work()
+        except ValueError as error:
+            problem = str(error)
+    problem = from_rank_0(problem)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def gather(value: Value) -> list[Value]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from openrlhf_sgpo import flags, ranks
 from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
-from openrlhf_sgpo.config import Config, has_rounds
+from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.records import Pair, Prompt, fingerprint, load_pairs
 from openrlhf_sgpo.data.report import require
@@ -32,7 +33,7 @@ from openrlhf_sgpo.data.run_data import inspect_run, load_run
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
 from openrlhf_sgpo.evaluation import Evaluator, margins
-from openrlhf_sgpo.fork import take_over
+from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.oracle.base import Answer, Oracle, Question, agreement, rank
 from openrlhf_sgpo.oracle.implicit import ImplicitReward
@@ -51,7 +52,7 @@ from openrlhf_sgpo.table import results_table
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
 from openrlhf_sgpo.training.log_probs import check_layout
 from openrlhf_sgpo.training.scoring import Scorer
-from openrlhf_sgpo.training.stage import train_stage
+from openrlhf_sgpo.training.stage import optimiser_steps, train_stage
 
 PROBES = 16  # fixed texts that prove a weight sync
 
@@ -70,6 +71,10 @@ class Run:
         records = load_run(config, with_prompts=samples)
         if samples:
             check_rollout(config)
+        if samples and config.oracle == "reward_model":
+            from openrlhf_sgpo.oracle.reward_model import check_reward_model
+
+            check_reward_model(config)
         self.tokenizer = AutoTokenizer.from_pretrained(
             config.model.model_name_or_path, trust_remote_code=config.model.trust_remote_code
         )
@@ -92,15 +97,7 @@ class Run:
         resolved = {"": replace(config, resume=False), algorithm.name: options}
         self.strategy = build_strategy(config)
         self.writes = self.strategy.is_rank_0()
-        if self.writes:
-            data = {"data.dataset": self.data.human.pairs, "eval.dataset": self.data.held_out.pairs}
-            digests = {f"--{name}": fingerprint(rows) for name, rows in data.items()}
-            digests["--data.prompt_dataset"] = fingerprint(self.data.prompts.prompts)
-            self.folder.prepare(flags.dump(resolved), config.resume, digests)
-            write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
-            if config.ckpt.fork_from:
-                take_over(RunFolder(config.ckpt.fork_from), self.folder, flags.to_dict(resolved), digests)
-        ranks.barrier()
+        ranks.on_rank_0(lambda: self._prepare_folder(resolved))
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
         self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
         self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
@@ -116,6 +113,18 @@ class Run:
             self.writes,
         )
         self._shuffled: list[Prompt] | None = None
+
+    def _prepare_folder(self, resolved: dict[str, Any]) -> None:
+        data = {"data.dataset": self.data.human.pairs, "eval.dataset": self.data.held_out.pairs}
+        digests = {f"--{name}": fingerprint(rows) for name, rows in data.items()}
+        digests["--data.prompt_dataset"] = fingerprint(self.data.prompts.prompts)
+        source = RunFolder(self.config.ckpt.fork_from) if self.config.ckpt.fork_from else None
+        if source:
+            check_source(source, self.folder, flags.to_dict(resolved), digests)
+        self.folder.prepare(flags.dump(resolved), self.config.resume, digests)
+        write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
+        if source:
+            take_over(source, self.folder)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -242,7 +251,7 @@ class Run:
             return read_json(certificate_path) if certificate_path.exists() else {}
         start, loss_reference = self._policy_before(number), self._loss_reference(number)
         # A seed stage has settings of its own; an algorithm that is made for rounds begins with DPO.
-        is_seed = number == 0 and has_rounds(config, self.algorithm)
+        is_seed = number == 0 and config.rounds.count > 0
         own = not (is_seed and self.algorithm.needs.rounds)
         algorithm = self.algorithm(self.options, config.model.beta) if own else DPO(NoSettings(), config.model.beta)
         epochs = config.seed.max_epochs if is_seed else config.train.max_epochs
@@ -262,7 +271,7 @@ class Run:
             if own:
                 policy = self.scorer.score(start, groups, f"{label}: policy")
                 at_start = margins(policy, reference, config.model.beta).float()
-                steps = epochs * (len(groups) // config.train.batch_size)
+                steps = optimiser_steps(len(groups), epochs, config, distributed.get_world_size())
                 certificate = algorithm.begin_stage(at_start, Stage(number, steps, config.train.seed + number))
             if certificate and self.writes:
                 write_json(certificate_path, certificate | {"margins": at_start.tolist()})
@@ -298,6 +307,9 @@ class Run:
             "versions": {name: version(name) for name in ("openrlhf", "torch", "transformers", "deepspeed")},
         }
         self._finish(number, "train", facts)
+        if self.writes:
+            # Only now have the checkpoints served: a kill before would otherwise cost the whole stage.
+            shutil.rmtree(path / "checkpoints", ignore_errors=True)
         return certificate
 
     def _evaluate(self, name: str, policy: str, previous: str | None, path: Path) -> dict[str, Any]:

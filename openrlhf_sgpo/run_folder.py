@@ -78,7 +78,7 @@ class RunFolder:
         self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as the file is open
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise ValueError(f"--ckpt.output_dir {self.path} is in use by {holder}: wait for it, or end it") from error

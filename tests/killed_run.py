@@ -164,6 +164,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "seed reference scoring": lambda: half_scores(1),
     "seed training": lambda: after_step("round 0", 3),
     "seed checkpoint": lambda: half_checkpoint("round 0", 4),
+    "seed checkpoint again": lambda: half_checkpoint("round 0", 4),
     "seed saving": lambda: half_policy("round_0"),
     "generation": in_generation,
     "writing responses": lambda: half_file("round_1/responses.jsonl"),
@@ -175,6 +176,8 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "leader training": lambda: after_step("round 1", 5),
     "leader saving": lambda: half_policy("round_1"),
     "manifest": lambda: half_file("round_1/manifest.json"),
+    "held-out margins": lambda: half_file("round_1/held_out.jsonl"),
+    "samples": lambda: half_file("round_1/samples.jsonl"),
     "evaluation": lambda: half_file("round_1/evaluation.json"),
 }
 

@@ -186,9 +186,14 @@ def test_all_problems_at_once():
     assert len(problems(*LOOP, "--train.batch_size=0", "--rollout.temperature=0", "--loop.rho=-1")) == 3
 
 
-def test_no_prompts_are_needed_without_a_round():
-    config, _ = load([*LOOP[:-2], "--rounds.count", "0"])
-    assert config.rounds.count == 0
+def test_an_algorithm_of_rounds_needs_one():
+    (found,) = problems(*LOOP[:-2], "--rounds.count", "0")
+    assert found.startswith("--rounds.count: 0, but --algo loop learns in rounds only; use --algo dpo")
+
+
+def test_on_policy_algorithms_do_not_train_yet():
+    (found,) = problems(*LOOP[2:], "--algo", "openrlhf_sgpo.algorithms.slhf:SLHF")
+    assert "slhf cannot train a language model yet" in found
 
 
 def test_settings_that_the_algorithm_would_not_read(tmp_path):

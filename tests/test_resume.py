@@ -13,12 +13,14 @@ from killed_run import MOMENTS
 from running import ROOT, arguments, launch, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-# Costs are wall time, and this process's number is in the lock: they differ between any two runs.
-NOT_COMPARED = {"ledger.json", "table.txt", "lock", "resolved_config.yaml"}
+# Costs are wall time, the lock has the process's number, and an adapter's configuration the path of its base model.
+NOT_COMPARED = {"ledger.json", "table.txt", "lock", "resolved_config.yaml", "adapter_config.json"}
 
 
 def flags(tiny_model, tiny_data, folder: Path) -> list[str]:
+    """Adapters, dropout and a follower that is refreshed: what is random and what has a state is there."""
     argv = arguments(tiny_model, tiny_data, folder, "--ckpt.save_steps", "2", "--rollout.batch_size", "16")
+    argv += ["--ds.lora.rank", "4", "--ds.lora.dropout", "0.2", "--sgpo.refresh_steps", "2"]
     argv[argv.index("--rounds.count") + 1] = "1"
     return argv
 

@@ -31,7 +31,7 @@ class CDPO(Algorithm):
     """
 
     name = "cdpo"
-    paper = "arXiv 2305.18290"
+    paper = "ericmitchell.ai/cdpo.pdf"
     summary = "conservative DPO: label smoothing on the human pairs"
     settings = CDPOSettings
 

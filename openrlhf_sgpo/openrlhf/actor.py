@@ -102,6 +102,8 @@ def save_policy(actor: Actor, tokenizer: PreTrainedTokenizerBase, folder: str, s
             {name: weight.contiguous() for name, weight in get_peft_model_state_dict(model, state).items()},
             os.path.join(adapter, "adapter_model.safetensors"),
         )
-        model.peft_config["default"].save_pretrained(adapter)
+        settings = model.peft_config["default"]
+        settings.target_modules = sorted(settings.target_modules)  # a set, in another order in every process
+        settings.save_pretrained(adapter)
         tokenizer.save_pretrained(folder)
     torch.distributed.barrier()

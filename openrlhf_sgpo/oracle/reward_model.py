@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
@@ -15,6 +16,31 @@ from openrlhf_sgpo.training.scoring import RewardScorer
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.openrlhf import DeepspeedStrategy
+
+
+def check_reward_model(config: Config) -> None:
+    """Raises ValueError for what can be known of the reward model without loading it: a tokenizer with a chat template, and,
+    for a folder, the weights of a value head."""
+    model, trust = config.reward.model_name_or_path, config.model.trust_remote_code
+    try:
+        settings = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
+    except OSError as error:
+        raise ValueError(
+            f"--reward.model_name_or_path {model} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    ChatFormat(tokenizer, config.data.max_len)
+    head = f"{getattr(settings, 'value_head_prefix', 'score')}.weight"
+    files = sorted(Path(model).glob("*.safetensors"))
+    names = set()
+    for path in files:
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    if files and head not in names:
+        raise ValueError(
+            f"--reward.model_name_or_path {model} has no weights {head}: it is no reward model, or its value head has another "
+            "name (value_head_prefix in its config.json)"
+        )
 
 
 class RewardModel:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +14,13 @@ from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor, save_policy
 from openrlhf_sgpo.run_folder import Metrics, whole_folder
 from openrlhf_sgpo.training.scoring import release_memory
-from openrlhf_sgpo.training.trainer import PairDataset, PairTrainer
+from openrlhf_sgpo.training.trainer import PairDataset, PairTrainer, seed_generators
+
+
+def optimiser_steps(pairs: int, epochs: int, config: Config, world_size: int) -> int:
+    """Steps that a stage takes: each rank has its share of the pairs in whole micro-batches, which go on over epochs."""
+    size = config.train.micro_batch_size
+    return epochs * (pairs // world_size // size) // (config.train.batch_size // size // world_size)
 
 
 def train_stage(
@@ -46,7 +50,8 @@ def train_stage(
             f"{label}: {len(groups)} pairs are fewer than --train.batch_size {config.train.batch_size}, so that no "
             "optimiser step would be taken: lower --train.batch_size"
         )
-    checkpoints = destination.with_name("checkpoints")
+    # Adapters begin at random: with numbers of this stage, whatever the process did before.
+    seed_generators(config.train.seed, label)
     actor = load_actor(start, config, strategy, trainable=True)
     optimizer_settings = {
         "optim": "adam",
@@ -55,7 +60,7 @@ def train_stage(
         "lr_warmup_ratio": config.lr_warmup_ratio,
         "min_lr_ratio": config.min_lr_ratio,
         "max_norm": config.max_norm,
-        "scheduler_steps": math.ceil(epochs * (len(groups) // config.train.batch_size)),
+        "scheduler_steps": optimiser_steps(len(groups), epochs, config, strategy.world_size),
     }
     actor, optimizer, scheduler = strategy.prepare((actor, optimizer_settings))
     held = None
@@ -69,7 +74,7 @@ def train_stage(
         layout=config.train.layout,
         metrics=metrics,
         stage=label,
-        checkpoints=checkpoints,
+        checkpoints=destination.with_name("checkpoints"),
         reference=held,
         model=actor,
         strategy=strategy,
@@ -89,8 +94,6 @@ def train_stage(
         if strategy.is_rank_0():
             with whole_folder(destination) as folder:
                 save_policy(actor, tokenizer, str(folder), strategy)
-            # The policy has its final name: the checkpoints on the way to it have served.
-            shutil.rmtree(checkpoints, ignore_errors=True)
         else:
             save_policy(actor, tokenizer, str(destination), strategy)
         ranks.barrier()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import Actor, DistributedSampler, DPOTrainer
@@ -28,6 +31,12 @@ class MicroBatch:
     index: Tensor
     groups: list[Group]
     reference: Tensor
+
+
+def seed_generators(*parts: object) -> None:
+    """Seed torch's generators, of the GPUs too, with a number that stands for ``parts``."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 class PairDataset(Dataset):
@@ -99,6 +108,9 @@ class PairTrainer(DPOTrainer):
                 done = skipped * self.strategy.micro_train_batch_size * self.strategy.world_size
                 self.train_dataloader.sampler.set_epoch(epoch, consumed_samples=done if epoch == first_epoch else 0)
             for batch in self.train_dataloader:
+                if not records:
+                    # Dropout draws the same numbers in a step, whether or not training was resumed before it.
+                    seed_generators(self.args.train.seed, self.stage, step, self.strategy.get_rank())
                 records.append(self._micro_step(batch, device))
                 if len(records) == accumulation:
                     step += 1
@@ -109,7 +121,9 @@ class PairTrainer(DPOTrainer):
 
     def restore(self) -> int:
         """Take up the latest checkpoint, if there is one; returns the samples that it has consumed. Collective."""
-        if self.checkpoints is None or not (self.checkpoints / "latest").exists():
+        if self.checkpoints is None:
+            return 0
+        if not ranks.from_rank_0(self.strategy.is_rank_0() and self._drop_half_checkpoints()):
             return 0
         path, state = self.strategy.load_ckpt(self.model.model, str(self.checkpoints))
         if path is None:
@@ -117,6 +131,17 @@ class PairTrainer(DPOTrainer):
         self.algorithm.load_state_dict(state["algorithm"])
         self.tokens_trained = state["tokens_trained"]
         return state["consumed_samples"]
+
+    def _drop_half_checkpoints(self) -> bool:
+        """Whether there is a whole checkpoint. One that a killed process was writing is later than the latest whole one; it
+        would count when OpenRLHF makes room, and the whole one would go."""
+        assert self.checkpoints is not None
+        latest = self.checkpoints / "latest"
+        last = int(latest.read_text().removeprefix("step_")) if latest.exists() else -1
+        for folder in self.checkpoints.glob("step_*"):
+            if int(folder.name.removeprefix("step_")) > last:
+                shutil.rmtree(folder)
+        return last >= 0
 
     def _save_checkpoint(self, step: int) -> None:
         every = self.args.ckpt.save_steps
