@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from openrlhf_sgpo import flags, ranks
@@ -31,7 +31,7 @@ from openrlhf_sgpo.data.records import Pair, Prompt, fingerprint, load_pairs
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import inspect_run, load_run
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
-from openrlhf_sgpo.data.tokens import ChatFormat, Group
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
 from openrlhf_sgpo.evaluation import Evaluator, margins
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.openrlhf import build_strategy
@@ -75,12 +75,9 @@ class Run:
             from openrlhf_sgpo.oracle.reward_model import check_reward_model
 
             check_reward_model(config)
-        self.tokenizer = AutoTokenizer.from_pretrained(
-            config.model.model_name_or_path, trust_remote_code=config.model.trust_remote_code
-        )
-        model = AutoConfig.from_pretrained(
-            config.model.model_name_or_path, trust_remote_code=config.model.trust_remote_code
-        )
+        name, trust = config.model.model_name_or_path, config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(name, trust, "model.model_name_or_path")
+        model = AutoConfig.from_pretrained(name, trust_remote_code=trust)
         longest = getattr(model, "max_position_embeddings", config.data.max_len)
         if config.data.max_len > longest:
             raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
@@ -233,9 +230,14 @@ class Run:
         oracle = self._oracle(number)
         with self.ledger.stage(f"round_{number}/annotate") as cost, self._counting(cost):
             rewards = oracle.rewards([*questions, *gold], f"round {number}: score")
-        ranked = zip(questions, rewards[: len(questions)], strict=True)
+        # Equal rewards are no preference; a label would only say which answer came first.
+        ranked = [row for row in zip(questions, rewards, strict=False) if max(row[1]) > min(row[1])]
         pairs = [rank(question, scores, oracle.name, number) for question, scores in ranked]
-        facts: dict[str, Any] = {"oracle": oracle.name, "prompts_without_two_answers": skipped}
+        facts: dict[str, Any] = {
+            "oracle": oracle.name,
+            "prompts_without_two_answers": skipped,
+            "prompts_with_equal_rewards": len(questions) - len(ranked),
+        }
         if oracle.name == "implicit":
             facts["judge_reference"] = self._name(self._judge_reference(number))
         if gold:

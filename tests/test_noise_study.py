@@ -45,8 +45,10 @@ def test_every_cell_resolves_and_takes_over_what_exists(name, tmp_path):
     assert {method.get("same_run_as", method["name"]) for method in study["methods"]} <= names
     # Equal steps: as many optimiser steps on the seed alone as on seed and rounds together.
     sizes, size, rounds = study["sizes"], study["common"]["train"]["batch_size"], study["common"]["rounds"]["count"]
+    common = study["common"]
     longer = next(method for method in study["methods"] if method["name"] == "dpo_longer")
     seed_steps = sizes["seed"] // size
+    assert longer["flags"].get("adam.lr", common["adam"]["lr"]) == common["seed"]["lr"]
     assert longer["flags"]["train.max_epochs"] * seed_steps == pytest.approx(
         seed_steps + rounds * (sizes["prompts"] // rounds // size), abs=2
     )
@@ -92,6 +94,11 @@ def test_a_small_study(tiny_model, tmp_path):
     assert again.returncode == 0, again.stderr
     assert (out / "table.md").read_text() in process.stdout
     assert "finished" not in again.stdout
+    study["seeds"] = [2]
+    path.write_text(yaml.safe_dump(study))
+    other = launch([*map(str, command), "--pairs", str(pairs), "--model", str(tiny_model)])
+    assert other.returncode == 1
+    assert "holds another study" in other.stderr
 
 
 def test_too_few_pairs_are_said_to_be(tiny_model, tmp_path):
@@ -99,4 +106,4 @@ def test_too_few_pairs_are_said_to_be(tiny_model, tmp_path):
     command = [sys.executable, FOLDER / "study.py", "--out", tmp_path / "out", "--pairs", pairs, "--model", tiny_model]
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert process.returncode == 1
-    assert "1 usable pairs, the study needs 500" in process.stderr
+    assert "1 usable pairs, the study needs 450" in process.stderr

@@ -52,6 +52,16 @@ def cells(study: dict[str, Any]) -> list[Cell]:
     ]
 
 
+def same_study(study: dict[str, Any], sources: list[str], model: str, out: Path) -> None:
+    """Ends the program if the folder holds cells of a study with other settings, data or model: they must not be mixed."""
+    asked = json.dumps({"study": study, "pairs": sources, "model": model}, sort_keys=True)
+    stored = out / "study.json"
+    if stored.exists() and stored.read_text(encoding="utf-8") != asked:
+        sys.exit(f"{out} holds another study (other settings, --pairs or --model): choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    stored.write_text(asked, encoding="utf-8")
+
+
 def prepare_data(study: dict[str, Any], sources: list[str], model: str, out: Path) -> None:
     """seed.jsonl, prompts.jsonl (with their human pairs, to measure labels) and held_out.jsonl, disjoint in prompts."""
     from transformers import AutoTokenizer
@@ -108,10 +118,11 @@ def command(cell: Cell, model: str, out: Path) -> list[str]:
     return [sys.executable, "-m", "openrlhf_sgpo.cli.main", "train", "--config", str(out / config), *words, *resume]
 
 
-def run(cell: Cell, model: str, out: Path, threads: int) -> None:
+def run(cell: Cell, model: str, out: Path, threads: int) -> bool:
+    """Whether the cell is finished, now or before."""
     folder = cell.folder(out)
     if (folder / "table.txt").exists():
-        return
+        return True
     begin = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".log"), "a", encoding="utf-8") as log:
@@ -123,6 +134,7 @@ def run(cell: Cell, model: str, out: Path, threads: int) -> None:
     print(
         f"{time.strftime('%H:%M:%S')}  {folder.relative_to(out)}: {state}, {time.monotonic() - begin:.0f} s", flush=True
     )
+    return process.returncode == 0
 
 
 def figures_of(folder: Path, number: int) -> dict[str, float] | None:
@@ -146,14 +158,8 @@ def figures_of(folder: Path, number: int) -> dict[str, float] | None:
         else 0,
         "trained": sum(cost.get("tokens_trained", 0) for cost in spent) / 1000,
         "scored": sum(cost.get("tokens_scored", 0) for cost in spent) / 1000,
-        "seconds": sum(cost["seconds"] for cost in spent),
     }
     return {name: value for name, value in figures.items() if value is not None}
-
-
-def held_out_margins(folder: Path, number: int) -> dict[str, float]:
-    rows = (folder / f"round_{number}/held_out.jsonl").read_text().splitlines()
-    return {row["id"]: row["margin"] for row in map(json.loads, rows)}
 
 
 def collect(study: dict[str, Any], out: Path) -> dict[tuple[str, float], list[dict[str, float]]]:
@@ -260,6 +266,7 @@ def main() -> None:
     if not given.report_only:
         if not (given.pairs and given.model):
             parser.error("--pairs and --model are needed to run the study")
+        same_study(study, given.pairs, given.model, out)
         prepare_data(study, given.pairs, given.model, out / "data")
         (out / "common.yaml").write_text(yaml.safe_dump(study["common"]))
         offline = {name: value for name, value in study["common"].items() if name not in ONLY_WITH_ROUNDS}
@@ -267,17 +274,20 @@ def main() -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // given.jobs)
         todo = cells(study)
         shared = {cell.base for cell in todo}
+        finished: list[bool] = []
         for wave in (
             [cell for cell in todo if cell.method in shared],
             [cell for cell in todo if cell.method not in shared],
         ):
             with ThreadPoolExecutor(given.jobs) as pool:
-                list(pool.map(lambda cell: run(cell, given.model, out, threads), wave))
+                finished += pool.map(lambda cell: run(cell, given.model, out, threads), wave)
     found = collect(study, out)
     text = table(study, found)
     (out / "table.md").write_text(text)
     figure(study, found, out / "figure.svg")
     print(text)
+    if not given.report_only and not all(finished):
+        sys.exit(f"{finished.count(False)} cells failed; their logs are beside their folders in {out}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ class NashMDSettings:
     mixture: float = setting(
         0.125, "the reference's share in the opponent (0: self-play, 1: best response to the reference)"
     )
-    kl_level: Level = setting("sequence", "how the divergence enters the gradient, see docs/algorithms/nash_md.md")
+    kl_level: Level = setting(
+        "sequence",
+        "divergence that weighs a token: of the sequence, of what is to come, or its own (biased)",
+    )
 
 
 class NashMD(OnPolicyAlgorithm):

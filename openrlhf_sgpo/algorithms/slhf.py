@@ -24,7 +24,10 @@ class SLHFSettings:
         True,
         "the leader is credited with the follower's divergence, as the game says (the released code leaves it out)",
     )
-    kl_level: Level = setting("sequence", "how the divergence enters the gradient, see docs/algorithms/slhf.md")
+    kl_level: Level = setting(
+        "sequence",
+        "divergence that weighs a token: of the sequence, of what is to come, or its own (biased)",
+    )
     baseline: Literal["half", "leave_one_out"] = setting(
         "half", "what gains are measured against: one half, or the mean gain of the other plays of the micro-batch"
     )

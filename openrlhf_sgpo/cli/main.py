@@ -52,12 +52,10 @@ def data(argv: list[str]) -> int:
     from openrlhf_sgpo.data.run_data import inspect_run, load_run
 
     records = load_run(settings, with_prompts=True)
-    from transformers import AutoTokenizer
-
-    from openrlhf_sgpo.data.tokens import ChatFormat
+    from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
 
     model = settings.model
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(model.model_name_or_path, model.trust_remote_code, "model.model_name_or_path")
     reports = inspect_run(records, ChatFormat(tokenizer, settings.data.max_len), settings).reports
     print("\n".join(report.text() for report in reports), end="", flush=True)
     require(reports)

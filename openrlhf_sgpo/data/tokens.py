@@ -30,6 +30,19 @@ class PairTokens(NamedTuple):
     responses: tuple[tuple[int, ...], tuple[int, ...]]
 
 
+def load_tokenizer(model: str, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder or hub name. Raises ValueError, naming the flag, if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--{flag} {model} cannot be loaded ({reason}); give a Hugging Face folder with a tokenizer, or a hub name"
+        ) from error
+
+
 class ChatFormat:
     """The tokenizer's chat template as prompt tokens and response tokens.
 

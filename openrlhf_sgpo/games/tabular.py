@@ -2,8 +2,7 @@
 
 A game is a matrix P with P[y, y'] the probability that answer y is preferred to answer y', so that P + P^T = 1 and the
 diagonal is 1/2, together with the distributions that the regularisers measure from. The named games are those of the checks
-for SLHF (Pasztor et al., arXiv 2512.16626) and for the Nash methods (Munos et al., arXiv 2312.00886); letters A to G in the
-docstrings are the labels they carry there.
+for SLHF (Pasztor et al., arXiv 2512.16626) and for the Nash methods (Munos et al., arXiv 2312.00886).
 """
 
 from __future__ import annotations
@@ -131,7 +130,7 @@ def reachable(edges: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def cycle(probability: float = 1.0) -> Game:
-    """Rock-paper-scissors with p(1>2) = p(2>3) = p(3>1) = ``probability``: game A at 1. Uniform play is Nash by symmetry,
+    """Rock-paper-scissors with p(1>2) = p(2>3) = p(3>1) = ``probability``. Uniform play is Nash by symmetry,
     and regularised Nash at every tau. Raises ValueError outside [0, 1]."""
     p, q = probability, 1 - probability
     return Game(np.array([[0.5, p, q], [q, 0.5, p], [p, q, 0.5]]), ("1", "2", "3"))
@@ -155,7 +154,7 @@ def from_voters(shares: Sequence[float], orders: Sequence[str | Sequence[str]], 
 
 
 def condorcet(first: float = 0.40, second: float = 0.35, third: float = 0.25) -> Game:
-    """The Condorcet paradox, game B: shares alpha_1, alpha_2, alpha_3 of annotators with the orders A>B>C, B>C>A, C>A>B.
+    """The Condorcet paradox: shares alpha_1, alpha_2, alpha_3 of annotators with the orders A>B>C, B>C>A, C>A>B.
 
     If every share is below 1/2, A beats B beats C beats A; Nash is (1 - 2 alpha_3, 1 - 2 alpha_1, 1 - 2 alpha_2), and an
     unregularised Stackelberg leader plays the favourite of the largest group, whose value is its share.
@@ -164,13 +163,13 @@ def condorcet(first: float = 0.40, second: float = 0.35, third: float = 0.25) ->
 
 
 def bradley_terry(rewards: Sequence[float] = (1.0, 0.0, -1.0)) -> Game:
-    """P[y, y'] = sigma(r(y) - r(y')), rewards of shape (n,); game D for (1, 0, -1)."""
+    """P[y, y'] = sigma(r(y) - r(y')), rewards of shape (n,)."""
     values = np.asarray(rewards, dtype=np.float64)
     return Game(np.exp(-np.logaddexp(0.0, values[None, :] - values[:, None])))  # no overflow, unlike 1 / (1 + exp)
 
 
 def two_actions(probability: float = 0.7) -> Game:
-    """p(1>2) = q = ``probability``, game E at 0.7: SLHF, Nash and IPO agree on the log-ratio (q - 1/2) / tau."""
+    """p(1>2) = q = ``probability``: SLHF, Nash and IPO agree on the log-ratio (q - 1/2) / tau."""
     q = probability
     return Game(np.array([[0.5, q], [1 - q, 0.5]]), ("1", "2"))
 
@@ -182,7 +181,7 @@ def offline_ipo_game(behaviour: Sequence[float] = (0.6, 0.3, 0.1)) -> Game:
 
 
 def indifferent(size: int = 3) -> Game:
-    """P = 1/2 throughout, the degenerate check of G: every regularised solution is its reference."""
+    """P = 1/2 throughout: every regularised solution is its reference."""
     return Game(np.full((size, size), 0.5))
 
 

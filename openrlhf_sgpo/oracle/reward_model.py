@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.data.tokens import ChatFormat, Group
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
 from openrlhf_sgpo.oracle.base import Question
 from openrlhf_sgpo.training.scoring import RewardScorer
 
@@ -22,14 +22,8 @@ def check_reward_model(config: Config) -> None:
     """Raises ValueError for what can be known of the reward model without loading it: a tokenizer with a chat template, and,
     for a folder, the weights of a value head."""
     model, trust = config.reward.model_name_or_path, config.model.trust_remote_code
-    try:
-        settings = AutoConfig.from_pretrained(model, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust)
-    except OSError as error:
-        raise ValueError(
-            f"--reward.model_name_or_path {model} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
-    ChatFormat(tokenizer, config.data.max_len)
+    ChatFormat(load_tokenizer(model, trust, "reward.model_name_or_path"), config.data.max_len)
+    settings = AutoConfig.from_pretrained(model, trust_remote_code=trust)
     head = f"{getattr(settings, 'value_head_prefix', 'score')}.weight"
     files = sorted(Path(model).glob("*.safetensors"))
     names = set()
@@ -53,7 +47,7 @@ class RewardModel:
 
     def __init__(self, config: Config, strategy: DeepspeedStrategy, folder: Path):
         self.model = config.reward.model_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(self.model, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = load_tokenizer(self.model, config.model.trust_remote_code, "reward.model_name_or_path")
         self.chat = ChatFormat(tokenizer, config.reward.max_len or config.data.max_len)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.scorer = RewardScorer(config, strategy, pad, folder)

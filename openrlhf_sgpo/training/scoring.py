@@ -60,7 +60,8 @@ class Scorer:
     def score(self, model: str, groups: list[Group], label: str) -> list[tuple[float, ...]]:
         """Summed log-probability of each response of each group. Collective: every rank calls it with the same groups."""
         if model not in self._known:
-            self._known[model] = self._read(model)
+            # What is on disk is for one rank to say, or ranks could miss different responses.
+            self._known[model] = ranks.from_rank_0(self._read(model) if self.strategy.is_rank_0() else {})
         known = self._known[model]
         keys = [[content_key(group.prompt, response) for response in group.responses] for group in groups]
         missing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}

@@ -129,7 +129,8 @@ class PairTrainer(DPOTrainer):
         if path is None:
             return 0
         self.algorithm.load_state_dict(state["algorithm"])
-        self.tokens_trained = state["tokens_trained"]
+        # The checkpoint has the sum over all ranks, and so will the end of the stage.
+        self.tokens_trained = state["tokens_trained"] if self.strategy.is_rank_0() else 0
         return state["consumed_samples"]
 
     def _drop_half_checkpoints(self) -> bool:
@@ -149,7 +150,7 @@ class PairTrainer(DPOTrainer):
             return
         state = {
             "consumed_samples": step * self.strategy.train_batch_size,
-            "tokens_trained": self.tokens_trained,
+            "tokens_trained": int(self.strategy.all_reduce(self.tokens_trained, "sum")),
             "algorithm": self.algorithm.state_dict(),
         }
         # OpenRLHF makes room before it writes: with one more than asked for, the last whole checkpoint stays meanwhile.
