@@ -82,8 +82,7 @@ class Evaluator:
     def read(self, path: Path) -> dict[str, Any] | None:
         """What ``evaluate`` wrote there, None if it did not yet. Collective."""
         result = path / "evaluation.json"
-        row = ranks.from_rank_0(read_json(result) if result.exists() else None)
-        return row
+        return ranks.from_rank_0(read_json(result) if result.exists() else None)
 
     def calibrate(self, start: dict[str, Any]) -> None:
         """How far engine and trainer are apart on the same weights, from the row of the start, before there is a sync."""

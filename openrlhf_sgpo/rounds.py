@@ -179,31 +179,23 @@ class Run:
             return
         rollout, path = self.config.rollout, self.folder.round(number)
         prompts = self._round_prompts(number)
-        tokens = [self.chat.prompt(prompt.messages) for prompt in prompts]
-        room = self.config.data.max_len - rollout.max_new_tokens
-        kept = [index for index, ids in enumerate(tokens) if len(ids) <= room]
-        if not kept:
-            raise ValueError(
-                f"round {number}: no prompt leaves room for --rollout.max_new_tokens {rollout.max_new_tokens} within "
-                f"--data.max_len {self.config.data.max_len}"
-            )
         with self.ledger.stage(f"round_{number}/generate") as cost:
             samples = self._engine(self._policy_before(number)).generate(
-                [tokens[index] for index in kept],
+                [self.data.prompts.tokens_of(prompt) for prompt in prompts],
                 rollout.n_samples_per_prompt,
                 seed=self.config.train.seed + number,
                 label=f"round {number}: generate",
             )
-            cost["samples"] = len(kept) * rollout.n_samples_per_prompt
+            cost["samples"] = len(prompts) * rollout.n_samples_per_prompt
             cost["tokens_generated"] = sum(sample.tokens for group in samples for sample in group)
         if self.writes:
             write_jsonl(path / "prompts.jsonl", map(_prompt_row, prompts))
-            rows = zip(kept, samples, strict=True)
+            rows = zip(prompts, samples, strict=True)
             write_jsonl(
                 path / "responses.jsonl",
-                ({"id": prompts[index].id, "responses": [asdict(one) for one in group]} for index, group in rows),
+                ({"id": prompt.id, "responses": [asdict(one) for one in group]} for prompt, group in rows),
             )
-        self._finish(number, "generate", {"prompts": len(prompts), "too_long": len(prompts) - len(kept)})
+        self._finish(number, "generate", {"prompts": len(prompts)})
 
     def _annotate(self, number: int) -> None:
         """round_K/pairs.jsonl: best and worst response of each prompt, as the oracle ranks them."""

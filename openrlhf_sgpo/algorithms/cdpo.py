@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def cdpo_loss(margins: Tensor, label_smoothing: float) -> Tensor:
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m) per pair, any shape, e = label_smoothing (Mitchell, "A note on DPO with
-    noisy preferences & relationship to IPO", 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3). e = 0 is ``dpo_loss``."""
+def cdpo_loss(margins: Tensor, label_smoothing: float | Tensor) -> Tensor:
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m) per pair, any shape, e = label_smoothing, one for all pairs or one each
+    (Mitchell, "A note on DPO with noisy preferences & relationship to IPO", 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3).
+    e = 0 is ``dpo_loss``."""
     return (1 - label_smoothing) * dpo_loss(margins) + label_smoothing * dpo_loss(-margins)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from openrlhf_sgpo.algorithms.ipo import ipo_loss
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Plays, Role
 
 if TYPE_CHECKING:
@@ -16,8 +17,7 @@ def soft_ipo_loss(differences: Tensor, preferences: Tensor, tau: float) -> Tenso
     h = differences: s(y) - s(y') of the log-ratios of two answers; p = preferences: p(y > y'). Up to a constant this is
     (h - (p - 1/2) / tau)^2.
     """
-    target = 1 / (2 * tau)
-    return preferences * (differences - target) ** 2 + (1 - preferences) * (differences + target) ** 2
+    return preferences * ipo_loss(differences, tau) + (1 - preferences) * ipo_loss(-differences, tau)
 
 
 class OnlineIPO(OnPolicyAlgorithm):

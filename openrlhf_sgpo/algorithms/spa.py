@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch, Stage
-from openrlhf_sgpo.algorithms.dpo import dpo_loss
+from openrlhf_sgpo.algorithms.cdpo import cdpo_loss
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -22,10 +22,9 @@ def spa_loss(margins: Tensor, noisy: Tensor, smoothing: float) -> Tensor:
     """-(1 - a z) log sigmoid(m) - a z log sigmoid(-m) per pair (Kim et al., ICLR 2025, arXiv 2406.04412).
 
     m = margins, any shape; z = noisy, same shape, true or 1 where the label is in doubt; a = smoothing. Where a z is 0
-    this is ``dpo_loss`` to the last bit.
+    this is DPO's loss to the last bit.
     """
-    share = smoothing * noisy.to(margins)
-    return (1 - share) * dpo_loss(margins) + share * dpo_loss(-margins)
+    return cdpo_loss(margins, smoothing * noisy.to(margins))
 
 
 def share_threshold(recent: Tensor, share: float) -> float:

@@ -46,10 +46,18 @@ class InspectedPairs:
 
 @dataclass(frozen=True)
 class InspectedPrompts:
-    """The prompts that are used, and what was found in all of them."""
+    """The prompts that are used, their tokens, and what was found in all of them."""
 
     prompts: list[Prompt]
+    tokens: list[tuple[int, ...]]
     report: DataReport
+
+    @cached_property
+    def _by_id(self) -> dict[str, tuple[int, ...]]:
+        return {prompt.id: ids for prompt, ids in zip(self.prompts, self.tokens, strict=True)}
+
+    def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+        return self._by_id[prompt.id]
 
 
 def near_identical(first: str, second: str) -> bool:
@@ -206,6 +214,7 @@ def inspect_prompts(
     tally, special = Tally(), _SpecialTokens(chat)
     left_out = _count_left_out(prompts, tally)
     kept: list[Prompt] = []
+    encoded: list[tuple[int, ...]] = []
     lengths: list[int] = []
     seen: set[bytes] = set()
     not_wanted = set(map(prompt_key, held_out or []))
@@ -218,6 +227,7 @@ def inspect_prompts(
             tally.add("empty" if _is_blank(prompt.messages) else "too_long", prompt.id)
             continue
         kept.append(prompt)
+        encoded.append(tokens)
         for finding in special.findings(tokens, [message["content"] for message in prompt.messages]):
             tally.add(finding, prompt.id)
         key = prompt_key(prompt.messages)
@@ -233,7 +243,7 @@ def inspect_prompts(
     names += [] if held_out is None else ["held_out"]
     findings = tally.findings(names, rows, limits, unlimited=["held_out"])
     report = DataReport(name, "prompts", rows, len(kept), findings, {"prompt": quantiles(lengths)} if lengths else {})
-    return InspectedPrompts(kept, report)
+    return InspectedPrompts(kept, encoded, report)
 
 
 def _count_left_out(records: Sequence[Pair] | Sequence[Prompt], tally: Tally) -> int:

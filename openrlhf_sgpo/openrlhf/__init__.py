@@ -10,7 +10,7 @@ from openrlhf.trainer.dpo_trainer import DPOTrainer  # noqa: E402
 from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
 
 from openrlhf_sgpo.openrlhf.actor import load_actor, save_policy  # noqa: E402
-from openrlhf_sgpo.openrlhf.reward import load_reward_model  # noqa: E402
+from openrlhf_sgpo.openrlhf.reward import load_reward_model, no_value_head, value_head  # noqa: E402
 from openrlhf_sgpo.openrlhf.strategy import DeepspeedStrategy, build_strategy, openrlhf_arguments  # noqa: E402
 
 __all__ = [
@@ -23,6 +23,8 @@ __all__ = [
     "build_strategy",
     "load_actor",
     "load_reward_model",
+    "no_value_head",
     "openrlhf_arguments",
     "save_policy",
+    "value_head",
 ]

@@ -21,22 +21,27 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from openrlhf_sgpo.config import DTYPES, Config
 
 
+def load_in_shards(config: Config, strategy: DeepspeedStrategy, trainable: bool) -> HfDeepSpeedConfig | None:
+    """With ZeRO-3, what makes transformers load every model in shards for as long as it is referenced; else None."""
+    if config.ds.zero_stage != 3:
+        return None
+    _patch_zero3_weight_mapping()
+    return HfDeepSpeedConfig(strategy.get_ds_train_config() if trainable else strategy.get_ds_eval_config())
+
+
 def load_actor(folder: str, config: Config, strategy: DeepspeedStrategy, *, trainable: bool) -> Actor:
     """An OpenRLHF Actor from a Hugging Face folder or hub name, not yet prepared by the strategy.
 
     trainable: with gradient checkpointing and LoRA adapters as configured; otherwise a plain frozen model.
     """
-    ds_config = strategy.get_ds_train_config() if trainable else strategy.get_ds_eval_config()
-    # Alive while from_pretrained runs, it makes transformers load a ZeRO-3 model in shards.
-    zero3 = HfDeepSpeedConfig(ds_config) if config.ds.zero_stage == 3 else None
-    if zero3:
-        _patch_zero3_weight_mapping()
+    shards = load_in_shards(config, strategy, trainable)  # kept until from_pretrained has run
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[config.ds.param_dtype],
         attn_implementation=config.ds.attn_implementation,
         trust_remote_code=config.model.trust_remote_code,
     )
+    del shards
     model.config.use_cache = False
     if trainable and config.ds.lora.rank > 0:
         model.enable_input_require_grads()

@@ -6,10 +6,22 @@ from typing import Any
 
 from openrlhf.models.model import _get_reward_model
 from openrlhf.utils.deepspeed import DeepspeedStrategy
-from transformers import AutoConfig, AutoModel
-from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from openrlhf_sgpo.config import DTYPES, Config
+from openrlhf_sgpo.openrlhf.actor import load_in_shards
+
+
+def value_head(settings: PretrainedConfig) -> str:
+    """The name of the value head, as OpenRLHF's reward trainer leaves it in the model's config."""
+    return getattr(settings, "value_head_prefix", "score")
+
+
+def no_value_head(folder: str, head: str) -> ValueError:
+    return ValueError(
+        f"--reward.model_name_or_path {folder} has no weights {head}.weight: it is no reward model, or its value head has "
+        "another name (value_head_prefix in its config.json)"
+    )
 
 
 def load_reward_model(folder: str, config: Config, strategy: DeepspeedStrategy) -> Any:
@@ -19,23 +31,18 @@ def load_reward_model(folder: str, config: Config, strategy: DeepspeedStrategy) 
     ``trust_remote_code`` on and knows no fp32. Raises ValueError if the folder has no value head.
     """
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
-    head = getattr(settings, "value_head_prefix", "score")
+    head = value_head(settings)
     settings.normalize_reward = hasattr(settings, "mean")
     settings._attn_implementation = config.ds.attn_implementation
     base = AutoModel._model_mapping[type(settings)]
     kind = _get_reward_model(base.__base__, base, head, packing_samples=False)
-    ds_config = strategy.get_ds_eval_config()
-    # Alive while from_pretrained runs, it makes transformers load a ZeRO-3 model in shards.
-    zero3 = HfDeepSpeedConfig(ds_config) if config.ds.zero_stage == 3 else None
+    shards = load_in_shards(config, strategy, trainable=False)  # kept until from_pretrained has run
     model, report = kind.from_pretrained(
         folder, config=settings, dtype=DTYPES[config.ds.param_dtype], output_loading_info=True
     )
-    del zero3
+    del shards
     if f"{head}.weight" in report["missing_keys"]:
-        raise ValueError(
-            f"--reward.model_name_or_path {folder} has no weights {head}.weight: it is no reward model, or its value head "
-            "has another name (value_head_prefix in its config.json)"
-        )
+        raise no_value_head(folder, head)
     if settings.normalize_reward:
         # transformers 5 builds a model without memory and then leaves buffers that no file holds, as these, undefined.
         model.mean.fill_(settings.mean)

@@ -21,20 +21,18 @@ if TYPE_CHECKING:
 def check_reward_model(config: Config) -> None:
     """Raises ValueError for what can be known of the reward model without loading it: a tokenizer with a chat template, and,
     for a folder, the weights of a value head."""
+    from openrlhf_sgpo.openrlhf import no_value_head, value_head
+
     model, trust = config.reward.model_name_or_path, config.model.trust_remote_code
     ChatFormat(load_tokenizer(model, trust, "reward.model_name_or_path"), config.data.max_len)
-    settings = AutoConfig.from_pretrained(model, trust_remote_code=trust)
-    head = f"{getattr(settings, 'value_head_prefix', 'score')}.weight"
+    head = value_head(AutoConfig.from_pretrained(model, trust_remote_code=trust))
     files = sorted(Path(model).glob("*.safetensors"))
     names = set()
     for path in files:
         with safe_open(path, "pt") as file:
             names |= set(file.keys())
-    if files and head not in names:
-        raise ValueError(
-            f"--reward.model_name_or_path {model} has no weights {head}: it is no reward model, or its value head has another "
-            "name (value_head_prefix in its config.json)"
-        )
+    if files and f"{head}.weight" not in names:
+        raise no_value_head(model, head)
 
 
 class RewardModel:
