@@ -14,7 +14,6 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from openrlhf_sgpo import algorithms, flags
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
 
@@ -58,7 +57,10 @@ class SeedSettings:
 
 @dataclass
 class RoundsSettings:
-    count: int = setting(3, "self-annotated rounds after the seed stage (0: training on the human pairs alone)")
+    count: int = setting(
+        3, "rounds, after the seed stage of algorithms that have one (0: training on the human pairs alone)"
+    )
+    steps: int = setting(100, "optimiser steps of a round, for algorithms that sample in every step")
     prompts: list[int] = setting([], "prompts of each round, in order (default: all prompts, split evenly)")
     data: Literal["new", "all"] = setting(
         "new", "train a round on its own pairs, or on all pairs so far, seed included"
@@ -74,14 +76,42 @@ class RoundsSettings:
 
 @dataclass
 class RewardSettings:
-    model_name_or_path: str = setting("", "reward model of --oracle reward_model, as OpenRLHF trains them")
-    max_len: int = setting(0, "longest prompt plus response for the reward model, in its tokens (0: --data.max_len)")
+    model_name_or_path: str = setting(
+        "", "model of --oracle reward_model or preference_model; with an on-policy algorithm also of implicit"
+    )
+    heads: list[str] = setting([], "reward models of --oracle reward_heads, each with a vote")
+    max_len: int = setting(0, "longest prompt plus response for such a model, in its tokens (0: --data.max_len)")
+
+
+@dataclass
+class ServerSettings:
+    """An OpenAI-compatible server."""
+
+    base_url: str = setting("", "address of the server, such as http://localhost:8000/v1")
+    model: str = setting("", "the model's name there")
+    api_key: str = setting(
+        "",
+        "key of the server, `env`: that of the variable OPENAI_API_KEY (never stored; a local server needs none)",
+        True,
+    )
+    concurrency: int = setting(16, "requests at a time")
+    max_retries: int = setting(6, "how often a request that failed is sent again, each time later")
+    timeout: float = setting(60.0, "seconds after which a request has failed")
+
+
+@dataclass
+class JudgeSettings(ServerSettings):
+    swap: Literal["both", "random"] = setting(
+        "both", "show two answers in both orders, or in one that the seed decides, which costs half"
+    )
+    logprobs: bool = setting(True, "read probabilities of the letters A and B; off: the letter that was written")
+    temperature: float = setting(1.0, "temperature of the softmax over the letters' log-probabilities")
 
 
 @dataclass
 class TrainSettings:
-    batch_size: int = setting(32, "pairs per optimiser step, over all ranks")
-    micro_batch_size: int = setting(1, "pairs per forward pass and rank")
+    batch_size: int = setting(32, "pairs or prompts per optimiser step, over all ranks")
+    micro_batch_size: int = setting(1, "pairs or prompts per forward pass and rank")
     max_epochs: int = setting(1, "epochs over a round's pairs")
     seed: int = setting(42, "seed of every random choice")
     full_determinism_enable: bool = setting(False, "ask torch for deterministic kernels")
@@ -186,11 +216,12 @@ class Config:
     data: DataSettings = field(default_factory=DataSettings)
     seed: SeedSettings = field(default_factory=SeedSettings)
     rounds: RoundsSettings = field(default_factory=RoundsSettings)
-    oracle: Literal["implicit", "reward_model"] = setting(
+    oracle: str = setting(
         "implicit",
-        "who ranks sampled answers: the policy's implicit reward, or the model of --reward.model_name_or_path",
+        "who judges sampled answers: implicit, reward_model, reward_heads, preference_model, judge, or module:Class",
     )
     reward: RewardSettings = field(default_factory=RewardSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     adam: AdamSettings = field(default_factory=AdamSettings)
     ds: DeepspeedSettings = field(default_factory=DeepspeedSettings)
@@ -227,10 +258,6 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
         algorithm = algorithms.get(Config().algo if name is None else name)
     except ValueError as error:
         raise flags.SettingsError(f"--algo: {error}") from error
-    if issubclass(algorithm, OnPolicyAlgorithm):
-        raise flags.SettingsError(
-            f"--algo: {algorithm.name} cannot train a language model yet; openrlhf-sgpo games runs it on small games"
-        )
     own = {item.name for item in fields(Config)}
     if algorithm.name in own:
         raise flags.SettingsError(
@@ -244,7 +271,8 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
     instances, given = flags.parse(argv, sections(algorithm), elsewhere)
     config, options = instances[""], instances[algorithm.name]
     check(config, options, algorithm, given)
-    config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
+    if algorithm.needs.reference:
+        config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
     if config.rounds.count > 0:
         config.seed.lr = config.seed.lr or config.adam.lr
     # The absolute path, so that a run folder "." has a name too.

@@ -8,18 +8,36 @@ from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
-from openrlhf_sgpo import flags
+from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.algorithms import Algorithm
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config, sections
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.limits import DataLimits
 
 # Only a run with self-annotated rounds reads these.
 _ROUNDS_ONLY = (
-    *("rounds.", "oracle", "reward.", "rollout.", "vllm."),
+    *("rounds.", "oracle", "reward.", "judge.", "rollout.", "vllm."),
     *("data.prompt_dataset", "data.prompt_split", "eval.max_prompts", "ckpt.fork_from"),
     *("seed.max_epochs", "seed.lr"),  # without rounds there is one stage, which --train and --adam describe
 )
+
+# Only algorithms that train on pairs read these, and only those that sample in training read the others.
+_PAIRS_ONLY = (
+    *(
+        "data.dataset",
+        "data.max_samples",
+        "seed.",
+        "train.max_epochs",
+        "rollout.n_samples_per_prompt",
+        "ckpt.fork_from",
+    ),
+    *("rounds.prompts", "rounds.data", "rounds.loss_reference"),
+)
+_PLAYS_ONLY = ("rounds.steps",)
+
+# Only oracles read these, and each says which.
+_ORACLES_ONLY = ("reward.", "judge.", "rounds.judge_reference")
 
 _REQUIRED = {
     "model.model_name_or_path": "the policy to start from",
@@ -29,8 +47,9 @@ _REQUIRED = {
 
 _AT_LEAST_ONE = (
     *("data.max_len", "seed.max_epochs", "train.max_epochs", "train.batch_size", "train.micro_batch_size"),
-    *("rollout.n_samples_per_prompt", "rollout.max_new_tokens", "rollout.batch_size"),
+    *("rounds.steps", "rollout.n_samples_per_prompt", "rollout.max_new_tokens", "rollout.batch_size"),
     *("vllm.num_engines", "vllm.tensor_parallel_size", "ckpt.max_num", "logger.logging_steps", "ds.lora.alpha"),
+    "judge.concurrency",
 )
 _AT_LEAST_ZERO = (
     *(
@@ -42,9 +61,9 @@ _AT_LEAST_ZERO = (
         "rounds.count",
         "reward.max_len",
     ),
-    *("train.seed", "adam.weight_decay", "ds.lora.rank", "max_norm"),
+    *("train.seed", "adam.weight_decay", "ds.lora.rank", "max_norm", "judge.max_retries"),
 )
-_POSITIVE = ("model.beta", "adam.lr", "adam.eps")
+_POSITIVE = ("model.beta", "adam.lr", "adam.eps", "judge.timeout", "judge.temperature")
 _POSITIVE_SHARES = ("rollout.top_p", "vllm.gpu_memory_utilization")
 _SHARES = (
     *("seed.flip_rate", "lr_warmup_ratio", "min_lr_ratio"),
@@ -63,7 +82,8 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
     given: origin of the settings that were given explicitly, as ``flags.parse`` returns it; without it, a setting that
     the algorithm would not read goes unnoticed.
     """
-    problems = _check_ranges(config) + _check_unread(config, algorithm, given or {})
+    problems = _check_ranges(config, algorithm) + _check_unread(config, algorithm, given or {})
+    on_policy = issubclass(algorithm, OnPolicyAlgorithm)
     train, ds, rounds, rollout = config.train, config.ds, config.rounds, config.rollout
     if train.micro_batch_size > 0 and train.batch_size % train.micro_batch_size:
         problems.append(
@@ -92,9 +112,12 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
         problems.append(
             f"--rounds.count: 0, but --algo {algorithm.name} learns in rounds only; use --algo dpo for the human pairs alone"
         )
+    if rounds.count > 0 and not algorithm.needs.reference:
+        problems.append(
+            f"--rounds.count: {rounds.count}, but --algo {algorithm.name} learns from the human pairs alone"
+        )
     if rounds.count > 0:
-        if config.oracle == "reward_model" and not config.reward.model_name_or_path:
-            problems.append("--reward.model_name_or_path: missing, --oracle reward_model needs it")
+        problems += _check_oracle(config, algorithm)
         if not config.data.prompt_dataset:
             problems.append("--data.prompt_dataset: missing, the rounds need prompts; give it, or --algo dpo")
         if rounds.prompts and len(rounds.prompts) != rounds.count:
@@ -113,12 +136,29 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
                 f"--rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt within --data.max_len "
                 f"{config.data.max_len}; lower the one or raise the other"
             )
-    problems += algorithm.check(options)
+        if on_policy and rollout.top_p < 1:
+            problems.append(
+                f"--rollout.top_p: {rollout.top_p} cuts the distribution whose log-probabilities --algo {algorithm.name} needs "
+                "whole; use 1"
+            )
+    own = algorithm.check(options)
+    if on_policy and not own:
+        try:
+            adapters = algorithm(options, config.model.beta).adapters  # type: ignore[attr-defined]
+        except ValueError as error:  # settings of its own that do not go with the shared ones
+            own = [str(error)]
+        else:
+            if adapters and ds.lora.rank == 0:
+                names = " and ".join(adapters.values())
+                own = [
+                    f"--ds.lora.rank: 0, but --algo {algorithm.name} is to train the adapters {names}; use at least 1"
+                ]
+    problems += own
     if problems:
         raise flags.SettingsError(*problems)
 
 
-def _check_ranges(config: Config) -> list[str]:
+def _check_ranges(config: Config, algorithm: type[Algorithm] = Algorithm) -> list[str]:
     """Problems with single values."""
 
     def outside(names: Sequence[str], allowed: str, inside: Any) -> list[str]:
@@ -127,7 +167,9 @@ def _check_ranges(config: Config) -> list[str]:
             f"--{name}: {value} is out of range, use {allowed}" for name, value in values.items() if not inside(value)
         ]
 
-    problems = [f"--{name}: missing, give {what}" for name, what in _REQUIRED.items() if not attrgetter(name)(config)]
+    without_pairs = issubclass(algorithm, OnPolicyAlgorithm)
+    required = {name: what for name, what in _REQUIRED.items() if not (without_pairs and name == "data.dataset")}
+    problems = [f"--{name}: missing, give {what}" for name, what in required.items() if not attrgetter(name)(config)]
     problems += outside(_AT_LEAST_ONE, "at least 1", lambda value: value >= 1)
     problems += outside(_AT_LEAST_ZERO, "at least 0", lambda value: value >= 0)
     problems += outside(_POSITIVE, "more than 0", lambda value: value > 0)
@@ -157,6 +199,12 @@ def check_data(config: Config) -> None:
         raise flags.SettingsError(*problems)
 
 
+def sampling_problems(config: Config) -> list[str]:
+    """What is wrong with single values that are read for answers and their comparison, where nothing is trained."""
+    wanted = ("--data.max_len", "--data.limits.", "--train.seed", "--train.micro", "--rollout.", "--vllm.", "--reward.")
+    return [problem for problem in _check_ranges(config) if problem.startswith((*wanted, "--judge."))]
+
+
 def _check_unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]) -> list[str]:
     """Settings that were given although the algorithm does not read them.
 
@@ -177,10 +225,28 @@ def _check_unread(config: Config, algorithm: type[Algorithm], given: Mapping[str
         ]
 
     if config.rounds.count == 0:
-        return unread(_ROUNDS_ONLY, f"--algo {algorithm.name} with --rounds.count 0 has no rounds", True)
+        problems = unread(_ROUNDS_ONLY, f"--algo {algorithm.name} with --rounds.count 0 has no rounds", True)
+        if not algorithm.needs.reference:
+            problems += unread(("model.beta", "ref."), f"--algo {algorithm.name} has no reference", True)
+        return problems
     engine = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}[config.rollout.engine]
-    judge = {"implicit": ("reward.",), "reward_model": ("rounds.judge_reference",)}[config.oracle]
-    return [
-        *unread(engine, f"--rollout.engine {config.rollout.engine} is not the one", False),
-        *unread(judge, f"--oracle {config.oracle} is not the one", True),
-    ]
+    problems = unread(engine, f"--rollout.engine {config.rollout.engine} is not the one", False)
+    on_policy = issubclass(algorithm, OnPolicyAlgorithm)
+    kind = "samples in every step" if on_policy else "trains on pairs"
+    problems += unread(_PAIRS_ONLY if on_policy else _PLAYS_ONLY, f"--algo {algorithm.name} {kind}", True)
+    try:
+        itself = oracle.judges_itself(config, algorithm)
+        reads = ("rounds.judge_reference",) if itself else oracle.get(config.oracle).reads
+    except ValueError:  # an unknown oracle is a problem of its own
+        return problems
+    others = tuple(name for name in given if name.startswith(_ORACLES_ONLY) and not name.startswith(reads))
+    return problems + unread(others, f"--oracle {config.oracle} is not the one", True)
+
+
+def _check_oracle(config: Config, algorithm: type[Algorithm]) -> list[str]:
+    if oracle.judges_itself(config, algorithm):
+        return []
+    try:
+        return oracle.get(config.oracle).problems(config)
+    except ValueError as error:
+        return [f"--oracle: {error}"]

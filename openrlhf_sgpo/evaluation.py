@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,8 +13,9 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
-from openrlhf_sgpo.rollout import Rollout
-from openrlhf_sgpo.run_folder import read_json, write_json, write_jsonl
+from openrlhf_sgpo.oracle import Answer, Oracle, Question
+from openrlhf_sgpo.rollout import Rollout, Sample
+from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
 from openrlhf_sgpo.training.probe import check_weights_arrived
 from openrlhf_sgpo.training.scoring import Scorer
 
@@ -30,7 +30,8 @@ class Evaluator:
     """Evaluates policies on the held-out pairs, and with samples where there are engines.
 
     held_out: pairs with their token groups (prompt, [chosen, rejected]). probes: fixed texts that prove a weight sync.
-    engine: starts the engines or gives them another policy; None where the run does not sample.
+    engine: starts the engines or gives them another policy; None where the run does not sample. oracle: of a run in which it
+    stays the same; then answers are also compared with those of the start.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Evaluator:
         held_out: list[tuple[Pair, Group]],
         probes: list[Group],
         engine: Callable[[str], Rollout] | None,
+        oracle: Callable[[], Oracle] | None,
         writes: bool,
     ):
         self.config = config
@@ -49,6 +51,7 @@ class Evaluator:
         self.held_out = held_out
         self.probes = probes
         self.engine = engine
+        self.oracle = oracle
         self.writes = writes
         self._noise: float | None = None
 
@@ -58,9 +61,9 @@ class Evaluator:
         """The figures of the policy folder ``policy``, also written to ``path``/evaluation.json. Collective.
 
         Held-out accuracy and margin (each pair's in held_out.jsonl); with engines also length and truncation of one fresh
-        sample per held-out prompt and its divergence from the initial reference (each in samples.jsonl), and the probe, at
-        which it is proved that the engines took over the policy from the ``previous`` one. ``cost`` gets the samples and
-        tokens.
+        sample per held-out prompt and its divergence from the initial reference (each in samples.jsonl), with an oracle how
+        often it is preferred to the start's, and the probe, at which it is proved that the engines took over the policy from
+        the ``previous`` one, which is None for the start. ``cost`` gets samples, tokens and judgements.
         """
         row: dict[str, Any] = {"name": name}
         if self.held_out:
@@ -73,7 +76,7 @@ class Evaluator:
                 engine, self.probes, log_probs, before, self.config.ds.param_dtype, self._noise
             )
             if self.held_out:
-                row |= self._samples(name, policy, path, engine, cost)
+                row |= self._samples(name, policy, previous, path, engine, cost)
         if self.writes:
             write_json(path / "evaluation.json", row)
         ranks.barrier()
@@ -104,7 +107,9 @@ class Evaluator:
         accuracy = (found > 0).double().mean() + 0.5 * (found == 0).double().mean()
         return {"accuracy": accuracy.item(), "margin": found.mean().item(), "pairs": len(found)}
 
-    def _samples(self, name: str, policy: str, path: Path, engine: Rollout, cost: dict[str, float]) -> dict[str, Any]:
+    def _samples(
+        self, name: str, policy: str, previous: str | None, path: Path, engine: Rollout, cost: dict[str, float]
+    ) -> dict[str, Any]:
         longest = self.config.data.max_len - self.config.rollout.max_new_tokens
         asked = [(pair, group.prompt) for pair, group in self.held_out if len(group.prompt) <= longest]
         asked = asked[: self.config.eval.max_prompts or None]
@@ -129,15 +134,39 @@ class Evaluator:
             ]
             found = iter(self.scorer.divergence(policy, initial, spoken, f"{name}: divergence") if spoken else [])
             divergences = [next(found) if response else 0.0 for response in responses]
+        wins: dict[str, Any] = {}
+        if self.oracle and previous is not None:
+            wins = self._wins([pair for pair, _ in asked], samples, path.parent / "initial", name, cost)
         if self.writes:
             rows = zip(asked, samples, divergences, strict=True)
             write_jsonl(
                 path / "samples.jsonl",
-                ({"id": pair.id, "prompt": pair.prompt, **asdict(one), "kl": kl} for (pair, _), one, kl in rows),
+                ({"id": pair.id, "prompt": pair.prompt, **one.to_row(), "kl": kl} for (pair, _), one, kl in rows),
             )
         return {
             "response_length": mean(one.tokens for one in samples),
             "truncated": mean(one.truncated for one in samples),
             "kl": mean(divergences),
-            "kl_error": stdev(divergences) / len(samples) ** 0.5 if len(samples) > 1 else None,
+            "kl_error": _standard_error(divergences),
+            **wins,
         }
+
+    def _wins(
+        self, pairs: list[Pair], samples: list[Sample], start: Path, name: str, cost: dict[str, float]
+    ) -> dict[str, Any]:
+        """How often the oracle prefers these samples to those of the start, each prompt's preference counting."""
+        assert self.oracle is not None
+        rows = ranks.from_rank_0(read_jsonl(start / "samples.jsonl") if self.writes else None)
+        questions = [
+            Question(pair.id, pair.prompt, (Answer(one.text, one.truncated), Answer(row["text"], row["truncated"])))
+            for pair, one, row in zip(pairs, samples, rows, strict=True)
+        ]
+        oracle = self.oracle()
+        before = oracle.usage()
+        found = [matrix[0][1] for matrix in oracle.preferences(questions, f"{name}: compare")]
+        cost |= {one: total - before[one] for one, total in oracle.usage().items()}
+        return {"win_rate": mean(found), "win_rate_error": _standard_error(found)}
+
+
+def _standard_error(values: list[float]) -> float | None:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None

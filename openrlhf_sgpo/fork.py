@@ -12,10 +12,10 @@ import yaml
 
 from openrlhf_sgpo import algorithms
 from openrlhf_sgpo.algorithms.dpo import DPO
-from openrlhf_sgpo.run_folder import RunFolder, differences, read_json, whole_folder, write_json, write_text
+from openrlhf_sgpo.run_folder import ADDRESS, RunFolder, differences, read_json, whole_folder, write_json, write_text
 
 # What may differ, because neither the seed stage nor the first round's samples and labels depend on it.
-_FREE = ("algo", "rounds.loss_reference", "train.max_epochs", "adam.lr", "ckpt.", "logger.")
+_FREE = ("algo", "rounds.loss_reference", "train.max_epochs", "adam.lr", "ckpt.", "logger.", *ADDRESS)
 _SHARED_STAGES = ("generate", "pairs")
 
 
@@ -53,7 +53,7 @@ def take_over(source: RunFolder, folder: RunFolder) -> None:
                 _link(source.round(1) / name, partial / name)
             write_json(partial / "manifest.json", first | {"stages": kept})
     # Scores are appended to: they need a copy of their own. Those of later policies are dropped when those are trained.
-    for name in ("log_probs", "rewards"):
+    for name in ("log_probs", "rewards", "judgements"):
         if (source.path / name).exists() and not (folder.path / name).exists():
             with whole_folder(folder.path / name) as partial:
                 shutil.copytree(source.path / name, partial, dirs_exist_ok=True)

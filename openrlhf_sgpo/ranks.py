@@ -29,18 +29,24 @@ def from_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def on_rank_0(work: Callable[[], None]) -> None:
-    """Run ``work`` on rank 0; a ValueError that it raises is raised on every rank, so that none waits for the others.
-    Collective."""
-    problem = None
+def on_rank_0(work: Callable[[], Value]) -> Value:
+    """Run ``work`` on rank 0 and return its result on every rank; a ValueError that it raises is raised on every rank, so
+    that none waits for the others. Collective; without a process group this process is the only one."""
+    if not distributed.is_initialized():
+        return work()
+    result, problem = None, None
     if distributed.get_rank() == 0:
         try:
-            work()
+            result = work()
         except ValueError as error:
-            problem = str(error)
-    problem = from_rank_0(problem)
-    if problem is not None:
-        raise ValueError(problem)
+            problem = error
+    result, problem = from_rank_0((result, problem))
+    try:
+        if problem is not None:
+            raise problem
+        return result
+    finally:
+        del problem  # an exception that its own frame refers to would keep alive all that ``work`` held, locks included
 
 
 def gather(value: Value) -> list[Value]:

@@ -7,121 +7,44 @@ Each stage starts from what is on disk and leaves its result on disk; that is al
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import starmap
-from pathlib import Path
 from typing import Any
 
 from torch import distributed
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
 
-from openrlhf_sgpo import flags, ranks
-from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings, Stage
+from openrlhf_sgpo.algorithms.base import NoSettings, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.inspection import prompt_key
-from openrlhf_sgpo.data.records import Pair, Prompt, fingerprint, load_pairs
-from openrlhf_sgpo.data.report import require
-from openrlhf_sgpo.data.run_data import inspect_run, load_run
+from openrlhf_sgpo.data.records import Pair, Prompt, load_run_pairs
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
-from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
-from openrlhf_sgpo.evaluation import Evaluator, margins
-from openrlhf_sgpo.fork import check_source, take_over
-from openrlhf_sgpo.openrlhf import build_strategy
-from openrlhf_sgpo.oracle.base import Answer, Oracle, Question, agreement, rank
+from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.evaluation import margins
+from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources, judges_itself
+from openrlhf_sgpo.oracle.base import agreement, rank
 from openrlhf_sgpo.oracle.implicit import ImplicitReward
-from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
+from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_folder import (
-    Ledger,
-    Metrics,
-    RunFolder,
     read_json,
     read_jsonl,
     write_json,
     write_jsonl,
-    write_text,
 )
-from openrlhf_sgpo.table import results_table
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
-from openrlhf_sgpo.training.log_probs import check_layout
-from openrlhf_sgpo.training.scoring import Scorer
 from openrlhf_sgpo.training.stage import optimiser_steps, train_stage
 
-PROBES = 16  # fixed texts that prove a weight sync
 
+class Rounds(Run):
+    """A seed stage and rounds. ``execute`` is the loop; the other methods are its stages."""
 
-class Run:
-    """One run of one algorithm. ``execute`` is the loop; the other methods are its stages."""
-
-    def __init__(self, config: Config, algorithm: type[Algorithm], options: Any):
-        transformers_logging.disable_progress_bar()  # a bar per shard and stage would drown this package's own
-        self.config = config
-        self.algorithm = algorithm
-        self.options = options
-        self.folder = RunFolder(config.ckpt.output_dir)
-        # Data is read before anything expensive, so that a bad row costs seconds.
-        samples = config.rounds.count > 0
-        records = load_run(config, with_prompts=samples)
-        if samples:
-            check_rollout(config)
-        if samples and config.oracle == "reward_model":
-            from openrlhf_sgpo.oracle.reward_model import check_reward_model
-
-            check_reward_model(config)
-        name, trust = config.model.model_name_or_path, config.model.trust_remote_code
-        self.tokenizer = load_tokenizer(name, trust, "model.model_name_or_path")
-        model = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-        longest = getattr(model, "max_position_embeddings", config.data.max_len)
-        if config.data.max_len > longest:
-            raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
-        check_layout(config, model.get_text_config())
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.chat = ChatFormat(self.tokenizer, config.data.max_len)
-        self.data = inspect_run(records, self.chat, config)
-        if os.environ.get("RANK", "0") == "0":  # the strategy does not exist yet
-            print("\n".join(report.text() for report in self.data.reports), flush=True)
-        require(self.data.reports)
-        self.prompt_counts = _prompt_counts(config, len(self.data.prompts.prompts)) if samples else []
-
-        resolved = {"": replace(config, resume=False), algorithm.name: options}
-        self.strategy = build_strategy(config)
-        self.writes = self.strategy.is_rank_0()
-        ranks.on_rank_0(lambda: self._prepare_folder(resolved))
-        self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
-        self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
-        self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
-        self.rollout: Rollout | None = None
-        self.reward_model: Oracle | None = None
-        self.evaluator = Evaluator(
-            config,
-            self.scorer,
-            self.chat,
-            list(zip(self.data.held_out.pairs, self.data.held_out.groups, strict=True)),
-            self._probes() if samples else [],
-            self._engine if samples else None,
-            self.writes,
-        )
+    def _check_prompts(self) -> None:
+        samples = self.config.rounds.count > 0
+        self.prompt_counts = _prompt_counts(self.config, len(self.data.prompts.prompts)) if samples else []
         self._shuffled: list[Prompt] | None = None
-
-    def _prepare_folder(self, resolved: dict[str, Any]) -> None:
-        data = {"data.dataset": self.data.human.pairs, "eval.dataset": self.data.held_out.pairs}
-        digests = {f"--{name}": fingerprint(rows) for name, rows in data.items()}
-        digests["--data.prompt_dataset"] = fingerprint(self.data.prompts.prompts)
-        source = RunFolder(self.config.ckpt.fork_from) if self.config.ckpt.fork_from else None
-        if source:
-            check_source(source, self.folder, flags.to_dict(resolved), digests)
-        self.folder.prepare(flags.dump(resolved), self.config.resume, digests)
-        write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
-        if source:
-            take_over(source, self.folder)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -143,15 +66,10 @@ class Run:
                 row = self._evaluate(f"round {number}", policy, self._policy_before(number), path)
                 labels = self.folder.manifest(number)["stages"]["pairs"].get("label_accuracy")
                 rows.append(row | {"value": certificate.get("value"), "label_accuracy": labels})
-            if self.writes:
-                table = results_table(rows, self.ledger.stages)
-                write_text(self.folder.path / "table.txt", table)
-                print(table)
+            self._write_table(rows)
             return rows
         finally:
-            self.metrics.close()
-            if self.rollout:
-                self.rollout.close()
+            self._close()
 
     # Stages ---------------------------------------------------------------------------------------------------------
 
@@ -193,7 +111,7 @@ class Run:
             rows = zip(prompts, samples, strict=True)
             write_jsonl(
                 path / "responses.jsonl",
-                ({"id": prompt.id, "responses": [asdict(one) for one in group]} for prompt, group in rows),
+                ({"id": prompt.id, "responses": [one.to_row() for one in group]} for prompt, group in rows),
             )
         self._finish(number, "generate", {"prompts": len(prompts)})
 
@@ -220,8 +138,10 @@ class Run:
         if not questions:
             raise RuntimeError(f"round {number}: no prompt got two different answers, so there is nothing to rank")
         oracle = self._oracle(number)
+        before = oracle.usage()
         with self.ledger.stage(f"round_{number}/annotate") as cost, self._counting(cost):
             rewards = oracle.rewards([*questions, *gold], f"round {number}: score")
+            cost |= {name: total - before[name] for name, total in oracle.usage().items()}
         # Equal rewards are no preference; a label would only say which answer came first.
         ranked = [row for row in zip(questions, rewards, strict=False) if max(row[1]) > min(row[1])]
         pairs = [rank(question, scores, oracle.name, number) for question, scores in ranked]
@@ -253,11 +173,11 @@ class Run:
 
         first = 0 if config.rounds.data == "all" else number
         pairs = [pair for k in range(first, number + 1) for pair in self._read_pairs(k)]
-        pairs, groups = self._tokenize(pairs)
-        label, judges_itself = f"round {number}", self.config.oracle == "implicit"
+        pairs, groups = self._tokenize(self.algorithm.pairs(pairs, self.chat))
+        label, by_itself = f"round {number}", judges_itself(self.config, self.algorithm)
         self._say(
-            f"\n{label}: {len(pairs)} pairs, policy {self._name(start)}, loss reference {self._name(loss_reference)}"
-            + (f", judge reference {self._name(self._judge_reference(number))}" if number and judges_itself else "")
+            f"\n{label}: {len(pairs)} pairs, policy {self._name(start)}, loss reference {self._name(loss_reference) or 'none'}"
+            + (f", judge reference {self._name(self._judge_reference(number))}" if number and by_itself else "")
         )
         with self.ledger.stage(f"round_{number}/follower") as cost, self._counting(cost):
             reference = self.scorer.score(loss_reference, groups, f"{label}: reference")
@@ -306,33 +226,17 @@ class Run:
             shutil.rmtree(path / "checkpoints", ignore_errors=True)
         return certificate
 
-    def _evaluate(self, name: str, policy: str, previous: str | None, path: Path) -> dict[str, Any]:
-        """evaluation.json of a policy; also the moment at which the engines take it over."""
-        row = self.evaluator.read(path)
-        if row is None:
-            with self.ledger.stage(f"{path.name}/evaluate") as cost, self._counting(cost):
-                row = self.evaluator.evaluate(name, policy, previous, path, cost)
-        return row
-
     # What a stage works with ----------------------------------------------------------------------------------------
-
-    def _policy_before(self, number: int) -> str:
-        return self.config.model.model_name_or_path if number == 0 else str(self.folder.policy(number - 1))
 
     def _judge_reference(self, number: int) -> str:
         initial = self.config.rounds.judge_reference == "initial" or number < 2
         return self.config.ref.model_name_or_path if initial else str(self.folder.policy(number - 2))
 
     def _oracle(self, number: int) -> Oracle:
-        if self.config.oracle == "reward_model":
-            from openrlhf_sgpo.oracle.reward_model import RewardModel
-
-            self.reward_model = self.reward_model or RewardModel(
-                self.config, self.strategy, self.folder.path / "rewards"
-            )
-            return self.reward_model
-        policy, reference = self._policy_before(number), self._judge_reference(number)
-        return ImplicitReward(self.scorer, self.chat, policy, reference, self.config.model.beta)
+        if not judges_itself(self.config, self.algorithm):
+            return self._frozen_oracle()
+        resources = Resources(self.config, self.strategy, self.chat, self.scorer, self.folder.path)
+        return ImplicitReward(resources, self._policy_before(number), self._judge_reference(number))
 
     def _loss_reference(self, number: int) -> str:
         initial = self.config.rounds.loss_reference == "initial" or number == 0
@@ -348,19 +252,7 @@ class Run:
         first = sum(self.prompt_counts[: number - 1])
         return self._shuffled[first : first + self.prompt_counts[number - 1]]
 
-    def _probes(self) -> list[Group]:
-        """Fixed texts for the weight probe; an engine wants room for one more token."""
-        longest = self.config.data.max_len - 1
-        candidates = self.data.held_out.groups[:PROBES] or self.data.human.groups[:PROBES]
-        return [Group(group.prompt, (group.responses[0][: longest - len(group.prompt)],)) for group in candidates]
-
-    def _engine(self, policy: str) -> Rollout:
-        if self.rollout is None:
-            self.rollout = start_rollout(self.config, self.tokenizer, policy)
-        self.rollout.load(policy)
-        return self.rollout
-
-    def _tokenize(self, pairs: list[Pair]) -> tuple[list[Pair], list[Group]]:
+    def _tokenize(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Group]]:
         """The pairs that fit into --data.max_len, and their tokens."""
         human = self.data.human
         tokens = [(pair, (pair.round == 0 and human.tokens_of(pair)) or self.chat.pair(pair)) for pair in pairs]
@@ -375,30 +267,7 @@ class Run:
         self._finish(number, "pairs", {"pairs": len(pairs), **facts})
 
     def _read_pairs(self, number: int) -> list[Pair]:
-        return load_pairs(str(self.folder.round(number) / "pairs.jsonl"))
-
-    def _finished(self, number: int, stage: str) -> bool:
-        return ranks.from_rank_0(self.folder.finished(number, stage))
-
-    def _finish(self, number: int, stage: str, facts: dict[str, Any]) -> None:
-        if self.writes:
-            self.folder.finish(number, stage, facts)
-        ranks.barrier()
-
-    @contextmanager
-    def _counting(self, cost: dict[str, float]) -> Iterator[None]:
-        before = self.scorer.tokens_scored
-        yield
-        cost["tokens_scored"] = self.scorer.tokens_scored - before
-
-    def _name(self, model: str) -> str:
-        """A policy of this run by its place in the run folder, so that the folder can be moved."""
-        path = Path(model)
-        return str(path.relative_to(self.folder.path)) if path.is_relative_to(self.folder.path) else model
-
-    def _say(self, text: str) -> None:
-        if self.writes:
-            print(text, flush=True)
+        return load_run_pairs(str(self.folder.round(number) / "pairs.jsonl"))
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:

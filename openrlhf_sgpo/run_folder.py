@@ -4,8 +4,9 @@
     initial/evaluation.json
     round_K/   prompts.jsonl responses.jsonl pairs.jsonl worst_case.json policy/ evaluation.json manifest.json
 
-Round 0 is the seed stage. A file or folder is written beside its final name and then renamed, so that what has the
-final name is whole; ``manifest.json`` names the finished stages of its round, with what went into them.
+Round 0 is the seed stage. Beside policy/ there is such a folder for every other role with an adapter of its own, by the role's
+name. A file or folder is written beside its final name and then renamed, so that what has the final name is whole;
+``manifest.json`` names the finished stages of its round, with what went into them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 LOCK = "lock"
+# How a server is reached, which says nothing about its answers; a resumed run may find it elsewhere.
+ADDRESS = ("judge.base_url", "judge.concurrency", "judge.max_retries", "judge.timeout")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,12 +49,23 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
+    """Drop the rows of a JSONL file that are not wanted, and the half one that a killed process may have left; returns
+    whether there were such."""
+    # Not splitlines: it also splits at U+2028 and U+0085, which JSON leaves as they are inside a string.
+    *rows, half = path.read_text(encoding="utf-8").split("\n")
+    kept = [row for row in rows if wanted(json.loads(row))]
+    changed = bool(half) or len(kept) < len(rows)
+    if changed:
+        write_text(path, "".join(f"{row}\n" for row in kept))
+    return changed
+
+
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines: it also splits at U+2028 and U+0085, which JSON leaves as they are inside a string.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -67,10 +81,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 class RunFolder:
-    """Paths of a run and the manifests of its rounds."""
+    """Paths of a run and the manifests of its rounds. flag: that names the folder, for messages."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, flag: str = "ckpt.output_dir"):
         self.path = Path(path).absolute()
+        self.flag = flag
 
     def lock(self) -> None:
         """Hold the folder until this process ends, however it ends. Raises ValueError if another process holds it."""
@@ -81,7 +96,7 @@ class RunFolder:
         except BlockingIOError as error:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
-            raise ValueError(f"--ckpt.output_dir {self.path} is in use by {holder}: wait for it, or end it") from error
+            raise ValueError(f"--{self.flag} {self.path} is in use by {holder}: wait for it, or end it") from error
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -99,13 +114,14 @@ class RunFolder:
             own = (LOCK, "data.json", stored.name)
             if any(entry.name.removesuffix(".partial") not in own for entry in self.path.iterdir()):
                 (self.path / LOCK).unlink()  # somebody else's folder stays as it was
-                raise ValueError(f"--ckpt.output_dir {self.path} is not empty and not a run: choose another folder")
+                raise ValueError(f"--{self.flag} {self.path} is not empty and not a run: choose another folder")
         elif not resume:
             raise ValueError(
-                f"--ckpt.output_dir {self.path} already holds a run: add --resume to continue it, or choose another folder"
+                f"--{self.flag} {self.path} already holds a run: add --resume to continue it, or choose another folder"
             )
         else:
             changed = differences(yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(resolved_config))
+            changed = {key: values for key, values in changed.items() if key not in ADDRESS}
             if changed:
                 listed = "\n  ".join(f"--{key}: was {old!r}, now {new!r}" for key, (old, new) in changed.items())
                 raise ValueError(f"--resume with another configuration than the run in {self.path} has:\n  {listed}")
@@ -176,10 +192,6 @@ class Ledger:
             write_json(self.path, {"total": totals, "stages": self.stages})
 
 
-def _is_later(row: dict[str, Any], stage: str, step: int) -> bool:
-    return row["stage"] == stage and row["step"] > step
-
-
 def _peak_memory_gib() -> float:
     """Of this process: GPU memory where there is one, else resident memory."""
     torch = sys.modules.get("torch")
@@ -226,11 +238,8 @@ class Metrics:
         if self.file is None:
             return
         path = Path(self.file.name)
-        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and not _is_later(json.loads(row), stage, step)]
-        if kept != rows:
-            self.file.close()
-            write_text(path, "".join(kept))
+        if keep_rows(path, lambda row: row["stage"] != stage or row["step"] <= step):
+            self.file.close()  # it is another file now
             self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def log(self, stage: str, step: int, row: dict[str, float]) -> None:

@@ -9,22 +9,24 @@ FIGURES = (  # title, key, digits
     ("margin", "margin", 4),
     ("kl", "kl", 2),
     ("length", "response_length", 1),
+    ("wins", "win_rate", 3),
     ("labels", "label_accuracy", 3),
     ("value", "value", 4),
 )
-STAGES = ("generate", "annotate", "follower", "train", "evaluate")
+STAGES = ("generate", "annotate", "oracle", "follower", "log_probs", "train", "sync", "evaluate")
 
 
 def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]]) -> str:
     """rows: evaluation rows with ``name``, and what was measured of accuracy, margin, kl, response_length, label_accuracy and
     value; stages: the ledger's entries, from which the seconds of each stage are taken. Missing figures are a dash."""
-    header = ["", *(title for title, _, _ in FIGURES), *STAGES]
+    found = [_seconds(row["name"], stages) for row in rows]
+    # Rounds of pairs and rounds of plays have different stages.
+    shown = [stage for stage in STAGES if any(seconds.get(stage) is not None for seconds in found)]
+    header = ["", *(title for title, _, _ in FIGURES), *shown]
     lines = [header]
-    for row in rows:
-        folder = "initial" if row["name"] == "start" else row["name"].replace(" ", "_")
+    for row, seconds in zip(rows, found, strict=True):
         figures = [_figure(row.get(key), digits) for _, key, digits in FIGURES]
-        seconds = [_figure(stages.get(f"{folder}/{stage}", {}).get("seconds"), 1) for stage in STAGES]
-        lines.append([row["name"], *figures, *seconds])
+        lines.append([row["name"], *figures, *(_figure(seconds.get(stage), 1) for stage in shown)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     text = [
         "  ".join(
@@ -36,10 +38,21 @@ def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]
     text.insert(1, "  ".join("-" * width for width in widths))
     note = (
         "accuracy, margin: held-out pairs against the initial reference; kl: nats per sampled response, to the same\n"
-        "length: tokens per response; labels: agreement of the oracle with human pairs of the round's prompts\n"
+        "length: tokens per response; wins: the oracle's mean preference for such a response over the start's\n"
+        "labels: agreement of the oracle with human pairs of the round's prompts\n"
         "value: the follower's problem before the round's steps; the rest: seconds"
     )
     return "\n".join([*text, note]) + "\n"
+
+
+def _seconds(name: str, stages: dict[str, dict[str, float]]) -> dict[str, float | None]:
+    """Seconds by stage, or by part of every step where a round consists of plays."""
+    folder = "initial" if name == "start" else name.replace(" ", "_")
+    parts = {key.removeprefix("seconds_"): value for key, value in stages.get(f"{folder}/play", {}).items()}
+    return {
+        **parts,
+        **{stage: stages[key].get("seconds") for stage in STAGES if (key := f"{folder}/{stage}") in stages},
+    }
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -92,3 +92,30 @@ def tiny_data(tmp_path_factory) -> dict[str, Path]:
             folder / "prompts.jsonl", [{"id": f"p{i}", "prompt": f"What is {'very ' * (i % 3)}{i}?"} for i in range(24)]
         ),
     }
+
+
+@pytest.fixture
+def make_resources(tiny_model, tmp_path):
+    """What an oracle works with, on the tiny model in fp32, with changes of the settings by dotted name."""
+
+    def make(resident=False, folder=None, **changes):
+        from openrlhf_sgpo.config import Config
+        from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
+        from openrlhf_sgpo.openrlhf import build_strategy
+        from openrlhf_sgpo.oracle import Resources
+        from openrlhf_sgpo.training.scoring import Scorer
+
+        config = Config()
+        config.model.model_name_or_path = config.ref.model_name_or_path = str(tiny_model)
+        # Batches of different lengths, so that there is padding.
+        config.train.batch_size = config.train.micro_batch_size = 2
+        config.ds.param_dtype, config.ds.zero_stage = "fp32", 0
+        for name, value in changes.items():
+            group, _, leaf = name.partition("__")
+            setattr(getattr(config, group), leaf, value)
+        strategy, path = build_strategy(config), folder or tmp_path
+        tokenizer = load_tokenizer(str(tiny_model), False, "model.model_name_or_path")
+        scorer = Scorer(config, strategy, tokenizer.pad_token_id, path / "log_probs")
+        return Resources(config, strategy, ChatFormat(tokenizer, config.data.max_len), scorer, path, resident)
+
+    return make

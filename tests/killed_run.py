@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo import evaluation, fork, rounds, run_folder
+from openrlhf_sgpo import evaluation, fork, plays, rounds, run, run_folder
 from openrlhf_sgpo.algorithms.sgpo import SGPO
 from openrlhf_sgpo.cli.main import main
-from openrlhf_sgpo.training import scoring, stage, trainer
+from openrlhf_sgpo.training import checkpoints, scoring, stage, trainer
 
 
 def die(*_: Any, **__: Any) -> None:
@@ -62,13 +62,13 @@ def half_checkpoint(label: str, number: int) -> None:
     replace(trainer.PairTrainer, "_save_checkpoint", make)
 
 
-def half_policy(folder: str) -> None:
-    """Die while a policy is saved: half of its weights are written."""
+def half_policy(folder: str, name: str = "policy") -> None:
+    """Die while a policy, or what else has weights, is saved: half of its weights are written."""
 
     def make(save_policy):
-        def wrapped(actor, tokenizer, destination, strategy):
-            save_policy(actor, tokenizer, destination, strategy)
-            if f"/{folder}/" in destination:
+        def wrapped(actor, tokenizer, destination, *args):
+            save_policy(actor, tokenizer, destination, *args)
+            if f"/{folder}/{name}" in destination:
                 weights = Path(destination) / "model.safetensors"
                 os.truncate(weights, weights.stat().st_size // 2)
                 die()
@@ -91,7 +91,7 @@ def half_file(ending: str) -> None:
 
         return wrapped
 
-    for module in (run_folder, rounds, fork, evaluation):
+    for module in (run_folder, run, rounds, fork, evaluation):
         if hasattr(module, "write_text"):
             replace(module, "write_text", make)
 
@@ -181,9 +181,61 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "evaluation": lambda: half_file("round_1/evaluation.json"),
 }
 
+
+def half_play_checkpoint(number: int) -> None:
+    """Die when one of the files of a checkpoint has been written and the next has not."""
+    import torch
+
+    def once(state, path, *args, **kwargs):
+        save(state, path, *args, **kwargs)
+        die()
+
+    save = torch.save
+
+    def make(save_checkpoint):
+        def wrapped(self, engine, step, state):
+            if step == number:
+                torch.save = once
+            save_checkpoint(self, engine, step, state)
+
+        return wrapped
+
+    replace(checkpoints.Checkpoints, "save", make)
+
+
+def in_play(step: int) -> None:
+    """Die when the plays of a step are recorded, the last of them by half, and the engines have not got its weights."""
+
+    def make(one_step):
+        def wrapped(self, number, at, *args):
+            row = one_step(self, number, at, *args)
+            if at == step:
+                path = self.folder.round(number) / "plays.jsonl"
+                os.truncate(path, path.stat().st_size - 20)
+                die()
+            return row
+
+        return wrapped
+
+    replace(plays.PlayRun, "_step", make)
+
+
+PLAY_MOMENTS: dict[str, Callable[[], None]] = {
+    "first play": lambda: after_step("round 1", 1),
+    "half a play": lambda: in_play(3),
+    "half a checkpoint of plays": lambda: half_play_checkpoint(3),
+    "saving the policy of plays": lambda: half_policy("round_1"),
+    "evaluation between plays": lambda: half_file("round_1/evaluation.json"),
+    "second round": lambda: after_step("round 2", 5),
+    "manifest of plays": lambda: half_file("round_2/manifest.json"),
+}
+ADAPTER_MOMENTS: dict[str, Callable[[], None]] = {
+    "saving the follower": lambda: half_policy("round_1", "follower"),
+    "second round of adapters": lambda: in_play(5),
+}
 OTHER_ENGINES = {"generation by vLLM": in_vllm_generation}
 
 
 if __name__ == "__main__":
-    (MOMENTS | OTHER_ENGINES)[sys.argv[1]]()
+    (MOMENTS | PLAY_MOMENTS | ADAPTER_MOMENTS | OTHER_ENGINES)[sys.argv[1]]()
     sys.exit(main(["train", *sys.argv[2:]]))

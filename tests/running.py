@@ -29,8 +29,9 @@ def arguments(tiny_model, tiny_data, folder, *more: str, algo: str = "sgpo") -> 
 
 def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     folder = os.path.dirname(sys.executable)
-    # Tests that build a strategy in this process leave its rank in the environment.
-    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    # Tests that build a strategy in this process leave its rank and port in the environment.
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
     return subprocess.run(
         command,
         cwd=ROOT,

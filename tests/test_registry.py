@@ -113,8 +113,8 @@ def test_entry_point_and_direct_class(folder):
 
 
 def test_unknown_name(folder):
-    with pytest.raises(ValueError, match=r"unknown algorithm 'spgo'; did you mean sgpo\? known: dpo, ipo, cdpo, "):
-        algorithms.get("spgo")
+    with pytest.raises(ValueError, match=r"unknown algorithm 'sgp0'; did you mean sgpo\? known: dpo, ipo, cdpo, "):
+        algorithms.get("sgp0")
     with pytest.raises(ValueError, match="unknown algorithm 'zzz'; known: dpo, ipo, cdpo, "):
         algorithms.get("zzz")
 

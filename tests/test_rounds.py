@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from statistics import mean
@@ -78,11 +79,11 @@ def test_evaluations_say_what_their_files_say(run):
     assert all(rows[name]["kl"] > 1e-4 for name in ("round_0", "round_1", "round_2"))
     assert len({row["kl"] for row in rows.values()}) == 4
     header, _, *lines = process.stdout.split("  accuracy")[-1].splitlines()
-    assert header.split()[:4] == ["margin", "kl", "length", "labels"]
+    assert header.split()[:5] == ["margin", "kl", "length", "wins", "labels"]
     table = {line[:7].strip(): line[7:].split() for line in lines[:4]}
     for name, row in zip(("start", "round 0", "round 1", "round 2"), rows.values(), strict=True):
         assert table[name][:3] == [f"{row['accuracy']:.3f}", f"{row['margin']:.4f}", f"{row['kl']:.2f}"]
-        assert table[name][4] == "-", "no prompt has human labels"
+        assert table[name][4:6] == ["-", "-"], "the judge changes with every round, and no prompt has human labels"
 
 
 @pytest.mark.slow
@@ -173,7 +174,17 @@ def test_iterative_dpo_with_a_reward_model(tiny_model, tiny_reward_model, tiny_d
     assert facts["pairs"]["gold_pairs"] == 18 and facts["pairs"]["label_accuracy"] == pytest.approx(shared, abs=1e-12)
     assert facts["train"]["loss_reference"] == "round_0/policy"
     table = [line.split() for line in (folder / "table.txt").read_text().splitlines()]
-    assert table[4][:2] == ["round", "1"] and table[4][6] == f"{shared:.3f}" and table[3][6] == "-"
+    assert table[4][:2] == ["round", "1"] and table[4][7] == f"{shared:.3f}" and table[3][7] == "-"
+    # The reward model also says how it likes the policy's answers, against the start's.
+    start, now = (read_jsonl(folder / name / "samples.jsonl") for name in ("initial", "round_1"))
+    answers = [
+        (one["prompt"][0]["content"], one["text"], not one["truncated"])
+        for both in zip(now, start, strict=True)
+        for one in both
+    ]
+    wins = mean(1 / (1 + math.exp(theirs - ours)) for ours, theirs in judged(answers))
+    evaluation = json.loads((folder / "round_1/evaluation.json").read_text())
+    assert evaluation["win_rate"] == pytest.approx(wins, abs=1e-4) and table[4][6] == f"{evaluation['win_rate']:.3f}"
     assert "judge reference" not in process.stdout
 
 

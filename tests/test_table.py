@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from openrlhf_sgpo.table import STAGES, results_table
+from openrlhf_sgpo.table import results_table
 
-FIGURE_NAMES = ["accuracy", "margin", "kl", "length", "labels", "value"]
+FIGURE_NAMES = ["accuracy", "margin", "kl", "length", "wins", "labels", "value"]
+SHOWN = ["generate", "train", "evaluate"]  # stages that took any time
 START = {"name": "start", "accuracy": 0.5, "margin": 0.0, "probe": {"x": 1.0}}
 ROUND = {
     "name": "round 10",
@@ -29,7 +30,7 @@ STAGE_SECONDS = {
 def cells(table):
     """Cells of every line, cut where the rule under the header has its gaps; then the notes."""
     header, rule, *lines = table.splitlines()
-    lines, note = lines[:-3], "\n".join(lines[-3:])
+    lines, note = lines[:-4], "\n".join(lines[-4:])
     columns = [match.span() for match in re.finditer("-+", rule)]
     for line in [header, *lines]:
         between = [line[left[1] : right[0]] for left, right in itertools.pairwise(columns)]
@@ -40,7 +41,7 @@ def cells(table):
 def test_figures_and_seconds():
     (header, start, one), note = cells(results_table([START, ROUND], STAGE_SECONDS))
     names = [cell.strip() for cell in header]
-    assert names == ["", *FIGURE_NAMES, *STAGES]
+    assert names == ["", *FIGURE_NAMES, *SHOWN]
     assert "seconds" in note and "held-out" in note
     row = dict(zip(names, (cell.strip() for cell in one), strict=True))
     expected = {
@@ -49,17 +50,16 @@ def test_figures_and_seconds():
         "margin": f"{ROUND['margin']:.4f}",
         "kl": f"{ROUND['kl']:.2f}",
         "length": f"{ROUND['response_length']:.1f}",
+        "wins": "-",
         "labels": "-",
         "value": f"{ROUND['value']:.4f}",
         "generate": "1234.6",
-        "annotate": "-",
-        "follower": "-",  # its entry has no seconds
         "train": "0.0",
         "evaluate": "-",  # those of round 1 are not those of round 10
     }
     assert row == expected
     row = dict(zip(names, (cell.strip() for cell in start), strict=True))
-    missing = {"kl", "length", "labels", "value", *STAGES} - {"evaluate"}
+    missing = {"kl", "length", "wins", "labels", "value", *SHOWN} - {"evaluate"}
     assert {name for name, cell in row.items() if cell == "-"} == missing
     assert (row[""], row["accuracy"], row["margin"], row["evaluate"]) == ("start", "0.500", "0.0000", "3.2")
 
@@ -78,9 +78,18 @@ def test_alignment(rows):
 
 def test_nothing_measured_is_all_dashes():
     (_, line), _ = cells(results_table([{"name": "round 1"}], {}))
-    assert [cell.strip() for cell in line] == ["round 1"] + ["-"] * (len(FIGURE_NAMES) + len(STAGES))
+    assert [cell.strip() for cell in line] == ["round 1"] + ["-"] * len(FIGURE_NAMES)
 
 
 def test_a_measured_zero_is_no_dash():
     (_, line), _ = cells(results_table([{"name": "round 1", "accuracy": 0.0, "value": 0.0}], {}))
-    assert [cell.strip() for cell in line[1:7]] == ["0.000", "-", "-", "-", "-", "0.0000"]
+    assert [cell.strip() for cell in line[1:8]] == ["0.000", "-", "-", "-", "-", "-", "0.0000"]
+
+
+def test_the_parts_of_plays_are_columns():
+    play = {"seconds": 9.0, "seconds_generate": 4.0, "seconds_oracle": 1.0, "seconds_sync": 0.5, "samples": 8}
+    row = {"name": "round 1", "win_rate": 0.625}
+    (header, one), _ = cells(results_table([row], {"round_1/play": play, "round_1/evaluate": {"seconds": 2.0}}))
+    found = {name.strip(): cell.strip() for name, cell in zip(header, one, strict=True)}
+    assert list(found)[len(FIGURE_NAMES) + 1 :] == ["generate", "oracle", "sync", "evaluate"]
+    assert (found["wins"], found["generate"], found["oracle"], found["sync"]) == ("0.625", "4.0", "1.0", "0.5")

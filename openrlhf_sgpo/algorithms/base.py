@@ -7,11 +7,15 @@ This module and the settings of every algorithm import without torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from openrlhf_sgpo.data.records import Pair
+    from openrlhf_sgpo.data.tokens import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -21,10 +25,13 @@ class Needs:
     rounds: the algorithm is made for self-annotated rounds, which follow a seed stage of DPO (False: one stage on the human
     pairs, unless ``--rounds.count`` asks for rounds; then the seed stage has the algorithm's own loss too).
     samples_per_prompt: the fewest responses per prompt that a round must sample.
+    reference: the loss is relative to a reference (False: the reference's log-probabilities are 0 everywhere, and there are no
+    rounds).
     """
 
     rounds: bool = False
     samples_per_prompt: int = 2
+    reference: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,11 @@ class Algorithm:
     def check(cls, options: Any) -> list[str]:
         """Problems with a combination of settings, each naming its flag; empty when all is well. Needs no torch."""
         return []
+
+    @classmethod
+    def pairs(cls, pairs: Sequence[Pair], chat: ChatFormat) -> Sequence[Pair]:
+        """What is trained and evaluated on in place of the pairs of the data, where the two differ."""
+        return pairs
 
     def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:
         """Called once before a stage's training with the margins of all its pairs, shape (N,) on the CPU, under the

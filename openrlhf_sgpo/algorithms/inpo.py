@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Plays, Role
 from openrlhf_sgpo.algorithms.online_ipo import soft_ipo_loss
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class INPOSettings:
-    inverse_step: float = setting(0.3, "eta, the inverse size of a round's mirror step; larger than --model.beta")
+    inverse_step: float = setting(0.0075, "eta, the inverse size of a round's mirror step; larger than --model.beta")
 
 
 class INPO(OnPolicyAlgorithm):
@@ -32,6 +32,8 @@ class INPO(OnPolicyAlgorithm):
     paper = "arXiv 2407.00617"
     summary = "INPO: no-regret self-play by regression on preferences"
     settings = INPOSettings
+    models = ("reference", "previous")
+    defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.0025, "rollout.temperature": 1.0}
     steps_per_sync = 0
 
     @classmethod

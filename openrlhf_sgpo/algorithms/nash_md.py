@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from openrlhf_sgpo.algorithms.on_policy import Level, OnPolicyAlgorithm, Plays, Role, policy_gradient_loss
+from openrlhf_sgpo.algorithms.on_policy import LEVEL_HELP, Level, OnPolicyAlgorithm, Plays, Role, policy_gradient_loss
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -17,10 +17,7 @@ class NashMDSettings:
     mixture: float = setting(
         0.125, "the reference's share in the opponent (0: self-play, 1: best response to the reference)"
     )
-    kl_level: Level = setting(
-        "sequence",
-        "divergence that weighs a token: of the sequence, of what is to come, or its own (biased)",
-    )
+    kl_level: Level = setting("sequence", LEVEL_HELP)
 
 
 class NashMD(OnPolicyAlgorithm):
@@ -38,6 +35,7 @@ class NashMD(OnPolicyAlgorithm):
     paper = "arXiv 2312.00886"
     summary = "Nash-MD-PG: policy gradient against a mixture of policy and reference"
     settings = NashMDSettings
+    defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.008}
 
     @classmethod
     def check(cls, options: NashMDSettings) -> list[str]:
@@ -53,7 +51,12 @@ class NashMD(OnPolicyAlgorithm):
     def mixture(self) -> float:
         return self.options.mixture
 
+    @property
+    def full_vocabulary(self) -> bool:
+        return self.options.kl_level == "full_vocabulary"
+
     def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
         gain = batch.preferences[:, 0, 1] - 0.5
         own, reference = batch.log_probs[:, 0], batch.reference[:, 0]
-        return policy_gradient_loss(own, reference, gain, self.beta, self.options.kl_level)
+        divergence = None if batch.divergence is None else batch.divergence[:, 0]
+        return policy_gradient_loss(own, reference, gain, self.beta, self.options.kl_level, divergence)

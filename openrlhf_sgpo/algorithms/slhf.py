@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from openrlhf_sgpo.algorithms.on_policy import Level, OnPolicyAlgorithm, Plays, Role, policy_gradient_loss
+from openrlhf_sgpo.algorithms.on_policy import LEVEL_HELP, Level, OnPolicyAlgorithm, Plays, Role, policy_gradient_loss
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -17,16 +17,26 @@ IMPROVE = "Improve the previous answer. Phrase it as if it was the original resp
 @dataclass
 class SLHFSettings:
     follower_beta: float = setting(0.0, "the follower's tau (0: --model.beta, which is the leader's)")
-    kappa: float = setting(5.0, "weight of the follower's loss against the leader's")
+    kappa: float = setting(5.0, "how much faster the follower learns than the leader")
+    kappa_mode: Literal["loss_weight", "alternate", "learning_rate"] = setting(
+        "loss_weight",
+        "kappa weighs the follower's loss (of one model); or the follower learns in kappa steps for one of the leader; or its "
+        "learning rate is kappa times the leader's (of two adapters)",
+    )
+    sharing: Literal["shared", "two_adapters"] = setting(
+        "shared", "one model in both roles; or two LoRA adapters, each sampled and trained in its own role"
+    )
     followers: int = setting(1, "follower answers to each draft of the leader")
     follower_prompt: str = setting(IMPROVE, "what the follower is told after it has seen the prompt and the draft")
     follower_kl_credit: bool = setting(
         True,
         "the leader is credited with the follower's divergence, as the game says (the released code leaves it out)",
     )
-    kl_level: Level = setting(
-        "sequence",
-        "divergence that weighs a token: of the sequence, of what is to come, or its own (biased)",
+    kl_level: Level = setting("sequence", LEVEL_HELP)
+    parity: bool = setting(
+        False,
+        "the released code's detached estimate k3, which is no gradient of a divergence; needs kl_level token_local and "
+        "follower_kl_credit false",
     )
     baseline: Literal["half", "leave_one_out"] = setting(
         "half", "what gains are measured against: one half, or the mean gain of the other plays of the micro-batch"
@@ -45,13 +55,16 @@ class SLHF(OnPolicyAlgorithm):
         follower  gains  p(y' > y)                  and pays tau_F s_F,
 
     and ``kappa`` weighs the follower's loss, which makes the follower the faster of the two. ``follower_kl_credit`` off
-    drops tau_F s_F from the leader's gain, which moves the fixed point. Both roles are one model in two contexts.
+    drops tau_F s_F from the leader's gain, which moves the fixed point. Both roles are one model in two contexts, or, with
+    ``sharing`` two_adapters, two LoRA adapters over one base. A weight of the follower's loss would do nothing to an adapter
+    that has no other, because Adam divides it out: there kappa is the ratio of the learning rates.
     """
 
     name = "slhf"
     paper = "arXiv 2512.16626"
     summary = "SLHF: a leader answers, a follower that sees the answer improves it"
     settings = SLHFSettings
+    defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.001, "rollout.temperature": 0.9}
 
     @classmethod
     def check(cls, options: SLHFSettings) -> list[str]:
@@ -63,6 +76,23 @@ class SLHF(OnPolicyAlgorithm):
                 problems.append(f"--slhf.{flag} {getattr(options, flag)} is out of range, use 0 or more")
         if not options.follower_prompt.strip():
             problems.append("--slhf.follower_prompt is empty: the follower would not know what to do with the draft")
+        if options.kappa_mode == "alternate" and (options.kappa < 1 or options.kappa % 1):
+            problems.append(
+                f"--slhf.kappa {options.kappa} must be a whole number of steps with --slhf.kappa_mode alternate"
+            )
+        if options.kappa_mode == "learning_rate" and options.sharing == "shared":
+            problems.append(
+                "--slhf.kappa_mode learning_rate needs weights that are the follower's alone: use --slhf.sharing two_adapters"
+            )
+        if options.kappa_mode == "loss_weight" and options.sharing == "two_adapters":
+            problems.append(
+                "--slhf.kappa_mode loss_weight does nothing with --slhf.sharing two_adapters, because Adam divides a weight of "
+                "an adapter's only loss out: use learning_rate or alternate"
+            )
+        if options.parity and (options.kl_level != "token_local" or options.follower_kl_credit):
+            problems.append(
+                "--slhf.parity needs --slhf.kl_level token_local and --slhf.follower_kl_credit false, as in the released code"
+            )
         return problems
 
     @property
@@ -73,20 +103,71 @@ class SLHF(OnPolicyAlgorithm):
     def follower_beta(self) -> float:
         return self.options.follower_beta or self.beta
 
+    @property
+    def follower_prompt(self) -> str:
+        return self.options.follower_prompt
+
+    @property
+    def adapters(self) -> dict[Role, str]:
+        return {"policy": "leader", "follower": "follower"} if self.options.sharing == "two_adapters" else {}
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        rates = super().learning_rates
+        return rates | {"follower": self.options.kappa} if self.options.kappa_mode == "learning_rate" else rates
+
+    def resting(self, step: int) -> tuple[str, ...]:
+        if self.options.kappa_mode != "alternate" or not self.adapters:
+            return ()
+        return ("leader",) if self._follower_learns(step) else ("follower",)
+
+    @property
+    def full_vocabulary(self) -> bool:
+        return self.options.kl_level == "full_vocabulary"
+
     def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
-        """Leader's loss plus kappa times the mean of the followers' losses, shape (batch,)."""
+        """Leader's loss plus the mean of the followers' losses, with kappa as its weight if it is one; or one of the two; shape
+        (batch,)."""
         wins = batch.preferences[:, 0, 1:]  # of the draft against each follower answer
-        credit = self.follower_beta * batch.log_ratios()[:, 1:].detach() if self.options.follower_kl_credit else 0.0
-        leader = self._role_loss(batch, 0, (wins + credit).mean(-1), self.beta)
+        gain = wins + self.follower_beta * self._divergences(batch) if self.options.follower_kl_credit else wins
+        leader = self._role_loss(batch, 0, gain.mean(-1), self.beta)
         followers = [
             self._role_loss(batch, number, 1 - wins[:, number - 1], self.follower_beta)
             for number in range(1, 1 + self.options.followers)
         ]
-        return leader + self.options.kappa * sum(followers) / len(followers)
+        follower: Tensor = sum(followers) / len(followers)  # type: ignore[assignment]
+        if self.options.kappa_mode == "alternate":
+            return follower if self._follower_learns(batch.step) else leader
+        return leader + (self.options.kappa if self.options.kappa_mode == "loss_weight" else 1.0) * follower
+
+    def _follower_learns(self, step: int) -> bool:
+        """With kappa_mode alternate: in kappa steps, after which the leader has one."""
+        return bool(step % (self.options.kappa + 1))
+
+    @staticmethod
+    def _divergences(batch: Plays) -> Tensor:
+        """Estimates of KL(omega(.|x,y) || omega_ref(.|x,y)), one per follower answer, shape (batch, followers), detached."""
+        if batch.divergence is not None:
+            return batch.divergence[:, 1:].sum(-1).detach()
+        return batch.log_ratios()[:, 1:].detach()
 
     def _role_loss(self, batch: Plays, answer: int, gain: Tensor, beta: float) -> Tensor:
         baseline: Tensor | float = 0.5
         if self.options.baseline == "leave_one_out" and len(gain) > 1:
             baseline = (gain.sum() - gain) / (len(gain) - 1)
         own, reference = batch.log_probs[:, answer], batch.reference[:, answer]
-        return policy_gradient_loss(own, reference, gain - baseline, beta, self.options.kl_level)
+        if self.options.parity:
+            return _released_loss(own, reference, gain - baseline, beta)
+        divergence = None if batch.divergence is None else batch.divergence[:, answer]
+        return policy_gradient_loss(own, reference, gain - baseline, beta, self.options.kl_level, divergence)
+
+
+def _released_loss(log_probs: Tensor, reference: Tensor, gain: Tensor, beta: float) -> Tensor:
+    """sum_t (beta * k3_t - gain) * log pi(y_t|..), shape (batch,), with k3 = exp(r) - 1 - r, r = log pi_ref - log pi, held
+    fixed.
+
+    What the authors' script for small models computes. In expectation k3 times the score is the gradient of
+    KL(pi || ref) - KL(ref || pi), which drives a policy to a corner.
+    """
+    ratio = (reference - log_probs).detach().clamp(-40, 40)
+    return ((beta * (ratio.exp() - 1 - ratio) - gain.detach().unsqueeze(-1)) * log_probs).sum(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Plays, Role
 from openrlhf_sgpo.flags import setting
@@ -42,6 +42,8 @@ class SPPO(OnPolicyAlgorithm):
     paper = "arXiv 2405.00675"
     summary = "SPPO: self-play by regression of log-ratios on win rates"
     settings = SPPOSettings
+    models = ("previous",)
+    defaults: ClassVar[dict[str, Any]] = {"rollout.temperature": 1.0}
     steps_per_sync = 0
 
     @classmethod

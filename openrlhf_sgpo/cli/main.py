@@ -1,4 +1,4 @@
-"""The command ``openrlhf-sgpo``: train, data, algorithms, games."""
+"""The command ``openrlhf-sgpo``: train, data, refine, algorithms, games."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from openrlhf_sgpo import algorithms, config, flags
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config_check import check_data
 
 USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
   train        train a policy: --algo NAME, see `openrlhf-sgpo train --help --algo NAME`
   data         report on the data that these flags would train on, without a model
+  refine       answer prompts and revise the answers: --model RUN --prompts FILE --out FOLDER
   algorithms   list the algorithms
   games        drive the algorithms on small games to their known solutions: --out FOLDER draws their paths
 """
@@ -34,10 +36,19 @@ def train(argv: list[str]) -> int:
     if settings.dry_run:
         print(flags.dump({"": replace(settings, dry_run=False), algorithm.name: options}), end="")
         return 0
-    from openrlhf_sgpo.rounds import Run
-
-    Run(settings, algorithm, options).execute()
+    run(settings, algorithm, options)
     return 0
+
+
+def run(settings: config.Config, algorithm: type[algorithms.Algorithm], options: Any) -> list[dict[str, Any]]:
+    """The run that these settings describe; returns the rows of its results table."""
+    if issubclass(algorithm, OnPolicyAlgorithm):
+        from openrlhf_sgpo.plays import PlayRun
+
+        return PlayRun(settings, algorithm, options).execute()
+    from openrlhf_sgpo.rounds import Rounds
+
+    return Rounds(settings, algorithm, options).execute()
 
 
 def data(argv: list[str]) -> int:
@@ -56,9 +67,26 @@ def data(argv: list[str]) -> int:
 
     model = settings.model
     tokenizer = load_tokenizer(model.model_name_or_path, model.trust_remote_code, "model.model_name_or_path")
-    reports = inspect_run(records, ChatFormat(tokenizer, settings.data.max_len), settings).reports
+    reports = inspect_run(
+        records, ChatFormat(tokenizer, settings.data.max_len), settings, settings.rollout.max_new_tokens
+    ).reports
     print("\n".join(report.text() for report in reports), end="", flush=True)
     require(reports)
+    return 0
+
+
+def refine(argv: list[str]) -> int:
+    """Chains of answers by a policy on disk, see ``openrlhf_sgpo.refinement``."""
+    from openrlhf_sgpo.refinement.settings import defaults, load
+
+    if "--help" in argv or "-h" in argv:
+        rest = [word for word in argv if word not in ("--help", "-h")]
+        print(flags.help_text({"": lambda: defaults(rest)}))
+        return 0
+    settings, policy = load(argv)
+    from openrlhf_sgpo.refinement.run import Refinement
+
+    Refinement(settings, policy).execute()
     return 0
 
 
@@ -125,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
             return train(rest)
         if command == "data":
             return data(rest)
+        if command == "refine":
+            return refine(rest)
         if command == "games":
             return games(rest)
         if command == "algorithms" and not rest:

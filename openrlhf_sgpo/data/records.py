@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from openrlhf_sgpo.data.files import TRAIN_SPLITS, DataError, listing, read_rows
@@ -34,7 +34,7 @@ class Prompt:
 class Pair:
     """One preference: ``chosen`` is the better response to ``prompt``.
 
-    source: human or implicit (ranked by the policy's own reward). round: 0 for the seed. truncated: the response was cut
+    source: human, or the oracle that ranked the responses. round: 0 for the seed. truncated: the response was cut
     by the length limit, so that no end-of-turn token may follow it. scores: what the ranking was based on.
     """
 
@@ -113,7 +113,8 @@ def _transcript(text: str) -> Messages | None:
     return [{"role": _ROLES[speaker], "content": content.strip()} for speaker, content in turns]
 
 
-def _prompt_messages(value: Any) -> Messages:
+def prompt_messages(value: Any) -> Messages:
+    """The messages of a prompt in any shape that the column ``prompt`` may have. Raises DataError."""
     turns = _transcript(value) if isinstance(value, str) else None
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         value = turns[:-1]  # a dialogue up to the point where the assistant is to speak
@@ -152,7 +153,7 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
 
 def _explicit(row: dict[str, Any]) -> tuple[Messages, str, str]:
     """(prompt, chosen, rejected) of a row with the column prompt, which chosen and rejected may repeat."""
-    prompt = _prompt_messages(row["prompt"])
+    prompt = prompt_messages(row["prompt"])
     (before, chosen), (before_rejected, rejected) = (_response(row[c], c) for c in ("chosen", "rejected"))
     if before and before == before_rejected and isinstance(row["prompt"], str):
         if before[-1]["content"].strip() == row["prompt"].strip():
@@ -175,20 +176,17 @@ def _id(row: dict[str, Any], name: str) -> str:
     return next((str(row[column]) for column in ("id", "prompt_id") if row.get(column) is not None), name)
 
 
-def _own_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """What this package wrote beside TRL's columns; a foreign column of the same name is not taken for it."""
-    own: dict[str, Any] = {}
-    for column, kind in (("source", str), ("round", int), ("flipped", bool)):
-        if type(row.get(column)) is kind:
-            own[column] = row[column]
-    if isinstance(row.get("scores"), dict):
-        # Tables fill absent keys with null.
-        own["scores"] = {key: value for key, value in row["scores"].items() if isinstance(value, (int, float))}
-    for column in ("chosen_truncated", "rejected_truncated"):
+def _truncation(row: dict[str, Any]) -> dict[str, Any]:
+    columns = ("chosen_truncated", "rejected_truncated")
+    for column in columns:
         if not isinstance(row.get(column), (bool, type(None))):
             raise DataError(f"column {column!r} must be true or false")
-        own[column] = bool(row.get(column))
-    return own
+    return {column: bool(row.get(column)) for column in columns}
+
+
+def _pair_of_a_run(row: dict[str, Any], name: str) -> Pair:
+    own = {column: row[column] for column in ("source", "round", "flipped", "scores")}
+    return replace(_pair(row, name), **own)
 
 
 def _pair(row: dict[str, Any], name: str) -> Pair:
@@ -202,7 +200,7 @@ def _pair(row: dict[str, Any], name: str) -> Pair:
             prompt, chosen, rejected = _implicit(row["chosen"], row["rejected"])
         except DataError as error:
             raise DataError(f"{error}; {_found(row)}") from error
-    return Pair(id=_id(row, name), prompt=prompt, chosen=chosen, rejected=rejected, **_own_columns(row))
+    return Pair(id=_id(row, name), prompt=prompt, chosen=chosen, rejected=rejected, **_truncation(row))
 
 
 def _prompt(row: dict[str, Any], name: str) -> Prompt:
@@ -215,7 +213,7 @@ def _prompt(row: dict[str, Any], name: str) -> Prompt:
         answers = (pair.chosen, pair.rejected) if usable else (None, None)
         return Prompt(pair.id, pair.prompt, *answers)
     if row.get("prompt") is not None:
-        return Prompt(_id(row, name), _prompt_messages(row["prompt"]))
+        return Prompt(_id(row, name), prompt_messages(row["prompt"]))
     if row.get("messages") is None:
         raise DataError(f"missing column prompt; {_found(row)}")
     messages = _messages(row["messages"], "messages")
@@ -268,6 +266,12 @@ def load_pairs(source: str, split: str = "", limit: int = 0, splits: Sequence[st
     a hub dataset are in ``left_out``. Raises DataError if there is no usable row.
     """
     return _load(source, split, splits, limit, _pair)
+
+
+def load_run_pairs(path: str) -> Records[Pair]:
+    """The pairs in a run's pairs.jsonl, with what this package wrote beside TRL's columns. In other files, columns of these
+    names (UltraFeedback has a ``source``) are somebody else's."""
+    return _load(path, "", TRAIN_SPLITS, 0, _pair_of_a_run)
 
 
 def load_prompts(source: str, split: str = "", limit: int = 0, splits: Sequence[str] = TRAIN_SPLITS) -> Records[Prompt]:

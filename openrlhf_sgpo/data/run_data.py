@@ -59,8 +59,11 @@ def load_run(config: Config, with_prompts: bool) -> RunRecords:
     return records
 
 
-def inspect_run(records: RunRecords, chat: ChatFormat, config: Config) -> RunData:
-    """Inspects all three; ``report.require`` then raises for exceeded limits. Each text is tokenized once."""
+def inspect_run(records: RunRecords, chat: ChatFormat, config: Config, room: int) -> RunData:
+    """Inspects all three; ``report.require`` then raises for exceeded limits. Each text is tokenized once.
+
+    room: tokens that a prompt must leave for answers.
+    """
     limits = config.data.limits
     held_out = inspect_pairs(
         records.held_out, chat, limits, name=f"--eval.dataset {config.eval.dataset}", trained_on=False
@@ -72,7 +75,7 @@ def inspect_run(records: RunRecords, chat: ChatFormat, config: Config) -> RunDat
         chat,
         limits,
         name=f"--data.prompt_dataset {config.data.prompt_dataset}",
-        room=config.rollout.max_new_tokens,
+        room=room,
         held_out=questions,
     )
     return RunData(human, held_out, prompts)

@@ -98,17 +98,20 @@ def _expected_plays(
     drawn_by = {"policy": own, "mixture": mixture, "previous": policies.previous}
     answers = torch.tensor(list(product(range(game.size), repeat=len(algorithm.roles))))
     log_weights = torch.zeros(len(answers), dtype=torch.float64)
-    columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for place, role in enumerate(algorithm.roles):
         answer = answers[:, place]
         if role == "follower":
             draft = answers[:, 0]
             log_probs, base = follower[draft, answer], follower_reference[draft, answer]
             log_weights = log_weights + log_probs.detach()
-            columns.append((log_probs, base, base))
+            # Every draft has a follower of its own, and so a divergence.
+            divergence = (follower.exp() * (follower - follower_reference)).sum(-1)[draft]
+            columns.append((log_probs, base, base, divergence))
         else:
             log_weights = log_weights + drawn_by[role].detach()[answer]
-            columns.append((own[answer], reference[answer], policies.previous[answer]))
+            divergence = (own.exp() * (own - reference)).sum(-1).expand(len(answer))
+            columns.append((own[answer], reference[answer], policies.previous[answer], divergence))
     preferences = torch.tensor(game.preferences)[answers[:, :, None], answers[:, None, :]]
     weights = log_weights.exp()
     chosen = torch.arange(len(answers))
@@ -117,10 +120,11 @@ def _expected_plays(
         weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
         preferences = _votes(preferences[chosen], generator)
     # One token per answer.
-    log_probs, base, previous = (
+    log_probs, base, previous, exact = (
         torch.stack(column, dim=1)[chosen].unsqueeze(-1) for column in zip(*columns, strict=True)
     )
-    return (weights * algorithm.loss(Plays(log_probs, base, previous, preferences))).sum()
+    plays = Plays(log_probs, base, previous, preferences, exact if algorithm.full_vocabulary else None)
+    return (weights * algorithm.loss(plays)).sum()
 
 
 def _votes(preferences: Tensor, generator: Any) -> Tensor:

@@ -9,11 +9,13 @@ from openrlhf.models import Actor, DPOLoss  # noqa: E402
 from openrlhf.trainer.dpo_trainer import DPOTrainer  # noqa: E402
 from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
 
-from openrlhf_sgpo.openrlhf.actor import load_actor, save_policy  # noqa: E402
+from openrlhf_sgpo.openrlhf.actor import load_actor, save_policy, save_weights  # noqa: E402
+from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, resting, use_adapter  # noqa: E402
 from openrlhf_sgpo.openrlhf.reward import load_reward_model, no_value_head, value_head  # noqa: E402
 from openrlhf_sgpo.openrlhf.strategy import DeepspeedStrategy, build_strategy, openrlhf_arguments  # noqa: E402
 
 __all__ = [
+    "DEFAULT_ADAPTER",
     "Actor",
     "DPOLoss",
     "DPOTrainer",
@@ -25,6 +27,9 @@ __all__ = [
     "load_reward_model",
     "no_value_head",
     "openrlhf_arguments",
+    "resting",
     "save_policy",
+    "save_weights",
+    "use_adapter",
     "value_head",
 ]

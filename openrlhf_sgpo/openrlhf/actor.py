@@ -7,6 +7,7 @@ model is loaded with the user's word on remote code and handed to the Actor as a
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from openrlhf.models import Actor
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from openrlhf_sgpo.config import DTYPES, Config
+from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
 
 
 def load_in_shards(config: Config, strategy: DeepspeedStrategy, trainable: bool) -> HfDeepSpeedConfig | None:
@@ -29,10 +31,18 @@ def load_in_shards(config: Config, strategy: DeepspeedStrategy, trainable: bool)
     return HfDeepSpeedConfig(strategy.get_ds_train_config() if trainable else strategy.get_ds_eval_config())
 
 
-def load_actor(folder: str, config: Config, strategy: DeepspeedStrategy, *, trainable: bool) -> Actor:
+def load_actor(
+    folder: str,
+    config: Config,
+    strategy: DeepspeedStrategy,
+    *,
+    trainable: bool,
+    adapters: Sequence[str] = (DEFAULT_ADAPTER,),
+) -> Actor:
     """An OpenRLHF Actor from a Hugging Face folder or hub name, not yet prepared by the strategy.
 
-    trainable: with gradient checkpointing and LoRA adapters as configured; otherwise a plain frozen model.
+    trainable: with gradient checkpointing and LoRA as configured; otherwise a plain frozen model. adapters: names of the LoRA
+    adapters, which are all trainable; the first one is active.
     """
     shards = load_in_shards(config, strategy, trainable)  # kept until from_pretrained has run
     model = AutoModelForCausalLM.from_pretrained(
@@ -45,32 +55,39 @@ def load_actor(folder: str, config: Config, strategy: DeepspeedStrategy, *, trai
     model.config.use_cache = False
     if trainable and config.ds.lora.rank > 0:
         model.enable_input_require_grads()
-        targets = config.ds.lora.target_modules
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type=TaskType.CAUSAL_LM,
-                r=config.ds.lora.rank,
-                lora_alpha=config.ds.lora.alpha,
-                lora_dropout=config.ds.lora.dropout,
-                target_modules=targets[0] if targets == ["all-linear"] else targets,
-            ),
-        )
+        first, *others = adapters
+        model = get_peft_model(model, _lora_config(config), adapter_name=first)
+        for name in others:
+            model.add_adapter(name, _lora_config(config))
+        model.set_requires_grad(list(adapters))
     set_z3_leaf_modules(model, detect_hybrid=False)
     actor = Actor(model)
     # What the Actor sets itself only when it loads the model from a path.
     actor.packing_samples = config.ds.packing_samples
     actor.is_vlm = False
     if trainable and config.model.gradient_checkpointing_enable:
-        actor.gradient_checkpointing_enable({"use_reentrant": False})
+        several = config.ds.lora.rank > 0 and len(adapters) > 1
+        own = {"context_fn": recompute_contexts(model)} if several else {}
+        actor.gradient_checkpointing_enable({"use_reentrant": False, **own})
     if not trainable:
         actor.requires_grad_(False)
     return actor
 
 
-def _merged_state(state: dict[str, torch.Tensor], model: PeftModel) -> dict[str, torch.Tensor]:
-    """The base model's state with W + (alpha / rank) B A in place of each adapted W."""
-    scaling = model.peft_config["default"].lora_alpha / model.peft_config["default"].r
+def _lora_config(config: Config) -> LoraConfig:
+    targets = config.ds.lora.target_modules
+    return LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.ds.lora.rank,
+        lora_alpha=config.ds.lora.alpha,
+        lora_dropout=config.ds.lora.dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+    )
+
+
+def _merged_state(state: dict[str, torch.Tensor], model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """The base model's state with W + (alpha / rank) B A of one adapter in place of each adapted W."""
+    scaling = model.peft_config[adapter].lora_alpha / model.peft_config[adapter].r
     prefix = "base_model.model."
     merged = {}
     for name, weight in state.items():
@@ -79,15 +96,44 @@ def _merged_state(state: dict[str, torch.Tensor], model: PeftModel) -> dict[str,
             continue
         stem = name.removesuffix(".base_layer.weight")
         if stem != name:
-            down, up = (state[f"{prefix}{stem}.lora_{side}.default.weight"].float() for side in "AB")
+            down, up = (state[f"{prefix}{stem}.lora_{side}.{adapter}.weight"].float() for side in "AB")
             weight = (weight.float() + scaling * up @ down).to(weight.dtype)
             name = f"{stem}.weight"
         merged[name.replace(".base_layer.", ".")] = weight
     return merged
 
 
-def save_policy(actor: Actor, tokenizer: PreTrainedTokenizerBase, folder: str, strategy: DeepspeedStrategy) -> None:
-    """Write the policy as a plain Hugging Face folder; LoRA adapters are merged and also kept in ``folder/adapter``.
+def save_weights(actor: Actor, folder: str, strategy: DeepspeedStrategy, adapter: str = DEFAULT_ADAPTER) -> None:
+    """Write the policy's weights alone, a LoRA adapter merged, to ``folder``/model.safetensors: what an engine takes over.
+
+    Collective: every rank must call it; rank 0 writes.
+    """
+    model = strategy._unwrap_model(actor)
+    state = _whole_state(actor, model)
+    if strategy.is_rank_0():
+        if isinstance(model, PeftModel):
+            state = _merged_state(state, model, adapter)
+        # Tied weights are one tensor under two names, of which a file holds the first.
+        once = {(weight.data_ptr(), weight.shape): name for name, weight in reversed(state.items())}
+        os.makedirs(folder, exist_ok=True)
+        save_file({name: state[name].contiguous() for name in once.values()}, os.path.join(folder, "model.safetensors"))
+    torch.distributed.barrier()
+
+
+def _whole_state(actor: Actor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state of a model that the strategy has prepared. With ZeRO-3 gathering is collective, and rank 0 alone gets it."""
+    sharded = actor.model.zero_optimization_stage() == 3
+    return actor.model._consolidated_16bit_state_dict() if sharded else model.state_dict()
+
+
+def save_policy(
+    actor: Actor,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str,
+    strategy: DeepspeedStrategy,
+    adapter: str = DEFAULT_ADAPTER,
+) -> None:
+    """Write the policy as a plain Hugging Face folder; a LoRA adapter is merged and also kept in ``folder/adapter``.
 
     Collective: every rank must call it; rank 0 writes.
     """
@@ -96,19 +142,20 @@ def save_policy(actor: Actor, tokenizer: PreTrainedTokenizerBase, folder: str, s
     if not isinstance(model, PeftModel):
         strategy.save_model(actor, tokenizer, folder)
         return
-    sharded = actor.model.zero_optimization_stage() == 3
-    # With ZeRO-3 gathering is collective, and rank 0 alone gets the result.
-    state = actor.model._consolidated_16bit_state_dict() if sharded else model.state_dict()
+    state = _whole_state(actor, model)
     if strategy.is_rank_0():
-        model.get_base_model().save_pretrained(folder, state_dict=_merged_state(state, model))
-        adapter = os.path.join(folder, "adapter")
-        os.makedirs(adapter, exist_ok=True)
+        model.get_base_model().save_pretrained(folder, state_dict=_merged_state(state, model, adapter))
+        kept = os.path.join(folder, "adapter")
+        os.makedirs(kept, exist_ok=True)
         save_file(
-            {name: weight.contiguous() for name, weight in get_peft_model_state_dict(model, state).items()},
-            os.path.join(adapter, "adapter_model.safetensors"),
+            {
+                name: weight.contiguous()
+                for name, weight in get_peft_model_state_dict(model, state, adapter_name=adapter).items()
+            },
+            os.path.join(kept, "adapter_model.safetensors"),
         )
-        settings = model.peft_config["default"]
+        settings = model.peft_config[adapter]
         settings.target_modules = sorted(settings.target_modules)  # a set, in another order in every process
-        settings.save_pretrained(adapter)
+        settings.save_pretrained(kept)
         tokenizer.save_pretrained(folder)
     torch.distributed.barrier()

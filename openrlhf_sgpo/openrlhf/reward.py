@@ -17,9 +17,9 @@ def value_head(settings: PretrainedConfig) -> str:
     return getattr(settings, "value_head_prefix", "score")
 
 
-def no_value_head(folder: str, head: str) -> ValueError:
+def no_value_head(folder: str, head: str, flag: str) -> ValueError:
     return ValueError(
-        f"--reward.model_name_or_path {folder} has no weights {head}.weight: it is no reward model, or its value head has "
+        f"--{flag} {folder} has no weights {head}.weight: it is no reward model, or its value head has "
         "another name (value_head_prefix in its config.json)"
     )
 
@@ -42,7 +42,9 @@ def load_reward_model(folder: str, config: Config, strategy: DeepspeedStrategy) 
     )
     del shards
     if f"{head}.weight" in report["missing_keys"]:
-        raise no_value_head(folder, head)
+        raise no_value_head(
+            folder, head, "reward.heads" if folder in config.reward.heads else "reward.model_name_or_path"
+        )
     if settings.normalize_reward:
         # transformers 5 builds a model without memory and then leaves buffers that no file holds, as these, undefined.
         model.mean.fill_(settings.mean)

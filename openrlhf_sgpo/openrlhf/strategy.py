@@ -18,6 +18,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.openrlhf.adapters import groups_by_adapter
 
 
 def openrlhf_arguments(config: Config) -> SimpleNamespace:
@@ -50,7 +51,16 @@ def openrlhf_arguments(config: Config) -> SimpleNamespace:
     )
 
 
-class CpuDeepspeedStrategy(DeepspeedStrategy):
+class AdapterStrategy(DeepspeedStrategy):
+    """The strategy, for actors too whose LoRA adapters have ``learning_rates`` of their own, by the adapter's name."""
+
+    def _get_model_parameters(self, model: Any, **settings: Any) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+        raw_model, groups = super()._get_model_parameters(model, **settings)
+        learning_rates = getattr(model, "learning_rates", None)
+        return raw_model, groups_by_adapter(raw_model, groups, learning_rates) if learning_rates else groups
+
+
+class CpuDeepspeedStrategy(AdapterStrategy):
     """The strategy on gloo and CPU tensors; everything that is not overridden is OpenRLHF's."""
 
     def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
@@ -113,7 +123,7 @@ def build_strategy(config: Config) -> DeepspeedStrategy:
         )
     deepspeed.utils.logger.setLevel(logging.WARNING)  # it reports memory at every engine that is built
     arguments = openrlhf_arguments(config)
-    kind = DeepspeedStrategy
+    kind: type[DeepspeedStrategy] = AdapterStrategy
     if not torch.cuda.is_available():
         kind = CpuDeepspeedStrategy
         # g++ again: the shared-memory all-reduce; gloo serves.

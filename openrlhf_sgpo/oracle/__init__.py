@@ -1,1 +1,61 @@
-"""Who is preferred."""
+"""Who is preferred: built-in oracles, entry points of the group ``openrlhf_sgpo.oracles``, or ``module:Class``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openrlhf_sgpo.algorithms.base import Algorithm
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+from openrlhf_sgpo.oracle.base import (
+    Answer,
+    Comparison,
+    Oracle,
+    PreferenceOracle,
+    Question,
+    Resources,
+    RewardOracle,
+    check_preferences,
+)
+from openrlhf_sgpo.registry import Registry
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.config import Config
+
+ENTRY_POINT_GROUP = "openrlhf_sgpo.oracles"
+
+BUILT_INS = {
+    "implicit": "openrlhf_sgpo.oracle.implicit:ImplicitReward",
+    "reward_model": "openrlhf_sgpo.oracle.reward_model:RewardModel",
+    "reward_heads": "openrlhf_sgpo.oracle.reward_heads:RewardHeads",
+    "preference_model": "openrlhf_sgpo.oracle.preference_model:PreferenceModel",
+    "judge": "openrlhf_sgpo.oracle.judge:Judge",
+}
+
+_registry = Registry("oracle", ENTRY_POINT_GROUP, BUILT_INS, Oracle)
+names, get = _registry.names, _registry.get
+
+
+def judges_itself(config: Config, algorithm: type[Algorithm]) -> bool:
+    """Whether each round's own policy ranks its answers, so that the oracle is another one in every round."""
+    return config.oracle == "implicit" and not issubclass(algorithm, OnPolicyAlgorithm)
+
+
+def make(resources: Resources) -> Oracle:
+    """The oracle of --oracle, the same for a whole run. It loads its models when it is first asked."""
+    return get(resources.config.oracle)(resources)
+
+
+__all__ = [
+    "Answer",
+    "Comparison",
+    "Oracle",
+    "PreferenceOracle",
+    "Question",
+    "Resources",
+    "RewardOracle",
+    "check_preferences",
+    "get",
+    "judges_itself",
+    "make",
+    "names",
+]

@@ -1,12 +1,29 @@
-"""Questions in, rewards out: what every oracle offers, and how rewards become pairs."""
+"""What an oracle says about answers, the two kinds of oracles, and how their word becomes a pair.
+
+This module imports without torch: settings are checked with it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from openrlhf_sgpo.data.records import Messages, Pair
+from openrlhf_sgpo.judge.cache import ContentCache, content_key
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.data.tokens import ChatFormat
+    from openrlhf_sgpo.openrlhf import DeepspeedStrategy
+    from openrlhf_sgpo.training.scoring import Scorer
+
+Matrix = list[list[float]]
+TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -26,13 +43,236 @@ class Question:
     answers: tuple[Answer, ...]
 
 
-class Oracle(Protocol):
-    """``name`` is kept as the source of the pairs that the oracle ranks."""
+class Comparison(NamedTuple):
+    """Two answers in the order in which they are shown. question: its id."""
 
-    name: str
+    question: str
+    prompt: Messages
+    first: Answer
+    second: Answer
+
+    def swapped(self) -> Comparison:
+        return self._replace(first=self.second, second=self.first)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What an oracle may work with.
+
+    chat: the policy's. scorer: the run's own, which the policy's figures come from. folder: the run's, where an oracle keeps
+    what it found. resident: models stay in memory between calls, until ``close``.
+    """
+
+    config: Config
+    strategy: DeepspeedStrategy
+    chat: ChatFormat
+    scorer: Scorer
+    folder: Path
+    resident: bool = False
+
+
+class Oracle:
+    """Base of every oracle. An oracle derives from ``RewardOracle`` or ``PreferenceOracle``.
+
+    Class attributes: ``name`` (value of --oracle, and the source of the pairs that it ranks), ``reads`` (the shared settings
+    that it reads of those that only oracles read, as beginnings of flag names: giving others is an error).
+
+    calls: judgements that were really made so far, not answered out of what was kept. Everything that takes questions is
+    collective: every rank calls it with the same arguments and gets the same result. label: of the progress bar; empty: none.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, resources: Resources | None = None):
+        self.resources = resources
+        self.calls = 0
+        self.scorers: list[Scorer] = []  # those of models of its own
+        self._cache: ContentCache | None = None
+
+    @classmethod
+    def problems(cls, config: Config) -> list[str]:
+        """Problems with the settings, each naming its flag; empty when all is well. Needs no torch."""
+        return []
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raises ValueError for what can be known of folders and servers before a model is loaded."""
 
     def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
         """A reward for each answer of each question; only differences within a question mean something. Collective."""
+        raise NotImplementedError
+
+    def preferences(self, questions: Sequence[Question], label: str) -> list[Matrix]:
+        """Of each question the matrix whose entry [i][j] is the probability that answer i is preferred to answer j: 1/2 on
+        the diagonal and for equal texts, and [i][j] + [j][i] = 1. Collective."""
+        raise NotImplementedError
+
+    def usage(self) -> dict[str, int]:
+        """Running totals of what the oracle has cost, by their names in the ledger."""
+        tokens = {"judge_tokens": sum(one.tokens_scored for one in self.scorers)} if self.scorers else {}
+        return {"judge_calls": self.calls, **tokens}
+
+    def close(self) -> None:
+        """Give back models that are held in memory. Collective."""
+        for scorer in self.scorers:
+            scorer.close()
+
+    def _ask_each(
+        self, items: Sequence[tuple[str, tuple[Any, ...]]], ask: Callable[..., float], label: str
+    ) -> list[float]:
+        """``ask(*arguments)`` of each (question id, arguments), on rank 0, once per content. Collective."""
+        from tqdm import tqdm
+
+        from openrlhf_sgpo import ranks
+
+        def work() -> tuple[list[float], int]:
+            if self._cache is None:
+                folder = self.resources.folder if self.resources else None
+                self._cache = ContentCache(folder and folder / "judgements" / f"{self.name}.jsonl")
+            found, calls = [], 0
+            for question, arguments in tqdm(items, desc=label, unit="call", disable=not label):
+                key = content_key(self.name, *arguments)
+                if key not in self._cache:
+                    self._cache[key] = _number(ask, arguments, f"oracle {self.name}, question {question}")
+                    calls += 1
+                found.append(self._cache[key])
+            return found, calls
+
+        found, calls = ranks.on_rank_0(work)
+        self.calls += calls
+        return found
+
+
+def _number(ask: Callable[..., float], arguments: tuple[Any, ...], start: str) -> float:
+    """What a foreign function returns. Its failure is an error, never a figure."""
+    try:
+        value = float(ask(*arguments))
+    except Exception as error:
+        raise ValueError(f"{start}: {ask.__name__} failed ({type(error).__name__}: {error})") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{start}: {ask.__name__} returned {value}")
+    return value
+
+
+class RewardOracle(Oracle):
+    """An oracle that gives each answer a reward r of its own: p(a, b) = sigmoid(r(a) - r(b)), Bradley and Terry's model.
+
+    It defines ``score``, or ``scores`` for many answers at once.
+    """
+
+    def score(self, prompt: Messages, answer: str) -> float:
+        """The reward of one answer; asked on rank 0, and once per content."""
+        raise NotImplementedError
+
+    def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+        """Rewards of all answers of all questions. Collective; it adds to ``calls``."""
+        items = [(question.id, (question.prompt, one.text)) for question in questions for one in question.answers]
+        found = iter(self._ask_each(items, self.score, label))
+        return [[next(found) for _ in question.answers] for question in questions]
+
+    def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+        found = [list(row) for row in self.scores(questions, label)]
+        for question, row in zip(questions, found, strict=True):
+            if len(row) != len(question.answers) or not all(map(math.isfinite, row)):
+                raise ValueError(
+                    f"oracle {self.name}, question {question.id}: rewards {row} of {len(question.answers)} answers"
+                )
+        return found
+
+    def preferences(self, questions: Sequence[Question], label: str) -> list[Matrix]:
+        rows = zip(questions, self.rewards(questions, label), strict=True)
+        return [
+            antisymmetric(len(row), {(i, j): sigmoid(row[i] - row[j]) for i, j in distinct_pairs(question)})
+            for question, row in rows
+        ]
+
+
+class PreferenceOracle(Oracle):
+    """An oracle that compares two answers at a time, so that its preferences may go round in a circle. As a reward it gives
+    an answer's mean preference over the other answers to the question.
+
+    It defines ``prefer``, or ``compare`` for many comparisons at once, or ``matrices``. Answers are shown in both orders:
+    p(a, b) = [q(a, b) + 1 - q(b, a)] / 2, with q(first, second) what it says of one order.
+    """
+
+    def prefer(self, prompt: Messages, first: str, second: str) -> float:
+        """The probability that the first answer is the better one; asked on rank 0, and once per content."""
+        raise NotImplementedError
+
+    def compare(self, comparisons: Sequence[Comparison], label: str) -> list[float]:
+        """The probability of each comparison's first answer. Collective; it adds to ``calls``."""
+        items = [(one.question, (one.prompt, one.first.text, one.second.text)) for one in comparisons]
+        return self._ask_each(items, self.prefer, label)
+
+    def orders(self, comparison: Comparison) -> list[Comparison]:
+        """The orders in which two answers are shown."""
+        return [comparison, comparison.swapped()]
+
+    def matrices(self, questions: Sequence[Question], label: str) -> list[Matrix]:
+        asked = [
+            (number, pair, one, one.first is question.answers[pair[0]])
+            for number, question in enumerate(questions)
+            for pair in distinct_pairs(question)
+            for one in self.orders(Comparison(question.id, question.prompt, *(question.answers[k] for k in pair)))
+        ]
+        said = self.compare([one for _, _, one, _ in asked], label) if asked else []
+        shares: list[dict[tuple[int, int], list[float]]] = [{} for _ in questions]
+        for (number, pair, one, in_order), share in zip(asked, said, strict=True):
+            if not 0 <= share <= 1:
+                raise ValueError(f"oracle {self.name}, question {one.question}: a preference of {share}")
+            shares[number].setdefault(pair, []).append(share if in_order else 1 - share)
+        return [
+            antisymmetric(len(question.answers), {pair: fmean(both) for pair, both in found.items()})
+            for question, found in zip(questions, shares, strict=True)
+        ]
+
+    def preferences(self, questions: Sequence[Question], label: str) -> list[Matrix]:
+        found = self.matrices(questions, label)
+        check_preferences(self.name, questions, found)
+        return found
+
+    def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+        return [
+            [fmean(row[:index] + row[index + 1 :]) for index, row in enumerate(matrix)]
+            for matrix in self.preferences(questions, label)
+        ]
+
+
+def sigmoid(value: float) -> float:
+    return 0.5 * (1 + math.tanh(value / 2))  # 1 / (1 + exp(-value)) overflows
+
+
+def distinct_pairs(question: Question) -> list[tuple[int, int]]:
+    """Indices i < j of answers with different texts: equal ones need no judgement."""
+    texts = [one.text for one in question.answers]
+    return [(i, j) for i, j in combinations(range(len(texts)), 2) if texts[i] != texts[j]]
+
+
+def antisymmetric(size: int, upper: Mapping[tuple[int, int], float]) -> Matrix:
+    """The matrix of ``size`` answers from its entries above the diagonal; those that are not there are 1/2."""
+    matrix = [[0.5] * size for _ in range(size)]
+    for (i, j), share in upper.items():
+        matrix[i][j], matrix[j][i] = share, 1 - share
+    return matrix
+
+
+def check_preferences(name: str, questions: Sequence[Question], matrices: Sequence[Matrix]) -> None:
+    """Raises ValueError, naming oracle, question and pair, unless every matrix holds probabilities with
+    [i][j] + [j][i] = 1, and 1/2 for equal texts."""
+    if len(matrices) != len(questions):
+        raise ValueError(f"oracle {name}: {len(matrices)} matrices of preferences for {len(questions)} questions")
+    for question, matrix in zip(questions, matrices, strict=True):
+        start, size = f"oracle {name}, question {question.id}", len(question.answers)
+        if len(matrix) != size or any(len(row) != size for row in matrix):
+            raise ValueError(f"{start}: the preferences of {size} answers must be {size} rows of {size}")
+        for i in range(size):
+            for j in range(i, size):
+                p, q = matrix[i][j], matrix[j][i]
+                equal = question.answers[i].text == question.answers[j].text
+                if not (0 <= p <= 1 and abs(p + q - 1) <= TOLERANCE and (not equal or abs(p - 0.5) <= TOLERANCE)):
+                    rule = "equal answers must have 1/2" if equal else "they must be probabilities and add up to 1"
+                    raise ValueError(f"{start}: answer {i} is preferred to {j} with {p}, {j} to {i} with {q}; {rule}")
 
 
 def best_and_worst(rewards: Sequence[float]) -> tuple[int, int]:

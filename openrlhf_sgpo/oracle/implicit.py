@@ -1,16 +1,15 @@
-"""The policy's own implicit reward as preference oracle (self-annotation)."""
+"""A policy's implicit reward as preference oracle: in self-annotated rounds the policy's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from openrlhf_sgpo.data.tokens import Group
-from openrlhf_sgpo.oracle.base import Question
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
+from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.data.tokens import ChatFormat
-    from openrlhf_sgpo.training.scoring import Scorer
+    from openrlhf_sgpo.config import Config
 
 
 def implicit_rewards(policy: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:
@@ -21,25 +20,65 @@ def implicit_rewards(policy: Sequence[float], reference: Sequence[float], beta: 
     return [beta * (p - r) for p, r in zip(policy, reference, strict=True)]
 
 
-class ImplicitReward:
-    """The oracle ``implicit``: the reward of ``policy`` (a model folder) against ``reference``."""
+class ImplicitReward(RewardOracle):
+    """The reward of ``policy`` (a model folder) against ``reference``.
+
+    Without the two it is frozen: the policy of --reward.model_name_or_path against that of --ref.model_name_or_path.
+    A call is an answer that the policy scores.
+    """
 
     name = "implicit"
+    reads: ClassVar[tuple[str, ...]] = ("reward.model_name_or_path",)
 
-    def __init__(self, scorer: Scorer, chat: ChatFormat, policy: str, reference: str, beta: float):
-        self.scorer = scorer
-        self.chat = chat
-        self.policy = policy
-        self.reference = reference
-        self.beta = beta
+    def __init__(self, resources: Resources, policy: str = "", reference: str = ""):
+        super().__init__(resources)
+        config = resources.config
+        self.chat = resources.chat
+        self.policy = policy or config.reward.model_name_or_path
+        self.reference = reference or config.ref.model_name_or_path
+        self.beta = config.model.beta
+        self.scorer = resources.scorer
+        if resources.resident:
+            from openrlhf_sgpo.training.scoring import Scorer
 
-    def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
-        groups = []
-        for question in questions:
-            prompt = self.chat.prompt(question.prompt)
-            room = self.chat.max_len - len(prompt)
-            responses = (self.chat.response(one.text, one.truncated, room) for one in question.answers)
-            groups.append(Group(prompt, tuple(responses)))
-        policy = self.scorer.score(self.policy, groups, f"{label}, policy")
-        reference = self.scorer.score(self.reference, groups, f"{label}, reference")
+            shared = resources.scorer
+            self.scorer = Scorer(config, shared.strategy, shared.pad_token_id, shared.folder, resident=True)
+            self.scorers = [self.scorer]
+
+    @classmethod
+    def problems(cls, config: Config) -> list[str]:
+        if config.reward.model_name_or_path:
+            return []
+        return [
+            "--reward.model_name_or_path: missing, --oracle implicit needs the policy whose implicit reward it is (such as "
+            "round_0/policy of a run of --algo dpo)"
+        ]
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        folders = {"model": config.model.model_name_or_path, "reward": config.reward.model_name_or_path}
+        tokenizers = {
+            group: load_tokenizer(folder, config.model.trust_remote_code, f"{group}.model_name_or_path")
+            for group, folder in folders.items()
+        }
+        if tokenizers["model"].get_vocab() != tokenizers["reward"].get_vocab():
+            raise ValueError(
+                f"--reward.model_name_or_path {folders['reward']} has another vocabulary than --model.model_name_or_path "
+                f"{folders['model']}; --oracle implicit needs a policy that was trained from it"
+            )
+
+    def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+        groups = [as_group(question, self.chat) for question in questions]
+        before = self.scorer.responses_scored
+        policy = self.scorer.score(self.policy, groups, label and f"{label}, policy")
+        self.calls += self.scorer.responses_scored - before
+        reference = self.scorer.score(self.reference, groups, label and f"{label}, reference")
         return [implicit_rewards(p, r, self.beta) for p, r in zip(policy, reference, strict=True)]
+
+
+def as_group(question: Question, chat: ChatFormat) -> Group:
+    """Tokens of a question as the policy answered it. Of an answer without any text the end is scored."""
+    prompt = chat.prompt(question.prompt)
+    room = chat.max_len - len(prompt)
+    responses = (chat.response(one.text, one.truncated, room) for one in question.answers)
+    return Group(prompt, tuple(response or chat.end_of_turn for response in responses))

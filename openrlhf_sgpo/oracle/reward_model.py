@@ -4,53 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from safetensors import safe_open
-from transformers import AutoConfig
-
-from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
-from openrlhf_sgpo.oracle.base import Question
-from openrlhf_sgpo.training.scoring import RewardScorer
+from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.openrlhf import DeepspeedStrategy
+    from openrlhf_sgpo.config import Config
 
 
-def check_reward_model(config: Config) -> None:
-    """Raises ValueError for what can be known of the reward model without loading it: a tokenizer with a chat template, and,
-    for a folder, the weights of a value head."""
-    from openrlhf_sgpo.openrlhf import no_value_head, value_head
+def weight_names(folder: str) -> set[str]:
+    """The names of the weights in a folder; empty for a hub name, whose files are not here yet."""
+    from safetensors import safe_open
 
-    model, trust = config.reward.model_name_or_path, config.model.trust_remote_code
-    ChatFormat(load_tokenizer(model, trust, "reward.model_name_or_path"), config.data.max_len)
-    head = value_head(AutoConfig.from_pretrained(model, trust_remote_code=trust))
-    files = sorted(Path(model).glob("*.safetensors"))
-    names = set()
-    for path in files:
+    names: set[str] = set()
+    for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             names |= set(file.keys())
-    if files and f"{head}.weight" not in names:
-        raise no_value_head(model, head)
+    return names
 
 
-class RewardModel:
-    """The oracle ``reward_model``: reads prompt and answer in its own tokenizer's chat template.
+def check_reward_model(model: str, flag: str, config: Config) -> None:
+    """Raises ValueError for what can be known of a reward model without loading it: a tokenizer with a chat template, and,
+    for a folder, the weights of a value head."""
+    from transformers import AutoConfig
+
+    from openrlhf_sgpo.openrlhf import no_value_head, value_head
+
+    trust = config.model.trust_remote_code
+    ChatFormat(load_tokenizer(model, trust, flag), config.data.max_len)
+    head = value_head(AutoConfig.from_pretrained(model, trust_remote_code=trust))
+    names = weight_names(model)
+    if names and f"{head}.weight" not in names:
+        raise no_value_head(model, head, flag)
+
+
+class RewardReader:
+    """One reward model, which reads prompt and answer in its own tokenizer's chat template.
 
     Raises ValueError if that tokenizer has none.
     """
 
-    name = "reward_model"
+    def __init__(self, model: str, flag: str, resources: Resources):
+        from openrlhf_sgpo.training.scoring import RewardScorer
 
-    def __init__(self, config: Config, strategy: DeepspeedStrategy, folder: Path):
-        self.model = config.reward.model_name_or_path
-        tokenizer = load_tokenizer(self.model, config.model.trust_remote_code, "reward.model_name_or_path")
+        config = resources.config
+        self.model = model
+        tokenizer = load_tokenizer(model, config.model.trust_remote_code, flag)
         self.chat = ChatFormat(tokenizer, config.reward.max_len or config.data.max_len)
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.scorer = RewardScorer(config, strategy, pad, folder)
+        self.scorer = RewardScorer(
+            config, resources.strategy, pad, resources.folder / "rewards", resident=resources.resident
+        )
 
     def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+        """Collective."""
         groups = []
         for question in questions:
             prompt = self.chat.prompt(question.prompt)
@@ -58,4 +66,31 @@ class RewardModel:
             answers = tuple(self.chat.response(one.text, one.truncated, room) for one in question.answers)
             # Where both do not fit, the prompt's end, to which the answers reply, says more than its beginning.
             groups.append(Group(prompt[-(self.chat.max_len - max(map(len, answers))) :], answers))
-        return [list(row) for row in self.scorer.score(self.model, groups, f"{label}, reward model")]
+        return [list(row) for row in self.scorer.score(self.model, groups, label)]
+
+
+class RewardModel(RewardOracle):
+    """The model of --reward.model_name_or_path. A call is an answer that it scores."""
+
+    name = "reward_model"
+    reads: ClassVar[tuple[str, ...]] = ("reward.model_name_or_path", "reward.max_len")
+
+    def __init__(self, resources: Resources):
+        super().__init__(resources)
+        self.reader = RewardReader(resources.config.reward.model_name_or_path, "reward.model_name_or_path", resources)
+        self.scorers = [self.reader.scorer]
+
+    @classmethod
+    def problems(cls, config: Config) -> list[str]:
+        if config.reward.model_name_or_path:
+            return []
+        return ["--reward.model_name_or_path: missing, --oracle reward_model needs it"]
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_reward_model(config.reward.model_name_or_path, "reward.model_name_or_path", config)
+
+    def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+        found = self.reader.rewards(questions, label and f"{label}, reward model")
+        self.calls = self.reader.scorer.responses_scored
+        return found

@@ -1,46 +1,92 @@
-"""Rollouts with transformers and its key-value cache, for machines without vLLM; every rank samples its share."""
+"""Rollouts with transformers and its key-value cache, for machines without vLLM and for mixtures of two models; every rank
+samples its share."""
 
 from __future__ import annotations
 
+from glob import glob
 from typing import Any
 
 import torch
-from torch import distributed
+from safetensors.torch import load_file
+from torch import Tensor, distributed
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.rollout.base import Sample, prompt_seed
 
 
-class HuggingFaceRollout:
-    """A copy of the policy per rank, on the rank's device."""
+class Mixture(LogitsProcessor):
+    """The next token from the geometric mixture policy^(1 - b) reference^b, b = ``share``: logits
+    (1 - b) policy + b reference (Munos et al., arXiv 2312.00886). The reference keeps a key-value cache of its own.
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, folder: str):
+    attention: of the left-padded prompts, (rows, length).
+    """
+
+    def __init__(self, reference: Any, share: float, attention: Tensor):
+        self.reference = reference
+        self.share = share
+        self.attention = attention
+        self.cache = DynamicCache(config=reference.config)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen = self.cache.get_seq_length()
+        new = input_ids[:, seen:]
+        if seen:
+            self.attention = torch.cat([self.attention, torch.ones_like(new)], dim=1)
+        output = self.reference(
+            new,
+            attention_mask=self.attention,
+            position_ids=(self.attention.cumsum(-1) - 1).clamp(min=0)[:, seen:],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return (1 - self.share) * scores + self.share * output.logits[:, -1].to(scores)
+
+
+class HuggingFaceRollout:
+    """A copy of the policy per rank, on the rank's device. share: of the initial reference in the mixture with the policy
+    that answers are drawn from (see ``Mixture``); 0 is the policy itself, and then there is no copy of the reference."""
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, folder: str, share: float = 0.0):
         self.config = config
         self.tokenizer = tokenizer
+        self.share = share
         self.folder = ""
         self.model: Any = None
         self.load(folder)
+        self.reference = self._load(config.ref.model_name_or_path) if share else None
 
     def load(self, folder: str) -> None:
         if folder == self.folder:
             return
-        self.model = None  # the old copy goes before the new one comes
-        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-        self.model = AutoModelForCausalLM.from_pretrained(
+        files = sorted(glob(f"{folder}/*.safetensors"))
+        if self.model is None or not files:
+            self.model = None  # the old copy goes before the new one comes
+            self.model = self._load(folder)
+        else:
+            state = {name: weight for file in files for name, weight in load_file(file).items()}
+            # Tied weights have one name in the file, and one among the parameters.
+            if absent := sorted({name for name, _ in self.model.named_parameters()} - state.keys()):
+                raise ValueError(f"{folder} has no weights for {', '.join(absent[:5])}: it is another kind of model")
+            self.model.load_state_dict(state, strict=False)
+        self.folder = folder
+
+    def _load(self, folder: str) -> Any:
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[self.config.ds.param_dtype],
             attn_implementation=self.config.ds.attn_implementation,
             trust_remote_code=self.config.model.trust_remote_code,
-        ).to(device)
-        self.model.eval()
+        ).to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+        model.eval()
         # Of a model's generation settings only the end of a turn counts here, as in vLLM: a repetition penalty, say, would
         # sample from another distribution than the one that is scored and trained.
-        own = self.model.generation_config
-        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id)
-        self.folder = folder
+        own = model.generation_config
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id)
+        return model
 
     def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
         size = self.config.rollout.batch_size
@@ -49,7 +95,7 @@ class HuggingFaceRollout:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine: dict[int, list[Sample]] = {}
-        for batch in tqdm(batches[rank::world], desc=label, unit="batch", disable=rank != 0):
+        for batch in tqdm(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
             mine.update(zip(batch, self._sample([prompts[index] for index in batch], n, seed), strict=True))
         merged = {index: samples for part in ranks.gather(mine) for index, samples in part.items()}
         return [merged[index] for index in range(len(prompts))]
@@ -62,12 +108,15 @@ class HuggingFaceRollout:
         tokens = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         device = self.model.device
+        rows = attention.repeat_interleave(n, dim=0).to(device)
+        processors = [Mixture(self.reference, self.share, rows)] if self.share else []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(prompt_seed(seed, prompts[0]))
             output = self.model.generate(
                 tokens.to(device),
                 attention_mask=attention.to(device),
                 do_sample=True,
+                logits_processor=processors,
                 num_return_sequences=n,
                 temperature=self.config.rollout.temperature,
                 top_p=self.config.rollout.top_p,
@@ -85,7 +134,7 @@ class HuggingFaceRollout:
         end = next((position for position, token in enumerate(tokens) if token in ends), None)
         kept = tokens if end is None else tokens[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Sample(text, truncated=end is None, tokens=len(kept) + (end is not None))
+        return Sample(text, end is None, tuple(tokens if end is None else tokens[: end + 1]))
 
     @torch.no_grad()
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
@@ -97,4 +146,4 @@ class HuggingFaceRollout:
         return results
 
     def close(self) -> None:
-        self.model = None
+        self.model = self.reference = None

@@ -111,8 +111,8 @@ class VllmRollout:
             for number, prompt in enumerate(prompts)
         ]
         results = [
-            [Sample(one["text"], one["finish_reason"] == "length", len(one["token_ids"])) for one in ray.get(request)]
-            for request in tqdm(requests, desc=label, unit="prompt")
+            [Sample(one["text"], one["finish_reason"] == "length", tuple(one["token_ids"])) for one in ray.get(request)]
+            for request in tqdm(requests, desc=label, unit="prompt", disable=not label)
         ]
         self._sleep()
         return results

@@ -50,6 +50,13 @@ class Logits(NamedTuple):
         """Per-token figures (T,) summed by response, shape (responses,)."""
         return per_token.new_zeros(self.responses).index_add(0, self.response_of, per_token)
 
+    def rows(self, per_token: Tensor) -> Tensor:
+        """Per-token figures (T,) as one row per response, shape (responses, longest response), 0 behind its end."""
+        counts = self.response_of.bincount(minlength=self.responses)
+        within = torch.arange(len(per_token), device=counts.device) - (counts.cumsum(0) - counts)[self.response_of]
+        rows = per_token.new_zeros(self.responses, int(counts.max()))
+        return rows.index_put((self.response_of, within), per_token)
+
 
 def response_log_probs(actor: Actor, groups: list[Group], layout: str, pad_token_id: int) -> Tensor:
     """Sum of log-probabilities over the tokens of each response, shape (total responses,), in the order of ``groups``.
@@ -91,8 +98,19 @@ def extrapolated_log_probs(policy: Logits, reference: Logits, extrapolation: flo
 def sequence_divergence(policy: Logits, reference: Logits) -> Tensor:
     """KL(policy || reference) of each response's tokens, shape (responses,), in nats: the divergence of the two
     next-token distributions over the whole vocabulary, summed along the response."""
-    ours, theirs = policy.values.log_softmax(-1), reference.values.log_softmax(-1)
-    return policy.sums((ours.exp() * (ours - theirs)).sum(-1))
+    return policy.sums(token_divergence(policy, reference))
+
+
+def token_log_probs(logits: Logits, temperature: float) -> Tensor:
+    """Log-probabilities of the response tokens (T,) in the distributions that sampling at this temperature draws from."""
+    values = logits.values / temperature
+    return values.gather(-1, logits.targets[:, None])[:, 0] - values.logsumexp(-1)
+
+
+def token_divergence(policy: Logits, reference: Logits, temperature: float = 1.0) -> Tensor:
+    """KL(policy || reference) of the next-token distributions over the whole vocabulary, in nats, shape (T,)."""
+    ours, theirs = ((one.values / temperature).log_softmax(-1) for one in (policy, reference))
+    return (ours.exp() * (ours - theirs)).sum(-1)
 
 
 def padded_rows(groups: list[Group], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,16 +35,34 @@ class Scorer:
     """Scores groups under a model folder; one model is in memory at a time, and no response is scored twice.
 
     Results are kept per model by a hash of the tokens, in memory and in ``folder`` (one file per model), so that a
-    reference is evaluated once whoever asks, and a resumed run sees the very numbers it saw before.
+    reference is evaluated once whoever asks, and a resumed run sees the very numbers it saw before. resident: models that
+    were asked for stay in memory until ``close``, for those that are asked again at every step.
     """
 
-    def __init__(self, config: Config, strategy: DeepspeedStrategy, pad_token_id: int, folder: Path | None = None):
+    def __init__(
+        self,
+        config: Config,
+        strategy: DeepspeedStrategy,
+        pad_token_id: int,
+        folder: Path | None = None,
+        resident: bool = False,
+    ):
         self.config = config
         self.strategy = strategy
         self.pad_token_id = pad_token_id
         self.folder = folder
+        self.resident = resident
         self.tokens_scored = 0
+        self.responses_scored = 0
         self._known: dict[str, dict[str, float]] = {}
+        self._held: dict[str, Any] = {}
+
+    def close(self) -> None:
+        """Give back the models that are held in memory. Collective."""
+        for actor in self._held.values():
+            _engine(actor).destroy()
+        self._held.clear()
+        release_memory()
 
     def forget(self, model: str) -> None:
         """Drop a model's results from memory."""
@@ -58,7 +76,10 @@ class Scorer:
         ranks.barrier()
 
     def score(self, model: str, groups: list[Group], label: str) -> list[tuple[float, ...]]:
-        """Summed log-probability of each response of each group. Collective: every rank calls it with the same groups."""
+        """Summed log-probability of each response of each group, 0 where there is no ``model``. Collective: every rank calls
+        it with the same groups."""
+        if not model:
+            return [(0.0,) * len(group.responses) for group in groups]
         if model not in self._known:
             # What is on disk is for one rank to say, or ranks could miss different responses.
             self._known[model] = ranks.from_rank_0(self._read(model) if self.strategy.is_rank_0() else {})
@@ -71,6 +92,7 @@ class Scorer:
                 for key, response in zip(row, group.responses, strict=True)
                 if key not in known
             }
+        self.responses_scored += len(missing)
         if missing:
             for found in self._sweep([model], _by_prompt(list(missing.values())), label):
                 known.update(found)
@@ -124,8 +146,10 @@ class Scorer:
         mine = batches[rank::world]
         # ZeRO-3 gathers parameters collectively: every rank must run the same number of forwards.
         mine += [batches[0]] * (-(-len(batches) // world) - len(mine))
-        actors = [self.strategy.prepare(self._load(model)) for model in models]
-        progress = tqdm(total=len(mine), desc=label, unit="batch", disable=not self.strategy.is_rank_0())
+        actors = [self._held.get(model) or self.strategy.prepare(self._load(model)) for model in models]
+        if self.resident:
+            self._held |= dict(zip(models, actors, strict=True))
+        progress = tqdm(total=len(mine), desc=label, unit="batch", disable=not (label and self.strategy.is_rank_0()))
         try:
             for actor in actors:
                 actor.eval()
@@ -146,10 +170,11 @@ class Scorer:
                 yield {key: value for one in gathered for key, value in one.items()}
         finally:
             progress.close()
-            for actor in actors:
-                (actor.model if isinstance(actor, Actor) else actor).destroy()
-            del actors
-            release_memory()
+            if not self.resident:
+                for actor in actors:
+                    _engine(actor).destroy()
+                del actors
+                release_memory()
 
     def _load(self, model: str) -> Any:
         return load_actor(model, self.config, self.strategy, trainable=False)
@@ -181,6 +206,10 @@ def _by_prompt(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list
     for prompt, response in sequences:
         responses.setdefault(prompt, []).append(response)
     return [Group(prompt, tuple(found)) for prompt, found in responses.items()]
+
+
+def _engine(actor: Any) -> Any:
+    return actor.model if isinstance(actor, Actor) else actor
 
 
 def release_memory() -> None:

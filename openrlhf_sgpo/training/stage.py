@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,8 +12,9 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
-from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor, save_policy
+from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, Actor, DeepspeedStrategy, load_actor, save_policy
 from openrlhf_sgpo.run_folder import Metrics, whole_folder
+from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.scoring import release_memory
 from openrlhf_sgpo.training.trainer import PairDataset, PairTrainer, seed_generators
 
@@ -21,6 +23,53 @@ def optimiser_steps(pairs: int, epochs: int, config: Config, world_size: int) ->
     """Steps that a stage takes: each rank has its share of the pairs in whole micro-batches, which go on over epochs."""
     size = config.train.micro_batch_size
     return epochs * (pairs // world_size // size) // (config.train.batch_size // size // world_size)
+
+
+def load_trained(
+    start: str,
+    config: Config,
+    strategy: DeepspeedStrategy,
+    learning_rate: float,
+    steps: int,
+    label: str,
+    adapters: Mapping[str, float] | None = None,
+) -> tuple[Actor, Any, Any]:
+    """The policy in ``start`` with its optimiser and a schedule over ``steps``, prepared by the strategy.
+
+    adapters: names of the LoRA adapters where there are several, each with its multiple of the learning rate.
+    """
+    # Adapters begin at random: with numbers of this stage, whatever the process did before.
+    seed_generators(config.train.seed, label)
+    actor = load_actor(start, config, strategy, trainable=True, adapters=tuple(adapters or (DEFAULT_ADAPTER,)))
+    if adapters:
+        actor.learning_rates = {name: multiple * learning_rate for name, multiple in adapters.items()}
+    optimizer_settings = {
+        "optim": "adam",
+        "adam": vars(config.adam) | {"lr": learning_rate},
+        "lr_scheduler": config.lr_scheduler,
+        "lr_warmup_ratio": config.lr_warmup_ratio,
+        "min_lr_ratio": config.min_lr_ratio,
+        "max_norm": config.max_norm,
+        "scheduler_steps": steps,
+    }
+    return strategy.prepare((actor, optimizer_settings))
+
+
+def write_policy(
+    actor: Actor,
+    tokenizer: PreTrainedTokenizerBase,
+    destination: Path,
+    strategy: DeepspeedStrategy,
+    adapter: str = DEFAULT_ADAPTER,
+) -> None:
+    """The policy as a Hugging Face folder that has its name once it is whole. Collective."""
+    # Rank 0 writes; the others take part in gathering and wait for the final name.
+    if strategy.is_rank_0():
+        with whole_folder(destination) as folder:
+            save_policy(actor, tokenizer, str(folder), strategy, adapter)
+    else:
+        save_policy(actor, tokenizer, str(destination), strategy, adapter)
+    ranks.barrier()
 
 
 def train_stage(
@@ -50,19 +99,8 @@ def train_stage(
             f"{label}: {len(groups)} pairs are fewer than --train.batch_size {config.train.batch_size}, so that no "
             "optimiser step would be taken: lower --train.batch_size"
         )
-    # Adapters begin at random: with numbers of this stage, whatever the process did before.
-    seed_generators(config.train.seed, label)
-    actor = load_actor(start, config, strategy, trainable=True)
-    optimizer_settings = {
-        "optim": "adam",
-        "adam": vars(config.adam) | {"lr": learning_rate},
-        "lr_scheduler": config.lr_scheduler,
-        "lr_warmup_ratio": config.lr_warmup_ratio,
-        "min_lr_ratio": config.min_lr_ratio,
-        "max_norm": config.max_norm,
-        "scheduler_steps": optimiser_steps(len(groups), epochs, config, strategy.world_size),
-    }
-    actor, optimizer, scheduler = strategy.prepare((actor, optimizer_settings))
+    steps = optimiser_steps(len(groups), epochs, config, strategy.world_size)
+    actor, optimizer, scheduler = load_trained(start, config, strategy, learning_rate, steps, label)
     held = None
     if algorithm.extrapolation:
         held = strategy.prepare(load_actor(loss_reference, config, strategy, trainable=False))
@@ -74,7 +112,7 @@ def train_stage(
         layout=config.train.layout,
         metrics=metrics,
         stage=label,
-        checkpoints=destination.with_name("checkpoints"),
+        checkpoints=Checkpoints(destination.with_name("checkpoints"), strategy),
         reference=held,
         model=actor,
         strategy=strategy,
@@ -90,13 +128,7 @@ def train_stage(
         consumed = trainer.restore()
         metrics.rewind(label, consumed // config.train.batch_size)
         trainer.fit(consumed_samples=consumed)
-        # Rank 0 writes; the others take part in gathering and wait for the final name.
-        if strategy.is_rank_0():
-            with whole_folder(destination) as folder:
-                save_policy(actor, tokenizer, str(folder), strategy)
-        else:
-            save_policy(actor, tokenizer, str(destination), strategy)
-        ranks.barrier()
+        write_policy(actor, tokenizer, destination, strategy)
         return int(strategy.all_reduce(trainer.tokens_trained, "sum"))
     finally:
         actor.model.destroy()

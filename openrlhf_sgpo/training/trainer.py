@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import Actor, DistributedSampler, DPOTrainer
+from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
 
 if TYPE_CHECKING:
@@ -63,8 +61,7 @@ class PairTrainer(DPOTrainer):
     Beside OpenRLHF's arguments: ``algorithm`` gives the per-pair loss, ``layout`` the forward (see ``log_probs``),
     ``metrics`` is where each step is logged under ``stage``. Reference log-probabilities come with the batch; a
     ``reference`` model is held only for an algorithm that extrapolates logits. Numbers are read from the device once per
-    optimiser step. ``checkpoints`` is the folder of
-    DeepSpeed checkpoints, written every ``ckpt.save_steps`` steps.
+    optimiser step. ``checkpoints`` are written every ``ckpt.save_steps`` steps.
     """
 
     def __init__(
@@ -74,7 +71,7 @@ class PairTrainer(DPOTrainer):
         layout: str,
         metrics: Metrics,
         stage: str,
-        checkpoints: Path | None = None,
+        checkpoints: Checkpoints | None = None,
         reference: Actor | None = None,
         **openrlhf: Any,
     ):
@@ -121,28 +118,13 @@ class PairTrainer(DPOTrainer):
 
     def restore(self) -> int:
         """Take up the latest checkpoint, if there is one; returns the samples that it has consumed. Collective."""
-        if self.checkpoints is None:
-            return 0
-        if not ranks.from_rank_0(self.strategy.is_rank_0() and self._drop_half_checkpoints()):
-            return 0
-        path, state = self.strategy.load_ckpt(self.model.model, str(self.checkpoints))
-        if path is None:
+        state = self.checkpoints.restore(self.model.model) if self.checkpoints else None
+        if state is None:
             return 0
         self.algorithm.load_state_dict(state["algorithm"])
         # The checkpoint has the sum over all ranks, and so will the end of the stage.
         self.tokens_trained = state["tokens_trained"] if self.strategy.is_rank_0() else 0
         return state["consumed_samples"]
-
-    def _drop_half_checkpoints(self) -> bool:
-        """Whether there is a whole checkpoint. One that a killed process was writing is later than the latest whole one; it
-        would count when OpenRLHF makes room, and the whole one would go."""
-        assert self.checkpoints is not None
-        latest = self.checkpoints / "latest"
-        last = int(latest.read_text().removeprefix("step_")) if latest.exists() else -1
-        for folder in self.checkpoints.glob("step_*"):
-            if int(folder.name.removeprefix("step_")) > last:
-                shutil.rmtree(folder)
-        return last >= 0
 
     def _save_checkpoint(self, step: int) -> None:
         every = self.args.ckpt.save_steps
@@ -153,11 +135,7 @@ class PairTrainer(DPOTrainer):
             "tokens_trained": int(self.strategy.all_reduce(self.tokens_trained, "sum")),
             "algorithm": self.algorithm.state_dict(),
         }
-        # OpenRLHF makes room before it writes: with one more than asked for, the last whole checkpoint stays meanwhile.
-        kept = self.args.ckpt.max_num + 1
-        self.strategy.save_ckpt(
-            self.model.model, str(self.checkpoints), f"step_{step}", kept, self.args.ckpt.max_mem, state
-        )
+        self.checkpoints.save(self.model.model, step, state)
 
     def _micro_step(self, batch: MicroBatch, device: torch.device) -> Tensor:
         """Forward, backward, and the optimiser at an accumulation boundary. Returns (batch, 7), detached."""

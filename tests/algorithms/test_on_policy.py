@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from openrlhf_sgpo.algorithms.on_policy import Plays, policy_gradient_loss
+from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings, sppo_loss
 
 BETA = 0.3
@@ -25,11 +26,21 @@ def tokens(logits):
     return torch.stack([first[:, None].expand(3, 3), second], dim=-1).view(9, 2)
 
 
+def divergence(policy, reference):
+    """KL of the next-token distributions at both tokens of all answers, (9, 2)."""
+    first, second = (
+        (one.log_softmax(-1).exp() * (one.log_softmax(-1) - other.log_softmax(-1).detach())).sum(-1)
+        for one, other in zip(policy, reference, strict=True)
+    )
+    return torch.stack([first.expand(3, 3), second[:, None].expand(3, 3)], dim=-1).view(9, 2)
+
+
 def gradients(level):
     policy, reference = model(0), tokens(model(1)).detach()
     log_probs = tokens(policy)
     weights = log_probs.sum(-1).exp().detach()
-    loss = (weights * policy_gradient_loss(log_probs, reference, GAIN.view(-1), BETA, level)).sum()
+    exact = divergence(policy, model(1)) if level == "full_vocabulary" else None
+    loss = (weights * policy_gradient_loss(log_probs, reference, GAIN.view(-1), BETA, level, exact)).sum()
     return torch.cat([one.reshape(-1) for one in torch.autograd.grad(loss, policy)])
 
 
@@ -40,7 +51,7 @@ def exact():
     return torch.cat([one.reshape(-1) for one in torch.autograd.grad(-objective, policy)])
 
 
-@pytest.mark.parametrize("level", ["sequence", "reward_to_go"])
+@pytest.mark.parametrize("level", ["sequence", "reward_to_go", "full_vocabulary"])
 def test_exact_gradient_of_the_regularised_gain(level):
     assert torch.allclose(gradients(level), exact(), atol=1e-14)
 
@@ -49,6 +60,24 @@ def test_token_local_ignores_what_the_first_token_does_later():
     local = gradients("token_local")
     assert (local[:3] - exact()[:3]).abs().max() > 1e-3
     assert torch.allclose(local[3:], exact()[3:], atol=1e-14)  # nothing comes after the last token
+
+
+def test_the_released_estimate_pushes_away_from_the_divergence():
+    """Detached k3 times the score is the gradient of KL(pi || ref) - KL(ref || pi) (one token, no gain)."""
+    logits = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.1, 0.6, -0.4], dtype=torch.float64).log_softmax(-1)
+    own = logits.log_softmax(-1)
+    settings = SLHFSettings(parity=True, kl_level="token_local", follower_kl_credit=False, kappa=0.0)
+    assert SLHF.check(settings) == []
+    half = torch.full((3, 2, 2), 0.5, dtype=torch.float64)
+    answers = torch.stack([own, own.detach()], dim=1)[..., None]
+    references = torch.stack([reference, own.detach()], dim=1)[..., None]
+    losses = SLHF(settings, BETA).loss(Plays(answers, references, references, half))
+    (found,) = torch.autograd.grad((own.detach().exp() * losses).sum(), logits, retain_graph=True)
+    both = (own.exp() * (own - reference)).sum() - (reference.exp() * (reference - own)).sum()
+    (expected,) = torch.autograd.grad(BETA * both, logits)
+    assert torch.allclose(found, expected, atol=1e-14) and expected.abs().max() > 1e-3
+    assert "parity needs" in SLHF.check(SLHFSettings(parity=True))[0]
 
 
 def test_no_gradient_flows_through_the_gain():

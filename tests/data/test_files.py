@@ -141,7 +141,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_file_format_gives_the_same_records(tmp_path, name, datasets):
     pairs = [
-        Pair(id=f"p{index}", prompt=prompt, chosen=f"Größe {index} ☃", rejected="no\nline", round=index)
+        Pair(id=f"p{index}", prompt=prompt, chosen=f"Größe {index} ☃", rejected="no\nline")
         for index, prompt in enumerate([QUESTION, TALK, QUESTION])
     ]
     rows = [pair.to_row() for pair in pairs]

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
+from openrlhf_sgpo.data.records import load_run_pairs
 from openrlhf_sgpo.run_folder import write_jsonl
 
 QUESTION = [{"role": "user", "content": "Why?"}]
@@ -198,8 +199,11 @@ def named(lines):
 
 
 def test_foreign_columns_are_not_taken_for_this_packages_own(tmp_path):
-    row = without(source=["web"], round="first", flipped="no", scores=[1, 2])
-    assert load_pairs(str(write(tmp_path, row))) == load_pairs(str(write(tmp_path, GOOD)))
+    for foreign in (
+        {"source": ["web"], "round": "first", "flipped": "no", "scores": [1, 2]},
+        {"source": "web", "round": 3, "flipped": True, "scores": {"chosen": 1.0}},
+    ):
+        assert load_pairs(str(write(tmp_path, without(**foreign)))) == load_pairs(str(write(tmp_path, GOOD)))
 
 
 def test_prompts(tmp_path):
@@ -278,7 +282,7 @@ def test_written_pairs_read_back_equal(pairs):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.jsonl"
         write_jsonl(path, [pair.to_row() for pair in pairs])
-        assert load_pairs(str(path)) == pairs
+        assert load_run_pairs(str(path)) == pairs
 
 
 def test_written_rows_have_the_conversational_shape_and_datasets_reads_them(tmp_path, datasets):

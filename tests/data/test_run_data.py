@@ -106,7 +106,7 @@ def test_a_run_without_rounds_or_evaluation_has_one_report(tmp_path, tiny_model)
     argv = arguments(tmp_path, tiny_model)
     config = flags.parse([*argv[:4], *argv[8:]], {"": Config}).instances[""]
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), MAX_LEN)
-    data = inspect_run(load_run(config, with_prompts=False), chat, config)
+    data = inspect_run(load_run(config, with_prompts=False), chat, config, 8)
     assert len(data.reports) == 1
     assert not data.held_out.pairs and not data.prompts.prompts
     assert "held_out" not in {finding.name for finding in data.human.report.findings}

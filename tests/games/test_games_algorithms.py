@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from openrlhf_sgpo import games
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
 from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
 from openrlhf_sgpo.algorithms.nash_md import NashMD, NashMDSettings
+from openrlhf_sgpo.algorithms.on_policy import Plays
 from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
 from openrlhf_sgpo.algorithms.rloo import RLOO, RLOOSettings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
@@ -101,6 +104,26 @@ def test_kappa_weighs_the_follower_alone():
     assert torch.allclose(one[0], five[0], atol=1e-14)
     assert torch.allclose(5 * one[1], five[1], atol=1e-14)
     assert one[1].abs().max() > 1e-3
+
+
+def test_alternating_steps_are_the_two_losses_in_turn():
+    settings = SLHFSettings(kappa=2.0, kappa_mode="alternate")
+    assert SLHF.check(settings) == [] and SLHF.check(SLHFSettings(kappa=0.5, kappa_mode="alternate"))
+    plays = Plays(*(torch.rand(4, 2, 1) for _ in range(3)), torch.rand(4, 2, 2))
+    alternating = SLHF(settings, TAU)
+    losses = [alternating.loss(replace(plays, step=step)) for step in range(1, 7)]
+    assert [torch.equal(loss, losses[0]) for loss in losses] == [True, True, False, True, True, False]
+    assert torch.allclose(losses[0] + losses[2], SLHF(SLHFSettings(kappa=1.0), TAU).loss(plays))
+
+
+@pytest.mark.parametrize("level", ["reward_to_go", "token_local", "full_vocabulary"])
+def test_every_divergence_has_the_same_fixed_point_for_answers_of_one_token(level):
+    exact = games.stackelberg(GAME, TAU, TAU)
+    leader, follower = gradients(GAME, SLHF(SLHFSettings(kl_level=level), TAU), exact.policy, exact.follower)
+    assert max(leader.abs().max(), follower.abs().max()) < 1e-10
+    nash = games.nash_md(GAME, TAU, 0.25).policy
+    moved, _ = gradients(GAME, NashMD(NashMDSettings(0.25, level), TAU), nash)
+    assert moved.abs().max() < 1e-8
 
 
 def test_sampled_votes_tell_the_two_slhf_gradients_apart():

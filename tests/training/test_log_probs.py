@@ -55,6 +55,32 @@ def test_a_response_does_not_see_its_siblings(make_config, groups):
     torch.testing.assert_close(beside[-1:], alone, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_figures_by_token_are_rows_that_sum_to_those_of_the_response(make_config, groups, layout):
+    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+    from openrlhf_sgpo.training.log_probs import response_logits, token_divergence, token_log_probs
+
+    config = make_config()
+    actor = load_actor(config.model.model_name_or_path, config, build_strategy(config), trainable=False)
+    logits = response_logits(actor, groups[:3], layout, 0)
+    per_token = token_log_probs(logits, 1.0)
+    rows = logits.rows(per_token)
+    lengths = [len(response) for group in groups[:3] for response in group.responses]
+    assert rows.shape == (6, max(lengths))
+    assert [int((row != 0).sum()) for row in rows] == lengths
+    assert all((row[length:] == 0).all() for row, length in zip(rows, lengths, strict=True))
+    torch.testing.assert_close(rows.sum(-1), logits.log_probs())
+    torch.testing.assert_close(torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]), per_token)
+    # A lower temperature sharpens: log-probabilities of its own argmax rise, and the distributions part.
+    tempered = logits.values.div(0.5).log_softmax(-1).gather(-1, logits.targets[:, None])[:, 0]
+    torch.testing.assert_close(token_log_probs(logits, 0.5), tempered)
+    other = logits._replace(values=logits.values.flip(-1))
+    distributions = [(one.values / 0.5).double().softmax(-1) for one in (logits, other)]
+    expected = (distributions[0] * (distributions[0] / distributions[1]).log()).sum(-1)
+    torch.testing.assert_close(token_divergence(logits, other, 0.5).double(), expected, rtol=1e-4, atol=1e-4)
+    assert token_divergence(logits, logits).abs().max() < 1e-6
+
+
 def test_scorer_scores_each_response_once(make_config, groups):
     from openrlhf_sgpo.openrlhf import build_strategy
     from openrlhf_sgpo.training.scoring import Scorer

@@ -1,0 +1,213 @@
+"""A client of OpenAI-compatible servers: many requests at a time, failures asked again, every answer kept when it arrives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from openrlhf_sgpo.config import ServerSettings
+from openrlhf_sgpo.data.records import Messages
+from openrlhf_sgpo.judge.cache import ContentCache, content_key
+
+if TYPE_CHECKING:
+    from openai import APIStatusError, AsyncOpenAI
+
+Value = TypeVar("Value")
+
+# Seconds between two attempts: the pause doubles, unless the server asks for more.
+FIRST_PAUSE = 1.0
+LONGEST_PAUSE = 60.0
+LONGEST_REQUESTED = 600.0
+PASSING = (408, 409, 425, 429)  # the client errors that another attempt may not meet
+
+
+class JudgeError(ValueError):
+    """A server did not give what was asked for, in the end."""
+
+
+class Unusable(ValueError):
+    """What an ``accept`` raises for a reply that is no answer: it is asked for again, and never kept."""
+
+
+class Request(NamedTuple):
+    """name: how an error calls it."""
+
+    name: str
+    messages: Messages
+
+
+@dataclass(frozen=True)
+class Reply:
+    """top: the likeliest first tokens with their log-probabilities; empty where the server did not say."""
+
+    text: str
+    finish_reason: str | None = None
+    top: tuple[tuple[str, float], ...] = ()
+
+
+class ChatClient:
+    """Asks the model of ``settings`` with one ``decoding`` (further arguments of chat completions, which are part of what an
+    answer is kept by). For one process: with several ranks, rank 0.
+
+    counts: calls (usable replies that were not kept from before), prompt_tokens and completion_tokens of all replies,
+    failures (attempts that gave nothing usable) and retries. group: of the flags that messages name.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        decoding: Mapping[str, Any],
+        path: Path | None = None,
+        *,
+        group: str = "judge",
+    ):
+        self.settings = settings
+        self.decoding = dict(decoding)
+        self.cache = ContentCache(path)
+        self.group = group
+        self.counts: Counter[str] = Counter()
+        self._jitter = random.Random()
+
+    def ask(self, requests: Sequence[Request], label: str, accept: Callable[[Reply], Value]) -> list[Value]:
+        """What ``accept`` makes of each reply. Replies that are kept are not asked for again, equal requests once. Without a
+        label there is no progress bar.
+
+        Raises JudgeError where a request failed for good; what had arrived by then is kept.
+        """
+        keys = [content_key(self.settings.model, self.decoding, one.messages) for one in requests]
+        missing = {key: one for key, one in zip(keys, requests, strict=True) if key not in self.cache}
+        if missing:
+            asyncio.run(self._ask_all(missing, label, accept))
+        return [accept(_reply(self.cache[key])) for key in keys]
+
+    async def _ask_all(self, missing: Mapping[str, Request], label: str, accept: Callable[[Reply], Any]) -> None:
+        from openai import AsyncOpenAI
+        from tqdm import tqdm
+
+        settings = self.settings
+        todo = iter(missing.items())
+
+        async def work() -> None:
+            for key, request in todo:  # workers share it
+                self.cache[key] = asdict(await self._ask(server, request, accept))
+                progress.update()
+
+        async with AsyncOpenAI(
+            base_url=settings.base_url,
+            api_key=api_key(settings) or "none",
+            timeout=settings.timeout,
+            max_retries=0,  # what counts as a failure is for this class to say
+        ) as server:
+            progress = tqdm(total=len(missing), desc=label, unit="call", disable=not label)
+            workers = [asyncio.ensure_future(work()) for _ in range(min(settings.concurrency, len(missing)))]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+                progress.close()
+
+    async def _ask(self, server: AsyncOpenAI, request: Request, accept: Callable[[Reply], Any]) -> Reply:
+        """One reply that ``accept`` takes. Raises JudgeError."""
+        from openai import APIConnectionError, APIStatusError
+
+        attempts = 1 + self.settings.max_retries
+        for attempt in range(attempts):
+            requested = 0.0
+            try:
+                reply = await self._reply_of(server, request)
+                accept(reply)
+            except APIStatusError as error:
+                problem = _shortened(error.message)
+                self.counts["failures"] += 1
+                if advice := self._hopeless(error):
+                    raise self._failed(request, f"{problem}; {advice}") from error
+                requested = _requested_pause(error)
+            except APIConnectionError as error:
+                problem = _shortened(f"{error} {error.__cause__ or ''}")
+                self.counts["failures"] += 1
+            except Unusable as error:
+                problem = _shortened(str(error))
+                self.counts["failures"] += 1
+            else:
+                self.counts["calls"] += 1
+                return reply
+            if attempt + 1 < attempts:
+                self.counts["retries"] += 1
+                pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * self._jitter.uniform(0.75, 1)
+                await asyncio.sleep(max(pause, requested))
+        raise self._failed(request, f"{problem} (attempt {attempts} of {attempts}, see --{self.group}.max_retries)")
+
+    async def _reply_of(self, server: AsyncOpenAI, request: Request) -> Reply:
+        """What the server says, usable or not."""
+        messages: Any = request.messages
+        try:
+            answer = await server.chat.completions.create(model=self.settings.model, messages=messages, **self.decoding)
+            if answer.usage:
+                self.counts["prompt_tokens"] += answer.usage.prompt_tokens
+                self.counts["completion_tokens"] += answer.usage.completion_tokens
+            choice = answer.choices[0]
+            text = choice.message.content or ""
+            places = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
+            top = tuple((one.token, one.logprob) for one in places[0].top_logprobs) if places else ()
+        # The package raises a JSONDecodeError for half a reply, and takes others for what they are not.
+        except (ValueError, AttributeError, IndexError, TypeError) as error:
+            raise Unusable(f"the server's reply is no chat completion ({type(error).__name__}: {error})") from None
+        return Reply(text, choice.finish_reason, top)
+
+    def _hopeless(self, error: APIStatusError) -> str:
+        """What to do about an error that every further attempt would meet; empty for any other."""
+        flag = f"--{self.group}"
+        if error.status_code in (401, 403):
+            return f"set {flag}.api_key"
+        if error.status_code == 404:
+            return f"is {flag}.model a model of that server, and {flag}.base_url its address up to /v1?"
+        if error.code == "insufficient_quota" or (400 <= error.status_code < 500 and error.status_code not in PASSING):
+            return "the server will not answer this, however often it is asked"
+        return ""
+
+    def _failed(self, request: Request, what: str) -> JudgeError:
+        kept = ""
+        if self.cache.path:
+            kept = (
+                f". {len(self.cache)} answers are kept in {self.cache.path}; the same command again (for a run with --resume) "
+                "asks for the others only"
+            )
+        return JudgeError(
+            f"--{self.group}.base_url {self.settings.base_url}, model {self.settings.model}: {request.name} failed: "
+            f"{what}{kept}"
+        )
+
+
+def api_key(settings: ServerSettings) -> str:
+    return os.environ.get("OPENAI_API_KEY", "") if settings.api_key == "env" else settings.api_key
+
+
+def _reply(value: dict[str, Any]) -> Reply:
+    return Reply(value["text"], value["finish_reason"], tuple((token, logprob) for token, logprob in value["top"]))
+
+
+def _shortened(text: str) -> str:
+    return " ".join(text.split())[:300]
+
+
+def _requested_pause(error: APIStatusError) -> float:
+    """Seconds that the server asks to wait (Retry-After: a number, or a date); 0 if it does not."""
+    value = error.response.headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
+        except (ValueError, TypeError):
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_REQUESTED)

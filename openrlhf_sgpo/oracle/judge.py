@@ -1,0 +1,128 @@
+"""A language model behind an OpenAI-compatible server as preference oracle."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from openrlhf_sgpo.judge.cache import content_key
+from openrlhf_sgpo.judge.client import ChatClient, Reply, Request, Unusable, api_key
+from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
+from openrlhf_sgpo.oracle.comparison import JUDGE, LETTERS, comparison, transcript
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.config import Config
+
+TOP = 20  # the most that OpenAI's servers say, and vLLM's without further settings
+
+
+def letter_share(reply: Reply, temperature: float) -> float:
+    """Probability of A: sigmoid((l_A - l_B) / temperature), l_X the log of the total probability of the tokens that are the
+    letter X but for white space. A letter that is not among the likeliest tokens has none.
+
+    (Arena-style pairwise judges read as in the released SLHF, arXiv 2512.16626, which knows no variants with a space and
+    takes a reply without either letter for a preference.) Raises Unusable if neither letter is there.
+    """
+    found = [[value for token, value in reply.top if token.strip() == letter] for letter in LETTERS]
+    a, b = (math.log(sum(map(math.exp, values))) if values else -math.inf for values in found)
+    if a == b == -math.inf:
+        shown = ", ".join(repr(token) for token, _ in reply.top[:5])
+        raise Unusable(
+            f"neither A nor B is among the likeliest tokens ({shown})"
+            if reply.top
+            else "the server sent no log-probabilities; --judge.logprobs false reads the letter that the judge writes"
+        )
+    return sigmoid((a - b) / temperature)
+
+
+def letter_written(reply: Reply) -> float:
+    """1 for the letter A, 0 for B. Raises Unusable for any other text."""
+    match = re.fullmatch(r"\W*([AB])\W*", reply.text)
+    if match is None:
+        raise Unusable(f"the judge wrote {reply.text[:40]!r}, neither A nor B")
+    return float(match[1] == "A")
+
+
+class Judge(PreferenceOracle):
+    """The model --judge.model of the server --judge.base_url. A call is a comparison in one order that the server answered."""
+
+    name = "judge"
+    reads: ClassVar[tuple[str, ...]] = ("judge.",)
+
+    def __init__(self, resources: Resources):
+        super().__init__(resources)
+        self.config = resources.config
+        self.path = resources.folder / "judgements" / "judge.jsonl"
+        self.client: ChatClient | None = None
+        self.counts: dict[str, int] = {}
+
+    @classmethod
+    def problems(cls, config: Config) -> list[str]:
+        if find_spec("openai") is None:
+            return ["--oracle: judge needs the package openai, which comes with vLLM; pip install openai"]
+        judge = config.judge
+        needed = {"base_url": judge.base_url, "model": judge.model}
+        problems = [f"--judge.{name}: missing, --oracle judge needs it" for name, value in needed.items() if not value]
+        if judge.base_url and not judge.base_url.startswith(("http://", "https://")):
+            problems.append(f"--judge.base_url: {judge.base_url} does not begin with http:// or https://")
+        if judge.api_key == "env" and not api_key(judge):
+            problems.append("--judge.api_key: env, but the variable OPENAI_API_KEY is not set")
+        return problems
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Asks the server one question: address, key, model and log-probabilities show before anything is loaded."""
+        messages = comparison(JUDGE, "User: How much is two and two?", "Four.", "Five.")
+        _client(config).ask([Request("a first question", messages)], "judge: trial", _reader(config))
+
+    def orders(self, comparison: Comparison) -> list[Comparison]:
+        both = super().orders(comparison)
+        if self.config.judge.swap == "both":
+            return both
+        texts = sorted((comparison.first.text, comparison.second.text))
+        # A bit of the contents, so that the pair has one order wherever it is asked.
+        first = texts[int(content_key(self.config.train.seed, comparison.prompt, texts)[-1], 16) % 2]
+        return [one for one in both if one.first.text == first]
+
+    def compare(self, comparisons: Sequence[Comparison], label: str) -> list[float]:
+        from openrlhf_sgpo import ranks
+
+        def work() -> tuple[list[float], dict[str, int]]:
+            self.client = self.client or _client(self.config, self.path)
+            requests = [
+                Request(
+                    f"the comparison of two answers to {one.question}",
+                    comparison(JUDGE, transcript(one.prompt), one.first.text, one.second.text),
+                )
+                for one in comparisons
+            ]
+            return self.client.ask(requests, label and f"{label}, judge", _reader(self.config)), dict(
+                self.client.counts
+            )
+
+        found, self.counts = ranks.on_rank_0(work)
+        self.calls = self.counts.get("calls", 0)
+        return found
+
+    def usage(self) -> dict[str, int]:
+        names = ("calls", "prompt_tokens", "completion_tokens", "failures")
+        return {f"judge_{name}": self.counts.get(name, 0) for name in names}
+
+
+def _client(config: Config, path: Path | None = None) -> ChatClient:
+    if config.judge.logprobs:
+        return ChatClient(
+            config.judge, {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP}, path
+        )
+    # Some write a bracket or a space before the letter.
+    return ChatClient(config.judge, {"max_tokens": 4, "temperature": 0}, path)
+
+
+def _reader(config: Config) -> Callable[[Reply], float]:
+    if config.judge.logprobs:
+        return lambda reply: letter_share(reply, config.judge.temperature)
+    return letter_written

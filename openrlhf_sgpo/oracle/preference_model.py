@@ -1,0 +1,73 @@
+"""A pairwise model that was trained here from pairs (``--algo preference_model``) as preference oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
+from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
+from openrlhf_sgpo.oracle.comparison import LETTERS, fitted
+from openrlhf_sgpo.oracle.reward_model import weight_names
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.config import Config
+
+FLAG = "reward.model_name_or_path"
+
+
+class PreferenceModel(PreferenceOracle):
+    """q(first, second) = sigmoid(log pi(A | x, first, second) - log pi(B | x, first, second)), pi the model of
+    --reward.model_name_or_path, averaged over both orders. A call is a comparison in one order.
+
+    (The pairwise model of Dong et al., arXiv 2405.07863, and before them SLiC-HF, arXiv 2305.10425.)
+    """
+
+    name = "preference_model"
+    reads: ClassVar[tuple[str, ...]] = (FLAG, "reward.max_len")
+
+    def __init__(self, resources: Resources):
+        from openrlhf_sgpo.training.scoring import Scorer
+
+        super().__init__(resources)
+        config = resources.config
+        self.model = config.reward.model_name_or_path
+        self.chat = _chat(config)
+        tokenizer = self.chat.tokenizer
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.letters = tuple(self.chat.response(letter, True, self.chat.max_len) for letter in LETTERS)
+        self.scorer = Scorer(
+            config, resources.strategy, pad, resources.folder / "log_probs", resident=resources.resident
+        )
+        self.scorers = [self.scorer]
+
+    @classmethod
+    def problems(cls, config: Config) -> list[str]:
+        if config.reward.model_name_or_path:
+            return []
+        return [f"--{FLAG}: missing, --oracle preference_model needs the policy of a run of --algo preference_model"]
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        from transformers import AutoConfig
+
+        from openrlhf_sgpo.openrlhf import value_head
+
+        model, trust = config.reward.model_name_or_path, config.model.trust_remote_code
+        fitted([], "", "", _chat(config))
+        if f"{value_head(AutoConfig.from_pretrained(model, trust_remote_code=trust))}.weight" in weight_names(model):
+            raise ValueError(f"--{FLAG} {model} is a reward model; use --oracle reward_model")
+
+    def compare(self, comparisons: Sequence[Comparison], label: str) -> list[float]:
+        groups = []
+        for one in comparisons:
+            messages, _ = fitted(one.prompt, one.first.text, one.second.text, self.chat)
+            groups.append(Group(self.chat.prompt(messages), self.letters))
+        found = self.scorer.score(self.model, groups, label and f"{label}, preference model")
+        self.calls = self.scorer.responses_scored // len(LETTERS)
+        return [sigmoid(a - b) for a, b in found]
+
+
+def _chat(config: Config) -> ChatFormat:
+    tokenizer = load_tokenizer(config.reward.model_name_or_path, config.model.trust_remote_code, FLAG)
+    return ChatFormat(tokenizer, config.reward.max_len or config.data.max_len)

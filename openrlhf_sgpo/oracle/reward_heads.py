@@ -1,0 +1,59 @@
+"""Several reward models that vote: preferences that may go round in a circle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from openrlhf_sgpo.oracle.base import Matrix, PreferenceOracle, Question, Resources, antisymmetric, distinct_pairs
+from openrlhf_sgpo.oracle.reward_model import RewardReader, check_reward_model
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.config import Config
+
+
+def votes(rewards: Sequence[Sequence[float]], i: int, j: int) -> float:
+    """Share of the heads that prefer answer i to answer j, a tie counting one half; rewards: a row per head.
+
+    (The oracle of SLHF's experiments, arXiv 2512.16626, with one model per attribute of HelpSteer2, arXiv 2406.08673; there
+    a tie goes to the first answer.)
+    """
+    points = sum((row[i] > row[j]) + 0.5 * (row[i] == row[j]) for row in rewards)
+    return points / len(rewards)
+
+
+class RewardHeads(PreferenceOracle):
+    """The models of --reward.heads, each with a vote. A call is an answer that one of them scores."""
+
+    name = "reward_heads"
+    reads: ClassVar[tuple[str, ...]] = ("reward.heads", "reward.max_len")
+
+    def __init__(self, resources: Resources):
+        super().__init__(resources)
+        self.readers = [RewardReader(head, "reward.heads", resources) for head in resources.config.reward.heads]
+        self.scorers = [reader.scorer for reader in self.readers]
+
+    @classmethod
+    def problems(cls, config: Config) -> list[str]:
+        heads = config.reward.heads
+        if len(heads) < 2:
+            return [f"--reward.heads: {len(heads)} given, --oracle reward_heads needs 2 or more reward models"]
+        if len(set(heads)) < len(heads):
+            return ["--reward.heads: the same model twice would have two votes; leave one out"]
+        return []
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        for head in config.reward.heads:
+            check_reward_model(head, "reward.heads", config)
+
+    def matrices(self, questions: Sequence[Question], label: str) -> list[Matrix]:
+        heads = [
+            reader.rewards(questions, label and f"{label}, head {number}")
+            for number, reader in enumerate(self.readers, start=1)
+        ]
+        self.calls = sum(scorer.responses_scored for scorer in self.scorers)
+        return [
+            antisymmetric(len(question.answers), {(i, j): votes(rewards, i, j) for i, j in distinct_pairs(question)})
+            for question, *rewards in zip(questions, *heads, strict=True)
+        ]

@@ -1,0 +1,260 @@
+"""The stages of ``openrlhf-sgpo refine``.
+
+    prompts -> y_1 -> y_2 -> ... -> y_depth        a chain: y_1 ~ pi(.|x) or a draft, y_i ~ omega(.|x, y_{i-1}), which is pi
+                                                   in its second role, or a follower with weights of its own
+    prompts -> independent y ~ pi(.|x)             until their tokens are those of the chain
+    both -> oracle -> preferences -> table         if there is an oracle
+
+A stage's rows are taken from its file if that is there, so that a stopped refinement goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate, count
+from pathlib import Path
+
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from openrlhf_sgpo import flags, oracle
+from openrlhf_sgpo.data.inspection import inspect_prompts
+from openrlhf_sgpo.data.records import Prompt, fingerprint, load_prompts
+from openrlhf_sgpo.data.report import require
+from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
+from openrlhf_sgpo.openrlhf import build_strategy
+from openrlhf_sgpo.refinement.budget import affordable, further
+from openrlhf_sgpo.refinement.comparison import Answers, choose, compare
+from openrlhf_sgpo.refinement.drafts import Draft, load_drafts
+from openrlhf_sgpo.refinement.records import Row, Writers, alpaca_eval, answer_rows, figures, table
+from openrlhf_sgpo.refinement.settings import Policy, RefineSettings, run_config
+from openrlhf_sgpo.rollout import Rollout, Sample, check_rollout, start_rollout
+from openrlhf_sgpo.rollout.base import prompt_seed
+from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room
+from openrlhf_sgpo.run_folder import Ledger, RunFolder, read_jsonl, write_json, write_jsonl, write_text
+from openrlhf_sgpo.training.scoring import Scorer
+
+WHOLE = 2**31  # tokens, more than any text has
+
+
+class Refinement:
+    """One refinement. Everything that can be wrong with data and models' folders is found before a model is loaded."""
+
+    def __init__(self, settings: RefineSettings, policy: Policy):
+        transformers_logging.disable_progress_bar()
+        self.settings = settings
+        self.policy = policy
+        self.config = config = run_config(settings, policy.folder)
+        records = load_prompts(settings.prompts, settings.split) if settings.prompts else None
+        self.drafts: dict[str, Draft] = {}
+        if settings.drafts:
+            records, self.drafts = load_drafts(settings.drafts, records)
+        assert records is not None
+        check_rollout(config)
+        if settings.oracle:
+            oracle.get(settings.oracle).check(config)
+        self.tokenizer = load_tokenizer(policy.folder, settings.trust_remote_code, "model")
+        model = AutoConfig.from_pretrained(policy.folder, trust_remote_code=settings.trust_remote_code)
+        longest = getattr(model, "max_position_embeddings", config.data.max_len)
+        if config.data.max_len > longest:
+            raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.chat = ChatFormat(self.tokenizer, config.data.max_len)
+        new = config.rollout.max_new_tokens
+        self.longest = config.data.max_len - new  # context of an answer, in tokens
+        inspected = inspect_prompts(
+            records,
+            self.chat,
+            config.data.limits,
+            name=f"--prompts {settings.prompts}" if settings.prompts else f"--drafts {settings.drafts}",
+            room=follower_room(self.chat, settings.follower_prompt, new) if settings.depth > 1 else new,
+        )
+        print(inspected.report.text(), flush=True)
+        require([inspected.report])
+        self.prompts, self.tokens = inspected.prompts, inspected.tokens
+
+        self.folder = RunFolder(settings.out, "out")
+        digests = {"--prompts": fingerprint(records)}
+        if self.drafts:
+            digests["--drafts"] = fingerprint(list(self.drafts.values()))  # type: ignore[arg-type]
+        self.folder.prepare(flags.dump({"": replace(settings, resume=False)}), settings.resume, digests)
+        write_json(self.folder.path / "data_report.json", [inspected.report.to_dict()])
+        self.strategy = build_strategy(config)
+        self.ledger = Ledger(self.folder.path / "ledger.json", writes=True)
+        self.rollout: Rollout | None = None
+
+    def execute(self) -> Row:
+        """All stages that are not finished yet, and the results; returns the summary."""
+        try:
+            chains = self._chains()
+            budgets = [list(accumulate(sample.tokens for sample in chain)) for chain in chains]
+            samples = self._independent([budget[-1] for budget in budgets])
+        finally:
+            if self.rollout:
+                self.rollout.close()  # an oracle may need its memory
+        answers = []
+        for prompt, chain, own, budget in zip(self.prompts, chains, samples, budgets, strict=True):
+            lengths = [one.tokens for one in own]
+            counts = [affordable(lengths, total) for total in budget]
+            answers.append(Answers(prompt, chain, own, counts, self._draft_by(prompt)))
+        best, preferences = self._judged(answers) if self.settings.oracle else ([], [])
+        return self._write(answers, best, preferences)
+
+    # Stages ---------------------------------------------------------------------------------------------------------
+
+    def _chains(self) -> list[list[Sample]]:
+        """For each prompt its answers by depth."""
+        seed, instruction = self.config.train.seed, self.settings.follower_prompt
+        if self.drafts:
+            chains = [[self._draft(prompt)] for prompt in self.prompts]
+        else:
+            chains = self._generate("depth_1", self.policy.folder, [(tokens, 1) for tokens in self.tokens], seed)
+        for depth in range(2, self.settings.depth + 1):
+            contexts = [
+                follower_context(self.chat, prompt.messages, chain[-1], instruction, self.longest)
+                for prompt, chain in zip(self.prompts, chains, strict=True)
+            ]
+            requests = [(context, 1) for context in contexts]
+            found = self._generate(f"depth_{depth}", self.policy.follower, requests, prompt_seed(seed, (depth,)))
+            for chain, (one,) in zip(chains, found, strict=True):
+                chain.append(one)
+        return chains
+
+    def _draft(self, prompt: Prompt) -> Sample:
+        draft = self.drafts[prompt.id]
+        return Sample(draft.text, draft.truncated, self.chat.response(draft.text, draft.truncated, WHOLE))
+
+    def _draft_by(self, prompt: Prompt) -> str:
+        return self.drafts[prompt.id].generator if self.drafts else ""
+
+    def _drafts_cut(self) -> int:
+        """How many drafts are too long to be shown whole."""
+        told = self.settings.follower_prompt
+        drafts = [(prompt, self.drafts[prompt.id].text) for prompt in self.prompts] if self.drafts else []
+        contexts = (self.chat.prompt(follower_messages(prompt.messages, text, told)) for prompt, text in drafts)
+        return sum(len(context) > self.longest for context in contexts)
+
+    def _independent(self, budgets: list[int]) -> list[list[Sample]]:
+        """For each prompt independent answers, until they have as many tokens as its chain."""
+        samples: list[list[Sample]] = [[] for _ in budgets]
+        if not self.settings.controls:
+            return samples
+        depth, most = self.settings.depth, self.settings.control_samples
+        for wave in count(1):
+            wanted = [
+                further([one.tokens for one in own], budget, depth, most)
+                for own, budget in zip(samples, budgets, strict=True)
+            ]
+            if not any(wanted):
+                return samples
+            requests = list(zip(self.tokens, wanted, strict=True))
+            # Depth 0, so to speak: other random numbers than those of the chains.
+            wave_seed = prompt_seed(self.config.train.seed, (0, wave))
+            found = self._generate(f"independent_{wave}", self.policy.folder, requests, wave_seed)
+            for own, new in zip(samples, found, strict=True):
+                own += new
+        raise AssertionError  # count has no end
+
+    def _judged(self, answers: Sequence[Answers]) -> tuple[list[list[int]], list[Row]]:
+        """By prompt and depth the best of the samples, empty if that is not asked for; and the rows of preferences."""
+        config, controls = self.config, self.settings.controls or []
+        scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
+        judge = oracle.make(oracle.Resources(config, self.strategy, self.chat, scorer, self.folder.path, resident=True))
+        best: list[list[int]] = []
+        try:
+            if "best_of_n" in controls:
+                chosen = self._stage("best_of_n", lambda _: choose(judge, answers), judge.usage)
+                best = [row["best"] for row in chosen]
+            return best, self._stage(
+                "preferences",
+                lambda _: compare(judge, answers, "iid" in controls, best, config.train.seed),
+                judge.usage,
+            )
+        finally:
+            judge.close()
+
+    def _generate(
+        self, name: str, folder: str, requests: Sequence[tuple[Tokens, int]], seed: int
+    ) -> list[list[Sample]]:
+        """n samples for each (context, n) that is asked for, by the weights in a folder."""
+
+        def work(cost: dict[str, float]) -> list[Row]:
+            if self.rollout is None:
+                self.rollout = start_rollout(self.config, self.tokenizer, folder)
+            self.rollout.load(folder)
+            found: dict[int, list[Sample]] = {}
+            for n in sorted({n for _, n in requests} - {0}):
+                numbers = [number for number, (_, wanted) in enumerate(requests) if wanted == n]
+                contexts = [requests[number][0] for number in numbers]
+                label = name.replace("_", " ") + (f", {n} each" if n > 1 else "")
+                found |= dict(zip(numbers, self.rollout.generate(contexts, n, seed, label), strict=True))
+                cost["tokens_prompt"] = cost.get("tokens_prompt", 0) + sum(map(len, contexts))
+            cost["samples"] = sum(map(len, found.values()))
+            cost["tokens_generated"] = sum(one.tokens for own in found.values() for one in own)
+            return [
+                {
+                    "id": prompt.id,
+                    "context_tokens": len(context),
+                    "samples": [
+                        {"text": one.text, "truncated": one.truncated, "token_ids": one.token_ids}
+                        for one in found.get(number, [])
+                    ],
+                }
+                for number, (prompt, (context, _)) in enumerate(zip(self.prompts, requests, strict=True))
+            ]
+
+        return [
+            [Sample(one["text"], one["truncated"], tuple(one["token_ids"])) for one in row["samples"]]
+            for row in self._stage(name, work)
+        ]
+
+    def _stage(
+        self,
+        name: str,
+        work: Callable[[dict[str, float]], list[Row]],
+        usage: Callable[[], dict[str, int]] = dict,
+    ) -> list[Row]:
+        """The rows of a stage's file, which ``work`` makes if it is not there. usage: running totals of what it costs."""
+        path = self.folder.path / "stages" / f"{name}.jsonl"
+        if not path.exists():
+            before = usage()
+            with self.ledger.stage(name) as cost:
+                rows = work(cost)
+                cost |= {key: total - before[key] for key, total in usage().items()}
+            write_jsonl(path, rows)
+        return read_jsonl(path)
+
+    # Results --------------------------------------------------------------------------------------------------------
+
+    def _samples_cut(self, one: Answers) -> bool:
+        """Whether the chain would have paid for more than ``--control_samples``."""
+        spent = sum(sample.tokens for sample in one.samples)
+        return len(one.samples) == self.settings.control_samples and spent < sum(sample.tokens for sample in one.chain)
+
+    def _write(self, answers: Sequence[Answers], best: list[list[int]], preferences: list[Row]) -> Row:
+        settings, path = self.settings, self.folder.path
+        by = Writers(self.policy.name, Path(settings.prompts or settings.drafts).stem, settings.follower_prompt)
+        found = [
+            row for number, one in enumerate(answers) for row in answer_rows(one, best[number] if best else [], by)
+        ]
+        write_jsonl(path / "answers.jsonl", found)
+        for name, outputs in alpaca_eval(found, by.dataset).items():
+            write_json(path / name, outputs)
+        summary: Row = {
+            "model": self.policy.name,
+            "policy": self.policy.folder,
+            "follower": self.policy.follower,
+            "prompts": len(answers),
+            "drafts": settings.drafts,
+            "drafts_cut": self._drafts_cut(),
+            "oracle": settings.oracle,
+            "samples_cut": sum(self._samples_cut(one) for one in answers),
+            "depths": figures(answers, preferences),
+        }
+        write_json(path / "summary.json", summary)
+        text = table(summary["depths"])
+        write_text(path / "table.txt", text)
+        print(text, flush=True)
+        return summary

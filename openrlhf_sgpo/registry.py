@@ -1,0 +1,101 @@
+"""How a name becomes a class: a built-in, an entry point that another package declares, or ``module:Class`` given directly.
+
+Nothing is imported before it is asked for: the file behind a name may be heavy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+Base = TypeVar("Base")
+
+
+class Registry(Generic[Base]):
+    """Classes of one kind by name.
+
+    kind: the word for one of them in messages. group: of entry points. built_ins: ``module:Class`` by name. base: what a
+    class must derive from. complaint: what else is wrong with a class, None if nothing is.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        group: str,
+        built_ins: Mapping[str, str],
+        base: type[Base],
+        complaint: Callable[[type[Base]], str | None] = lambda found: None,
+    ):
+        self.kind = kind
+        self.group = group
+        self.built_ins = built_ins
+        self.base = base
+        self.complaint = complaint
+
+    def names(self) -> list[str]:
+        """Registered names: the built-ins, then the entry points in alphabetical order."""
+        found = {entry.name for entry in importlib.metadata.entry_points(group=self.group)}
+        return [*self.built_ins, *sorted(found - self.built_ins.keys())]
+
+    def origin(self, name: str) -> str:
+        """Where a registered name comes from: ``built in``, or the distributions whose entry points claim it."""
+        return " and ".join(dict.fromkeys(self._claims(name).values())) or "not registered"
+
+    def get(self, name: str) -> type[Base]:
+        """The class behind a registered name or a ``module:Class``.
+
+        Raises ValueError, naming the culprit, if the name is unknown or claimed twice (an entry point never shadows a
+        built-in), if the module cannot be imported or lacks the class, or if the class is not a usable one.
+        """
+        if ":" in name:
+            return self._load(name)
+        claims = self._claims(name)
+        if not claims:
+            close = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.4)
+            hint = f"; did you mean {close[0]}?" if close else ";"
+            raise ValueError(
+                f"unknown {self.kind} {name!r}{hint} known: {', '.join(self.names())}, or give module:Class"
+            )
+        if len(claims) > 1:
+            both = " and ".join(f"{target} ({source})" for target, source in claims.items())
+            raise ValueError(f"{self.kind} {name!r} is claimed by {both}; uninstall one, or give module:Class")
+        target = next(iter(claims))
+        found: Any = self._load(target)
+        if found.name != name:
+            raise ValueError(f"{self.kind} {name!r}: {target} calls itself {found.name!r}; the two names must agree")
+        return found
+
+    def _claims(self, name: str) -> dict[str, str]:
+        """Where each claim to a name comes from, by its target: packages may well list the same class twice."""
+        claims = {self.built_ins[name]: "built in"} if name in self.built_ins else {}
+        for entry in importlib.metadata.entry_points(group=self.group, name=name):
+            source = entry.dist.name if entry.dist is not None else "an unnamed distribution"
+            claims.setdefault(f"{entry.module}:{entry.attr}", f"entry point of {source}")
+        return claims
+
+    def _load(self, target: str) -> type[Base]:
+        """Imports ``module:Class``; raises ValueError if that yields no usable class."""
+        start = f"{self.kind} {target!r}:"
+        module_name, _, class_name = target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # foreign code: whatever it raises, the user must learn which file it was
+            raise ValueError(
+                f"{start} cannot import module {module_name!r} ({type(error).__name__}: {error})"
+            ) from error
+        found = getattr(module, class_name, None)
+        if found is None:
+            raise ValueError(f"{start} module {module_name!r} has no class {class_name!r}")
+        if not (isinstance(found, type) and issubclass(found, self.base)):
+            raise ValueError(f"{start} {class_name!r} is not a subclass of {self.base.__module__}.{self.base.__name__}")
+        # An algorithm's name is also the group of its flags: a dot or a dash would make them unreachable.
+        name = getattr(found, "name", None)
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(f"{start} its attribute 'name' must be an identifier, it is {name!r}")
+        complaint = self.complaint(found)
+        if complaint:
+            raise ValueError(f"{start} {complaint}")
+        return found

@@ -1,0 +1,90 @@
+"""Who answers in a play: the policy, a mixture of policy and reference, or the follower, who sees the play's first answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from openrlhf_sgpo.rollout.base import Rollout, Sample, prompt_seed
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Role
+    from openrlhf_sgpo.data.records import Messages, Prompt
+    from openrlhf_sgpo.data.tokens import ChatFormat
+
+Tokens = tuple[int, ...]
+
+
+def follower_messages(prompt: Messages, draft: str, instruction: str) -> Messages:
+    """The follower's context (Pasztor et al., arXiv 2512.16626): prompt, draft, and what to do with it. Earlier drafts are
+    not in it, so that it does not grow when drafts are refined again."""
+    return [*prompt, {"role": "assistant", "content": draft.strip()}, {"role": "user", "content": instruction}]
+
+
+def follower_context(chat: ChatFormat, prompt: Messages, draft: Sample, instruction: str, longest: int) -> Tokens:
+    """Tokens of the follower's context; a draft that would make it longer than ``longest`` is shown without its end.
+
+    Raises ValueError if prompt and instruction alone are longer.
+    """
+    text, ids = draft.text, draft.token_ids
+    while len(context := chat.prompt(follower_messages(prompt, text, instruction))) > longest:
+        if not ids:
+            raise ValueError(
+                f"the follower's prompt and instruction have {len(context)} tokens, {longest} fit: raise --data.max_len"
+            )
+        ids = ids[: len(ids) - (len(context) - longest)] if len(ids) > len(context) - longest else ()
+        text = chat.tokenizer.decode(ids, skip_special_tokens=True)
+    return context
+
+
+def follower_room(chat: ChatFormat, instruction: str, max_new_tokens: int) -> int:
+    """Tokens that a prompt must leave for draft, instruction and the follower's answer."""
+    question: Messages = [{"role": "user", "content": "?"}]
+    added = len(chat.prompt(follower_messages(question, "", instruction))) - len(chat.prompt(question))
+    return added + 2 * max_new_tokens
+
+
+class Roles:
+    """Draws the answers of plays. engine: for every role but the mixture with the reference. mixture: for that one; may be the
+    engine where the reference's share is 0. folders: with the weights of each role, which are loaded before it answers."""
+
+    def __init__(
+        self,
+        algorithm: OnPolicyAlgorithm,
+        chat: ChatFormat,
+        engine: Rollout,
+        mixture: Rollout,
+        folders: Mapping[Role, str],
+        longest: int,
+    ):
+        self.runs = [(role, len(list(run))) for role, run in groupby(algorithm.roles)]
+        self.instruction = algorithm.follower_prompt
+        self.chat = chat
+        self.engine = engine
+        self.mixture = mixture
+        self.folders = folders
+        self.seconds_loading = 0.0
+        self.longest = longest  # context of an answer, in tokens
+
+    def answer(
+        self, prompts: Sequence[Prompt], tokens: Sequence[Tokens], seed: int
+    ) -> list[list[tuple[Tokens, Sample]]]:
+        """For each prompt its answers with their contexts, in the order of the roles. tokens: of the prompts. Collective."""
+        answers: list[list[tuple[Tokens, Sample]]] = [[] for _ in prompts]
+        for place, (role, count) in enumerate(self.runs):
+            contexts = list(tokens)
+            if role == "follower":
+                contexts = [
+                    follower_context(self.chat, prompt.messages, own[0][1], self.instruction, self.longest)
+                    for prompt, own in zip(prompts, answers, strict=True)
+                ]
+            rollout = self.mixture if role == "mixture" else self.engine
+            start = time.perf_counter()
+            rollout.load(self.folders[role])  # nothing happens if the role before had the same
+            self.seconds_loading += time.perf_counter() - start
+            found = rollout.generate(contexts, count, prompt_seed(seed, (place,)), label="")
+            for own, context, samples in zip(answers, contexts, found, strict=True):
+                own += [(context, sample) for sample in samples]
+        return answers

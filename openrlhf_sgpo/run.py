@@ -1,0 +1,187 @@
+"""What every run has, whatever its loop: checked data, strategy, run folder, engines, evaluation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from openrlhf_sgpo import flags, oracle, ranks
+from openrlhf_sgpo.algorithms.base import Algorithm
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.data.records import Pair, fingerprint
+from openrlhf_sgpo.data.report import require
+from openrlhf_sgpo.data.run_data import inspect_run, load_run
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
+from openrlhf_sgpo.evaluation import Evaluator
+from openrlhf_sgpo.fork import check_source, take_over
+from openrlhf_sgpo.openrlhf import build_strategy
+from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
+from openrlhf_sgpo.run_folder import Ledger, Metrics, RunFolder, write_json, write_text
+from openrlhf_sgpo.table import results_table
+from openrlhf_sgpo.training.log_probs import check_layout
+from openrlhf_sgpo.training.scoring import Scorer
+
+PROBES = 16  # fixed texts that prove a weight sync
+
+
+class Run:
+    """One run of one algorithm; a loop derives from it and gives it ``execute``."""
+
+    def __init__(self, config: Config, algorithm: type[Algorithm], options: Any):
+        transformers_logging.disable_progress_bar()  # a bar per shard and stage would drown this package's own
+        self.config = config
+        self.algorithm = algorithm
+        self.options = options
+        self.folder = RunFolder(config.ckpt.output_dir)
+        # Data is read before anything expensive, so that a bad row costs seconds.
+        samples = config.rounds.count > 0
+        records = load_run(config, with_prompts=samples)
+        if samples:
+            check_rollout(config)
+        if samples and not oracle.judges_itself(config, algorithm):
+            oracle.get(config.oracle).check(config)
+        name, trust = config.model.model_name_or_path, config.model.trust_remote_code
+        self.tokenizer = load_tokenizer(name, trust, "model.model_name_or_path")
+        model = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+        longest = getattr(model, "max_position_embeddings", config.data.max_len)
+        if config.data.max_len > longest:
+            raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
+        check_layout(config, model.get_text_config())
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.chat = ChatFormat(self.tokenizer, config.data.max_len)
+        self.data = inspect_run(records, self.chat, config, self._room())
+        if os.environ.get("RANK", "0") == "0":  # the strategy does not exist yet
+            print("\n".join(report.text() for report in self.data.reports), flush=True)
+        require(self.data.reports)
+        self._check_prompts()
+        held_out = self._held_out()
+
+        resolved = {"": replace(config, resume=False), algorithm.name: options}
+        self.strategy = build_strategy(config)
+        self.writes = self.strategy.is_rank_0()
+        ranks.on_rank_0(lambda: self._prepare_folder(resolved))
+        self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
+        self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
+        self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
+        self.rollout: Rollout | None = None
+        self.oracle: oracle.Oracle | None = None
+        self.evaluator = Evaluator(
+            config,
+            self.scorer,
+            self.chat,
+            held_out,
+            self._probes() if samples else [],
+            self._engine if samples else None,
+            self._frozen_oracle if samples and not oracle.judges_itself(config, algorithm) else None,
+            self.writes,
+        )
+
+    def _prepare_folder(self, resolved: dict[str, Any]) -> None:
+        data = {"data.dataset": self.data.human.pairs, "eval.dataset": self.data.held_out.pairs}
+        digests = {f"--{name}": fingerprint(rows) for name, rows in data.items()}
+        digests["--data.prompt_dataset"] = fingerprint(self.data.prompts.prompts)
+        source = RunFolder(self.config.ckpt.fork_from) if self.config.ckpt.fork_from else None
+        if source:
+            check_source(source, self.folder, flags.to_dict(resolved), digests)
+        self.folder.prepare(flags.dump(resolved), self.config.resume, digests)
+        write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
+        if source:
+            take_over(source, self.folder)
+
+    def _check_prompts(self) -> None:
+        """Raises ValueError if the prompts are too few for the run; called when data is known and nothing else is."""
+
+    def _room(self) -> int:
+        """Tokens that a prompt must leave within ``--data.max_len``."""
+        return self.config.rollout.max_new_tokens
+
+    def execute(self) -> list[dict[str, Any]]:
+        """All stages that are not finished yet; returns the rows of the results table, start first."""
+        raise NotImplementedError
+
+    def _write_table(self, rows: list[dict[str, Any]]) -> None:
+        if self.writes:
+            table = results_table(rows, self.ledger.stages)
+            write_text(self.folder.path / "table.txt", table)
+            print(table)
+
+    def _close(self) -> None:
+        self.metrics.close()
+        if self.rollout:
+            self.rollout.close()
+        if self.oracle:
+            self.oracle.close()
+
+    def _evaluate(self, name: str, policy: str, previous: str | None, path: Path) -> dict[str, Any]:
+        """evaluation.json of a policy; also the moment at which the engines take it over."""
+        row = self.evaluator.read(path)
+        if row is None:
+            with self.ledger.stage(f"{path.name}/evaluate") as cost, self._counting(cost):
+                row = self.evaluator.evaluate(name, policy, previous, path, cost)
+        return row
+
+    def _policy_before(self, number: int) -> str:
+        return self.config.model.model_name_or_path if number == 0 else str(self.folder.policy(number - 1))
+
+    def _held_out(self) -> list[tuple[Pair, Group]]:
+        """The held-out pairs as the algorithm sees them."""
+        known = self.data.held_out
+        pairs = self.algorithm.pairs(known.pairs, self.chat)
+        tokens = ((pair, known.tokens_of(pair) or self.chat.pair(pair)) for pair in pairs)
+        return [(pair, group) for pair, group in tokens if group is not None]
+
+    def _probes(self) -> list[Group]:
+        """Fixed texts for the weight probe; an engine wants room for one more token."""
+        longest = self.config.data.max_len - 1
+        candidates = self.data.held_out.groups[:PROBES] or self.data.human.groups[:PROBES]
+        if not candidates:
+            # A run on prompts alone: the end of a prompt is as good a text.
+            return [Group(ids[:-4], (ids[-4:],)) for ids in self.data.prompts.tokens[:PROBES]]
+        return [Group(group.prompt, (group.responses[0][: longest - len(group.prompt)],)) for group in candidates]
+
+    def _engine(self, policy: str) -> Rollout:
+        if self.rollout is None:
+            self.rollout = start_rollout(self.config, self.tokenizer, policy)
+        self.rollout.load(policy)
+        return self.rollout
+
+    def _frozen_oracle(self) -> oracle.Oracle:
+        """The oracle of --oracle. Where it is asked in every step its models stay in memory."""
+        if self.oracle is None:
+            path, resident = self.folder.path, issubclass(self.algorithm, OnPolicyAlgorithm)
+            self.oracle = oracle.make(
+                oracle.Resources(self.config, self.strategy, self.chat, self.scorer, path, resident)
+            )
+        return self.oracle
+
+    def _finished(self, number: int, stage: str) -> bool:
+        return ranks.from_rank_0(self.folder.finished(number, stage))
+
+    def _finish(self, number: int, stage: str, facts: dict[str, Any]) -> None:
+        if self.writes:
+            self.folder.finish(number, stage, facts)
+        ranks.barrier()
+
+    @contextmanager
+    def _counting(self, cost: dict[str, float]) -> Iterator[None]:
+        before = self.scorer.tokens_scored
+        yield
+        cost["tokens_scored"] = self.scorer.tokens_scored - before
+
+    def _name(self, model: str) -> str:
+        """A policy of this run by its place in the run folder, so that the folder can be moved."""
+        path = Path(model)
+        return str(path.relative_to(self.folder.path)) if path.is_relative_to(self.folder.path) else model
+
+    def _say(self, text: str) -> None:
+        if self.writes:
+            print(text, flush=True)

@@ -1,0 +1,206 @@
+"""The client against a real server on this machine that fails in every way it knows."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from judge_server import JudgeServer
+
+from openrlhf_sgpo.config import ServerSettings
+from openrlhf_sgpo.judge import client
+from openrlhf_sgpo.judge.cache import ContentCache, content_key
+from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unusable
+
+DECODING = {"max_tokens": 1, "temperature": 0}
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+
+
+def echo(text: str) -> list[tuple[str, float]]:
+    return [(f"echo of {text}", 0.0)]
+
+
+def settings(server: JudgeServer, **changes) -> ServerSettings:
+    return ServerSettings(**{"base_url": server.url, "model": "echo", "max_retries": 3, "timeout": 30.0} | changes)
+
+
+def requests(count: int) -> list[Request]:
+    return [Request(f"text {i}", [{"role": "user", "content": f"text {i}"}]) for i in range(count)]
+
+
+def text_of(reply):
+    return reply.text
+
+
+def test_replies_come_in_the_order_of_the_requests_and_equal_ones_are_asked_once():
+    with JudgeServer(judge=echo) as server:
+        chat = ChatClient(settings(server), DECODING)
+        asked = requests(5)
+        found = chat.ask([*asked[::-1], *asked], "test", text_of)
+        assert found == [f"echo of text {i}" for i in (4, 3, 2, 1, 0, 0, 1, 2, 3, 4)]
+        assert sorted(server.asked) == [f"text {i}" for i in range(5)]
+        assert chat.counts == {"calls": 5, "prompt_tokens": 10, "completion_tokens": 5}
+        assert all(body.items() >= (DECODING | {"model": "echo"}).items() for body in server.bodies)
+
+
+def test_requests_at_a_time():
+    with JudgeServer(judge=echo, pause=0.05) as server:
+        ChatClient(settings(server, concurrency=4), DECODING).ask(requests(20), "test", text_of)
+        assert server.busiest == 4
+
+
+def test_what_was_asked_decides_what_is_kept(tmp_path):
+    """Model, messages and decoding: another of one is another question; the address is not."""
+    path = tmp_path / "judgements/cache.jsonl"
+    with JudgeServer(judge=echo) as server, JudgeServer(judge=echo) as elsewhere:
+        ChatClient(settings(server), DECODING, path).ask(requests(3), "test", text_of)
+        again = ChatClient(settings(elsewhere, timeout=9.0), dict(reversed(DECODING.items())), path)
+        assert again.ask(requests(3), "test", text_of) == [f"echo of text {i}" for i in range(3)]
+        assert elsewhere.asked == [] and again.counts == {}
+        ChatClient(settings(server), DECODING | {"seed": 1}, path).ask(requests(1), "test", text_of)
+        ChatClient(settings(server, model="other"), DECODING, path).ask(requests(1), "test", text_of)
+        ChatClient(settings(server), DECODING, path).ask(requests(4), "test", text_of)
+        assert len(server.asked) == 3 + 1 + 1 + 1 and len(ContentCache(path)) == 6
+
+
+PASSING = {"500": "luck", "429": "luck", "slow": "timed out", "half": "JSON", "cut": "body", "nonsense": "completion"}
+
+
+@pytest.mark.parametrize("mode", PASSING)
+def test_a_failure_that_passes_is_asked_again(mode, tmp_path):
+    with JudgeServer(lambda _, times: mode if times == 0 else None, judge=echo, delay=3.0) as server:
+        patience = 1.0 if mode == "slow" else 30.0
+        chat = ChatClient(settings(server, timeout=patience), DECODING, tmp_path / "cache.jsonl")
+        start = time.perf_counter()
+        assert chat.ask(requests(3), "test", text_of) == [f"echo of text {i}" for i in range(3)]
+        seconds = time.perf_counter() - start
+        assert chat.counts["calls"] == chat.counts["failures"] == chat.counts["retries"] == 3
+        assert [server.times(f"text {i}") for i in range(3)] == [2, 2, 2]
+    assert mode != "429" or seconds >= 1, "the server asked for a second"
+    assert len(ContentCache(tmp_path / "cache.jsonl")) == 3
+
+
+@pytest.mark.parametrize(("mode", "reason"), PASSING.items())
+def test_a_failure_that_stays_is_an_error_and_the_rest_is_kept(mode, reason, tmp_path):
+    def plan(text, times):
+        return mode if text == "text 7" else None
+
+    path = tmp_path / "cache.jsonl"
+    with JudgeServer(plan, judge=echo, delay=1.5) as server:
+        patience = 1.0 if mode == "slow" else 30.0
+        chat = ChatClient(settings(server, timeout=patience, max_retries=1, concurrency=1), DECODING, path)
+        with pytest.raises(JudgeError) as caught:
+            chat.ask(requests(10), "test", text_of)
+        message = str(caught.value)
+        assert f"--judge.base_url {server.url}, model echo: text 7 failed" in message and reason in message
+        assert f"7 answers are kept in {path}" in message and "attempt 2 of 2" in message
+        assert server.asked[-2:] == ["text 7", "text 7"] and len(server.asked) == 9
+        # What failed is nowhere: with the server in order, it and what came after it is asked, and nothing else.
+        server.plan = lambda text, times: None
+        resumed = ChatClient(settings(server), DECODING, path)
+        assert resumed.ask(requests(10), "test", text_of) == [f"echo of text {i}" for i in range(10)]
+        assert sorted(server.asked[9:]) == ["text 7", "text 8", "text 9"] and resumed.counts["calls"] == 3
+
+
+HOPELESS = {"401": "set --judge.api_key", "404": "is --judge.model a model", "400": "not answer", "quota": "not answer"}
+
+
+@pytest.mark.parametrize(("mode", "advice"), HOPELESS.items())
+def test_what_no_retry_can_mend_is_asked_once(mode, advice):
+    with JudgeServer(lambda *_: mode) as server:
+        with pytest.raises(JudgeError, match=advice) as caught:
+            ChatClient(settings(server, concurrency=1), DECODING).ask(requests(5), "test", text_of)
+        assert server.asked == ["text 0"] and f"no luck with {mode}" in str(caught.value)
+        with pytest.raises(JudgeError, match=advice.replace("judge", "eval")):
+            ChatClient(settings(server), DECODING, group="eval").ask(requests(1), "test", text_of)
+
+
+def test_a_server_that_is_not_there():
+    with JudgeServer() as server:
+        gone = settings(server, max_retries=2)
+    chat = ChatClient(gone, DECODING)
+    with pytest.raises(
+        JudgeError, match=r"text 0 failed: Connection error.*attempt 3 of 3, see --judge.max_retries\)$"
+    ):
+        chat.ask(requests(1), "test", text_of)
+    assert chat.counts == {"failures": 3, "retries": 2}
+
+
+def test_a_reply_that_is_not_accepted_is_never_kept(tmp_path):
+    """It is asked for again; what it cost is counted."""
+
+    def accept(reply):
+        seen.append(reply.text)
+        if len(seen) < 3:
+            raise Unusable("not this one")
+        return reply.text.upper()
+
+    seen: list[str] = []
+    with JudgeServer(judge=echo) as server:
+        chat = ChatClient(settings(server), DECODING, tmp_path / "cache.jsonl")
+        assert chat.ask(requests(1), "test", accept) == ["ECHO OF TEXT 0"]
+        assert chat.counts == {
+            "calls": 1, "failures": 2, "retries": 2, "prompt_tokens": 6, "completion_tokens": 3
+        }  # fmt: skip
+        with pytest.raises(JudgeError, match="text 1 failed: never"):
+            chat.ask(requests(2), "test", lambda reply: reply.text if "0" in reply.text else refuse())
+    assert len(ContentCache(tmp_path / "cache.jsonl")) == 1
+
+
+def refuse():
+    raise Unusable("never")
+
+
+def test_a_date_as_retry_after():
+    from datetime import datetime, timedelta, timezone
+    from email.utils import format_datetime
+    from types import SimpleNamespace
+
+    def requested(value):
+        return client._requested_pause(SimpleNamespace(response=SimpleNamespace(headers={"retry-after": value})))
+
+    later = datetime.now(timezone.utc) + timedelta(seconds=30)
+    assert 25 < requested(format_datetime(later)) <= 30
+    assert requested(format_datetime(later - timedelta(hours=1))) == 0
+    assert [requested(value) for value in ("2.5", "-1", "99999", "soon", "")] == [2.5, 0, 600, 0, 0]
+
+
+def test_the_key_is_sent_and_written_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "from-the-environment")
+    with JudgeServer(judge=echo) as server:
+        for number, (key, sent) in enumerate(
+            {"a-secret": "a-secret", "env": "from-the-environment", "": "none"}.items()
+        ):
+            path = tmp_path / f"{number}.jsonl"
+            ChatClient(settings(server, api_key=key), DECODING, path).ask(requests(1), "test", text_of)
+            assert server.keys[-1] == f"Bearer {sent}"
+            assert "secret" not in path.read_text() and "environment" not in path.read_text()
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_process_costs_the_line_that_it_was_writing(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    cache = ContentCache(path)
+    for number in range(3):
+        cache[f"key {number}"] = {"text": "ä\u2028" * number, "value": number / 3}
+    whole = path.read_bytes()
+    for lost in range(1, len(json.dumps("ä") * 3)):
+        path.write_bytes(whole[:-lost])
+        again = ContentCache(path)
+        assert len(again) == (3 if lost == 1 else 2)  # the end of the line itself may go
+        again["key 2"] = cache["key 2"]
+        assert [ContentCache(path)[f"key {i}"] for i in range(3)] == [cache[f"key {i}"] for i in range(3)]
+    with pytest.raises(KeyError):
+        ContentCache(path)["key 3"]
+
+
+def test_keys_stand_for_contents():
+    assert content_key("a", {"x": 1, "y": 2}) == content_key("a", {"y": 2, "x": 1})
+    assert len({content_key("a", "b"), content_key("ab"), content_key("b", "a"), content_key(["a", "b"])}) == 4

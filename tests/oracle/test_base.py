@@ -1,0 +1,217 @@
+"""The two kinds of oracles, foreign ones included, and the check of what they say."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openrlhf_sgpo import oracle
+from openrlhf_sgpo.algorithms.dpo import DPO
+from openrlhf_sgpo.algorithms.slhf import SLHF
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.oracle import Answer, PreferenceOracle, Question, Resources, RewardOracle, check_preferences
+from openrlhf_sgpo.oracle.base import sigmoid
+
+PROMPT = [{"role": "user", "content": "?"}]
+
+
+def question(*texts: str, name: str = "q") -> Question:
+    return Question(name, PROMPT, tuple(map(Answer, texts)))
+
+
+def resources(folder: Path, config: Config | None = None) -> Resources:
+    return Resources(config or Config(), None, None, None, folder)
+
+
+class Length(RewardOracle):
+    name = "length"
+
+    def score(self, prompt, answer):
+        return len(answer) / 2
+
+
+class First(PreferenceOracle):
+    """Prefers longer answers, and the first place."""
+
+    name = "first"
+
+    def prefer(self, prompt, first, second):
+        return sigmoid(len(first) - len(second) + 1)
+
+
+class Game(PreferenceOracle):
+    name = "game"
+    BEATS = (("rock", "scissors"), ("scissors", "paper"), ("paper", "rock"))
+
+    def prefer(self, prompt, first, second):
+        return 0.5 if first == second else float((first, second) in self.BEATS)
+
+
+TEXTS = st.lists(st.text("ab", max_size=4), min_size=2, max_size=5)
+
+
+@settings(deadline=None)  # the first call imports torch
+@given(TEXTS)
+def test_rewards_become_bradley_terry_preferences(texts):
+    (matrix,) = Length().preferences([question(*texts)], "")
+    for i, first in enumerate(texts):
+        for j, second in enumerate(texts):
+            expected = 0.5 if first == second else 1 / (1 + math.exp((len(second) - len(first)) / 2))
+            assert matrix[i][j] == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None)
+@given(TEXTS)
+def test_both_orders_make_preferences_antisymmetric(texts):
+    """A judge with a liking for the first place: averaged, p(a, b) + p(b, a) = 1, and p(a, a) = 1/2 without a call."""
+    asked = question(*texts)
+    judge = First()
+    (matrix,) = judge.preferences([asked], "")
+    for i, first in enumerate(texts):
+        for j, second in enumerate(texts):
+            assert matrix[i][j] + matrix[j][i] == pytest.approx(1, abs=1e-12)
+            gain = len(first) - len(second)
+            expected = 0.5 if first == second else (sigmoid(gain + 1) + 1 - sigmoid(1 - gain)) / 2
+            assert matrix[i][j] == pytest.approx(expected, abs=1e-12)
+    distinct = len(set(texts))
+    assert judge.calls == distinct * (distinct - 1), "equal texts are one text"
+    rewards = judge.rewards([asked], "")[0]
+    assert sum(rewards) == pytest.approx(len(texts) / 2)
+    for i in range(len(texts)):
+        others = [matrix[i][j] for j in range(len(texts)) if j != i]
+        assert rewards[i] == pytest.approx(sum(others) / len(others))
+
+
+def test_circles_are_preferences_too():
+    (matrix,) = Game().preferences([question("rock", "paper", "scissors")], "test")
+    assert matrix == [[0.5, 0, 1], [1, 0.5, 0], [0, 1, 0.5]]
+    # No reward orders them so.
+    assert not any(list(order) == sorted(order) for order in permutations([0.5, 0, 1]) if list(order) == matrix[0])
+    assert Game().rewards([question("rock", "paper", "scissors")], "test") == [[0.5, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize(("kind", "calls"), [(Length, 3), (First, 6)])
+def test_calls_are_counted_once_per_content_and_kept(kind, calls, tmp_path):
+    asked = [question("a", "bb", "ccc"), question("ccc", "a", name="again")]
+    judge = kind(resources(tmp_path))
+    found = judge.preferences(asked, "test")
+    assert judge.calls == calls and judge.usage() == {"judge_calls": calls}
+    assert judge.preferences(asked, "test") == found and judge.calls == calls
+    assert found[1][0][1] == pytest.approx(found[0][2][0], abs=1e-12)
+    again = kind(resources(tmp_path))  # as another process
+    assert again.preferences(asked, "test") == found and again.calls == 0
+    assert (tmp_path / "judgements" / f"{kind.name}.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "value", "message"),
+    [
+        ("score", RewardOracle, "raise", "oracle odd, question q: score failed .ZeroDivisionError: division by zero"),
+        ("score", RewardOracle, "None", "score failed .TypeError"),
+        ("score", RewardOracle, "nan", "score returned nan"),
+        ("prefer", PreferenceOracle, "raise", "oracle odd, question q: prefer failed .ZeroDivisionError"),
+        ("prefer", PreferenceOracle, "inf", "prefer returned inf"),
+        ("prefer", PreferenceOracle, "1.5", "oracle odd, question q: a preference of 1.5"),
+    ],
+)
+def test_a_foreign_failure_is_an_error_and_no_preference(kind, base, value, message, tmp_path):
+    def foreign(self, *_):
+        return 1 / 0 if value == "raise" else None if value == "None" else float(value)
+
+    foreign.__name__ = kind
+    odd = type("Odd", (base,), {"name": "odd", kind: foreign})(resources(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        odd.preferences([question("a", "b")], "test")
+    if value in ("raise", "None", "nan", "inf"):
+        assert not (tmp_path / "judgements").exists(), "a failure is never kept"
+
+
+def test_foreign_rewards_of_another_shape():
+    odd = type("Odd", (RewardOracle,), {"name": "odd", "scores": lambda self, questions, label: [[1.0]]})()
+    with pytest.raises(ValueError, match=r"oracle odd, question q: rewards \[1.0\] of 2 answers"):
+        odd.preferences([question("a", "b")], "test")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([[0.5, 0.7], [0.4, 0.5]], "answer 0 is preferred to 1 with 0.7, 1 to 0 with 0.4; they must"),
+        ([[0.6, 0.7], [0.3, 0.5]], "answer 0 is preferred to 0 with 0.6, 0 to 0 with 0.6; equal answers"),
+        ([[0.5, 1.2], [-0.2, 0.5]], "with 1.2, 1 to 0 with -0.2"),
+        ([[0.5, math.nan], [math.nan, 0.5]], "with nan"),
+        ([[0.5, 0.7]], "must be 2 rows of 2"),
+        ([[0.5], [0.5]], "must be 2 rows of 2"),
+    ],
+)
+def test_what_is_no_preference_is_named(matrix, message):
+    odd = type("Odd", (PreferenceOracle,), {"name": "odd", "matrices": lambda self, questions, label: [matrix]})()
+    with pytest.raises(ValueError, match="oracle odd, question q") as caught:
+        odd.preferences([question("a", "b")], "test")
+    assert message in str(caught.value)
+
+
+def test_rounding_is_forgiven_and_equal_texts_are_not():
+    check_preferences("fine", [question("a", "b")], [[[0.5, 0.7 + 1e-7], [0.3, 0.5]]])
+    with pytest.raises(
+        ValueError, match="answer 0 is preferred to 1 with 0.7, 1 to 0 with 0.3; equal answers must have 1/2"
+    ):
+        check_preferences("odd", [question("a", "a")], [[[0.5, 0.7], [0.3, 0.5]]])
+    with pytest.raises(ValueError, match="oracle odd: 0 matrices of preferences for 1 questions"):
+        check_preferences("odd", [question("a", "b")], [])
+
+
+# The registry ---------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_classes():
+    assert oracle.names()[:5] == ["implicit", "reward_model", "reward_heads", "preference_model", "judge"]
+    for name in oracle.BUILT_INS:
+        found = oracle.get(name)
+        assert found.name == name and found.problems(Config()), "without further settings none of them works"
+    assert oracle.get(f"{__name__}:Length") is sys.modules[__name__].Length
+    with pytest.raises(ValueError, match=r"unknown oracle 'rewardmodel'; did you mean reward_model\? known: implicit"):
+        oracle.get("rewardmodel")
+    with pytest.raises(ValueError, match=r"'PROMPT' is not a subclass of openrlhf_sgpo.oracle.base.Oracle"):
+        oracle.get(f"{__name__}:PROMPT")
+
+
+def test_make_gives_the_oracle_of_the_settings(tmp_path):
+    config = Config(oracle=f"{__name__}:Length")
+    made = oracle.make(resources(tmp_path, config))
+    assert made.name == "length" and made.rewards([question("aa", "b")], "test") == [[1.0, 0.5]]
+
+
+def test_settings_are_checked_without_torch():
+    code = (
+        "import sys; from openrlhf_sgpo import oracle, config_check, config; "
+        "[oracle.get(name).problems(config.Config()) for name in oracle.names()]; "
+        "loaded = [m for m in ('torch', 'transformers', 'openai') if m in sys.modules]; assert not loaded, loaded"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_rounds_of_pairs_judge_themselves_and_plays_ask_a_frozen_policy():
+    assert oracle.judges_itself(Config(), DPO) and not oracle.judges_itself(Config(), SLHF)
+    assert not oracle.judges_itself(Config(oracle="judge"), DPO)
+
+
+def test_the_implicit_reward_is_frozen_where_no_policy_is_given(tmp_path):
+    from openrlhf_sgpo.oracle.implicit import ImplicitReward
+
+    config = Config()
+    config.reward.model_name_or_path, config.ref.model_name_or_path = "seed/policy", "initial"
+    shared = Resources(config, None, None, SimpleNamespace(), tmp_path)
+    frozen, round_two = ImplicitReward(shared), ImplicitReward(shared, "round_1/policy", "round_0/policy")
+    assert (frozen.policy, frozen.reference) == ("seed/policy", "initial")
+    assert (round_two.policy, round_two.reference) == ("round_1/policy", "round_0/policy")

@@ -1,0 +1,101 @@
+"""For the tests of refinement: an engine whose answers are known, an oracle that reads marks, and a run folder.
+
+``python refining.py MOMENT [flags of refine]`` is ``openrlhf-sgpo refine`` that ends itself with SIGKILL at that moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from openrlhf_sgpo.algorithms.slhf import SLHF
+from openrlhf_sgpo.config import load
+from openrlhf_sgpo.flags import dump
+from openrlhf_sgpo.oracle import RewardOracle
+from openrlhf_sgpo.rollout import Sample
+from openrlhf_sgpo.run_folder import RunFolder
+
+
+def number(*parts: object) -> int:
+    return int(hashlib.sha256(repr(parts).encode()).hexdigest()[:8], 16)
+
+
+class Marks(RewardOracle):
+    """The reward of an answer is its mark. Few marks, so that there are ties."""
+
+    name = "marks"
+
+    def score(self, prompt, answer):
+        return float(re.search(r"mark (\d)", answer)[1])
+
+
+class ScriptedEngine:
+    """Answers of 1 to 20 tokens that depend on the prompt's tokens, the seed and the place. asked: every call."""
+
+    def __init__(self):
+        self.asked: list[tuple[list[tuple[int, ...]], int, int]] = []
+        self.open = True
+
+    def load(self, folder):
+        pass
+
+    def generate(self, prompts, n, seed, label):
+        self.asked.append((prompts, n, seed))
+        return [[self.sample(number(prompt, seed, place)) for place in range(n)] for prompt in prompts]
+
+    def sample(self, key):
+        return Sample(f"answer {key} mark {key % 4}", False, (9,) * (1 + key % 20))
+
+    def close(self):
+        self.open = False
+
+
+def make_run(folder: Path, model: Path, *flags: str, rounds: int = 2) -> Path:
+    """What a run of SLHF leaves, as far as a refinement reads it; the last round is not finished."""
+    argv = ["--algo", "slhf", "--model.model_name_or_path", str(model), "--data.prompt_dataset", "p.jsonl"]
+    config, options = load([*argv, "--ckpt.output_dir", str(folder), "--oracle", "refining:Marks", *flags])
+    run = RunFolder(str(folder))
+    folder.mkdir()
+    (folder / "resolved_config.yaml").write_text(dump({"": config, SLHF.name: options}))
+    for one in range(1, rounds + 1):
+        shutil.copytree(model, run.policy(one))
+        if one < rounds:
+            run.finish(one, "play", {})
+    return folder
+
+
+def main(moment: str, argv: list[str]) -> int:
+    from openrlhf_sgpo import run_folder
+    from openrlhf_sgpo.cli.main import main
+    from openrlhf_sgpo.refinement import run
+    from openrlhf_sgpo.rollout import hf
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    kind, name = moment.split()
+    if kind == "generating":
+        generate = hf.HuggingFaceRollout.generate
+        hf.HuggingFaceRollout.generate = lambda self, prompts, n, seed, label: (
+            die() if label.startswith(name.replace("_", " ")) else generate(self, prompts, n, seed, label)
+        )
+    else:  # half of the file is written
+        write = run_folder.write_text
+
+        def half(path: Path, text: str) -> None:
+            if path.name.startswith(name):
+                path.with_name(path.name + ".partial").write_text(text[: len(text) // 2])
+                die()
+            write(path, text)
+
+        run_folder.write_text = run.write_text = half
+    return main(["refine", *argv])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

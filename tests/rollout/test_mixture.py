@@ -1,0 +1,91 @@
+"""Answers from a geometric mixture of policy and reference, with a key-value cache for both."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.rollout.base import prompt_seed
+
+PROMPTS = [(1, 10, 20, 30), (1, 40, 50, 60, 70, 80), (1, 9)]
+NEW, SAMPLES, SEED = 8, 2, 5
+
+
+@pytest.fixture(scope="module")
+def rollout_with(tiny_model, other_tiny_model):
+    """A rollout of the tiny model's policy, mixed with the other tiny model."""
+    from transformers import AutoTokenizer
+
+    from openrlhf_sgpo.openrlhf import build_strategy
+    from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
+
+    config = Config()
+    config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.batch_size = NEW, 0.7, 4
+    config.ds.param_dtype, config.data.max_len = "fp32", 64
+    config.train.batch_size = config.train.micro_batch_size = 1
+    config.ref.model_name_or_path = str(other_tiny_model)
+    build_strategy(config)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    return lambda share, policy=tiny_model: HuggingFaceRollout(config, tokenizer, str(policy), share)
+
+
+def sampled(rollout):
+    found = rollout.generate(PROMPTS, SAMPLES, SEED, label="")
+    return [[one.token_ids for one in row] for row in found]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_ends_are_policy_and_reference_exactly(rollout_with, tiny_model, other_tiny_model, share):
+    alone = sampled(rollout_with(0.0, other_tiny_model if share else tiny_model))
+    assert sampled(rollout_with(share)) == alone
+    assert alone != sampled(rollout_with(0.0, tiny_model if share else other_tiny_model))
+
+
+def test_the_middle_is_the_mixture_of_logits(rollout_with, tiny_model, other_tiny_model):
+    """Drawn again token by token, without a cache and one row at a time, with the same random numbers."""
+    from transformers import AutoModelForCausalLM
+
+    share, temperature = 0.25, 0.7
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (tiny_model, other_tiny_model)
+    )
+    order = sorted(range(len(PROMPTS)), key=lambda index: -len(PROMPTS[index]))
+    rows = [list(PROMPTS[index]) for index in order for _ in range(SAMPLES)]
+    generator = torch.Generator().manual_seed(prompt_seed(SEED, PROMPTS[order[0]]))
+    ended = [False] * len(rows)
+    with torch.no_grad():
+        for _ in range(NEW):
+            logits = []
+            for row in rows:
+                own, other = (model(torch.tensor([row])).logits[0, -1] for model in (policy, reference))
+                logits.append((1 - share) * own + share * other)
+            drawn = torch.multinomial((torch.stack(logits) / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            for number, token in enumerate(drawn.tolist()):
+                rows[number].append(policy.config.pad_token_id if ended[number] else token)
+                ended[number] |= token == policy.config.eos_token_id
+    expected = dict(zip(order, zip(rows[::SAMPLES], rows[1::SAMPLES], strict=True), strict=True))
+    for index, found in enumerate(sampled(rollout_with(share))):
+        for ids, row in zip(found, expected[index], strict=True):
+            assert list(ids) == row[len(PROMPTS[index]) :][: len(ids)]
+            assert len(ids) == NEW or ids[-1] == policy.config.eos_token_id
+
+
+def test_the_policy_moves_and_the_reference_stays(rollout_with, other_tiny_model):
+    rollout = rollout_with(0.5)
+    rollout.load(str(other_tiny_model))
+    assert sampled(rollout) == sampled(rollout_with(0.0, other_tiny_model))
+
+
+def test_weights_alone_can_be_taken_over(rollout_with, other_tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    rollout = rollout_with(0.0)
+    weights = load_file(other_tiny_model / "model.safetensors")
+    for name, state in (("whole", weights), ("half", dict(list(weights.items())[:3]))):
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+    with pytest.raises(ValueError, match="half has no weights for model"):
+        rollout.load(str(tmp_path / "half"))
+    rollout.load(str(tmp_path / "whole"))
+    assert sampled(rollout) == sampled(rollout_with(0.0, other_tiny_model))

@@ -1,0 +1,320 @@
+"""Runs that sample in every step: what they record, what they learn, and that they go on after a sudden death."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+import numpy as np
+import pytest
+import torch
+from killed_run import PLAY_MOMENTS
+from running import ROOT, SCRIPT, launch, read_jsonl, train
+from test_resume import contents
+from toy_oracles import CONDORCET, Letters, kind
+
+from openrlhf_sgpo import algorithms, config, games
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+from openrlhf_sgpo.algorithms.slhf import IMPROVE
+from openrlhf_sgpo.cli.main import run
+
+ON_POLICY = [name for name in algorithms.BUILT_INS if issubclass(algorithms.get(name), OnPolicyAlgorithm)]
+pytestmark = pytest.mark.timeout(600)
+
+
+def flags(tiny_model, tiny_data, folder: Path, algo: str, *more: str) -> list[str]:
+    """Two rounds of three steps of four prompts, unless ``more`` says otherwise."""
+    given = {
+        "--algo": algo,
+        "--model.model_name_or_path": str(tiny_model),
+        "--data.prompt_dataset": str(tiny_data["prompts"]),
+        "--eval.dataset": str(tiny_data["held_out"]),
+        "--ckpt.output_dir": str(folder),
+        "--data.max_len": "256",
+        "--train.batch_size": "4",
+        "--train.micro_batch_size": "2",
+        "--train.layout": "shared_prefix",
+        "--adam.lr": "1e-3",
+        "--ds.param_dtype": "fp32",
+        "--rollout.engine": "hf",
+        "--rollout.max_new_tokens": "8",
+        "--rounds.count": "2",
+        "--rounds.steps": "3",
+        "--oracle": "toy_oracles:Letters",
+    }
+    given |= dict(zip(more[::2], more[1::2], strict=True))
+    return [word for pair in given.items() for word in pair if word is not None]
+
+
+def play(*argv: str) -> list[dict]:
+    """A run in this process: no second import of everything."""
+    settings, options = config.load(argv)
+    return run(settings, algorithms.get(settings.algo), options)
+
+
+@pytest.fixture(scope="module")
+def played(tiny_model, tiny_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plays") / "slhf"
+    return folder, play(*flags(tiny_model, tiny_data, folder, "slhf", "--slhf.followers", "2"))
+
+
+def test_what_a_run_leaves(played):
+    folder, rows = played
+    assert not {"checkpoints", "engine_weights"} & {path.name for path in folder.iterdir()}
+    assert [row["name"] for row in rows] == ["start", "round 1", "round 2"]
+    lines = [read_jsonl(folder / f"round_{number}/plays.jsonl") for number in (1, 2)]
+    assert [[row["step"] for row in part] for part in lines] == [
+        [step for step in steps for _ in range(4)] for steps in ([1, 2, 3], [4, 5, 6])
+    ]
+    # 24 prompts are 6 batches: none comes twice within an epoch.
+    assert len({row["id"] for part in lines for row in part}) == 24
+    for row in lines[0] + lines[1]:
+        assert [one["role"] for one in row["answers"]] == ["policy", "follower", "follower"]
+        matrix = np.array(row["preferences"])
+        assert np.allclose(matrix + matrix.T, 1) and np.allclose(np.diag(matrix), 0.5)
+        scores = np.array([Letters().score(None, one["text"]) for one in row["answers"]])
+        assert np.allclose(matrix, 1 / (1 + np.exp(scores[None, :] - scores[:, None])))
+    first = [one for row in lines[0][:4] for one in row["answers"]]
+    assert all(one["log_prob"] == pytest.approx(one["reference_log_prob"], abs=1e-4) for one in first)
+    later = [one for row in lines[1] for one in row["answers"]]
+    assert mean(abs(one["log_prob"] - one["reference_log_prob"]) for one in later) > 0.01
+    ledger = json.loads((folder / "ledger.json").read_text())["stages"]
+    for number, part in enumerate(lines, start=1):
+        cost = ledger[f"round_{number}/play"]
+        assert (cost["steps"], cost["samples"]) == (3, 36)
+        assert cost["tokens_generated"] == sum(one["tokens"] for row in part for one in row["answers"])
+        assert {f"seconds_{one}" for one in ("generate", "oracle", "log_probs", "train", "sync")} <= cost.keys()
+    table = (folder / "table.txt").read_text()
+    assert table.split()[:6] == ["accuracy", "margin", "kl", "length", "wins", "labels"] and "sync" in table
+
+
+def test_win_rate_is_the_oracles_mean_preference_over_the_start(played):
+    folder, rows = played
+    start, now = (read_jsonl(folder / name / "samples.jsonl") for name in ("initial", "round_2"))
+    scores = [[Letters().score(None, one["text"]) for one in part] for part in (now, start)]
+    expected = mean(1 / (1 + np.exp(b - a)) for a, b in zip(*scores, strict=True))
+    assert rows[2]["win_rate"] == pytest.approx(expected)
+    assert "win_rate" not in rows[0]
+
+
+@pytest.mark.parametrize("algo", ON_POLICY)
+def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / algo
+    rows = play(*flags(tiny_model, tiny_data, folder, algo, "--rounds.steps", "2"))
+    assert rows[-1]["kl"] > 0
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert all(np.isfinite(row["train/loss"]) for row in metrics)
+    assert metrics[1]["train/grad_norm"] > 0
+    (first, *_) = read_jsonl(folder / "round_1/plays.jsonl")
+    kind = algorithms.get(algo)
+    assert tuple(one["role"] for one in first["answers"]) == kind(kind.settings(), 0.001).roles
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, other_tiny_model, tiny_data, tmp_path):
+    """At temperature 0.7, in the context in which each answer was given, under policy and reference."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
+    from openrlhf_sgpo.data.records import Prompt
+    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+    from openrlhf_sgpo.rollout import Sample
+    from openrlhf_sgpo.training.play_trainer import Play, PlayTrainer
+    from openrlhf_sgpo.training.stage import load_trained
+
+    argv = flags(tiny_model, tiny_data, tmp_path, "slhf", "--rollout.temperature", "0.7", "--train.layout", layout)
+    settings, _ = config.load([*argv, "--ds.zero_stage", "0"])
+    strategy = build_strategy(settings)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        tuple(torch.randint(3, 250, (size,), generator=generator).tolist()) for size in (5, 9, 3, 12, 7, 4, 8, 2, 6, 3)
+    ]
+    samples = [Sample("", True, ids) for ids in draws[2:]]
+    prompt = Prompt("p", [{"role": "user", "content": "?"}])
+    # The second play has two answers in one context, as of the role policy twice.
+    plays = [
+        Play(prompt, [(draws[0], samples[0]), (draws[1], samples[1])], [[0.5, 0.7], [0.3, 0.5]]),
+        Play(prompt, [(draws[0], samples[2]), (draws[0], samples[3])], [[0.5, 0.2], [0.8, 0.5]]),
+        Play(prompt, [(draws[1], samples[4]), (draws[0], samples[5])], [[0.5, 0.5], [0.5, 0.5]]),
+        Play(prompt, [(draws[1], samples[6]), (draws[0], samples[7])], [[0.5, 0.9], [0.1, 0.5]]),
+    ]
+    actor, optimizer, scheduler = load_trained(str(tiny_model), settings, strategy, 1e-3, 4, "test")
+    reference = strategy.prepare(load_actor(str(other_tiny_model), settings, strategy, trainable=False))
+    trainer = PlayTrainer(
+        *(SLHF(SLHFSettings(), 0.1), actor, optimizer, scheduler, {"reference": reference}),
+        *(strategy, settings, tokenizer.pad_token_id),
+    )
+    _, own, anchor = trainer.step(1, plays)
+    for found, folder in ((own, tiny_model), (anchor, other_tiny_model)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for row, one in zip(found, plays, strict=True):
+            for value, (context, sample) in zip(row, one.answers, strict=True):
+                tokens = torch.tensor([context + sample.token_ids])
+                with torch.no_grad():
+                    logits = model(tokens).logits[0, len(context) - 1 : -1] / 0.7
+                expected = logits.log_softmax(-1).gather(-1, tokens[0, len(context) :, None]).sum()
+                assert value.item() == pytest.approx(expected.item(), abs=2e-4)
+
+
+def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
+    from transformers import AutoTokenizer
+
+    from openrlhf_sgpo.data.tokens import ChatFormat
+    from openrlhf_sgpo.rollout import Sample
+    from openrlhf_sgpo.rollout.roles import follower_context, follower_room
+
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), 256)
+    prompt = [{"role": "user", "content": "Why?"}]
+
+    def context(text: str, longest: int = 256) -> str:
+        ids = tuple(chat.tokenizer(text)["input_ids"])
+        return chat.tokenizer.decode(follower_context(chat, prompt, Sample(text, False, ids), IMPROVE, longest))
+
+    whole = (
+        "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n<|im_start|>user\n"
+        f"{IMPROVE}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert context(" second draft\n") == whole.format("second draft")
+    assert "first" not in context("second draft")
+    room = follower_room(chat, IMPROVE, max_new_tokens=8)
+    # With this room a draft of 8 tokens fits whole, and 8 tokens are left for the follower.
+    longest = len(chat.prompt(prompt)) + room - 8
+    assert context("12345678", longest) == whole.format("12345678")
+    assert context("123456789", longest) == whole.format("12345678")
+    with pytest.raises(ValueError, match="instruction have"):
+        context("1", longest - 9)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--rollout.top_p", "0.9"), "--rollout.top_p: 0.9 cuts"),
+        (
+            ("--rollout.n_samples_per_prompt", "4"),
+            "--rollout.n_samples_per_prompt: --algo nash_md samples in every step",
+        ),
+        (("--rounds.count", "0"), "--rounds.count: 0"),
+        (("--nash_md.mixture", "2"), "--nash_md.mixture 2.0 is out of range"),
+    ],
+)
+def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config.load(flags(tiny_model, tiny_data, tmp_path, "nash_md", *more))
+
+
+def test_more_settings_that_cannot_be(tiny_model, tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=r"--inpo.inverse_step 0.0075 must be larger than --model.beta 0.1"):
+        config.load(flags(tiny_model, tiny_data, tmp_path, "inpo", "--model.beta", "0.1"))
+    with pytest.raises(ValueError, match=r"--rounds.steps: --algo dpo trains on pairs"):
+        config.load(flags(tiny_model, tiny_data, tmp_path, "dpo", "--data.dataset", str(tiny_data["pairs"])))
+    with pytest.raises(ValueError, match=r"24 usable prompts, fewer than --train.batch_size 32"):
+        play(*flags(tiny_model, tiny_data, tmp_path / "none", "rloo", "--train.batch_size", "32"))
+
+
+@pytest.mark.slow
+def test_policies_learn_what_a_transitive_oracle_likes(tiny_model, tiny_data, tmp_path):
+    """SLHF: later answers win against the start's, in both roles."""
+    more = ["--rounds.count", "1", "--rounds.steps", "40", "--train.batch_size", "16", "--train.micro_batch_size", "4"]
+    more += ["--adam.lr", "3e-3", "--lr_scheduler", "constant", "--rollout.temperature", "1"]
+    folder = tmp_path / "run"
+    rows = play(*flags(tiny_model, tiny_data, folder, "slhf", *more))
+    assert rows[1]["win_rate"] > 0.8
+    lines = read_jsonl(folder / "round_1/plays.jsonl")
+    for place in (0, 1):
+        letters = [Letters().score(None, row["answers"][place]["text"]) for row in lines]
+        assert mean(letters[-64:]) > mean(letters[:64]) + 1.5
+
+
+@pytest.mark.slow
+def test_self_play_reaches_the_regularised_nash_equilibrium(tiny_model, tiny_data, tmp_path):
+    """Answers of one token, whose preferences go round in a circle: every prompt is a game over the vocabulary, whose
+    equilibrium is computed from the reference's distribution."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    more = [
+        "--rounds.count",
+        "1",
+        "--rounds.steps",
+        "150",
+        "--train.batch_size",
+        "24",
+        "--train.micro_batch_size",
+        "24",
+    ]
+    more += ["--train.layout", "padded", "--adam.lr", "2e-3", "--lr_scheduler", "linear", "--rollout.temperature", "1"]
+    more += ["--rollout.max_new_tokens", "1", "--oracle", "toy_oracles:Condorcet", "--rloo.answers", "8"]
+    tau = 0.1
+    play(*flags(tiny_model, tiny_data, tmp_path / "run", "rloo", *more, "--model.beta", str(tau)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    kinds = np.array([kind(tokenizer.decode([one], skip_special_tokens=True)) for one in range(259)])
+    found, start, nash = [], [], []
+    for row in read_jsonl(tiny_data["prompts"])[::6]:
+        messages = [{"role": "user", "content": row["prompt"]}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        distributions = []
+        for folder in (tmp_path / "run/round_1/policy", tiny_model):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            distributions.append(model(tokens).logits[0, -1].double().softmax(-1).detach().numpy())
+        game = games.Game(CONDORCET[kinds][:, kinds], tuple(map(str, range(259))), leader_reference=distributions[1])
+        solution = games.regularised_nash(game, tau).policy
+        for sums, one in ((found, distributions[0]), (start, distributions[1]), (nash, solution)):
+            sums.append([one[kinds == number].sum() for number in range(3)])
+    assert abs(np.mean(nash, 0) - np.mean(start, 0)).max() > 0.15
+    assert abs(np.mean(found, 0) - np.mean(nash, 0)).max() < 0.05
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
+    """Adapters, dropout, a mixture and a checkpoint in the middle of rounds; all files as of a run that nothing disturbed."""
+    more = ["--ckpt.save_steps", "2", "--ds.lora.rank", "4", "--ds.lora.dropout", "0.2"]
+    environment = {"PYTHONPATH": str(ROOT / "tests")}
+    undisturbed = train(*flags(tiny_model, tiny_data, tmp_path / "whole", "nash_md", *more), **environment)
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
+    expected = contents(tmp_path / "whole")
+    assert {"round_1/plays.jsonl", "round_2/policy/model.safetensors", "metrics.jsonl"} <= expected.keys()
+    argv = flags(tiny_model, tiny_data, tmp_path / "killed", "nash_md", *more)
+    for moment in PLAY_MOMENTS:
+        killed = launch([sys.executable, str(ROOT / "tests/killed_run.py"), moment, *argv], **environment)
+        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr[-3000:]}"
+        argv = [*flags(tiny_model, tiny_data, tmp_path / "killed", "nash_md", *more), "--resume"]
+    resumed = train(*argv, **environment)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert contents(tmp_path / "killed") == expected
+
+
+@pytest.mark.slow
+def test_vllm_engines_follow_every_step(tiny_model, tiny_data, tmp_path):
+    """Answers are drawn from the policy as it is: for those the mean log-ratio to the reference is a divergence, above 0;
+    for answers of the start it would be below."""
+    more = ["--rollout.engine", "vllm", "--adam.lr", "3e-2", "--rounds.count", "1", "--rounds.steps", "4"]
+    argv = flags(tiny_model, tiny_data, tmp_path / "run", "slhf", *more, "--lr_scheduler", "constant")
+    process = train(*argv, PYTHONPATH=str(ROOT / "tests"))
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert rows[0]["train/policy/kl"] == pytest.approx(0, abs=1e-3)
+    assert rows[-1]["train/policy/kl"] > 1 and rows[-1]["train/follower/kl"] > 1
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(tiny_model, tiny_data, tmp_path):
+    more = ["--rounds.count", "1", "--ds.zero_stage", "3", "--ds.lora.rank", "4"]
+    environment = {"PYTHONPATH": str(ROOT / "tests")}
+    one = train(*flags(tiny_model, tiny_data, tmp_path / "one", "slhf", *more), **environment)
+    assert one.returncode == 0, one.stderr[-3000:]
+    two = launch(
+        ["bash", str(SCRIPT), "--num_gpus", "2", *flags(tiny_model, tiny_data, tmp_path / "two", "slhf", *more)],
+        **environment,
+    )
+    assert two.returncode == 0, two.stderr[-3000:]
+    rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for ours, theirs in zip(*rows, strict=True):
+        for name in ("train/loss", "train/wins", "train/policy/kl", "train/follower/entropy", "train/grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=2e-3), (ours["step"], name)
+    assert all(a["train/learning_rate"] != b["train/learning_rate"] for a, b in pairwise(rows[0]))

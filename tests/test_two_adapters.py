@@ -1,0 +1,330 @@
+"""SLHF with an adapter per role: each is sampled, scored and trained in its own role, and both outlive rounds and kills."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from killed_run import ADAPTER_MOMENTS
+from running import ROOT, launch, read_jsonl, train
+from test_plays import flags, play
+from test_refine import refine
+from test_resume import contents
+
+from openrlhf_sgpo import config
+from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
+
+pytestmark = pytest.mark.timeout(600)
+TWO = ["--slhf.sharing", "two_adapters", "--slhf.kappa_mode", "learning_rate", "--ds.lora.rank", "4"]
+SCALING = 16 / 4  # --ds.lora.alpha over the rank
+
+
+def two(**changes) -> SLHFSettings:
+    return SLHFSettings(**({"sharing": "two_adapters", "kappa_mode": "learning_rate"} | changes))
+
+
+def spread(actor):
+    """Adapters that make of one base two models."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(actor.named_parameters()):
+        if ".lora_B." in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    return actor
+
+
+def state_of(actor, strategy) -> dict[str, torch.Tensor]:
+    from openrlhf_sgpo.openrlhf.actor import _whole_state
+
+    state = _whole_state(actor, strategy._unwrap_model(actor))
+    return {name.removeprefix("base_model.model."): weight.clone() for name, weight in state.items()}
+
+
+def merged(base: Path, state: dict[str, torch.Tensor], adapter: str, folder: Path) -> str:
+    """A plain model with W + (alpha / rank) B A in place of each W."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, up in state.items():
+        stem, found, _ = name.partition(f".lora_B.{adapter}.")
+        if found:
+            model.get_submodule(stem).weight.data += SCALING * up @ state[name.replace("lora_B", "lora_A")]
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+class Call(NamedTuple):
+    """Of an engine: what it was asked, and what it answered."""
+
+    engine: Any
+    contexts: list[tuple[int, ...]]
+    n: int
+    seed: int
+    samples: list[list[Any]]
+
+    def answers_of(self, folder: str) -> list[list[Any]]:
+        """What a fresh engine with the weights in this folder says to the same."""
+        fresh = type(self.engine)(self.engine.config, self.engine.tokenizer, folder)
+        return fresh.generate(self.contexts, self.n, self.seed, label="")
+
+
+def record(patch: pytest.MonkeyPatch, wanted: str) -> list[Call]:
+    """The calls of engines whose label begins so, from now on."""
+    from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
+
+    generate, calls = HuggingFaceRollout.generate, []
+
+    def wrapped(self, prompts, n, seed, label):
+        samples = generate(self, prompts, n, seed, label)
+        if label.startswith(wanted) and bool(label) == bool(wanted):
+            calls.append(Call(self, prompts, n, seed, samples))
+        return samples
+
+    patch.setattr(HuggingFaceRollout, "generate", wrapped)
+    return calls
+
+
+class Run(NamedTuple):
+    """folders: by step the weights of leader and follower that should have answered. calls: by step, of leader and follower."""
+
+    folder: Path
+    folders: dict[int, list[str]]
+    calls: dict[int, list[Call]]
+
+
+SLOW_CASE = pytest.param(["--train.layout", "padded", "--ds.zero_stage", "3"], marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[[], SLOW_CASE], ids=["shared_prefix, ZeRO 2", "padded, ZeRO 3"])
+def spread_run(request, tiny_model, tiny_data, tmp_path_factory):
+    """Two rounds of two steps with adapters that are far apart from the beginning."""
+    from openrlhf_sgpo import plays
+    from openrlhf_sgpo.openrlhf import load_actor, save_weights
+    from openrlhf_sgpo.training import stage
+
+    path = tmp_path_factory.mktemp("adapters")
+    synced: list[str] = []
+
+    def save_and_merge(actor, folder, strategy, adapter):
+        save_weights(actor, folder, strategy, adapter)
+        synced.append(merged(tiny_model, state_of(actor, strategy), adapter, path / f"synced_{len(synced)}"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "load_actor", lambda *args, **more: spread(load_actor(*args, **more)))
+        patch.setattr(plays, "save_weights", save_and_merge)
+        calls = record(patch, "")
+        more = ["--rounds.steps", "2", "--slhf.followers", "2", "--adam.lr", "1e-2", *request.param]
+        play(*flags(tiny_model, tiny_data, path / "run", "slhf", *TWO, *more))
+    round_1 = [str(path / "run/round_1" / name) for name in ("policy", "follower")]
+    folders = {1: [str(tiny_model)] * 2, 2: synced[:2], 3: round_1, 4: synced[2:]}
+    return Run(path / "run", folders, {step: calls[2 * step - 2 : 2 * step] for step in folders})
+
+
+def test_each_role_answers_with_its_own_weights(spread_run):
+    for step, folders in spread_run.folders.items():
+        for place, call in enumerate(spread_run.calls[step]):
+            assert call.samples == call.answers_of(folders[place])
+            assert step == 1 or call.samples != call.answers_of(folders[1 - place])
+
+
+def test_each_role_is_scored_with_its_own_weights(spread_run):
+    from transformers import AutoModelForCausalLM
+
+    lines = read_jsonl(spread_run.folder / "round_1/plays.jsonl") + read_jsonl(
+        spread_run.folder / "round_2/plays.jsonl"
+    )
+    for step in (2, 3, 4):
+        leader, follower = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in spread_run.folders[step]
+        )
+        rows = [row["answers"] for row in lines if row["step"] == step]
+        for place, model in enumerate((leader, follower, follower)):
+            call = spread_run.calls[step][min(place, 1)]
+            for row, context, samples in zip(rows, call.contexts, call.samples, strict=True):
+                answer = samples[max(place - 1, 0)].token_ids
+                with torch.no_grad():
+                    logits = model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1] / 0.9
+                expected = logits.log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum().item()
+                assert row[place]["log_prob"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_round_leaves_both_as_whole_folders(spread_run, tiny_model):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert {path.name for path in (spread_run.folder / "round_2").iterdir() if path.is_dir()} == {"policy", "follower"}
+    assert not (spread_run.folder / "engine_weights").exists()
+    for name in ("policy", "follower"):
+        folder = spread_run.folder / "round_2" / name
+        found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        expected = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[one], expected[one], atol=1e-5) for one in found)
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def test_refine_revises_with_the_follower(spread_run, tiny_data, tmp_path, monkeypatch):
+    calls = record(monkeypatch, "depth")
+    argv = ["--model", str(spread_run.folder), "--prompts", str(tiny_data["prompts"]), "--out", str(tmp_path / "out")]
+    summary = refine([*argv, "--depth", "3", "--controls="])
+    policy, follower = (str(spread_run.folder / "round_2" / name) for name in ("policy", "follower"))
+    assert (summary["policy"], summary["follower"]) == (policy, follower)
+    for call, own, other in zip(calls, (policy, follower, follower), (follower, policy, policy), strict=True):
+        assert call.samples == call.answers_of(own) != call.answers_of(other)
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_trainer(tiny_model, tiny_data, tmp_path):
+    """A trainer of spread adapters, and four plays of random tokens. plain: adapters as they begin."""
+    from openrlhf_sgpo.data.records import Prompt
+    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+    from openrlhf_sgpo.rollout import Sample
+    from openrlhf_sgpo.training import stage
+    from openrlhf_sgpo.training.play_trainer import Play, PlayTrainer
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(size: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 250, (size,), generator=generator).tolist())
+
+    prompt = Prompt("p", [{"role": "user", "content": "?"}])
+    shapes, wins = [(5, 9, 3, 4), (7, 8, 2, 6), (3, 12, 5, 5), (4, 6, 6, 1)], (0.9, 0.2, 0.7, 0.4)
+    samples = [[(draw(a), Sample("", True, draw(b))), (draw(c), Sample("", True, draw(d)))] for a, c, b, d in shapes]
+    plays = [Play(prompt, one, [[0.5, p], [1 - p, 0.5]]) for one, p in zip(samples, wins, strict=True)]
+
+    def make(options: SLHFSettings, *more: str, plain: bool = False) -> PlayTrainer:
+        defaults = ["--lr_scheduler", "constant", "--ds.zero_stage", "0"]
+        settings, _ = config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *TWO, *defaults, *more))
+        strategy, algorithm = build_strategy(settings), SLHF(options, 0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                stage, "load_actor", lambda *a, **b: (lambda x: x if plain else spread(x))(load_actor(*a, **b))
+            )
+            trained = stage.load_trained(
+                str(tiny_model), settings, strategy, 1e-3, 20, "test", adapters=algorithm.learning_rates
+            )
+        reference = strategy.prepare(load_actor(str(tiny_model), settings, strategy, trainable=False))
+        return PlayTrainer(algorithm, *trained, {"reference": reference}, strategy, settings, 0)
+
+    return make, plays
+
+
+def of(adapter: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([one.flatten() for name, one in sorted(state.items()) if f".{adapter}." in name])
+
+
+def gradients(trainer, plays, step: int) -> dict[str, torch.Tensor]:
+    """After one of two micro-batches, before the optimiser's step."""
+    trainer.actor.train()
+    trainer._micro_step(step, plays[:2])
+    parameters = ((name, one) for name, one in trainer.actor.named_parameters() if one.requires_grad)
+    return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in parameters}
+
+
+def test_gradients_stay_with_their_role(make_trainer):
+    make, plays = make_trainer
+    both = gradients(make(two()), plays, step=1)
+    assert of("leader", both).abs().max() > 1e-3 and of("follower", both).abs().max() > 1e-3
+    alternate = two(kappa_mode="alternate")  # kappa is 5: the sixth step is the leader's
+    for step, own, other in ((5, "follower", "leader"), (6, "leader", "follower")):
+        alone = gradients(make(alternate), plays, step)
+        assert torch.equal(of(own, alone), of(own, both))
+        assert not of(other, alone).any()
+    for options in (two(kappa=1.0), two(kappa=9.0, kappa_mode="loss_weight")):  # the second is no setting of a run
+        assert torch.allclose(of("leader", gradients(make(options), plays, 1)), of("leader", both), atol=1e-7)
+
+
+def test_gradient_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(make_trainer):
+    make, plays = make_trainer
+    plain, recomputed = (
+        gradients(make(two(), "--model.gradient_checkpointing_enable", on), plays, 1) for on in ("false", "true")
+    )
+    for name in plain:
+        assert torch.allclose(plain[name], recomputed[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_kappa_is_the_ratio_of_learning_rates(stage, make_trainer):
+    """Adam's first step moves a weight by the learning rate."""
+    make, plays = make_trainer
+    trainer = make(two(kappa=5.0), "--ds.zero_stage", stage, plain=True)
+    trainer.step(1, plays)
+    state = {name: one for name, one in state_of(trainer.actor, trainer.strategy).items() if ".lora_B." in name}
+    for adapter, expected in (("leader", 1e-3), ("follower", 5e-3)):
+        assert of(adapter, state).abs().median().item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_schedule_keeps_the_ratio(make_trainer):
+    make, plays = make_trainer
+    trainer = make(two(kappa=3.0), "--lr_scheduler", "cosine_with_min_lr", "--ds.zero_stage", "2")
+    rates = []
+    for step in range(1, 6):
+        trainer.step(step, plays)
+        rates.append(trainer.scheduler.get_last_lr())
+        assert rates[-1][1] == pytest.approx(3 * rates[-1][0])
+    assert len({leader for leader, _ in rates}) == 5
+
+
+def test_an_adapter_rests_while_the_other_learns(make_trainer):
+    """kappa_mode alternate, in the steps of leader, follower, leader, follower: the momentum of one does not move it in the
+    other's, and all stages of ZeRO do the same."""
+    make, plays = make_trainer
+    found = []
+    for more in (
+        ("--ds.zero_stage", "0"),
+        ("--ds.zero_stage", "2"),
+        ("--ds.zero_stage", "3", "--ds.adam_offload", "true"),
+    ):
+        trainer = make(two(kappa_mode="alternate", kappa=1.0), *more)
+        states = [state_of(trainer.actor, trainer.strategy)]
+        for step in (2, 3, 4, 5):
+            trainer.step(step, plays)
+            states.append(state_of(trainer.actor, trainer.strategy))
+        for number, moved, rested in ((1, "leader", "follower"), (2, "follower", "leader"), (3, "leader", "follower")):
+            before, after = states[number - 1 : number + 1]
+            assert torch.equal(of(rested, before), of(rested, after))
+            assert (of(moved, before) - of(moved, after)).abs().median() > 1e-4
+        found.append(states[-1])
+    for other in found[1:]:
+        for name in ("leader", "follower"):
+            assert (of(name, found[0]) - of(name, other)).abs().quantile(0.99) < 1e-4
+
+
+# Runs -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (TWO[:4], r"--ds.lora.rank: 0, but --algo slhf is to train the adapters leader and follower"),
+        (TWO[2:], r"--slhf.kappa_mode learning_rate needs .* --slhf.sharing two_adapters"),
+        (TWO[:2] + TWO[4:], r"--slhf.kappa_mode loss_weight does nothing with --slhf.sharing two_adapters"),
+    ],
+)
+def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *more))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
+    more = [*TWO, "--ckpt.save_steps", "2", "--ds.lora.dropout", "0.2"]
+    environment = {"PYTHONPATH": str(ROOT / "tests")}
+    play(*flags(tiny_model, tiny_data, tmp_path / "whole", "slhf", *more))
+    expected = contents(tmp_path / "whole")
+    assert {f"round_2/{name}/model.safetensors" for name in ("policy", "follower")} <= expected.keys()
+    argv = flags(tiny_model, tiny_data, tmp_path / "killed", "slhf", *more)
+    for moment in ADAPTER_MOMENTS:
+        killed = launch([sys.executable, str(ROOT / "tests/killed_run.py"), moment, *argv], **environment)
+        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr[-3000:]}"
+        argv = [*flags(tiny_model, tiny_data, tmp_path / "killed", "slhf", *more), "--resume"]
+    resumed = train(*argv, **environment)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert contents(tmp_path / "killed") == expected
