@@ -30,11 +30,14 @@ install: .venv/.installed
 build/smollm2/config.json: examples/quickstart/prepare_model.py | .venv/.installed
 	$(BIN)/python examples/quickstart/prepare_model.py build/smollm2
 
+# Two processes of one thread each are faster on two cores than one process of two.
+PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadfile
+
 test: .venv/.dev build/smollm2/config.json  ## everything, engines and launchers included
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest
+	$(PYTEST)
 
 test-fast: .venv/.dev  ## without engines and launchers
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ setup(
             *("cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"),
         ],
         "eval": ["alpaca-eval>=0.6.6", "fschat>=0.2.36"],
-        "dev": ["hypothesis", "matplotlib", "mypy", "pre-commit", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["hypothesis", "matplotlib", "mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
     },
     entry_points={
         "console_scripts": ["openrlhf-sgpo = openrlhf_sgpo.cli.main:main"],

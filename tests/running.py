@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,13 @@ def launch(command: list[str], **environment: str) -> subprocess.CompletedProces
     # Tests that build a strategy in this process leave its rank and port in the environment.
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {name: value for name, value in os.environ.items() if name not in own}
+    with socket.socket() as probe:  # launchers of tests that run at the same time need ports of their own
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**inherited, "PATH": f"{folder}:{os.environ['PATH']}", **environment},
+        env={**inherited, "MASTER_PORT": str(port), "PATH": f"{folder}:{os.environ['PATH']}", **environment},
         capture_output=True,
         text=True,
         timeout=500,

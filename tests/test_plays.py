@@ -101,7 +101,9 @@ def test_win_rate_is_the_oracles_mean_preference_over_the_start(played):
     assert "win_rate" not in rows[0]
 
 
-@pytest.mark.parametrize("algo", ON_POLICY)
+@pytest.mark.parametrize(
+    "algo", [one if one in ("nash_md", "sppo") else pytest.param(one, marks=pytest.mark.slow) for one in ON_POLICY]
+)
 def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
     folder = tmp_path / algo
     rows = play(*flags(tiny_model, tiny_data, folder, algo, "--rounds.steps", "2"))

@@ -204,11 +204,10 @@ def make_trainer(tiny_model, tiny_data, tmp_path):
         settings, _ = config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *TWO, *defaults, *more))
         strategy, algorithm = build_strategy(settings), SLHF(options, 0.1)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                stage, "load_actor", lambda *a, **b: (lambda x: x if plain else spread(x))(load_actor(*a, **b))
-            )
+            if not plain:
+                patch.setattr(stage, "load_actor", lambda *args, **other: spread(load_actor(*args, **other)))
             trained = stage.load_trained(
-                str(tiny_model), settings, strategy, 1e-3, 20, "test", adapters=algorithm.learning_rates
+                *(str(tiny_model), settings, strategy, 1e-3, 20, "test"), adapters=algorithm.learning_rates
             )
         reference = strategy.prepare(load_actor(str(tiny_model), settings, strategy, trainable=False))
         return PlayTrainer(algorithm, *trained, {"reference": reference}, strategy, settings, 0)

@@ -126,6 +126,7 @@ def test_every_divergence_has_the_same_fixed_point_for_answers_of_one_token(leve
     assert moved.abs().max() < 1e-8
 
 
+@pytest.mark.slow
 def test_sampled_votes_tell_the_two_slhf_gradients_apart():
     """Single votes and 256 plays a step, the mean of the second half: about .500 with the credit, .565 without."""
     found = {}

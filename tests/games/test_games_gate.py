@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.games import GAMES, gate, regularised_nash
 
 
+@pytest.mark.slow
 def test_every_algorithm_reaches_its_own_solution(tmp_path, capsys):
     assert main(["games", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
