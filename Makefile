@@ -31,7 +31,7 @@ build/smollm2/config.json: examples/quickstart/prepare_model.py | .venv/.install
 	$(BIN)/python examples/quickstart/prepare_model.py build/smollm2
 
 # Two processes of one thread each are faster on two cores than one process of two.
-PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist worksteal
 
 test: .venv/.dev build/smollm2/config.json  ## everything, engines and launchers included
 	$(PYTEST)

@@ -83,7 +83,6 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
     the algorithm would not read goes unnoticed.
     """
     problems = _check_ranges(config, algorithm) + _check_unread(config, algorithm, given or {})
-    on_policy = issubclass(algorithm, OnPolicyAlgorithm)
     train, ds, rounds, rollout = config.train, config.ds, config.rounds, config.rollout
     if train.micro_batch_size > 0 and train.batch_size % train.micro_batch_size:
         problems.append(
@@ -136,24 +135,7 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
                 f"--rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt within --data.max_len "
                 f"{config.data.max_len}; lower the one or raise the other"
             )
-        if on_policy and rollout.top_p < 1:
-            problems.append(
-                f"--rollout.top_p: {rollout.top_p} cuts the distribution whose log-probabilities --algo {algorithm.name} needs "
-                "whole; use 1"
-            )
-    own = algorithm.check(options)
-    if on_policy and not own:
-        try:
-            adapters = algorithm(options, config.model.beta).adapters  # type: ignore[attr-defined]
-        except ValueError as error:  # settings of its own that do not go with the shared ones
-            own = [str(error)]
-        else:
-            if adapters and ds.lora.rank == 0:
-                names = " and ".join(adapters.values())
-                own = [
-                    f"--ds.lora.rank: 0, but --algo {algorithm.name} is to train the adapters {names}; use at least 1"
-                ]
-    problems += own
+    problems += algorithm.check(options) or _check_on_policy(config, options, algorithm)
     if problems:
         raise flags.SettingsError(*problems)
 
@@ -191,10 +173,10 @@ def _check_ranges(config: Config, algorithm: type[Algorithm] = Algorithm) -> lis
     return problems
 
 
-def check_data(config: Config) -> None:
+def check_data(config: Config, algorithm: type[Algorithm]) -> None:
     """Raises flags.SettingsError with what is wrong for reading and inspecting data; nothing else is looked at."""
     wanted = ("--data.", "--eval.", "--model.model_name_or_path", "--rollout.max_new_tokens")
-    problems = [problem for problem in _check_ranges(config) if problem.startswith(wanted)]
+    problems = [problem for problem in _check_ranges(config, algorithm) if problem.startswith(wanted)]
     if problems:
         raise flags.SettingsError(*problems)
 
@@ -229,9 +211,10 @@ def _check_unread(config: Config, algorithm: type[Algorithm], given: Mapping[str
         if not algorithm.needs.reference:
             problems += unread(("model.beta", "ref."), f"--algo {algorithm.name} has no reference", True)
         return problems
-    engine = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}[config.rollout.engine]
-    problems = unread(engine, f"--rollout.engine {config.rollout.engine} is not the one", False)
     on_policy = issubclass(algorithm, OnPolicyAlgorithm)
+    # Transformers draws from a mixture whatever the engine.
+    engine = {"hf": ("vllm.",), "vllm": () if hasattr(algorithm.settings, "mixture") else ("rollout.batch_size",)}
+    problems = unread(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is not the one", False)
     kind = "samples in every step" if on_policy else "trains on pairs"
     problems += unread(_PAIRS_ONLY if on_policy else _PLAYS_ONLY, f"--algo {algorithm.name} {kind}", True)
     try:
@@ -241,6 +224,31 @@ def _check_unread(config: Config, algorithm: type[Algorithm], given: Mapping[str
         return problems
     others = tuple(name for name in given if name.startswith(_ORACLES_ONLY) and not name.startswith(reads))
     return problems + unread(others, f"--oracle {config.oracle} is not the one", True)
+
+
+def _check_on_policy(config: Config, options: Any, algorithm: type[Algorithm]) -> list[str]:
+    """Problems of an algorithm that samples in every step with the shared settings."""
+    if not issubclass(algorithm, OnPolicyAlgorithm):
+        return []
+    try:
+        play = algorithm(options, config.model.beta)
+    except ValueError as error:
+        return [str(error)]
+    problems = play.problems(config)
+    if config.rollout.top_p < 1:
+        problems.append(
+            f"--rollout.top_p: {config.rollout.top_p} cuts the distribution whose log-probabilities --algo {play.name} needs "
+            "whole; use 1"
+        )
+    if play.adapters and config.ds.lora.rank == 0:
+        names = " and ".join(play.adapters.values())
+        problems.append(f"--ds.lora.rank: 0, but --algo {play.name} is to train the adapters {names}; use at least 1")
+    if "follower" in play.roles and 2 * config.rollout.max_new_tokens >= config.data.max_len:
+        problems.append(
+            f"--data.max_len: {config.data.max_len} leaves no room for a prompt, a draft and the follower's answer of "
+            f"--rollout.max_new_tokens {config.rollout.max_new_tokens} each; raise the one or lower the other"
+        )
+    return problems
 
 
 def _check_oracle(config: Config, algorithm: type[Algorithm]) -> list[str]:

@@ -29,7 +29,7 @@ from openrlhf_sgpo.oracle.base import Answer, Question
 from openrlhf_sgpo.rollout import Rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
-from openrlhf_sgpo.rollout.roles import Roles, follower_room
+from openrlhf_sgpo.rollout.roles import Roles, prompt_room
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_folder import keep_rows
 from openrlhf_sgpo.training.checkpoints import Checkpoints
@@ -56,8 +56,7 @@ class PlayRun(Run):
 
     def _room(self) -> int:
         self.play = self.algorithm(self.options, self.config.model.beta)  # type: ignore[assignment]
-        new = self.config.rollout.max_new_tokens
-        return follower_room(self.chat, self.play.follower_prompt, new) if "follower" in self.play.roles else new
+        return prompt_room(self.play, self.chat, self.config.rollout.max_new_tokens)
 
     def _longest_context(self) -> int:
         return self.config.data.max_len - self.config.rollout.max_new_tokens
@@ -148,7 +147,7 @@ class PlayRun(Run):
         finally:
             for model in (actor, *frozen.values()):
                 model.model.destroy()
-            del trainer, actor, optimizer, scheduler, frozen
+            del trainer, model, actor, optimizer, scheduler, frozen
             release_memory()
         return cost
 
@@ -174,8 +173,14 @@ class PlayRun(Run):
             matrices = oracle.preferences(questions, label="")
         plays = [Play(*row) for row in zip(prompts, answers, matrices, strict=True)]
         frozen = trainer.seconds_log_probs
+        learning_rate = trainer.scheduler.get_last_lr()[0]
         with _seconds(cost, "train"):
             losses, own, anchor = trainer.step(step, plays)
+        if not losses.isfinite().all():
+            raise ValueError(
+                f"round {number}, step {step}: the loss is no longer finite; lower --adam.lr, or look at "
+                f"{self._plays(number)} for what was played last"
+            )
         frozen = trainer.seconds_log_probs - frozen
         sizes = [len(group) for play in plays for group in play.groups()]
         for name, amount in {
@@ -193,7 +198,7 @@ class PlayRun(Run):
             cost[name] = cost.get(name, 0) + amount
         row = self._metrics(plays, losses, own, anchor)
         row["train/grad_norm"] = self.strategy.get_grad_norm(trainer.actor)
-        row["train/learning_rate"] = trainer.scheduler.get_last_lr()[0]
+        row["train/learning_rate"] = learning_rate
         self.metrics.log(f"round {number}", step, row)
         if self.writes:
             with open(self._plays(number), "a", encoding="utf-8") as file:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +50,50 @@ def launch(command: list[str], **environment: str) -> subprocess.CompletedProces
     )
 
 
+@cache
+def _zygote() -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "zygote.py")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # a pool of threads does not survive a fork
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    atexit.register(process.kill)
+    return process
+
+
+def forked(script: Path | None, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    """``openrlhf-sgpo``, or another script, in a process of its own that need not import everything first."""
+    zygote = _zygote()
+    with tempfile.TemporaryDirectory() as folder:
+        request = {
+            "script": None if script is None else str(script),
+            "arguments": argv,
+            "environment": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            "folder": str(ROOT),
+            "stdout": f"{folder}/stdout",
+            "stderr": f"{folder}/stderr",
+        }
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            request["environment"].pop(name, None)
+        assert zygote.stdin and zygote.stdout
+        zygote.stdin.write(json.dumps(request) + "\n")
+        zygote.stdin.flush()
+        code = int(zygote.stdout.readline())
+        stdout, stderr = (Path(folder, name).read_text(errors="replace") for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(argv, code, stdout, stderr)
+
+
+def killed(moment: str, argv: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
+    """``openrlhf-sgpo train`` that ends itself at this moment, see killed_run.py."""
+    return forked(ROOT / "tests" / "killed_run.py", moment, *argv, **environment)
+
+
 def train(*argv: str, **environment: str) -> subprocess.CompletedProcess:
-    return launch([sys.executable, "-m", "openrlhf_sgpo.cli.main", "train", *argv], **environment)
+    return forked(None, "train", *argv, **environment)
 
 
 def read_jsonl(path: Path) -> list[dict]:

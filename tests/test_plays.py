@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -13,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from killed_run import PLAY_MOMENTS
-from running import ROOT, SCRIPT, launch, read_jsonl, train
+from running import ROOT, SCRIPT, killed, launch, read_jsonl, train
 from test_resume import contents
 from toy_oracles import CONDORCET, Letters, kind
 
 from openrlhf_sgpo import algorithms, config, games
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
-from openrlhf_sgpo.cli.main import run
+from openrlhf_sgpo.cli.main import main, run
 
 ON_POLICY = [name for name in algorithms.BUILT_INS if issubclass(algorithms.get(name), OnPolicyAlgorithm)]
 pytestmark = pytest.mark.timeout(600)
@@ -210,6 +209,29 @@ def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path)
         config.load(flags(tiny_model, tiny_data, tmp_path, "nash_md", *more))
 
 
+def test_the_shared_defaults_leave_room_for_two_answers(tiny_model, tiny_data, tmp_path, capsys):
+    data = ["--model.model_name_or_path", str(tiny_model), "--data.prompt_dataset", str(tiny_data["prompts"])]
+    assert main(["data", "--algo", "slhf", *data]) == 0
+    assert "24 prompts, 24 kept" in capsys.readouterr().out
+    settings, _ = config.load(
+        ["--algo", "slhf", *data, "--ckpt.output_dir", str(tmp_path), "--oracle", "toy_oracles:Letters"]
+    )
+    assert settings.data.max_len > 2 * settings.rollout.max_new_tokens
+    with pytest.raises(ValueError, match="--data.max_len: 16 leaves no room for a prompt, a draft"):
+        config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", "--data.max_len", "16"))
+    alone = ["--slhf.baseline", "leave_one_out", "--train.micro_batch_size", "1"]
+    with pytest.raises(ValueError, match="--train.micro_batch_size: 1 leaves no other play"):
+        config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *alone))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(tiny_model, tiny_data, tmp_path, monkeypatch):
+    from openrlhf_sgpo.algorithms.rloo import RLOO
+
+    monkeypatch.setattr(RLOO, "loss", lambda self, batch: batch.log_probs.sum((1, 2)) * float("nan"))
+    with pytest.raises(ValueError, match="round 1, step 1: the loss is no longer finite; lower --adam.lr"):
+        play(*flags(tiny_model, tiny_data, tmp_path / "run", "rloo"))
+
+
 def test_more_settings_that_cannot_be(tiny_model, tiny_data, tmp_path):
     with pytest.raises(ValueError, match=r"--inpo.inverse_step 0.0075 must be larger than --model.beta 0.1"):
         config.load(flags(tiny_model, tiny_data, tmp_path, "inpo", "--model.beta", "0.1"))
@@ -283,8 +305,8 @@ def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
     assert {"round_1/plays.jsonl", "round_2/policy/model.safetensors", "metrics.jsonl"} <= expected.keys()
     argv = flags(tiny_model, tiny_data, tmp_path / "killed", "nash_md", *more)
     for moment in PLAY_MOMENTS:
-        killed = launch([sys.executable, str(ROOT / "tests/killed_run.py"), moment, *argv], **environment)
-        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr[-3000:]}"
+        dead = killed(moment, argv, **environment)
+        assert dead.returncode == -signal.SIGKILL, f"{moment}: {dead.stderr[-3000:]}"
         argv = [*flags(tiny_model, tiny_data, tmp_path / "killed", "nash_md", *more), "--resume"]
     resumed = train(*argv, **environment)
     assert resumed.returncode == 0, resumed.stderr[-3000:]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from killed_run import MOMENTS
-from running import ROOT, arguments, launch, train
+from running import ROOT, arguments, killed, launch, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 # Costs are wall time, the lock has the process's number, and an adapter's configuration the path of its base model.
@@ -50,8 +50,8 @@ def test_killed_at_every_moment(tiny_model, tiny_data, tmp_path):
     argv = flags(tiny_model, tiny_data, folder)
     matrix = []
     for moment in MOMENTS:
-        killed = launch([sys.executable, str(ROOT / "tests/killed_run.py"), moment, *argv])
-        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr[-3000:]}"
+        dead = killed(moment, argv)
+        assert dead.returncode == -signal.SIGKILL, f"{moment}: {dead.stderr[-3000:]}"
         # What has its final name is whole, whatever the moment, and already what it will be at the end.
         there = {
             name: text
@@ -97,8 +97,8 @@ def test_killed_while_vllm_engines_generate(tiny_model, tiny_data, tmp_path):
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
     mark = {"OPENRLHF_SGPO_TEST": str(tmp_path)}
     command = [sys.executable, str(ROOT / "tests/killed_run.py"), "generation by vLLM", *argv(tmp_path / "killed")]
-    killed = launch(command, **mark)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    dead = launch(command, **mark)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr[-3000:]
     deadline = time.monotonic() + 60
     while left := processes_with(f"OPENRLHF_SGPO_TEST={tmp_path}"):
         assert time.monotonic() < deadline, f"these outlive the run that started them: {left}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from killed_run import ADAPTER_MOMENTS
-from running import ROOT, launch, read_jsonl, train
+from running import ROOT, killed, read_jsonl, train
 from test_plays import flags, play
 from test_refine import refine
 from test_resume import contents
@@ -321,8 +320,8 @@ def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
     assert {f"round_2/{name}/model.safetensors" for name in ("policy", "follower")} <= expected.keys()
     argv = flags(tiny_model, tiny_data, tmp_path / "killed", "slhf", *more)
     for moment in ADAPTER_MOMENTS:
-        killed = launch([sys.executable, str(ROOT / "tests/killed_run.py"), moment, *argv], **environment)
-        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr[-3000:]}"
+        dead = killed(moment, argv, **environment)
+        assert dead.returncode == -signal.SIGKILL, f"{moment}: {dead.stderr[-3000:]}"
         argv = [*flags(tiny_model, tiny_data, tmp_path / "killed", "slhf", *more), "--resume"]
     resumed = train(*argv, **environment)
     assert resumed.returncode == 0, resumed.stderr[-3000:]

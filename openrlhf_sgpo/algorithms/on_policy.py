@@ -13,6 +13,8 @@ from openrlhf_sgpo.algorithms.base import Algorithm, Needs
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openrlhf_sgpo.config import Config
+
 # policy: the policy as it is. mixture: the geometric mixture of policy and reference. previous: the policy as it was when the
 # round began. follower: the policy in its second role, which sees the play's first answer.
 Role = Literal["policy", "mixture", "previous", "follower"]
@@ -58,6 +60,10 @@ class OnPolicyAlgorithm(Algorithm):
     needs = Needs(rounds=True)
     models: ClassVar[tuple[Model, ...]] = ("reference",)
     steps_per_sync: ClassVar[int] = 1
+
+    def problems(self, config: Config) -> list[str]:
+        """Problems of the algorithm's settings with the shared ones, each naming its flag; empty when all is well."""
+        return []
 
     @property
     def roles(self) -> tuple[Role, ...]:

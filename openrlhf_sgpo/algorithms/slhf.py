@@ -11,6 +11,8 @@ from openrlhf_sgpo.flags import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openrlhf_sgpo.config import Config
+
 IMPROVE = "Improve the previous answer. Phrase it as if it was the original response."
 
 
@@ -64,7 +66,7 @@ class SLHF(OnPolicyAlgorithm):
     paper = "arXiv 2512.16626"
     summary = "SLHF: a leader answers, a follower that sees the answer improves it"
     settings = SLHFSettings
-    defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.001, "rollout.temperature": 0.9}
+    defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.001, "rollout.temperature": 0.9, "data.max_len": 1024}
 
     @classmethod
     def check(cls, options: SLHFSettings) -> list[str]:
@@ -94,6 +96,13 @@ class SLHF(OnPolicyAlgorithm):
                 "--slhf.parity needs --slhf.kl_level token_local and --slhf.follower_kl_credit false, as in the released code"
             )
         return problems
+
+    def problems(self, config: Config) -> list[str]:
+        if self.options.baseline == "leave_one_out" and config.train.micro_batch_size == 1:
+            return [
+                "--train.micro_batch_size: 1 leaves no other play for --slhf.baseline leave_one_out; use at least 2"
+            ]
+        return []
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -153,7 +162,7 @@ class SLHF(OnPolicyAlgorithm):
 
     def _role_loss(self, batch: Plays, answer: int, gain: Tensor, beta: float) -> Tensor:
         baseline: Tensor | float = 0.5
-        if self.options.baseline == "leave_one_out" and len(gain) > 1:
+        if self.options.baseline == "leave_one_out":
             baseline = (gain.sum() - gain) / (len(gain) - 1)
         own, reference = batch.log_probs[:, answer], batch.reference[:, answer]
         if self.options.parity:

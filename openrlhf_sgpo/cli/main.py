@@ -58,7 +58,7 @@ def data(argv: list[str]) -> int:
     algorithm = algorithms.get(flags.peek(argv, "algo") or config.Config().algo)
     instances, _ = flags.parse(argv, config.sections(algorithm))
     settings: config.Config = instances[""]
-    check_data(settings)
+    check_data(settings, algorithm)
     from openrlhf_sgpo.data.report import require
     from openrlhf_sgpo.data.run_data import inspect_run, load_run
 
@@ -67,9 +67,12 @@ def data(argv: list[str]) -> int:
 
     model = settings.model
     tokenizer = load_tokenizer(model.model_name_or_path, model.trust_remote_code, "model.model_name_or_path")
-    reports = inspect_run(
-        records, ChatFormat(tokenizer, settings.data.max_len), settings, settings.rollout.max_new_tokens
-    ).reports
+    chat, room = ChatFormat(tokenizer, settings.data.max_len), settings.rollout.max_new_tokens
+    if issubclass(algorithm, OnPolicyAlgorithm):
+        from openrlhf_sgpo.rollout.roles import prompt_room
+
+        room = prompt_room(algorithm(instances[algorithm.name], settings.model.beta), chat, room)
+    reports = inspect_run(records, chat, settings, room).reports
     print("\n".join(report.text() for report in reports), end="", flush=True)
     require(reports)
     return 0

@@ -54,6 +54,7 @@ class HuggingFaceRollout:
         self.config = config
         self.tokenizer = tokenizer
         self.share = share
+        self.ends: set[int] = set()
         self.folder = ""
         self.model: Any = None
         self.load(folder)
@@ -85,7 +86,10 @@ class HuggingFaceRollout:
         # Of a model's generation settings only the end of a turn counts here, as in vLLM: a repetition penalty, say, would
         # sample from another distribution than the one that is scored and trained.
         own = model.generation_config
-        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id)
+        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        # As in vLLM the tokenizer's end counts too: chat models often name another one in their generation settings.
+        self.ends |= {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
+        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), bos_token_id=own.bos_token_id)
         return model
 
     def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
@@ -125,13 +129,11 @@ class HuggingFaceRollout:
                 pad_token_id=pad,
                 use_cache=True,
             )
-        ends = self.model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        samples = [self._finished(row, ends) for row in output[:, longest:].tolist()]
+        samples = [self._finished(row) for row in output[:, longest:].tolist()]
         return [samples[start : start + n] for start in range(0, len(samples), n)]
 
-    def _finished(self, tokens: list[int], ends: set[int]) -> Sample:
-        end = next((position for position, token in enumerate(tokens) if token in ends), None)
+    def _finished(self, tokens: list[int]) -> Sample:
+        end = next((position for position, token in enumerate(tokens) if token in self.ends), None)
         kept = tokens if end is None else tokens[:end]
         text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return Sample(text, end is None, tuple(tokens if end is None else tokens[: end + 1]))

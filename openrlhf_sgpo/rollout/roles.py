@@ -46,6 +46,13 @@ def follower_room(chat: ChatFormat, instruction: str, max_new_tokens: int) -> in
     return added + 2 * max_new_tokens
 
 
+def prompt_room(algorithm: OnPolicyAlgorithm, chat: ChatFormat, max_new_tokens: int) -> int:
+    """Tokens that a prompt must leave for everything that is drawn after it."""
+    if "follower" not in algorithm.roles:
+        return max_new_tokens
+    return follower_room(chat, algorithm.follower_prompt, max_new_tokens)
+
+
 class Roles:
     """Draws the answers of plays. engine: for every role but the mixture with the reference. mixture: for that one; may be the
     engine where the reference's share is 0. folders: with the weights of each role, which are loaded before it answers."""

@@ -59,9 +59,8 @@ class Scorer:
 
     def close(self) -> None:
         """Give back the models that are held in memory. Collective."""
-        for actor in self._held.values():
-            _engine(actor).destroy()
-        self._held.clear()
+        while self._held:
+            _engine(self._held.popitem()[1]).destroy()
         release_memory()
 
     def forget(self, model: str) -> None:
@@ -173,7 +172,7 @@ class Scorer:
             if not self.resident:
                 for actor in actors:
                     _engine(actor).destroy()
-                del actors
+                del actor, actors  # the loop's name too would keep the last one alive
                 release_memory()
 
     def _load(self, model: str) -> Any:

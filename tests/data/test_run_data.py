@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_sgpo import flags
+from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.config_check import check_data
@@ -96,7 +97,7 @@ def test_a_split_of_a_file_is_an_error_that_names_the_flag(split, dataset):
     sources = {"model.model_name_or_path": "m", "data.dataset": "org/name", dataset: "pairs.jsonl", split: "test"}
     argv = [word for name, value in sources.items() for word in (f"--{name}", value)]
     with pytest.raises(flags.SettingsError) as caught:
-        check_data(flags.parse(argv, {"": Config}).instances[""])
+        check_data(flags.parse(argv, {"": Config}).instances[""], DPO)
     assert str(caught.value) == f"--{split}: --{dataset} pairs.jsonl is a file, which has no splits; leave it out"
 
 

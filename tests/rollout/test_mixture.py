@@ -89,3 +89,16 @@ def test_weights_alone_can_be_taken_over(rollout_with, other_tiny_model, tmp_pat
         rollout.load(str(tmp_path / "half"))
     rollout.load(str(tmp_path / "whole"))
     assert sampled(rollout) == sampled(rollout_with(0.0, other_tiny_model))
+
+
+def test_answers_end_at_the_tokenizers_end_too(rollout_with, tiny_model, tmp_path):
+    """As in vLLM: many chat models name another token in their generation settings."""
+    import shutil
+
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    settings = other / "generation_config.json"
+    settings.write_text(settings.read_text().replace('"eos_token_id": 2', '"eos_token_id": 77'))
+    rollout = rollout_with(0.0, other)
+    assert rollout.ends == {2, 77} and rollout_with(0.0).ends == {2}
+    assert rollout._finished([5, 2, 9]).token_ids == (5, 2) and rollout._finished([5, 77]).token_ids == (5, 77)
+    assert rollout._finished([5, 9]).truncated

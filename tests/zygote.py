@@ -1,0 +1,50 @@
+"""A process that has imported everything, and forks one child for each run that a test asks for: imports take longer than
+most of these runs. Reads a request per line (JSON) and answers with the child's exit code, minus the signal if one ended it."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import sys
+from typing import Any
+
+# Packages say things when they are imported; the answers have a way of their own.
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+import openrlhf_sgpo.plays  # noqa: E402
+import openrlhf_sgpo.rounds  # noqa: E402, F401 - for the children
+from openrlhf_sgpo.cli.main import main  # noqa: E402
+
+
+def become(request: dict[str, Any]) -> int:
+    """What the child does; its environment, folder and output are those of the request."""
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
+    for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+        file = os.open(name, os.O_RDWR | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    if request["script"] is None:
+        return main(request["arguments"])
+    sys.argv = [request["script"], *request["arguments"]]
+    runpy.run_path(request["script"], run_name="__main__")
+    return 0
+
+
+def serve() -> int:
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            return become(json.loads(line))  # ends as any process does, with what is registered for its exit
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=ANSWERS, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve())
