@@ -55,6 +55,14 @@ class Run:
         if config.data.max_len > longest:
             raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
         check_layout(config, model.get_text_config())
+        reference = config.ref.model_name_or_path
+        if samples and reference != name:  # divergences and mixtures are over one vocabulary
+            theirs = AutoConfig.from_pretrained(reference, trust_remote_code=trust).get_text_config().vocab_size
+            if theirs != model.get_text_config().vocab_size:
+                raise ValueError(
+                    f"--ref.model_name_or_path {reference} has a vocabulary of {theirs} tokens, --model.model_name_or_path "
+                    f"{name} one of {model.get_text_config().vocab_size}: their log-probabilities cannot be compared"
+                )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.chat = ChatFormat(self.tokenizer, config.data.max_len)

@@ -241,6 +241,8 @@ class Metrics:
         if keep_rows(path, lambda row: row["stage"] != stage or row["step"] <= step):
             self.file.close()  # it is another file now
             self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        # Trackers count on from where the steps that stay end.
+        self._step = self.every * len(read_jsonl(path))
 
     def log(self, stage: str, step: int, row: dict[str, float]) -> None:
         """step counts within the stage; trackers get a counter over the whole run."""

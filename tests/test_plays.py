@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -230,6 +231,31 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(tiny_model, tiny_da
     monkeypatch.setattr(RLOO, "loss", lambda self, batch: batch.log_probs.sum((1, 2)) * float("nan"))
     with pytest.raises(ValueError, match="round 1, step 1: the loss is no longer finite; lower --adam.lr"):
         play(*flags(tiny_model, tiny_data, tmp_path / "run", "rloo"))
+
+
+def test_what_is_found_before_a_model_is_loaded(tiny_model, tiny_data, tmp_path):
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    settings = (other / "config.json").read_text()
+    (other / "config.json").write_text(settings.replace('"vocab_size": 259', '"vocab_size": 320'))
+    with pytest.raises(ValueError, match="other has a vocabulary of 320 tokens"):
+        play(*flags(tiny_model, tiny_data, tmp_path / "a", "rloo", "--ref.model_name_or_path", str(other)))
+    strict = shutil.copytree(tiny_model, tmp_path / "strict")
+    template = (strict / "chat_template.jinja").read_text()
+    refusal = "{% if messages | length > 2 %}{{ raise_exception('one question only') }}{% endif %}"
+    (strict / "chat_template.jinja").write_text(refusal + template)
+    with pytest.raises(ValueError, match="use a model that can be asked twice"):
+        play(*flags(strict, tiny_data, tmp_path / "b", "slhf"))
+
+
+def test_another_number_of_ranks_cannot_resume(tmp_path):
+    from types import SimpleNamespace
+
+    from openrlhf_sgpo.training.checkpoints import Checkpoints
+
+    strategy = SimpleNamespace(world_size=2, is_rank_0=lambda: True)
+    (tmp_path / "ranks").write_text("1")
+    with pytest.raises(ValueError, match="--resume on 2 ranks, but .* was written by 1; start as many again"):
+        Checkpoints(tmp_path, strategy).restore(None)
 
 
 def test_more_settings_that_cannot_be(tiny_model, tiny_data, tmp_path):

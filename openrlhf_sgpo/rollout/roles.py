@@ -40,10 +40,16 @@ def follower_context(chat: ChatFormat, prompt: Messages, draft: Sample, instruct
 
 
 def follower_room(chat: ChatFormat, instruction: str, max_new_tokens: int) -> int:
-    """Tokens that a prompt must leave for draft, instruction and the follower's answer."""
+    """Tokens that a prompt must leave for draft, instruction and the follower's answer. Raises ValueError if the chat template
+    has no place for them."""
     question: Messages = [{"role": "user", "content": "?"}]
-    added = len(chat.prompt(follower_messages(question, "", instruction))) - len(chat.prompt(question))
-    return added + 2 * max_new_tokens
+    (revision,) = chat.prompts([follower_messages(question, "", instruction)])
+    if revision is None:
+        raise ValueError(
+            f"the chat template of {chat.tokenizer.name_or_path} refuses a question, an answer and another question, which is "
+            "what a follower sees: use a model that can be asked twice"
+        )
+    return len(revision) - len(chat.prompt(question)) + 2 * max_new_tokens
 
 
 def prompt_room(algorithm: OnPolicyAlgorithm, chat: ChatFormat, max_new_tokens: int) -> int:
