@@ -65,3 +65,22 @@ def test_the_benchmark_agrees_before_it_times():
     for space in ("margin", "probability"):
         for size in ("20", "100"):
             assert float(values[space, size, "exact"]) == pytest.approx(float(values[space, size, "program"]), abs=1e-8)
+
+
+def test_the_oracles_of_the_plays(monkeypatch):
+    """Loaded by name, as --oracle does it; TheCount's optimum, and the circle of Paradox."""
+    from openrlhf_sgpo import games, oracle
+    from openrlhf_sgpo.oracle import Answer, Question
+
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+    def asked(name, *texts):
+        question = Question("q", [{"role": "user", "content": "?"}], tuple(map(Answer, texts)))
+        return oracle.get(f"plays.oracles:{name}")(), [question]
+
+    count, question = asked("TheCount", "the " * 6, "the the", "the " * 21, "")
+    assert count.rewards(question, "") == [[6.0, 2.0, 0.0, 0.0]]
+    paradox, question = asked("Paradox", "It is", "Maybe so", "Certainly not")
+    (matrix,) = paradox.preferences(question, "")
+    for row, expected in zip(matrix, games.GAMES["condorcet"]().preferences, strict=True):
+        assert row == pytest.approx(expected)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from openrlhf_sgpo import games
 from openrlhf_sgpo.oracle import PreferenceOracle, RewardOracle
 
+CONDORCET = games.GAMES["condorcet"]().preferences
+
 
 class TheCount(RewardOracle):
     """Transitive: every "the" counts, up to six, in an answer of at most twenty words; a longer one is worth nothing."""
@@ -24,10 +26,9 @@ class Paradox(PreferenceOracle):
     probabilities of the Condorcet paradox (``openrlhf-sgpo games``)."""
 
     name = "paradox"
-    preferences = games.GAMES["condorcet"]().preferences
 
     def prefer(self, prompt, first, second):
-        return float(self.preferences[kind(first), kind(second)])
+        return float(CONDORCET[kind(first), kind(second)])
 
 
 def kind(answer: str) -> int:
