@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from openrlhf_sgpo.data.tokens import ChatFormat, Group
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.rollout import Rollout, Sample
 from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.table import standard_error
 from openrlhf_sgpo.training.probe import check_weights_arrived
 from openrlhf_sgpo.training.scoring import Scorer
 
@@ -147,7 +148,7 @@ class Evaluator:
             "response_length": mean(one.tokens for one in samples),
             "truncated": mean(one.truncated for one in samples),
             "kl": mean(divergences),
-            "kl_error": _standard_error(divergences),
+            "kl_error": standard_error(divergences),
             **wins,
         }
 
@@ -165,8 +166,4 @@ class Evaluator:
         before = oracle.usage()
         found = [matrix[0][1] for matrix in oracle.preferences(questions, f"{name}: compare")]
         cost |= {one: total - before[one] for one, total in oracle.usage().items()}
-        return {"win_rate": mean(found), "win_rate_error": _standard_error(found)}
-
-
-def _standard_error(values: list[float]) -> float | None:
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return {"win_rate": mean(found), "win_rate_error": standard_error(found)}

@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -57,9 +58,6 @@ class PlayRun(Run):
     def _room(self) -> int:
         self.play = self.algorithm(self.options, self.config.model.beta)  # type: ignore[assignment]
         return prompt_room(self.play, self.chat, self.config.rollout.max_new_tokens)
-
-    def _longest_context(self) -> int:
-        return self.config.data.max_len - self.config.rollout.max_new_tokens
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -125,7 +123,8 @@ class PlayRun(Run):
             self._rewind(number, step)
             engine = self._engine(before)
             mixture, folders = self._mixture(engine, before), self._folders(number)
-            roles = Roles(self.play, self.chat, engine, mixture, folders, self._longest_context())
+            longest = config.data.max_len - config.rollout.max_new_tokens
+            roles = Roles(self.play, self.chat, engine, mixture, folders, longest)
             if step > first and self.play.steps_per_sync:
                 self._sync(actor, roles)
             progress = tqdm(
@@ -240,8 +239,7 @@ class PlayRun(Run):
         """The batch of a step: the prompts in an order that is shuffled anew every epoch, in whole batches."""
         size = self.config.train.batch_size
         epoch, place = divmod(step - 1, len(self.prompts) // size)
-        order = list(range(len(self.prompts)))
-        random.Random(prompt_seed(self.config.train.seed, (epoch,))).shuffle(order)
+        order = _shuffled(len(self.prompts), prompt_seed(self.config.train.seed, (epoch,)))
         return [self.prompts[index] for index in order[place * size : (place + 1) * size]]
 
     # What a round works with ----------------------------------------------------------------------------------------
@@ -283,6 +281,14 @@ class PlayRun(Run):
         for adapter in dict.fromkeys(adapters.values()):
             save_weights(actor, str(folder / adapter), self.strategy, adapter)
         roles.folders = {role: str(folder / adapter) for role, adapter in adapters.items()}
+
+
+@lru_cache(maxsize=1)
+def _shuffled(count: int, seed: int) -> list[int]:
+    """The numbers below ``count`` in the order of an epoch, which all its steps share."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 @contextmanager

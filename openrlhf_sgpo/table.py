@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import stdev
 from typing import Any
 
 FIGURES = (  # title, key, digits
@@ -16,6 +18,24 @@ FIGURES = (  # title, key, digits
 STAGES = ("generate", "annotate", "oracle", "follower", "log_probs", "train", "sync", "evaluate")
 
 
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for fewer than two values."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of cells with a rule under the header; the first column is flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return [text[0], "  ".join("-" * width for width in widths), *text[1:]]
+
+
 def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]]) -> str:
     """rows: evaluation rows with ``name``, and what was measured of accuracy, margin, kl, response_length, label_accuracy and
     value; stages: the ledger's entries, from which the seconds of each stage are taken. Missing figures are a dash."""
@@ -27,15 +47,7 @@ def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]
     for row, seconds in zip(rows, found, strict=True):
         figures = [_figure(row.get(key), digits) for _, key, digits in FIGURES]
         lines.append([row["name"], *figures, *(_figure(seconds.get(stage), 1) for stage in shown)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    text.insert(1, "  ".join("-" * width for width in widths))
+    text = aligned(lines)
     note = (
         "accuracy, margin: held-out pairs against the initial reference; kl: nats per sampled response, to the same\n"
         "length: tokens per response; wins: the oracle's mean preference for such a response over the start's\n"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from openrlhf_sgpo.refinement.comparison import OPPONENTS, Answers
 from openrlhf_sgpo.rollout.base import Sample
+from openrlhf_sgpo.table import aligned, standard_error
 
 Row = dict[str, Any]
 
@@ -117,7 +118,7 @@ def figures(answers: Sequence[Answers], preferences: Sequence[Row]) -> list[Row]
         for name in (f"over_{opponent}" for opponent in OPPONENTS):
             values = [one[name] for one in preferences if one["depth"] == place + 1 and one[name] is not None]
             row[name] = fmean(values) if values else None
-            row[f"{name}_error"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+            row[f"{name}_error"] = standard_error(values)
         found.append(row)
     return found
 
@@ -127,10 +128,8 @@ def table(found: Sequence[Row]) -> str:
     shown = [name for name in _TITLES if any(row[name] is not None for row in found)]
     lines = [["depth", *(_TITLES[name] for name in shown)]]
     for row in found:
-        lines.append([str(row["depth"]), *(_cell(row, name) for name in shown)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:], _NOTE]) + "\n"
+        lines.append([str(row["depth"]).rjust(len("depth")), *(_cell(row, name) for name in shown)])
+    return "\n".join([*aligned(lines), _NOTE]) + "\n"
 
 
 def _cell(row: Row, name: str) -> str:
