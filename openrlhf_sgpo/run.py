@@ -19,7 +19,7 @@ from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Pair, fingerprint
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import inspect_run, load_run
-from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
+from openrlhf_sgpo.data.tokens import Group, load_chat
 from openrlhf_sgpo.evaluation import Evaluator
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.openrlhf import build_strategy
@@ -49,11 +49,8 @@ class Run:
         if samples and not oracle.judges_itself(config, algorithm):
             oracle.get(config.oracle).check(config)
         name, trust = config.model.model_name_or_path, config.model.trust_remote_code
-        self.tokenizer = load_tokenizer(name, trust, "model.model_name_or_path")
-        model = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-        longest = getattr(model, "max_position_embeddings", config.data.max_len)
-        if config.data.max_len > longest:
-            raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
+        self.chat, model = load_chat(name, trust, "model.model_name_or_path", config.data.max_len)
+        self.tokenizer = self.chat.tokenizer
         check_layout(config, model.get_text_config())
         reference = config.ref.model_name_or_path
         if samples and reference != name:  # divergences and mixtures are over one vocabulary
@@ -63,9 +60,6 @@ class Run:
                     f"--ref.model_name_or_path {reference} has a vocabulary of {theirs} tokens, --model.model_name_or_path "
                     f"{name} one of {model.get_text_config().vocab_size}: their log-probabilities cannot be compared"
                 )
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.chat = ChatFormat(self.tokenizer, config.data.max_len)
         self.data = inspect_run(records, self.chat, config, self._room())
         if os.environ.get("RANK", "0") == "0":  # the strategy does not exist yet
             print("\n".join(report.text() for report in self.data.reports), flush=True)

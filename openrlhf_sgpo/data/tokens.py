@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from openrlhf_sgpo.data.records import Messages, Pair
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,21 @@ def load_tokenizer(model: str, trust_remote_code: bool, flag: str) -> PreTrained
         raise ValueError(
             f"--{flag} {model} cannot be loaded ({reason}); give a Hugging Face folder with a tokenizer, or a hub name"
         ) from error
+
+
+def load_chat(model: str, trust_remote_code: bool, flag: str, max_len: int) -> tuple[ChatFormat, PretrainedConfig]:
+    """The chat format of a model that answers, with a padding token, and the model's config. Raises ValueError as
+    ``load_tokenizer`` and ``ChatFormat`` do, and where ``max_len`` exceeds the model's positions."""
+    from transformers import AutoConfig
+
+    tokenizer = load_tokenizer(model, trust_remote_code, flag)
+    settings = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    longest = getattr(settings, "max_position_embeddings", max_len)
+    if max_len > longest:
+        raise ValueError(f"--data.max_len {max_len} exceeds the model's {longest} positions")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return ChatFormat(tokenizer, max_len), settings
 
 
 class ChatFormat:

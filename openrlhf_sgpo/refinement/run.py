@@ -15,14 +15,13 @@ from dataclasses import replace
 from itertools import accumulate, count
 from pathlib import Path
 
-from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.records import Prompt, fingerprint, load_prompts
 from openrlhf_sgpo.data.report import require
-from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
+from openrlhf_sgpo.data.tokens import load_chat
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.refinement.budget import affordable, further
 from openrlhf_sgpo.refinement.comparison import Answers, choose, compare
@@ -54,14 +53,8 @@ class Refinement:
         check_rollout(config)
         if settings.oracle:
             oracle.get(settings.oracle).check(config)
-        self.tokenizer = load_tokenizer(policy.folder, settings.trust_remote_code, "model")
-        model = AutoConfig.from_pretrained(policy.folder, trust_remote_code=settings.trust_remote_code)
-        longest = getattr(model, "max_position_embeddings", config.data.max_len)
-        if config.data.max_len > longest:
-            raise ValueError(f"--data.max_len {config.data.max_len} exceeds the model's {longest} positions")
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.chat = ChatFormat(self.tokenizer, config.data.max_len)
+        self.chat, _ = load_chat(policy.folder, settings.trust_remote_code, "model", config.data.max_len)
+        self.tokenizer = self.chat.tokenizer
         new = config.rollout.max_new_tokens
         self.longest = config.data.max_len - new  # context of an answer, in tokens
         inspected = inspect_prompts(
