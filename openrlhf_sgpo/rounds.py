@@ -23,7 +23,7 @@ from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.records import Pair, Prompt, load_run_pairs
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import Group
-from openrlhf_sgpo.evaluation import margins
+from openrlhf_sgpo.evaluation.between_rounds import margins
 from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources, judges_itself
 from openrlhf_sgpo.oracle.base import agreement, rank
 from openrlhf_sgpo.oracle.implicit import ImplicitReward

@@ -20,7 +20,7 @@ from openrlhf_sgpo.data.records import Pair, fingerprint
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import inspect_run, load_run
 from openrlhf_sgpo.data.tokens import Group, load_chat
-from openrlhf_sgpo.evaluation import Evaluator
+from openrlhf_sgpo.evaluation.between_rounds import Evaluator
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo import evaluation, fork, plays, rounds, run, run_folder
+from openrlhf_sgpo import fork, plays, rounds, run, run_folder
 from openrlhf_sgpo.algorithms.sgpo import SGPO
 from openrlhf_sgpo.cli.main import main
+from openrlhf_sgpo.evaluation import between_rounds
 from openrlhf_sgpo.training import checkpoints, scoring, stage, trainer
 
 
@@ -91,7 +92,7 @@ def half_file(ending: str) -> None:
 
         return wrapped
 
-    for module in (run_folder, run, rounds, fork, evaluation):
+    for module in (run_folder, run, rounds, fork, between_rounds):
         if hasattr(module, "write_text"):
             replace(module, "write_text", make)
 
