@@ -78,8 +78,8 @@ class Task:
         self.settings = settings
 
     def items(self) -> list[Item]:
-        """All items in their canonical order, or the first ``settings.limit`` of them. Raises ValueError if the benchmark's files
-        are not to be had, or are not what they should be; the message names the flag."""
+        """All items in their canonical order, or the first ``settings.limit`` of them. Raises ValueError if the benchmark's
+        files are not to be had, or are not what they should be; the message names the flag."""
         raise NotImplementedError
 
     def read_responses(self, path: Path) -> list[Responses]:
@@ -98,6 +98,6 @@ class Task:
         judge: EvaluationJudge | None,
         folder: Path,
     ) -> Result:
-        """The result of one model's responses, which are keyed by item id; there are some to every item. Files in the benchmark's
-        own formats go to ``folder``."""
+        """The result of one model's responses, which are keyed by item id; there are some to every item. Files in the
+        benchmark's own formats go to ``folder``."""
         raise NotImplementedError
