@@ -22,12 +22,13 @@ from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.records import Prompt, fingerprint, load_prompts
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.tokens import load_chat
+from openrlhf_sgpo.inference import Policy
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.refinement.budget import affordable, further
 from openrlhf_sgpo.refinement.comparison import Answers, choose, compare
 from openrlhf_sgpo.refinement.drafts import Draft, load_drafts
 from openrlhf_sgpo.refinement.records import Row, Writers, alpaca_eval, answer_rows, figures, table
-from openrlhf_sgpo.refinement.settings import Policy, RefineSettings, run_config
+from openrlhf_sgpo.refinement.settings import RefineSettings, run_config
 from openrlhf_sgpo.rollout import Rollout, Sample, check_rollout, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room

@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
-from typing import Any, Literal, get_type_hints
-
-import yaml
+from typing import Any, Literal
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
-from openrlhf_sgpo.config import (
-    Config,
-    DataSettings,
-    DeepspeedSettings,
-    JudgeSettings,
-    RewardSettings,
-    RolloutSettings,
-    TrainSettings,
-    VllmSettings,
-)
+from openrlhf_sgpo.config import Config, JudgeSettings, RewardSettings
 from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
-from openrlhf_sgpo.run_folder import RunFolder
+from openrlhf_sgpo.inference import (
+    Data,
+    Deepspeed,
+    Policy,
+    Rollout,
+    Train,
+    Vllm,
+    config_of,
+    policy_of,
+    set_fields,
+    stored_settings,
+)
 
 Control = Literal["iid", "best_of_n"]
 
@@ -35,27 +33,6 @@ Control = Literal["iid", "best_of_n"]
 PLAIN = {"rollout.temperature": 0.9, "rollout.max_new_tokens": 512, "data.max_len": 2048}
 _GROUPS = ("ref", "data", "rollout", "vllm", "ds", "train", "reward", "judge")
 _INHERITED = ("ref", "data", "rollout", "vllm", "ds", "train")  # judges are chosen anew
-_STORED = "resolved_config.yaml"
-
-
-def _part(group: type, *names: str, **others: type) -> type:
-    """A dataclass of these settings of a group of ``Config``, with their defaults and help texts; others: groups in it."""
-    hints, known = get_type_hints(group), {item.name: item for item in fields(group)}
-    own = [(name, hints[name], field(default=known[name].default, metadata=known[name].metadata)) for name in names]
-    return make_dataclass(
-        group.__name__, own + [(name, Any, field(default_factory=kind)) for name, kind in others.items()]
-    )
-
-
-_LIMITS = _part(DataLimits, "malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
-_DATA = _part(DataSettings, "max_len", limits=_LIMITS)
-_ROLLOUT = _part(RolloutSettings, "engine", "temperature", "top_p", "max_new_tokens", "batch_size")
-_VLLM = _part(  # nothing is trained meanwhile, so that engines need not sleep
-    VllmSettings,
-    *("num_engines", "tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching", "enforce_eager"),
-)
-_DS = _part(DeepspeedSettings, "param_dtype", "attn_implementation")
-_TRAIN = _part(TrainSettings, "seed", "micro_batch_size")
 
 
 @dataclass
@@ -85,23 +62,14 @@ class RefineSettings:
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit")
     ref: _Reference = field(default_factory=_Reference)
-    data: Any = field(default_factory=_DATA)
-    rollout: Any = field(default_factory=_ROLLOUT)
-    vllm: Any = field(default_factory=_VLLM)
-    ds: Any = field(default_factory=_DS)
-    train: Any = field(default_factory=_TRAIN)
+    data: Any = field(default_factory=Data)
+    rollout: Any = field(default_factory=Rollout)
+    vllm: Any = field(default_factory=Vllm)
+    ds: Any = field(default_factory=Deepspeed)
+    train: Any = field(default_factory=Train)
     reward: RewardSettings = field(default_factory=RewardSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
     resume: bool = setting(False, "continue in --out at the first unfinished stage")
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Who answers, and who revises: the same, or a follower with weights of its own. name: of both in records."""
-
-    folder: str
-    follower: str
-    name: str
 
 
 def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
@@ -109,7 +77,7 @@ def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
 
     Raises flags.SettingsError with every problem at once, ValueError if there is no such policy. Imports no torch.
     """
-    run = _stored_settings(argv)
+    run = stored_settings(flags.peek(argv, "model") or "")
     default = defaults(argv)
     instances, given = flags.parse(argv, {"": lambda: defaults(argv)})
     settings: RefineSettings = instances[""]
@@ -118,53 +86,33 @@ def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
     problems = _problems(settings, run is not None) + _unread(settings, default, given)
     if problems:
         raise flags.SettingsError(*problems)
-    return settings, _policy(settings, run is not None)
+    policy = policy_of(settings.model, settings.round, "model")
+    settings.round = policy.round
+    return settings, policy
 
 
 def run_config(settings: RefineSettings, policy: str) -> Config:
     """The settings as a run has them, which engines and oracles read."""
-    config = Config()
-    for group in _GROUPS:
-        _set_fields(getattr(config, group), vars(getattr(settings, group)))
-    # Answers to a benchmark's prompts are what this is for.
-    config.data.limits = DataLimits(**vars(settings.data.limits), benchmark=1.0)
-    config.model.model_name_or_path, config.model.trust_remote_code = policy, settings.trust_remote_code
+    config = config_of(settings, _GROUPS, policy)
     config.model.beta, config.oracle = settings.beta, settings.oracle
-    config.train.batch_size = config.train.micro_batch_size
-    config.ds.zero_stage, config.vllm.enable_sleep = 0, False  # one process, and nothing is trained
     return config
 
 
 def defaults(argv: Sequence[str]) -> RefineSettings:
     """The settings where ``argv`` says nothing but which model it is: those of the run, if it is one."""
-    settings, run = RefineSettings(), _stored_settings(argv)
+    settings, run = RefineSettings(), stored_settings(flags.peek(argv, "model") or "")
     if run is None:
         for name, value in PLAIN.items():
             group, _, leaf = name.partition(".")
             setattr(getattr(settings, group), leaf, value)
         return settings
     for group in _INHERITED:
-        _set_fields(getattr(settings, group), run.get(group, {}))
+        set_fields(getattr(settings, group), run.get(group, {}))
     model, algorithm = run.get("model", {}), run.get(run.get("algo", ""), {})
     settings.trust_remote_code = model.get("trust_remote_code", settings.trust_remote_code)
     settings.beta = model.get("beta", settings.beta)
     settings.follower_prompt = algorithm.get("follower_prompt", settings.follower_prompt)
     return settings
-
-
-def _stored_settings(argv: Sequence[str]) -> dict[str, Any] | None:
-    """The settings of the run in the folder of --model; None if that is no run."""
-    model = flags.peek(argv, "model")
-    path = Path(model or "", _STORED)
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if model and path.is_file() else None
-    return found if isinstance(found, dict) and isinstance(found.get("model"), dict) else None
-
-
-def _set_fields(group: Any, values: Mapping[str, Any]) -> None:
-    """Set the fields that are neither groups nor missing in ``values``."""
-    for item in fields(group):
-        if item.name in values and not is_dataclass(getattr(group, item.name)):
-            setattr(group, item.name, values[item.name])
 
 
 def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
@@ -240,28 +188,3 @@ def _unread(settings: RefineSettings, default: RefineSettings, given: Mapping[st
         and not name.startswith(reads)
         and (origin == flags.COMMAND_LINE or attrgetter(name)(settings) != attrgetter(name)(default))
     ]
-
-
-def _policy(settings: RefineSettings, is_run: bool) -> Policy:
-    """Fills in ``settings.round``. Raises ValueError if the folder holds no policy."""
-    model = settings.model
-    if not is_run:
-        if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-            raise ValueError(f"--model {model} is neither a run folder ({_STORED}) nor a model (config.json)")
-        return Policy(model, model, os.path.basename(os.path.abspath(model)))
-    folder = RunFolder(model)
-    finished = sorted(
-        number
-        for number in (int(path.name[6:]) for path in folder.path.glob("round_*") if path.name[6:].isdecimal())
-        if folder.policy(number).is_dir() and {"play", "train"} & folder.manifest(number)["stages"].keys()
-    )
-    if not finished:
-        raise ValueError(f"--model {model} is a run that has finished no round yet, so that it has no policy to answer")
-    if settings.round is None:
-        settings.round = finished[-1]
-    if settings.round not in finished:
-        numbers = ", ".join(map(str, finished))
-        raise ValueError(f"--round: {settings.round} is not finished in the run {model}; finished: {numbers}")
-    policy, follower = folder.policy(settings.round), folder.round(settings.round) / "follower"
-    name = f"{folder.path.name}-round-{settings.round}"
-    return Policy(str(policy), str(follower if follower.is_dir() else policy), name)

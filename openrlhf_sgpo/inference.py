@@ -1,0 +1,113 @@
+"""What commands that only ask policies for answers share: parts of a run's settings, and the policy that a folder holds.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from openrlhf_sgpo.config import (
+    Config,
+    DataSettings,
+    DeepspeedSettings,
+    RolloutSettings,
+    TrainSettings,
+    VllmSettings,
+)
+from openrlhf_sgpo.data.limits import DataLimits
+from openrlhf_sgpo.run_folder import RunFolder
+
+STORED = "resolved_config.yaml"
+
+
+def part(group: type, *names: str, **others: type) -> type:
+    """A dataclass of these settings of a group of ``Config``, with their defaults and help texts; others: groups in it."""
+    hints, known = get_type_hints(group), {item.name: item for item in fields(group)}
+    own = [(name, hints[name], field(default=known[name].default, metadata=known[name].metadata)) for name in names]
+    return make_dataclass(
+        group.__name__, own + [(name, Any, field(default_factory=kind)) for name, kind in others.items()]
+    )
+
+
+_LIMITS = part(DataLimits, "malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
+Data = part(DataSettings, "max_len", limits=_LIMITS)
+Rollout = part(RolloutSettings, "engine", "temperature", "top_p", "max_new_tokens", "batch_size")
+Vllm = part(  # nothing is trained meanwhile, so that engines need not sleep
+    VllmSettings,
+    *("num_engines", "tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching", "enforce_eager"),
+)
+Deepspeed = part(DeepspeedSettings, "param_dtype", "attn_implementation")
+Train = part(TrainSettings, "seed", "micro_batch_size")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Who answers, and who revises: the same, or a follower with weights of its own. name: of both in records. round: of the
+    run that it comes from; None if it comes from no run."""
+
+    folder: str
+    follower: str
+    name: str
+    round: int | None = None
+
+
+def policy_of(model: str, number: int | None, flag: str) -> Policy:
+    """The policy of a run folder after round ``number`` (None: its last finished one), or of a Hugging Face folder or hub name.
+
+    flag: that names ``model``, for messages. Raises ValueError if the folder holds no such policy.
+    """
+    if stored_settings(model) is None:
+        if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+            raise ValueError(f"--{flag} {model} is neither a run folder ({STORED}) nor a model (config.json)")
+        return Policy(model, model, os.path.basename(os.path.abspath(model)))
+    folder = RunFolder(model)
+    finished = sorted(
+        number
+        for number in (int(path.name[6:]) for path in folder.path.glob("round_*") if path.name[6:].isdecimal())
+        if folder.policy(number).is_dir() and {"play", "train"} & folder.manifest(number)["stages"].keys()
+    )
+    if not finished:
+        raise ValueError(
+            f"--{flag} {model} is a run that has finished no round yet, so that it has no policy to answer"
+        )
+    number = finished[-1] if number is None else number
+    if number not in finished:
+        numbers = ", ".join(map(str, finished))
+        raise ValueError(f"--round: {number} is not finished in the run {model}; finished: {numbers}")
+    policy, follower = folder.policy(number), folder.round(number) / "follower"
+    name = f"{folder.path.name}-round-{number}"
+    return Policy(str(policy), str(follower if follower.is_dir() else policy), name, number)
+
+
+def stored_settings(model: str) -> dict[str, Any] | None:
+    """The settings of the run in a folder; None if that is no run."""
+    path = Path(model, STORED)
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if model and path.is_file() else None
+    return found if isinstance(found, dict) and isinstance(found.get("model"), dict) else None
+
+
+def config_of(settings: Any, groups: Iterable[str], policy: str) -> Config:
+    """``groups`` of the settings as a run has them, which engines and oracles read: one process, and nothing is trained."""
+    config = Config()
+    for group in groups:
+        set_fields(getattr(config, group), vars(getattr(settings, group)))
+    # Answers to a benchmark's prompts are what this is for.
+    config.data.limits = DataLimits(**vars(settings.data.limits), benchmark=1.0)
+    config.model.model_name_or_path, config.model.trust_remote_code = policy, settings.trust_remote_code
+    config.train.batch_size = config.train.micro_batch_size
+    config.ds.zero_stage, config.vllm.enable_sleep = 0, False
+    return config
+
+
+def set_fields(group: Any, values: Mapping[str, Any]) -> None:
+    """Set the fields that are neither groups nor missing in ``values``."""
+    for item in fields(group):
+        if item.name in values and not is_dataclass(getattr(group, item.name)):
+            setattr(group, item.name, values[item.name])
