@@ -15,13 +15,11 @@ import yaml
 
 from openrlhf_sgpo.config import (
     Config,
-    DataSettings,
     DeepspeedSettings,
     RolloutSettings,
     TrainSettings,
     VllmSettings,
 )
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.run_folder import RunFolder
 
 STORED = "resolved_config.yaml"
@@ -36,8 +34,6 @@ def part(group: type, *names: str, **others: type) -> type:
     )
 
 
-_LIMITS = part(DataLimits, "malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
-Data = part(DataSettings, "max_len", limits=_LIMITS)
 Rollout = part(RolloutSettings, "engine", "temperature", "top_p", "max_new_tokens", "batch_size")
 Vllm = part(  # nothing is trained meanwhile, so that engines need not sleep
     VllmSettings,
@@ -98,8 +94,6 @@ def config_of(settings: Any, groups: Iterable[str], policy: str) -> Config:
     config = Config()
     for group in groups:
         set_fields(getattr(config, group), vars(getattr(settings, group)))
-    # Answers to a benchmark's prompts are what this is for.
-    config.data.limits = DataLimits(**vars(settings.data.limits), benchmark=1.0)
     config.model.model_name_or_path, config.model.trust_remote_code = policy, settings.trust_remote_code
     config.train.batch_size = config.train.micro_batch_size
     config.ds.zero_stage, config.vllm.enable_sleep = 0, False

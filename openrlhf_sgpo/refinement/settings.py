@@ -10,18 +10,19 @@ from typing import Any, Literal
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
-from openrlhf_sgpo.config import Config, JudgeSettings, RewardSettings
+from openrlhf_sgpo.config import Config, DataSettings, JudgeSettings, RewardSettings
 from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
+from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import (
-    Data,
     Deepspeed,
     Policy,
     Rollout,
     Train,
     Vllm,
     config_of,
+    part,
     policy_of,
     set_fields,
     stored_settings,
@@ -33,6 +34,10 @@ Control = Literal["iid", "best_of_n"]
 PLAIN = {"rollout.temperature": 0.9, "rollout.max_new_tokens": 512, "data.max_len": 2048}
 _GROUPS = ("ref", "data", "rollout", "vllm", "ds", "train", "reward", "judge")
 _INHERITED = ("ref", "data", "rollout", "vllm", "ds", "train")  # judges are chosen anew
+
+
+_LIMITS = part(DataLimits, "malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
+_DATA = part(DataSettings, "max_len", limits=_LIMITS)
 
 
 @dataclass
@@ -62,7 +67,7 @@ class RefineSettings:
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit")
     ref: _Reference = field(default_factory=_Reference)
-    data: Any = field(default_factory=Data)
+    data: Any = field(default_factory=_DATA)
     rollout: Any = field(default_factory=Rollout)
     vllm: Any = field(default_factory=Vllm)
     ds: Any = field(default_factory=Deepspeed)
@@ -94,6 +99,8 @@ def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
 def run_config(settings: RefineSettings, policy: str) -> Config:
     """The settings as a run has them, which engines and oracles read."""
     config = config_of(settings, _GROUPS, policy)
+    # Answers to a benchmark's prompts are what this is for.
+    config.data.limits = DataLimits(**vars(settings.data.limits), benchmark=1.0)
     config.model.beta, config.oracle = settings.beta, settings.oracle
     return config
 
