@@ -114,18 +114,19 @@ class HuggingFaceRollout:
         device = self.model.device
         rows = attention.repeat_interleave(n, dim=0).to(device)
         processors = [Mixture(self.reference, self.share, rows)] if self.share else []
+        rollout = self.config.rollout
+        sampling: dict[str, Any] = {"do_sample": False}  # at temperature 0, as in vLLM
+        if rollout.temperature > 0:
+            sampling = {"do_sample": True, "temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": 0}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(prompt_seed(seed, prompts[0]))
             output = self.model.generate(
                 tokens.to(device),
                 attention_mask=attention.to(device),
-                do_sample=True,
                 logits_processor=processors,
                 num_return_sequences=n,
-                temperature=self.config.rollout.temperature,
-                top_p=self.config.rollout.top_p,
-                top_k=0,
-                max_new_tokens=min(self.config.rollout.max_new_tokens, self.config.data.max_len - longest),
+                max_new_tokens=min(rollout.max_new_tokens, self.config.data.max_len - longest),
+                **sampling,
                 pad_token_id=pad,
                 use_cache=True,
             )
