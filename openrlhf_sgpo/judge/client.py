@@ -33,6 +33,10 @@ class JudgeError(ValueError):
     """A server did not give what was asked for, in the end."""
 
 
+class Unanswered(JudgeError):
+    """A server replied, and to the last attempt with nothing that can be used."""
+
+
 class Unusable(ValueError):
     """What an ``accept`` raises for a reply that is no answer: it is asked for again, and never kept."""
 
@@ -58,20 +62,24 @@ class ChatClient:
     answer is kept by). For one process: with several ranks, rank 0.
 
     counts: calls (usable replies that were not kept from before), prompt_tokens and completion_tokens of all replies,
-    failures (attempts that gave nothing usable) and retries. group: of the flags that messages name.
+    failures (attempts that gave nothing usable) and retries. kept: where answers are kept, a file, or a cache that several
+    clients share. api_version: of Azure's OpenAI service, whose servers are spoken to in their own way; empty: any other.
+    group: of the flags that messages name.
     """
 
     def __init__(
         self,
         settings: ServerSettings,
         decoding: Mapping[str, Any],
-        path: Path | None = None,
+        kept: Path | ContentCache | None = None,
         *,
+        api_version: str = "",
         group: str = "judge",
     ):
         self.settings = settings
         self.decoding = dict(decoding)
-        self.cache = ContentCache(path)
+        self.cache = kept if isinstance(kept, ContentCache) else ContentCache(kept)
+        self.api_version = api_version
         self.group = group
         self.counts: Counter[str] = Counter()
         self._jitter = random.Random()
@@ -82,32 +90,48 @@ class ChatClient:
 
         Raises JudgeError where a request failed for good; what had arrived by then is kept.
         """
-        keys = [content_key(self.settings.model, self.decoding, one.messages) for one in requests]
-        missing = {key: one for key, one in zip(keys, requests, strict=True) if key not in self.cache}
-        if missing:
-            asyncio.run(self._ask_all(missing, label, accept))
-        return [accept(_reply(self.cache[key])) for key in keys]
+        self._fetch(requests, label, accept, partial=False)
+        return [accept(_reply(self.cache[self._key(one)])) for one in requests]
 
-    async def _ask_all(self, missing: Mapping[str, Request], label: str, accept: Callable[[Reply], Any]) -> None:
-        from openai import AsyncOpenAI
+    def ask_partially(
+        self, requests: Sequence[Request], label: str, accept: Callable[[Reply], Value]
+    ) -> list[Value | None]:
+        """The same, but None for a request to which the server replied, and to the last attempt nothing usable. Nothing is kept
+        of it. Everything else that fails for good raises JudgeError."""
+        self._fetch(requests, label, accept, partial=True)
+        keys = [self._key(one) for one in requests]
+        return [accept(_reply(self.cache[key])) if key in self.cache else None for key in keys]
+
+    def missing(self, requests: Sequence[Request]) -> dict[str, Request]:
+        """By their keys the requests that are not answered yet."""
+        return {key: one for one in requests if (key := self._key(one)) not in self.cache}
+
+    def _key(self, request: Request) -> str:
+        return content_key(self.settings.model, self.decoding, request.messages)
+
+    def _fetch(self, requests: Sequence[Request], label: str, accept: Callable[[Reply], Any], partial: bool) -> None:
+        if missing := self.missing(requests):
+            asyncio.run(self._ask_all(missing, label, accept, partial))
+
+    async def _ask_all(
+        self, missing: Mapping[str, Request], label: str, accept: Callable[[Reply], Any], partial: bool
+    ) -> None:
         from tqdm import tqdm
 
-        settings = self.settings
         todo = iter(missing.items())
 
         async def work() -> None:
             for key, request in todo:  # workers share it
-                self.cache[key] = asdict(await self._ask(server, request, accept))
+                try:
+                    self.cache[key] = asdict(await self._ask(server, request, accept))
+                except Unanswered:
+                    if not partial:
+                        raise
                 progress.update()
 
-        async with AsyncOpenAI(
-            base_url=settings.base_url,
-            api_key=api_key(settings) or "none",
-            timeout=settings.timeout,
-            max_retries=0,  # what counts as a failure is for this class to say
-        ) as server:
+        async with self._server() as server:
             progress = tqdm(total=len(missing), desc=label, unit="call", disable=not label)
-            workers = [asyncio.ensure_future(work()) for _ in range(min(settings.concurrency, len(missing)))]
+            workers = [asyncio.ensure_future(work()) for _ in range(min(self.settings.concurrency, len(missing)))]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -116,13 +140,24 @@ class ChatClient:
                 await asyncio.gather(*workers, return_exceptions=True)
                 progress.close()
 
+    def _server(self) -> AsyncOpenAI:
+        from openai import AsyncAzureOpenAI, AsyncOpenAI
+
+        address, key, patience = self.settings.base_url, api_key(self.settings) or "none", self.settings.timeout
+        # No retries of theirs: what counts as a failure is for this class to say.
+        if self.api_version:
+            return AsyncAzureOpenAI(
+                azure_endpoint=address, api_version=self.api_version, api_key=key, timeout=patience, max_retries=0
+            )
+        return AsyncOpenAI(base_url=address, api_key=key, timeout=patience, max_retries=0)
+
     async def _ask(self, server: AsyncOpenAI, request: Request, accept: Callable[[Reply], Any]) -> Reply:
-        """One reply that ``accept`` takes. Raises JudgeError."""
+        """One reply that ``accept`` takes. Raises JudgeError, if ``accept`` refused the last reply Unanswered."""
         from openai import APIConnectionError, APIStatusError
 
         attempts = 1 + self.settings.max_retries
         for attempt in range(attempts):
-            requested = 0.0
+            requested, reply = 0.0, None
             try:
                 reply = await self._reply_of(server, request)
                 accept(reply)
@@ -130,7 +165,7 @@ class ChatClient:
                 problem = _shortened(error.message)
                 self.counts["failures"] += 1
                 if advice := self._hopeless(error):
-                    raise self._failed(request, f"{problem}; {advice}") from error
+                    raise JudgeError(self._failed(request, f"{problem}; {advice}")) from error
                 requested = _requested_pause(error)
             except APIConnectionError as error:
                 problem = _shortened(f"{error} {error.__cause__ or ''}")
@@ -145,7 +180,10 @@ class ChatClient:
                 self.counts["retries"] += 1
                 pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * self._jitter.uniform(0.75, 1)
                 await asyncio.sleep(max(pause, requested))
-        raise self._failed(request, f"{problem} (attempt {attempts} of {attempts}, see --{self.group}.max_retries)")
+        kind = Unanswered if reply else JudgeError
+        raise kind(
+            self._failed(request, f"{problem} (attempt {attempts} of {attempts}, see --{self.group}.max_retries)")
+        )
 
     async def _reply_of(self, server: AsyncOpenAI, request: Request) -> Reply:
         """What the server says, usable or not."""
@@ -175,14 +213,14 @@ class ChatClient:
             return "the server will not answer this, however often it is asked"
         return ""
 
-    def _failed(self, request: Request, what: str) -> JudgeError:
+    def _failed(self, request: Request, what: str) -> str:
         kept = ""
         if self.cache.path:
             kept = (
                 f". {len(self.cache)} answers are kept in {self.cache.path}; the same command again (for a run with --resume) "
                 "asks for the others only"
             )
-        return JudgeError(
+        return (
             f"--{self.group}.base_url {self.settings.base_url}, model {self.settings.model}: {request.name} failed: "
             f"{what}{kept}"
         )

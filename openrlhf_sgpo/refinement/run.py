@@ -32,7 +32,7 @@ from openrlhf_sgpo.refinement.settings import RefineSettings, run_config
 from openrlhf_sgpo.rollout import Rollout, Sample, check_rollout, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room
-from openrlhf_sgpo.run_folder import Ledger, RunFolder, read_jsonl, write_json, write_jsonl, write_text
+from openrlhf_sgpo.run_folder import Ledger, RunFolder, stage_rows, write_json, write_jsonl, write_text
 from openrlhf_sgpo.training.scoring import Scorer
 
 WHOLE = 2**31  # tokens, more than any text has
@@ -210,15 +210,7 @@ class Refinement:
         work: Callable[[dict[str, float]], list[Row]],
         usage: Callable[[], dict[str, int]] = dict,
     ) -> list[Row]:
-        """The rows of a stage's file, which ``work`` makes if it is not there. usage: running totals of what it costs."""
-        path = self.folder.path / "stages" / f"{name}.jsonl"
-        if not path.exists():
-            before = usage()
-            with self.ledger.stage(name) as cost:
-                rows = work(cost)
-                cost |= {key: total - before[key] for key, total in usage().items()}
-            write_jsonl(path, rows)
-        return read_jsonl(path)
+        return stage_rows(self.folder.path, self.ledger, name, work, usage)
 
     # Results --------------------------------------------------------------------------------------------------------
 

@@ -5,27 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Literal
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
-from openrlhf_sgpo.config import Config, DataSettings, JudgeSettings, RewardSettings
+from openrlhf_sgpo.config import Config, JudgeSettings, RewardSettings
 from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import (
+    Data,
     Deepspeed,
     Policy,
     Rollout,
     Train,
     Vllm,
     config_of,
-    part,
+    no_room,
+    other_engine,
+    other_oracle,
     policy_of,
     set_fields,
     stored_settings,
+    unread,
 )
 
 Control = Literal["iid", "best_of_n"]
@@ -34,10 +36,6 @@ Control = Literal["iid", "best_of_n"]
 PLAIN = {"rollout.temperature": 0.9, "rollout.max_new_tokens": 512, "data.max_len": 2048}
 _GROUPS = ("ref", "data", "rollout", "vllm", "ds", "train", "reward", "judge")
 _INHERITED = ("ref", "data", "rollout", "vllm", "ds", "train")  # judges are chosen anew
-
-
-_LIMITS = part(DataLimits, "malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
-_DATA = part(DataSettings, "max_len", limits=_LIMITS)
 
 
 @dataclass
@@ -67,7 +65,7 @@ class RefineSettings:
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit")
     ref: _Reference = field(default_factory=_Reference)
-    data: Any = field(default_factory=_DATA)
+    data: Any = field(default_factory=Data)
     rollout: Any = field(default_factory=Rollout)
     vllm: Any = field(default_factory=Vllm)
     ds: Any = field(default_factory=Deepspeed)
@@ -99,8 +97,6 @@ def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
 def run_config(settings: RefineSettings, policy: str) -> Config:
     """The settings as a run has them, which engines and oracles read."""
     config = config_of(settings, _GROUPS, policy)
-    # Answers to a benchmark's prompts are what this is for.
-    config.data.limits = DataLimits(**vars(settings.data.limits), benchmark=1.0)
     config.model.beta, config.oracle = settings.beta, settings.oracle
     return config
 
@@ -146,14 +142,9 @@ def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
         problems.append("--controls: one of them is given twice")
     if "best_of_n" in controls and not settings.oracle:
         problems.append("--controls: best_of_n needs an oracle that says which is best; give --oracle")
-    if settings.rollout.max_new_tokens >= settings.data.max_len:
-        problems.append(
-            f"--rollout.max_new_tokens: {settings.rollout.max_new_tokens} leaves no room for a prompt within --data.max_len "
-            f"{settings.data.max_len}; lower the one or raise the other"
-        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("refine is one process: start it without a launcher, engines share GPUs by --vllm.num_engines")
-    return problems + sampling_problems(config) + _oracle_problems(settings, config)
+    return problems + no_room(settings) + sampling_problems(config) + _oracle_problems(settings, config)
 
 
 def _oracle_problems(settings: RefineSettings, config: Config) -> list[str]:
@@ -169,29 +160,13 @@ def _oracle_problems(settings: RefineSettings, config: Config) -> list[str]:
 
 
 def _unread(settings: RefineSettings, default: RefineSettings, given: Mapping[str, str]) -> list[str]:
-    """Settings that were given although nothing reads them. A file may state a default."""
-    engine = settings.rollout.engine
-    reasons: dict[str, str] = {}  # by the beginning of a name
-    reasons["vllm." if engine == "hf" else "rollout.batch_size"] = f"--rollout.engine {engine} is not the one"
-    try:
-        reads = oracle.get(settings.oracle).reads if settings.oracle else ()
-    except ValueError:  # an unknown oracle is a problem of its own
-        reads = ("reward.", "judge.")
-    who = f"--oracle {settings.oracle} is not the one" if settings.oracle else "there is no --oracle"
-    reasons |= dict.fromkeys(("reward.", "judge."), who)
-    if settings.oracle != "implicit":
-        reasons |= dict.fromkeys(("ref.", "beta"), who)
+    """Settings that were given although nothing reads them."""
+    reasons, reads = other_oracle(settings)
+    reasons = other_engine(settings) | reasons
     if not settings.oracle:
-        reasons["train.micro_batch_size"] = who
+        reasons["train.micro_batch_size"] = "there is no --oracle"
     if not settings.controls:
         reasons["control_samples"] = "there are no --controls"
     if settings.depth == 1:
         reasons["follower_prompt"] = "--depth 1 revises nothing"
-    return [
-        f"--{name}: {reason} and would not read it ({origin}); leave it out"
-        for start, reason in reasons.items()
-        for name, origin in given.items()
-        if name.startswith(start)
-        and not name.startswith(reads)
-        and (origin == flags.COMMAND_LINE or attrgetter(name)(settings) != attrgetter(name)(default))
-    ]
+    return unread(settings, default, given, reasons, reads)

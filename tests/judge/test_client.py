@@ -11,7 +11,7 @@ from judge_server import JudgeServer
 from openrlhf_sgpo.config import ServerSettings
 from openrlhf_sgpo.judge import client
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
-from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unusable
+from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered, Unusable
 
 DECODING = {"max_tokens": 1, "temperature": 0}
 
@@ -150,6 +150,38 @@ def test_a_reply_that_is_not_accepted_is_never_kept(tmp_path):
         with pytest.raises(JudgeError, match="text 1 failed: never"):
             chat.ask(requests(2), "test", lambda reply: reply.text if "0" in reply.text else refuse())
     assert len(ContentCache(tmp_path / "cache.jsonl")) == 1
+
+
+def test_requests_without_a_usable_reply_can_be_left_out(tmp_path):
+    """Those only: with a server that fails, even at the last attempt only, there is nothing to be left out."""
+
+    def accept(reply):
+        return reply.text if "1" not in reply.text else refuse()
+
+    asked = requests(3)
+    with JudgeServer(judge=echo) as server:
+        chat = ChatClient(settings(server, max_retries=1), DECODING, tmp_path / "cache.jsonl")
+        assert list(chat.missing([*asked, *asked]).values()) == asked
+        assert chat.ask_partially([*asked, asked[1]], "test", accept) == [
+            "echo of text 0",
+            None,
+            "echo of text 2",
+            None,
+        ]
+        assert list(chat.missing(asked).values()) == [asked[1]] and server.times("text 1") == 2
+        with pytest.raises(Unanswered, match=r"text 1 failed: never \(attempt 2 of 2"):
+            chat.ask(asked, "test", accept)
+        server.plan = lambda text, times: "500" if times % 2 else None
+        with pytest.raises(JudgeError, match="no luck with 500"):
+            chat.ask_partially(asked, "test", accept)
+
+
+def test_clients_share_what_is_kept(tmp_path):
+    cache = ContentCache(tmp_path / "cache.jsonl")
+    with JudgeServer(judge=echo) as server:
+        ChatClient(settings(server), DECODING, cache).ask(requests(2), "test", text_of)
+        ChatClient(settings(server), DECODING, cache).ask(requests(3), "test", text_of)
+        assert len(server.asked) == len(cache) == 3
 
 
 def refuse():

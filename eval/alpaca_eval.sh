@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# AlpacaEval 2.0 of one or many models; can be stopped and started again at any time, and models can be added later:
+#   bash eval/alpaca_eval.sh --models runs/quickstart start=build/smollm2 --judge.preset gpt-4.1 --out leaderboard
+set -euo pipefail
+exec "${PYTHON:-python}" -m openrlhf_sgpo.cli.main evaluate --tasks alpaca_eval "$@"

@@ -1,0 +1,259 @@
+"""The judge of benchmarks: one cache for all of them, what its answers cost before and after, and its identity.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from openrlhf_sgpo import flags
+from openrlhf_sgpo.config import ServerSettings
+from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.judge.cache import ContentCache, content_key
+from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Reply, Request, Unanswered, api_key
+from openrlhf_sgpo.judge.server import LocalServer
+
+Value = TypeVar("Value")
+
+PRESETS = Path(__file__).parents[2] / "eval" / "judges"
+CHARACTERS_PER_TOKEN = 4  # of English, roughly
+
+
+@dataclass
+class EvaluationJudgeSettings(ServerSettings):
+    """Without --judge.base_url the model is served here."""
+
+    preset: str = setting(
+        "", "name of a file in eval/judges, or a path: settings that the others of this group win over"
+    )
+    logprobs: bool = setting(True, "read probabilities where a benchmark does; off: the verdict that the judge writes")
+    api_version: str = setting(
+        "", "version of Azure's API, such as 2024-10-21; --judge.base_url is then the resource's endpoint"
+    )
+    price_prompt: float = setting(0.0, "USD per million prompt tokens (0: unknown)")
+    price_completion: float = setting(0.0, "USD per million completion tokens (0: unknown)")
+    max_cost: float = setting(0.0, "USD that judging may cost; what may cost more is not asked (0: no limit)")
+    max_len: int = setting(
+        0, "of a model that is served here: longest prompt plus reply, in tokens (0: the model's own)"
+    )
+    gpu_memory_utilization: float = setting(0.9, "of a model that is served here: share of a GPU's memory")
+    tensor_parallel_size: int = setting(1, "of a model that is served here: GPUs")
+
+
+# Settings that only a server reads that is started here.
+_SERVED = ("max_len", "gpu_memory_utilization", "tensor_parallel_size")
+
+
+def with_preset(settings: EvaluationJudgeSettings, given: Mapping[str, str]) -> EvaluationJudgeSettings:
+    """The settings with those of their preset where the user gave none.
+
+    given: origins by the flags' names, as ``flags.parse`` returns them for the group ``judge``. Raises flags.SettingsError
+    if there is no such preset, or for what is wrong in its file, with the line.
+    """
+    if not settings.preset:
+        return settings
+    named = PRESETS / f"{settings.preset}.yaml"
+    path = named if named.is_file() else Path(settings.preset)
+    if not path.is_file():
+        raise flags.SettingsError(f"--judge.preset: {settings.preset} is no file, and none of {_presets()}")
+    instances, origins = flags.parse(["--config", str(path)], {"": EvaluationJudgeSettings})
+    if "preset" in origins:
+        raise flags.SettingsError(f"--judge.preset: a preset has no preset itself ({origins['preset']}); leave it out")
+    missing = [name for name in origins if f"judge.{name}" not in given]
+    return replace(settings, **{name: getattr(instances[""], name) for name in missing})
+
+
+def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:
+    """What is wrong with the settings, ``with_preset``, each problem naming its flag."""
+    found = []
+    if find_spec("openai") is None:
+        found.append("--judge.model: a judge needs the package openai, which comes with vLLM; pip install openai")
+    if not settings.model:
+        found.append(
+            f"--judge.model: missing, and nobody judges by default; name a model, or with --judge.preset one of {_presets()}"
+        )
+    found += _address_problems(settings) + _range_problems(settings)
+    if settings.api_key == "env" and not api_key(settings):
+        found.append("--judge.api_key: env, but the variable OPENAI_API_KEY is not set")
+    if settings.max_cost > 0 and not settings.price_prompt + settings.price_completion:
+        found.append("--judge.max_cost: needs --judge.price_prompt and --judge.price_completion")
+    return found
+
+
+def _address_problems(settings: EvaluationJudgeSettings) -> list[str]:
+    address, model = settings.base_url, settings.model
+    if address:
+        found = [
+            f"--judge.{item.name}: only a model that is served here reads it, and there is --judge.base_url; leave it out"
+            for item in fields(settings)
+            if item.name in _SERVED and getattr(settings, item.name) != item.default
+        ]
+        if not address.startswith(("http://", "https://")):
+            found.append(f"--judge.base_url: {address} does not begin with http:// or https://")
+        return found
+    if settings.api_version:
+        return ["--judge.base_url: missing, --judge.api_version needs the endpoint of the Azure resource"]
+    if model and "/" not in model and not Path(model).is_dir():
+        return [
+            f"--judge.base_url: missing, and --judge.model {model} is neither a folder nor a hub name (OWNER/MODEL) that could "
+            "be served here; give the server's address"
+        ]
+    if model and find_spec("vllm") is None:
+        return ["--judge.base_url: missing, and without vLLM no model can be served here; give it, or install vllm"]
+    return []
+
+
+def _range_problems(settings: EvaluationJudgeSettings) -> list[str]:
+    smallest = {"concurrency": 1, "tensor_parallel_size": 1} | dict.fromkeys(
+        ("max_retries", "price_prompt", "price_completion", "max_cost", "max_len"), 0
+    )
+    found = [
+        f"--judge.{name}: {getattr(settings, name)} is out of range, use at least {least}"
+        for name, least in smallest.items()
+        if getattr(settings, name) < least
+    ]
+    if settings.timeout <= 0:
+        found.append(f"--judge.timeout: {settings.timeout} is out of range, use more than 0")
+    if not 0 < settings.gpu_memory_utilization <= 1:
+        found.append(
+            f"--judge.gpu_memory_utilization: {settings.gpu_memory_utilization} is out of range, use more than 0, at most 1"
+        )
+    return found
+
+
+def _presets() -> str:
+    names = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    return f"the presets in {PRESETS} ({names or 'none'})"
+
+
+class EvaluationJudge:
+    """Asks the judge of these settings (without ``judge_problems``) and keeps its answers in ``folder``/judgements, whatever
+    benchmark they are for. partial: replies that are unusable to the last attempt are left out, instead of an error.
+
+    settings: with the model's name as its server knows it. identity: what is recorded with every score. local: whether the
+    model is served here, by a server that starts when it is first needed: a rerun that misses nothing starts none.
+    """
+
+    def __init__(self, settings: EvaluationJudgeSettings, folder: Path, partial: bool = False):
+        self.settings = replace(settings)
+        self.partial = partial
+        self.server: LocalServer | None = None
+        if not settings.base_url:
+            arguments: dict[str, Any] = {
+                "gpu-memory-utilization": settings.gpu_memory_utilization,
+                "tensor-parallel-size": settings.tensor_parallel_size,
+            }
+            if settings.max_len:
+                arguments["max-model-len"] = settings.max_len
+            self.server = LocalServer(settings.model, arguments, folder / "judge_server.log")
+            self.settings.model = self.server.name
+        self.local = self.server is not None
+        self.identity: dict[str, Any] = {
+            "model": self.settings.model,
+            "preset": Path(settings.preset).name.removesuffix(".yaml"),
+            "logprobs": settings.logprobs,
+            "local": self.local,
+            # The host alone: ports change, and an address may hold somebody's key.
+            "endpoint": urlsplit(settings.base_url).hostname or "",
+            "api_version": settings.api_version,
+        }
+        file = re.sub(r"[^\w.-]+", "_", self.settings.model, flags=re.ASCII)
+        self.cache = ContentCache(folder / "judgements" / f"{file}.jsonl")
+        self.clients: dict[str, ChatClient] = {}  # by decoding
+
+    def ask(
+        self,
+        kind: str,
+        decoding: Mapping[str, Any],
+        requests: Sequence[Request],
+        accept: Callable[[Reply], Value],
+        label: str,
+    ) -> list[Value | None]:
+        """What ``accept`` makes of each reply; None, with ``partial`` only, for those that stayed unusable.
+
+        With a label it is printed under the name ``kind`` what is missing and what it may cost, and in the end what it did
+        cost. decoding: has max_tokens, which the estimate needs. Raises JudgeError where a request failed for good, and before
+        anything is asked where it may cost too much.
+        """
+
+        def say(what: str) -> None:
+            if label:
+                print(f"judge {self.settings.model}, {kind}: {what}", flush=True)
+
+        client = self._client(decoding)
+        missing = list(client.missing(requests).values())
+        if not missing:
+            say(f"all {len(requests)} answers are kept")
+            return list(client.ask(requests, label, accept))
+        say(f"{len(missing)} of {len(requests)} answers are missing; {self._estimate(missing, decoding)}")
+        if self.server and not self.server.base_url:
+            self.server.start()
+            self.settings.base_url = self.server.base_url
+        before = self.usage()
+        try:
+            return list((client.ask_partially if self.partial else client.ask)(requests, label, accept))
+        except JudgeError as error:
+            advice = ". With --partial such judgements are left out" if isinstance(error, Unanswered) else ""
+            log = f". The log of its server is {self.server.log}" if self.server else ""
+            raise JudgeError(f"{error}{advice}{log}") from error
+        finally:
+            say(self._spent_since(before))
+
+    def usage(self) -> dict[str, float]:
+        """Running totals of what was asked, by their names in the ledger; in USD where the prices are known."""
+        names = ("calls", "prompt_tokens", "completion_tokens", "failures")
+        found: dict[str, float] = {
+            f"judge_{name}": sum(client.counts[name] for client in self.clients.values()) for name in names
+        }
+        if self._has_prices():
+            found["judge_usd"] = self._price(found["judge_prompt_tokens"], found["judge_completion_tokens"])
+        return found
+
+    def close(self) -> None:
+        """Ends the server that was started here."""
+        if self.server:
+            self.server.stop()
+
+    def _client(self, decoding: Mapping[str, Any]) -> ChatClient:
+        key = content_key(decoding)
+        if key not in self.clients:
+            self.clients[key] = ChatClient(self.settings, decoding, self.cache, api_version=self.settings.api_version)
+        return self.clients[key]
+
+    def _has_prices(self) -> bool:
+        return self.settings.price_prompt + self.settings.price_completion > 0
+
+    def _price(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """USD."""
+        settings = self.settings
+        return (prompt_tokens * settings.price_prompt + completion_tokens * settings.price_completion) / 1e6
+
+    def _estimate(self, missing: Sequence[Request], decoding: Mapping[str, Any]) -> str:
+        """What the missing answers may cost, in words. Raises JudgeError if that is too much."""
+        characters = sum(len(message["content"]) for one in missing for message in one.messages)
+        prompt, completion = characters // CHARACTERS_PER_TOKEN, len(missing) * decoding["max_tokens"]
+        tokens = f"estimate: {prompt} prompt tokens ({CHARACTERS_PER_TOKEN} characters each), up to {completion} others"
+        if not self._has_prices():
+            return tokens
+        price, spent, limit = self._price(prompt, completion), self.usage()["judge_usd"], self.settings.max_cost
+        if limit and spent + price > limit:
+            raise JudgeError(
+                f"--judge.max_cost {limit}: {len(missing)} missing answers may cost {price:.2f} USD ({tokens}), and "
+                f"{spent:.2f} USD are spent. They were not asked for: raise the limit, or ask for less"
+            )
+        return f"{tokens}, up to {price:.2f} USD"
+
+    def _spent_since(self, before: Mapping[str, float]) -> str:
+        cost = {name.removeprefix("judge_"): total - before[name] for name, total in self.usage().items()}
+        price = f", {cost['usd']:.2f} USD" if "usd" in cost else ""
+        return (
+            f"{cost['calls']} answers, {cost['failures']} failed attempts, {cost['prompt_tokens']} prompt and "
+            f"{cost['completion_tokens']} other tokens{price}"
+        )

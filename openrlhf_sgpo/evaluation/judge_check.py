@@ -1,0 +1,277 @@
+"""``openrlhf-sgpo judge-check``: how far an oracle agrees with people's pairs, and what sways it besides the answers.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from openrlhf_sgpo import flags, oracle
+from openrlhf_sgpo.config import Config, DataSettings, JudgeSettings, RewardSettings, TrainSettings
+from openrlhf_sgpo.config_check import sampling_problems
+from openrlhf_sgpo.data.files import is_file
+from openrlhf_sgpo.data.records import Pair, fingerprint, load_pairs
+from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.inference import Deepspeed, config_of, part
+from openrlhf_sgpo.oracle import Answer, Comparison, Oracle, PreferenceOracle, Question
+from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
+from openrlhf_sgpo.table import aligned, standard_error
+
+Z = 1.959964  # the normal distribution's 97.5% point
+
+_GROUPS = ("data", "reward", "judge", "ds", "train")
+_LOCAL = ("ds.", "train.", "data.max_len")  # what only models are read with that are loaded here
+
+
+@dataclass
+class JudgeCheckSettings:
+    data: Any = field(default_factory=part(DataSettings, "dataset", "dataset_split", "max_samples", "max_len"))
+    oracle: str = setting("judge", "who compares answers: as in training, but not implicit")
+    out: str = setting("", "folder for what was said and the results")
+    trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    # Without swap: both orders are shown, for their difference is what is asked for.
+    judge: Any = field(
+        default_factory=part(
+            JudgeSettings,
+            *("base_url", "model", "api_key", "concurrency", "max_retries", "timeout", "logprobs", "temperature"),
+        )
+    )
+    ds: Any = field(default_factory=Deepspeed)
+    train: Any = field(default_factory=part(TrainSettings, "micro_batch_size"))
+    resume: bool = setting(False, "continue in --out: what was said is not asked for again")
+
+
+class Said(NamedTuple):
+    """What an oracle says of one pair: the probability that the answer shown first is the better one, with people's choice
+    first and with it second. An oracle that shows no order has chosen_second = 1 - chosen_first."""
+
+    chosen_first: float
+    chosen_second: float
+
+    @property
+    def verdict(self) -> float:
+        """1[p > 1/2] + 1/2 1[p = 1/2], p = (chosen_first + 1 - chosen_second) / 2 the probability of people's choice."""
+        return _point(self.chosen_first, self.chosen_second)  # the same without rounding
+
+
+class Figure(NamedTuple):
+    """A mean over ``n`` pairs with its 95% interval; None where no pair says anything."""
+
+    value: float | None
+    interval: tuple[float, float] | None
+    n: int
+
+
+def share_of(points: Sequence[float]) -> Figure:
+    """The mean of points from 0 to 1 with Wilson's interval (JASA 22, 1927), which is for zeros and ones: halves make it too
+    wide, if anything."""
+    n = len(points)
+    if not n:
+        return Figure(None, None, 0)
+    mean = fmean(points)
+    middle = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+    return Figure(mean, (max(0.0, middle - half), min(1.0, middle + half)), n)
+
+
+def bias_of(values: Sequence[float]) -> Figure:
+    """The mean of values of either sign, and as interval 1.96 standard errors to both sides, for which it takes two values."""
+    if not values:
+        return Figure(None, None, 0)
+    mean, error = fmean(values), standard_error(values)
+    return Figure(mean, None if error is None else (mean - Z * error, mean + Z * error), len(values))
+
+
+def figures(pairs: Sequence[Pair], said: Sequence[Said], shows_orders: bool) -> dict[str, Figure]:
+    """What the table shows, by name. p: the probability of people's choice, see ``Said``; a tie counts one half everywhere.
+    Lengths are in characters, and figures of lengths are of the pairs whose answers differ in it.
+
+        agreement           share of pairs with p > 1/2
+        chosen_first        the same in one order: chosen_first > 1/2
+        chosen_second       and in the other: chosen_second < 1/2
+        position_bias       mean of (chosen_first + chosen_second) / 2 - 1/2, what the first place is worth
+        flips               share of pairs in which one place wins in both orders
+        longer_preferred    P(the oracle prefers the longer answer)
+        longer_chosen       P(people did), which is also the agreement of "the longer one wins"
+        length_bias         longer_preferred - longer_chosen
+        agreement_longer    agreement where people chose the longer answer
+        agreement_shorter   agreement where they chose the shorter one
+
+    An oracle that shows no order has no figures of orders.
+    """
+    found = {"agreement": share_of([one.verdict for one in said])}
+    if shows_orders:
+        found |= {
+            "chosen_first": share_of([_point(one.chosen_first, 0.5) for one in said]),
+            "chosen_second": share_of([_point(0.5, one.chosen_second) for one in said]),
+            "position_bias": bias_of([(one.chosen_first + one.chosen_second - 1) / 2 for one in said]),
+            "flips": share_of([float((one.chosen_first - 0.5) * (one.chosen_second - 0.5) > 0) for one in said]),
+        }
+    gaps = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
+    where_longer = [one.verdict for gap, one in zip(gaps, said, strict=True) if gap > 0]
+    where_shorter = [one.verdict for gap, one in zip(gaps, said, strict=True) if gap < 0]
+    agrees_not = [1 - verdict for verdict in where_shorter]  # and so prefers the longer one
+    return found | {
+        "longer_preferred": share_of(where_longer + agrees_not),
+        "longer_chosen": share_of([1.0] * len(where_longer) + [0.0] * len(where_shorter)),
+        "length_bias": bias_of([verdict - 1 for verdict in where_longer] + agrees_not),
+        "agreement_longer": share_of(where_longer),
+        "agreement_shorter": share_of(where_shorter),
+    }
+
+
+def ask(judge: Oracle, pairs: Sequence[Pair]) -> tuple[list[Said], bool]:
+    """What the oracle says of each pair, in both orders if it shows answers in an order, and whether it does."""
+    name = f"judge-check: {judge.name}"
+    if not _shows_orders(judge):
+        questions = [Question(one.id, one.prompt, (Answer(one.chosen), Answer(one.rejected))) for one in pairs]
+        shares = [matrix[0][1] for matrix in judge.preferences(questions, name)]
+        return [Said(share, 1 - share) for share in shares], False
+    assert isinstance(judge, PreferenceOracle)
+    comparisons = [Comparison(one.id, one.prompt, Answer(one.chosen), Answer(one.rejected)) for one in pairs]
+    shares = judge.compare([order for one in comparisons for order in (one, one.swapped())], name)
+    for number, share in enumerate(shares):
+        if not 0 <= share <= 1:
+            raise ValueError(f"oracle {judge.name}, pair {pairs[number // 2].id}: a preference of {share}")
+    return [Said(*both) for both in zip(shares[::2], shares[1::2], strict=True)], True
+
+
+def _point(one: float, other: float) -> float:
+    """1[one > other] + 1/2 1[one = other]"""
+    return (one > other) + 0.5 * (one == other)
+
+
+def _shows_orders(judge: Oracle) -> bool:
+    """Whether it compares two answers at a time: it defines how, for the base class does not."""
+    base = PreferenceOracle
+    return isinstance(judge, base) and (type(judge).compare, type(judge).prefer) != (base.compare, base.prefer)
+
+
+def table(found: dict[str, Figure]) -> str:
+    """A line per figure: its value, its 95% interval, and the number of pairs that it is from."""
+    lines = [["", "value", "95% interval", "pairs"]]
+    for name, one in found.items():
+        value = "-" if one.value is None else f"{one.value:.3f}"
+        interval = "-" if one.interval is None else "{:.3f} to {:.3f}".format(*one.interval)
+        lines.append([name.replace("_", " "), value, interval, str(one.n)])
+    return "\n".join(aligned(lines))
+
+
+def check(settings: JudgeCheckSettings) -> dict[str, Any]:
+    """Asks, writes pairs.jsonl, judge_check.json and table.txt into --out, prints the table; returns the result.
+
+    Raises ValueError for data that cannot be read, a server that does not answer, and a folder that is something else's.
+    """
+    config = _config(settings)
+    data = settings.data
+    loaded = load_pairs(data.dataset, data.dataset_split, data.max_samples)
+    pairs = [pair for pair in loaded if pair.chosen != pair.rejected]
+    if not pairs:
+        raise ValueError(f"--data.dataset {data.dataset}: no pair has two different answers")
+    oracle.get(settings.oracle).check(config)
+    folder = RunFolder(settings.out, "out")
+    resolved = flags.dump({"": replace(settings, resume=False)})
+    folder.prepare(resolved, settings.resume, {"--data.dataset": fingerprint(loaded)})
+    judge = _make(config, folder.path)
+    try:
+        said, shows_orders = ask(judge, pairs)
+    finally:
+        judge.close()
+    rows = zip(pairs, said, strict=True)
+    write_jsonl(folder.path / "pairs.jsonl", ({"id": pair.id, **one._asdict()} for pair, one in rows))
+    notes = [] if shows_orders else ["the oracle shows no order, so that its position bias is 0 by construction"]
+    if len(pairs) < len(loaded):
+        notes.append(f"{len(loaded) - len(pairs)} pairs of two equal answers are left out")
+    if loaded.left_out:
+        notes.append(f"{len(loaded.left_out)} rows are no pairs, such as {loaded.left_out[0]}")
+    found = figures(pairs, said, shows_orders)
+    models = (settings.judge.model, settings.reward.model_name_or_path, *settings.reward.heads)
+    result = {
+        "oracle": settings.oracle,
+        "model": " ".join(filter(None, models)),
+        "pairs": len(pairs),
+        "figures": {name: one._asdict() for name, one in found.items()},
+        "notes": notes,
+        "usage": judge.usage(),
+    }
+    write_json(folder.path / "judge_check.json", result)
+    cost = ", ".join(f"{name} {value}" for name, value in judge.usage().items())
+    text = "\n".join([table(found), *notes, f"asked just now: {cost}", ""])
+    write_text(folder.path / "table.txt", text)
+    print(text, end="", flush=True)
+    return result
+
+
+def _config(settings: JudgeCheckSettings) -> Config:
+    config = config_of(settings, _GROUPS, "")
+    config.oracle = settings.oracle
+    return config
+
+
+def _make(config: Config, folder: Path) -> Oracle:
+    """The oracle, without a policy: ``implicit`` is not to be had, and an own one finds no chat and no scorer."""
+    strategy: Any = None
+    if config.oracle != "judge":  # which needs none, and this takes a while
+        from openrlhf_sgpo.openrlhf import build_strategy
+
+        strategy = build_strategy(config)
+    nothing: Any = None
+    return oracle.make(oracle.Resources(config, strategy, nothing, nothing, folder))
+
+
+def load(argv: Sequence[str]) -> JudgeCheckSettings:
+    """The settings from command-line arguments. Raises flags.SettingsError with every problem at once."""
+    instances, given = flags.parse(argv, {"": JudgeCheckSettings})
+    settings: JudgeCheckSettings = instances[""]
+    required = {"data.dataset": (settings.data.dataset, "pairs that people chose"), "out": (settings.out, "a folder")}
+    problems = [f"--{name}: missing, give {what}" for name, (value, what) in required.items() if not value]
+    if settings.data.dataset_split and is_file(settings.data.dataset):
+        problems.append(f"--data.dataset_split: {settings.data.dataset} is a file, which has no splits; leave it out")
+    if settings.data.max_samples < 0:
+        problems.append(f"--data.max_samples: {settings.data.max_samples} is out of range, use at least 0")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append("judge-check is one process: start it without a launcher")
+    problems += _oracle_problems(settings, given)
+    if problems:
+        raise flags.SettingsError(*problems)
+    return settings
+
+
+def _oracle_problems(settings: JudgeCheckSettings, given: dict[str, str]) -> list[str]:
+    if settings.oracle == "implicit":
+        return ["--oracle: implicit is a policy's own reward, whose agreement a run measures as held-out accuracy"]
+    config = _config(settings)
+    try:
+        kind = oracle.get(settings.oracle)
+    except ValueError as error:
+        return [f"--oracle: {error}"]
+    groups = ("reward.", "judge.", *(_LOCAL if settings.oracle == "judge" else ()))
+    default = JudgeCheckSettings()
+    unread = [
+        f"--{name}: --oracle {settings.oracle} would not read it ({origin}); leave it out"
+        for name, origin in given.items()
+        if name.startswith(groups)
+        and not name.startswith(kind.reads)
+        # A file may state a default.
+        and (origin == flags.COMMAND_LINE or attrgetter(name)(settings) != attrgetter(name)(default))
+    ]
+    ranges = [one for one in sampling_problems(config) if not one.startswith(("--rollout.", "--vllm."))]
+    return unread + ranges + kind.problems(config)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command, from its arguments."""
+    if "--help" in argv or "-h" in argv:
+        print(flags.help_text({"": JudgeCheckSettings}))
+        return 0
+    check(load(argv))
+    return 0

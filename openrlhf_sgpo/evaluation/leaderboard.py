@@ -1,0 +1,106 @@
+"""The leaderboard of a folder: the rows of all its models, as JSON, CSV and a table per benchmark and judge."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo.evaluation.task import Result
+from openrlhf_sgpo.run_folder import read_json, write_json, write_text
+from openrlhf_sgpo.table import aligned
+
+RESULT = "result.json"
+
+
+def write_result(result: Result, folder: Path) -> None:
+    write_json(folder / RESULT, asdict(result))
+
+
+def collect(out: Path) -> list[Result]:
+    """The results of all models in the folder, by task and judge, the best first."""
+    rows = [read_json(path) for path in sorted(out.glob(f"*/*/**/{RESULT}"))]
+    known = {item.name for item in fields(Result)}
+    results = [Result(**{name: value for name, value in row.items() if name in known}) for row in rows]
+
+    def place(one: Result) -> tuple[Any, ...]:
+        first = next(iter(one.figures.values()), None)
+        return one.task, judge_name(one), -(first if first is not None else float("-inf")), one.model
+
+    return sorted(results, key=place)
+
+
+def judge_name(result: Result) -> str:
+    return str(result.judge["model"]) if result.judge else ""
+
+
+def write_leaderboard(out: Path) -> str:
+    """leaderboard.json, leaderboard.csv and table.txt in the folder; returns the table."""
+    results = collect(out)
+    write_json(out / "leaderboard.json", {"rows": [asdict(one) for one in results]})
+    write_text(out / "leaderboard.csv", _csv(results))
+    text = table(results)
+    write_text(out / "table.txt", text)
+    return text
+
+
+def table(results: Sequence[Result]) -> str:
+    """A block per benchmark and judge, so that scores of different judges never share one."""
+    blocks = []
+    for (task, judge), rows in groupby(results, key=lambda one: (one.task, judge_name(one))):
+        blocks.append(_block(task, judge, list(rows)))
+    return "\n".join(blocks)
+
+
+def _block(task: str, judge: str, rows: list[Result]) -> str:
+    names = list(dict.fromkeys(name for one in rows for name in one.figures))
+    lines = [["", *(name.replace("_", " ") for name in names), "n", "unread", "length"]]
+    for one in rows:
+        figures = [_figure(one, name) for name in names]
+        lines.append(
+            [one.model, *figures, f"{one.n}/{one.expected}", str(one.parse_failures), f"{one.average_length:.0f}"]
+        )
+    notes = list(dict.fromkeys(f"{one.model}: {note}" for one in rows for note in one.notes))
+    title = f"{task}, judge {judge}" if judge else task
+    return "\n".join([title, "", *aligned(lines), *notes]) + "\n"
+
+
+def _figure(one: Result, name: str) -> str:
+    value = one.figures.get(name)
+    if value is None:
+        return "-"
+    if name in one.intervals:
+        low, high = one.intervals[name]
+        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{value:.2f}" + (f" ± {one.errors[name]:.2f}" if name in one.errors else "")
+
+
+def _csv(results: Sequence[Result]) -> str:
+    """A line per model, benchmark and figure."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [
+            "task",
+            "judge",
+            "model",
+            "figure",
+            "value",
+            "standard_error",
+            "low",
+            "high",
+            "n",
+            "expected",
+            "average_length",
+        ]
+    )
+    for one in results:
+        for name, value in one.figures.items():
+            low, high = one.intervals.get(name, (None, None))
+            figures = [name, value, one.errors.get(name), low, high]
+            writer.writerow([one.task, judge_name(one), one.model, *figures, one.n, one.expected, one.average_length])
+    return text.getvalue()

@@ -1,0 +1,160 @@
+"""A vLLM server on this machine for a model that judges: it lives as long as the process that started it, at most."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo.judge.client import JudgeError
+
+START_LIMIT = 1800  # seconds; a large model may have to be downloaded first
+STOP_LIMIT = 20.0  # seconds that the server has to end by itself
+SHOWN = 30  # lines of its log in an error
+
+
+def served_name(model: str) -> str:
+    """What a model is called by its server and in results: a hub name as it is; of a folder its name and a hash of its files,
+    so that other weights at the same place are another judge."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    digest = hashlib.blake2b(digest_size=4)
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return f"{folder.resolve().name}-{digest.hexdigest()}"
+
+
+class LocalServer:
+    """Serves ``model``, a Hugging Face folder or hub name, to this machine only. It is not started yet.
+
+    arguments: further ones of vLLM's server. log: file for what it says. name: the model's, see ``served_name``. base_url:
+    its address while it runs.
+    """
+
+    def __init__(self, model: str, arguments: Mapping[str, Any], log: Path):
+        self.model = model
+        self.arguments = dict(arguments)
+        self.log = log
+        self.name = served_name(model)
+        self.base_url = ""
+        self._keeper: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when the server can be asked. Raises JudgeError, with the end of its log, if that never comes."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        command, environment = self._command(port)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "wb") as log:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-m", "openrlhf_sgpo.judge.server", *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # a process group of its own, which can be ended as a whole
+            )
+        try:
+            self._wait(self._keeper, port)
+        except BaseException:
+            self.stop()
+            raise
+        self.base_url = f"http://127.0.0.1:{port}/v1"
+
+    def stop(self) -> None:
+        """Ends the server and all that it started."""
+        if self._keeper is not None and self._keeper.stdin is not None:
+            self._keeper.stdin.close()
+            self._keeper.wait()
+        self._keeper, self.base_url = None, ""
+
+    def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
+        """What starts the server, and its environment."""
+        import torch
+
+        from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENVIRONMENT, PLAIN_WEIGHTS
+
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "served-model-name": self.name,
+            "host": "127.0.0.1",
+            "port": port,
+            # Otherwise a model's own sampling settings would change what the decoding says.
+            "generation-config": "vllm",
+            **self.arguments,
+        }
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+        if not torch.cuda.is_available():
+            command.append("--enforce-eager")
+            environment |= {**CPU_ENVIRONMENT, PLAIN_WEIGHTS: "0"}  # these weights stay as they are
+        return command, environment
+
+    def _wait(self, keeper: subprocess.Popen[bytes], port: int) -> None:
+        from tqdm import tqdm
+
+        # Without a rate: it is always one.
+        shape = "{desc}: {n_fmt} of at most {total_fmt} s"
+        for _ in tqdm(range(START_LIMIT), desc=f"judge: vLLM starts with {self.name}", bar_format=shape):
+            if keeper.poll() is not None:
+                raise self._failed("ended before it could be asked")
+            if _is_up(port):
+                return
+            time.sleep(1)
+        raise self._failed(f"could not be asked within {START_LIMIT} seconds")
+
+    def _failed(self, what: str) -> JudgeError:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        end = "\n".join(lines[-SHOWN:])
+        return JudgeError(
+            f"--judge.model {self.model}: its server {what}. The end of its log, {self.log}:\n{end}\n"
+            f"Correct what the log says, or start a server yourself and give --judge.base_url"
+        )
+
+
+def keep(command: Sequence[str]) -> None:
+    """Runs a command until it ends, or standard input does; then ends this process group, which this process leads.
+
+    The other end of standard input is with the process that wants the command to run. When that process is gone, even by
+    SIGKILL, the input ends.
+    """
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    def stop() -> None:
+        sys.stdin.buffer.read()
+        process.terminate()
+        time.sleep(STOP_LIMIT)
+        process.kill()
+
+    threading.Thread(target=stop, daemon=True).start()
+    print(f"the server ended with {process.wait()}", flush=True)
+    os.killpg(0, signal.SIGKILL)  # what the server may have left; and this process
+
+
+def _is_up(port: int) -> bool:
+    connection = HTTPConnection("127.0.0.1", port, timeout=1)  # asks no proxy
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+if __name__ == "__main__":
+    keep(sys.argv[1:])
