@@ -1,4 +1,4 @@
-"""The command ``openrlhf-sgpo``: train, data, refine, algorithms, games."""
+"""The command ``openrlhf-sgpo``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
   train        train a policy: --algo NAME, see `openrlhf-sgpo train --help --algo NAME`
   data         report on the data that these flags would train on, without a model
+  evaluate     AlpacaEval 2.0, MT-Bench and others: --models RUN ... --judge.preset NAME --out FOLDER
+  compare      runs head to head: --runs RUN RUN ... --oracle NAME --out FOLDER, or --suite FILE, which trains them first
   refine       answer prompts and revise the answers: --model RUN --prompts FILE --out FOLDER
+  report       draw report.html of runs, comparisons and leaderboards: report FOLDER ...
+  judge-check  how far a judge agrees with human pairs, and its biases: --data.dataset FILE --oracle NAME
   algorithms   list the algorithms
   games        drive the algorithms on small games to their known solutions: --out FOLDER draws their paths
 """
@@ -93,6 +97,41 @@ def refine(argv: list[str]) -> int:
     return 0
 
 
+def evaluate(argv: list[str]) -> int:
+    """Benchmarks and their leaderboard, see ``openrlhf_sgpo.evaluation.evaluate``."""
+    from openrlhf_sgpo.evaluation.settings import load, sections
+
+    if "--help" in argv or "-h" in argv:
+        print(flags.help_text(sections()))
+        return 0
+    loaded = load(argv)
+    from openrlhf_sgpo.evaluation.evaluate import Evaluation
+
+    Evaluation(loaded).execute()
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    """Runs head to head, see ``openrlhf_sgpo.evaluation.compare``."""
+    from openrlhf_sgpo.evaluation.compare import command
+
+    return command(argv)
+
+
+def report(argv: list[str]) -> int:
+    """Pages to look at, see ``openrlhf_sgpo.evaluation.report``."""
+    from openrlhf_sgpo.evaluation.report import main
+
+    return main(argv)
+
+
+def judge_check(argv: list[str]) -> int:
+    """What a judge is worth, see ``openrlhf_sgpo.evaluation.judge_check``."""
+    from openrlhf_sgpo.evaluation.judge_check import main
+
+    return main(argv)
+
+
 def games(argv: list[str]) -> int:
     """The gate that every algorithm must pass, see ``openrlhf_sgpo.games``."""
     from openrlhf_sgpo.games.gate import GateSettings, run
@@ -104,8 +143,10 @@ def games(argv: list[str]) -> int:
     return run(instances[""])
 
 
-def list_algorithms() -> int:
+def list_algorithms(argv: list[str]) -> int:
     """A block per algorithm: name and summary; paper and origin; flags with their defaults. At most 100 columns."""
+    if argv:
+        raise ValueError(f"algorithms takes no arguments, got {' '.join(argv)}")
     indent = " " * 13
     for name in algorithms.names():
         head = f"{name:12} "
@@ -143,6 +184,19 @@ def _flag_words(tree: dict[str, Any], prefix: str = "") -> str:
     return " ".join(words)
 
 
+COMMANDS = {
+    "train": train,
+    "data": data,
+    "evaluate": evaluate,
+    "compare": compare,
+    "refine": refine,
+    "report": report,
+    "judge-check": judge_check,
+    "algorithms": list_algorithms,
+    "games": games,
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher hands every rank its number as a flag; the environment has it as well.
@@ -152,16 +206,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     command, rest = argv[0], argv[1:]
     try:
-        if command == "train":
-            return train(rest)
-        if command == "data":
-            return data(rest)
-        if command == "refine":
-            return refine(rest)
-        if command == "games":
-            return games(rest)
-        if command == "algorithms" and not rest:
-            return list_algorithms()
+        if command in COMMANDS:
+            return COMMANDS[command](rest)
     except ValueError as error:
         # Settings and data errors are written for the user: no traceback.
         print(f"error: {error}", file=sys.stderr)
