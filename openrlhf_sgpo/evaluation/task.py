@@ -78,7 +78,7 @@ class Task:
         self.settings = settings
 
     def items(self) -> list[Item]:
-        """All items in their canonical order, or the first ``settings.limit`` of them. Raises ValueError if the benchmark's
+        """All items in their canonical order, or ``settings.limit`` of them. Raises ValueError if the benchmark's
         files are not to be had, or are not what they should be; the message names the flag."""
         raise NotImplementedError
 

@@ -27,6 +27,7 @@ from openrlhf_sgpo.evaluation.tasks.mt_bench import (
     prompt_name,
     score,
     score_interval,
+    spread,
 )
 from openrlhf_sgpo.judge import client
 from openrlhf_sgpo.judge.client import JudgeError
@@ -207,6 +208,18 @@ def test_empty_judgements_are_failures(tmp_path):
     assert len((tmp_path / "out" / "judgments.jsonl").read_text().splitlines()) == 15
 
 
+def test_a_limit_takes_from_each_category_in_turn():
+    questions = [{"category": name, "place": place} for place, name in enumerate("aabbac")]
+
+    def taken(limit):
+        return [row["place"] for row in spread(questions, limit)]
+
+    assert taken(2) == [0, 2]  # the first of a and of b
+    assert taken(3) == [0, 2, 5]  # of every category one
+    assert taken(4) == [0, 1, 2, 5]  # then the second of a
+    assert taken(0) == taken(6) == taken(9) == list(range(6))
+
+
 def test_scores_out_of_range_are_said(tmp_path):
     task = task_of(tmp_path, limit=1)
     items = task.items()
@@ -337,8 +350,10 @@ def test_answers_of_other_tools_are_matched_by_question(tmp_path):
     rows[1] = {"question_id": 82, "choices": [{"index": 0, "turns": ["a", "b1"]}]}
     path = tmp_path / "answers.jsonl"
     write_lines(path, rows[::-1])
+    asked = [int(item.id) - 81 for item in task.items()]
+    assert len(asked) == 3
     assert {one.id: one.turns for one in task.read_responses(path)} == {
-        str(81 + number): ("a", f"b{number}") for number in range(3)
+        str(81 + number): ("a", f"b{number}") for number in asked
     }
 
 

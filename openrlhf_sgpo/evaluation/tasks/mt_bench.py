@@ -7,6 +7,7 @@ not, because its judge calls do not run with openai 1 or later, and a second run
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,7 @@ class MTBenchSettings:
         "folder with question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.jsonl, such as FastChat's data/mt_bench "
         "(default: the files of the hub's Space lmsys/mt-bench)",
     )
-    limit: int = setting(0, "only the first so many questions (0: all)")
+    limit: int = setting(0, "only so many questions, taken from each category in turn (0: all)")
     unverified: bool = setting(False, "take files although their content is not the published one")
 
 
@@ -118,7 +119,7 @@ class MTBench(Task):
             raise ValueError(f"--mt_bench.limit: {self.settings.limit} is negative; 0 takes all questions")
         references, common = self._files.references, _fastchat()
         found = []
-        for row in self._files.questions[: self.settings.limit or None]:
+        for row in spread(self._files.questions, self.settings.limit):
             number, category = row["question_id"], row["category"]
             referenced = category in common.NEED_REF_CATS
             if referenced and number not in references:
@@ -210,6 +211,16 @@ class MTBench(Task):
             notes=notes,
             judge=judge.identity,
         )
+
+
+def spread(questions: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """``limit`` of the questions, in their order: the first of each category, then the second, and so on. All for 0."""
+    rounds: Counter[str] = Counter()
+    places = []
+    for place, row in enumerate(questions):
+        places.append((rounds[row["category"]], place))
+        rounds[row["category"]] += 1
+    return [questions[place] for place in sorted(place for _, place in sorted(places)[: limit or None])]
 
 
 def _fastchat() -> Any:
