@@ -23,11 +23,18 @@ def blocks(language: str) -> list[str]:
 TRAINING = [
     line for block in blocks("bash") for line in block.splitlines() if re.search(r"train_ssapo|-sgpo train", line)
 ]
+EVALUATING = [
+    line
+    for block in blocks("bash")
+    for line in block.splitlines()
+    if re.search(r"-sgpo (evaluate|compare|judge-check) |bash eval/", line)
+]
 RECIPES = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 
 
 def test_there_are_commands_to_test():
     assert len(TRAINING) >= 5
+    assert len(EVALUATING) >= 8
     assert len(RECIPES) >= 5
 
 
@@ -46,6 +53,29 @@ def test_training_commands_resolve(command, tmp_path):
         text=True,
     )
     assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("command", EVALUATING)
+def test_settings_of_evaluating_commands_are_right(command, tmp_path, monkeypatch):
+    """Up to what folders and servers can tell, which are not there."""
+    from openrlhf_sgpo.evaluation import compare, judge_check, settings
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    for name in ("their_outputs.json", "pairs.jsonl"):
+        Path(name).write_text("")
+    program, name, *argv = shlex.split(command)
+    if program == "bash":
+        script = (ROOT / name).read_text()
+        assert os.access(ROOT / name, os.X_OK)
+        name, *fixed = re.search(r'main (\w+) (.*) "\$@"', script)[0].split()[1:-1]
+        argv = [*fixed, *argv]
+    if name == "evaluate":
+        assert settings.load(argv).contestants
+    elif name == "compare":
+        assert compare.read_settings(argv if argv[0].startswith("-") else ["--runs", *argv], {}).runs
+    else:
+        assert judge_check.load(argv).out
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.records import Pair, fingerprint, load_pairs
 from openrlhf_sgpo.flags import setting
-from openrlhf_sgpo.inference import Deepspeed, config_of, part
+from openrlhf_sgpo.inference import Deepspeed, config_of, part, unread
 from openrlhf_sgpo.oracle import Answer, Comparison, Oracle, PreferenceOracle, Question
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
 from openrlhf_sgpo.table import aligned, standard_error
@@ -255,17 +254,10 @@ def _oracle_problems(settings: JudgeCheckSettings, given: dict[str, str]) -> lis
     except ValueError as error:
         return [f"--oracle: {error}"]
     groups = ("reward.", "judge.", *(_LOCAL if settings.oracle == "judge" else ()))
-    default = JudgeCheckSettings()
-    unread = [
-        f"--{name}: --oracle {settings.oracle} would not read it ({origin}); leave it out"
-        for name, origin in given.items()
-        if name.startswith(groups)
-        and not name.startswith(kind.reads)
-        # A file may state a default.
-        and (origin == flags.COMMAND_LINE or attrgetter(name)(settings) != attrgetter(name)(default))
-    ]
+    reasons = dict.fromkeys(groups, f"--oracle {settings.oracle} has no use for it")
+    problems = unread(settings, JudgeCheckSettings(), given, reasons, kind.reads)
     ranges = [one for one in sampling_problems(config) if not one.startswith(("--rollout.", "--vllm."))]
-    return unread + ranges + kind.problems(config)
+    return problems + ranges + kind.problems(config)
 
 
 def main(argv: Sequence[str]) -> int:
