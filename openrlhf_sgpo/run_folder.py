@@ -174,22 +174,36 @@ class Ledger:
         self.stages: dict[str, dict[str, float]] = read_json(path)["stages"] if path.exists() else {}
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, float]]:
+    def stage(self, name: str, add: bool = False) -> Iterator[dict[str, float]]:
+        """The entry of a stage, to which the block adds what it costs. Entries of blocks that fail are dropped. add: to what
+        the stage has cost before, and also if the block fails: of stages whose parts are kept."""
         entry: dict[str, float] = {}
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        yield entry
+        try:
+            yield entry
+        except BaseException:
+            if add:
+                self._book(name, entry, start, add)
+            raise
+        self._book(name, entry, start, add)
+
+    def _book(self, name: str, entry: dict[str, float], start: float, add: bool) -> None:
         entry["seconds"] = round(time.perf_counter() - start, 2)
         entry["peak_memory_gib"] = round(_peak_memory_gib(), 2)
-        self.stages[name] = entry
+        self.stages[name] = _sum([self.stages[name], entry]) if add and name in self.stages else entry
         if self.writes:
-            totals: dict[str, float] = {}
-            for one in self.stages.values():
-                for key, value in one.items():
-                    totals[key] = max(totals.get(key, 0), value) if "peak" in key else totals.get(key, 0) + value
-            write_json(self.path, {"total": totals, "stages": self.stages})
+            write_json(self.path, {"total": _sum(self.stages.values()), "stages": self.stages})
+
+
+def _sum(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for one in costs:
+        for key, value in one.items():
+            totals[key] = max(totals.get(key, 0), value) if "peak" in key else totals.get(key, 0) + value
+    return totals
 
 
 def stage_rows(

@@ -402,6 +402,24 @@ def test_failed_stage_is_not_booked(tmp_path):
     assert ledger.stages == {} and names(tmp_path) == []
 
 
+def test_stages_whose_parts_are_kept_add_up_also_when_they_fail(tmp_path):
+    path = tmp_path / "ledger.json"
+
+    def fail():
+        with Ledger(path, writes=True).stage("judge", add=True) as cost:
+            cost |= {"calls": 3, "peak_tokens": 9}
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    first = read_json(path)["stages"]["judge"]
+    with Ledger(path, writes=True).stage("judge", add=True) as cost:
+        cost |= {"calls": 4, "peak_tokens": 5, "failures": 1}
+    entry = read_json(path)["stages"]["judge"]
+    assert (entry["calls"], entry["peak_tokens"], entry["failures"]) == (7, 9, 1)
+    assert entry["seconds"] >= first["seconds"]
+
+
 def test_only_the_writing_rank_touches_the_disk(tmp_path):
     with Ledger(tmp_path / "ledger.json", writes=False).stage("round_0/train"):
         pass

@@ -20,6 +20,7 @@ from openrlhf_sgpo.run_folder import keep_rows, read_json, read_jsonl, write_jso
 
 # Items that are answered together, and written together: what a kill can lose.
 BLOCK = 64
+_UNIMPORTANT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
 
 
 def item_hash(item: Item) -> str:
@@ -33,6 +34,19 @@ def weights_of(folder: str) -> list[list[Any]]:
     name."""
     files = sorted(path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".bin"))
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def kind_of(folder: str) -> str:
+    """Equal for folders whose weights an engine can exchange, with the same tokenizer."""
+    files = [Path(folder, name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    if not files[0].is_file():
+        return folder  # a hub name
+    # Which version wrote a folder and what it is called say nothing of the model.
+    config = {name: value for name, value in read_json(files[0]).items() if name not in _UNIMPORTANT}
+    content = json.dumps(config, sort_keys=True).encode() + b"".join(
+        path.read_bytes() for path in files[1:] if path.is_file()
+    )
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_responses(path: Path, items: Sequence[Item]) -> dict[str, Responses]:
@@ -55,6 +69,7 @@ class Answerer:
     def __init__(self, config: Config):
         self.config = config
         self.rollout: Rollout | None = None
+        self._kind = ""
 
     def check(self, name: str, folder: str, items: Mapping[str, Sequence[Item]]) -> ChatFormat:
         """The model's chat format. Raises ValueError where items of a task (by its name) have no room for all answers within
@@ -124,7 +139,7 @@ class Answerer:
     def _same_settings(self, folder: str, path: Path) -> None:
         settings = path.with_suffix(".settings.json")
         made_with = {"model": folder, "weights": weights_of(folder), "decoding": self.decoding()}
-        stored = read_json(settings) if settings.exists() else made_with
+        stored = read_json(settings) if path.exists() and settings.exists() else made_with
         changed = [name for name in made_with if stored[name] != made_with[name]]
         if changed:
             listed = "; ".join(f"{name}: {stored[name]} there, {made_with[name]} now" for name in changed)
@@ -167,8 +182,9 @@ class Answerer:
         self, chat: ChatFormat, folder: str, contexts: list[tuple[int, ...]], temperature: float, seed: int, label: str
     ) -> list[list[Sample]]:
         own = self.config.rollout.temperature
-        if self.rollout is None:
-            self.rollout = start_rollout(self.config, chat.tokenizer, folder)
+        if self.rollout is None or self._kind != kind_of(folder):
+            self.close()
+            self.rollout, self._kind = start_rollout(self.config, chat.tokenizer, folder), kind_of(folder)
         self.rollout.load(folder)
         try:
             self.config.rollout.temperature = temperature  # engines read it when they are asked

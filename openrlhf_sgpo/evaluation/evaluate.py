@@ -86,7 +86,7 @@ class Evaluation:
                     found[one.name, name] = self.given[one.name]
                     continue
                 path = self.folder.path / one.name / "answers" / f"{name}.jsonl"
-                with self.ledger.stage(f"{one.name}/{name}/answers") as cost:
+                with self.ledger.stage(f"{one.name}/{name}/answers", add=True) as cost:
                     found[one.name, name] = self.answerer.answer(
                         self.chats[one.name], one.folder, name, items, path, cost
                     )
@@ -107,21 +107,22 @@ class Evaluation:
         if task.judged and judge:
             folder /= re.sub(r"[^\w.+-]", "_", str(judge.identity["model"]).strip("/"))
         answered = [one for one in self.items[name] if one.id in responses]
-        with self.ledger.stage(f"{contestant.name}/{name}/judge") as cost:
+        with self.ledger.stage(f"{contestant.name}/{name}/judge", add=True) as cost:
             before = judge.usage() if judge else {}
-            result = task.evaluate(contestant.name, answered, responses, judge if task.judged else None, folder)
-            if judge:
-                cost |= {key: total - before[key] for key, total in judge.usage().items()}
+            try:
+                result = task.evaluate(contestant.name, answered, responses, judge if task.judged else None, folder)
+            finally:
+                cost |= {key: total - before[key] for key, total in judge.usage().items()} if judge else {}
         if result.parse_failures and not self.settings.partial:
             raise ValueError(
                 f"{contestant.name}, {name}: {result.parse_failures} of {result.expected} judgements cannot be read; "
                 "--partial accepts that, and the row then says so"
             )
-        expected = result.expected + (len(self.items[name]) - len(answered)) * (
-            result.expected // max(1, len(answered))
-        )
+        expected = result.expected * len(self.items[name]) // len(answered)
         notes = [*result.notes, *_truncation(responses)]
         decoding = {"answers": contestant.file} if contestant.file else self.answerer.decoding()
+        if not contestant.file and all(one.temperature is not None for one in answered):
+            decoding["temperature"] = "the benchmark's"
         result = replace(result, expected=expected, notes=notes, decoding=decoding)
         write_result(result, folder)
         return result

@@ -18,6 +18,7 @@ from openrlhf_sgpo.evaluation.judge import EvaluationJudgeSettings, judge_proble
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import Deepspeed, Rollout, Vllm, config_of, no_room, other_engine, part, policy_of, unread
 
+_TAKEN = ("items", "judgements")  # folders beside those of models
 _GROUPS = ("data", "rollout", "vllm", "ds", "train")
 # FastChat's limit for an answer; two answers and a question fit beside it.
 _DEFAULTS = {"rollout.temperature": 0.7, "rollout.max_new_tokens": 1024, "data.max_len": 4096}
@@ -109,7 +110,7 @@ def contestants(settings: EvaluateSettings) -> list[Contestant]:
             policy = policy_of(path, None, "models")
             found.append(Contestant(name or policy.name, folder=policy.folder))
     for one in found:
-        if not re.fullmatch(r"\w[\w.+-]*", one.name):
+        if not re.fullmatch(r"\w[\w.+-]*", one.name) or one.name in _TAKEN:
             raise ValueError(
                 f"--models: {one.name!r} cannot be a name, use letters, digits and . + - _, as in NAME={one.folder or one.file}"
             )

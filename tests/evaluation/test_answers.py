@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from conftest import make_tiny_model
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.evaluation import answers
@@ -109,6 +110,18 @@ def test_answers_of_another_model_or_decoding_are_not_mixed(config, tiny_model, 
     with pytest.raises(ValueError, match="decoding: .*'max_new_tokens': 6.* there, .*'max_new_tokens': 5"):
         ask(config, tiny_model, path)
     assert json.loads(path.with_suffix(".settings.json").read_text())["decoding"]["max_new_tokens"] == 6
+
+
+def test_engines_are_kept_for_models_of_one_kind_only(config, tiny_model, other_tiny_model, tmp_path):
+    larger = make_tiny_model(tmp_path / "larger", layers=3)
+    answerer, found, engines = Answerer(config), {}, []
+    for name, folder in [("tiny", tiny_model), ("other", other_tiny_model), ("larger", larger)]:
+        chat = answerer.check(name, str(folder), {"toy": ITEMS})
+        found[name] = answerer.answer(chat, str(folder), "toy", ITEMS, tmp_path / f"{name}.jsonl", {})
+        engines.append(answerer.rollout)
+        assert found[name]["0"].turns == (greedy(folder, [{"role": "user", "content": "What is 1?"}]),)
+    answerer.close()
+    assert engines[0] is engines[1] and engines[1] is not engines[2]
 
 
 def test_answers_need_room_for_every_turn(config, tiny_model, tmp_path):
