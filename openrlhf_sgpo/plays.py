@@ -73,7 +73,7 @@ class PlayRun(Run):
                 self._play_round(number)
                 policy, path = str(self.folder.policy(number)), self.folder.round(number)
                 rows.append(self._evaluate(f"round {number}", policy, self._policy_before(number), path))
-            self._write_table(rows)
+            self._write_results(rows)
             if self.writes:
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
             return rows

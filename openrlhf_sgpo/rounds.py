@@ -66,7 +66,7 @@ class Rounds(Run):
                 row = self._evaluate(f"round {number}", policy, self._policy_before(number), path)
                 labels = self.folder.manifest(number)["stages"]["pairs"].get("label_accuracy")
                 rows.append(row | {"value": certificate.get("value"), "label_accuracy": labels})
-            self._write_table(rows)
+            self._write_results(rows)
             return rows
         finally:
             self._close()

@@ -21,6 +21,7 @@ from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import inspect_run, load_run
 from openrlhf_sgpo.data.tokens import Group, load_chat
 from openrlhf_sgpo.evaluation.between_rounds import Evaluator
+from openrlhf_sgpo.evaluation.report import write_report
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
@@ -110,11 +111,12 @@ class Run:
         """All stages that are not finished yet; returns the rows of the results table, start first."""
         raise NotImplementedError
 
-    def _write_table(self, rows: list[dict[str, Any]]) -> None:
+    def _write_results(self, rows: list[dict[str, Any]]) -> None:
+        """table.txt, which is also printed, and report.html."""
         if self.writes:
             table = results_table(rows, self.ledger.stages)
             write_text(self.folder.path / "table.txt", table)
-            print(table)
+            print(f"{table}\n{write_report(self.folder.path)}")
 
     def _close(self) -> None:
         self.metrics.close()
