@@ -1,0 +1,180 @@
+"""The page of a leaderboard, from leaderboard.json and the answers beside it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo.evaluation.report.figures import Series, bars, plot, plots, radar
+from openrlhf_sgpo.evaluation.report.markup import MISSING, Html, details, number, table, tag, words
+from openrlhf_sgpo.evaluation.report.page import page
+from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, side_by_side
+from openrlhf_sgpo.run_folder import read_json, read_jsonl
+
+# Of a normal law: 95% lie within so many standard errors.
+NORMAL_95 = 1.96
+_LEAST_CATEGORIES = 3  # of which a radar can be drawn
+
+
+def leaderboard_page(folder: Path) -> Html:
+    found = read_json(folder / "leaderboard.json")
+    rows, items = found.get("rows") or [], found.get("items") or {}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    facts = {
+        "Models": len(models),
+        **{f"Items of {task}": number(count, 0) for task, count in items.items()},
+    }
+    groups = _groups(rows)
+    judges = Counter(group[0]["task"] for group in groups.values())
+    warnings = [
+        f"{task} was judged by {count} judges, whose scores cannot be compared: each has a table of its own."
+        for task, count in judges.items()
+        if count > 1
+    ]
+    warnings += [
+        f"{row['task']}, {row['model']}: {row['n']} of {row['expected']} items have a judgement."
+        for row in rows
+        if row["n"] < row["expected"]
+    ]
+    sections = {title: _group(group) for title, group in groups.items()}
+    answers = {f"Answers to {task}": _answers(folder, task, models) for task in judges}
+    return page("Leaderboard", folder.name, facts, warnings, {**sections, **answers})
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of one task and one judge, by a heading that names both: scores of two judges say nothing about each other."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(json.dumps([row["task"], row.get("judge")], sort_keys=True), []).append(row)
+    titles: Counter[str] = Counter()
+    groups = {}
+    for group in found.values():
+        judge = group[0].get("judge")
+        title = f"{group[0]['task']}, " + (f"judged by {_judge_name(judge)}" if judge else "without a judge")
+        titles[title] += 1
+        # Two judges of one name differ in their settings, which stand below the table.
+        groups[title if titles[title] == 1 else f"{title}, settings {titles[title]}"] = group
+    return groups
+
+
+def _judge_name(judge: Mapping[str, Any]) -> str:
+    return judge.get("model") or judge.get("name") or "an unnamed judge"
+
+
+def _group(rows: Sequence[dict[str, Any]]) -> list[Html]:
+    """What stands in one table: rows of one task and one judge."""
+    figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    digits = {name: _digits([row["figures"].get(name) for row in rows]) for name in figures}
+    cells = [
+        [
+            row["model"],
+            *(_figure(row, name, digits[name]) for name in figures),
+            f"{row['n']:,} of {row['expected']:,}",
+            number(row.get("parse_failures"), 0),
+            number(row.get("average_length"), 0),
+        ]
+        for row in rows
+    ]
+    header = ["", *map(words, figures), "judged", "parse failures", "characters per answer"]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.get("notes") or []:
+            notes.setdefault(note, []).append(row["model"])
+    return [
+        table(header, cells),
+        tag("p", "In brackets a 95% interval, behind \N{PLUS-MINUS SIGN} a standard error.", class_="quiet"),
+        *([tag("ul", *(_note(*one, rows) for one in notes.items()), class_="quiet")] if notes else []),
+        plots(*_bars(rows, figures), *_radar(rows)),
+        details("How the answers were made, and by whom judged", *_made(rows)),
+    ]
+
+
+def _note(text: str, models: Sequence[str], rows: Sequence[dict[str, Any]]) -> Html:
+    who = "all models" if len(models) == len(rows) > 1 else ", ".join(models)
+    return tag("li", tag("strong", who), ": ", text)
+
+
+def _digits(values: Sequence[float | None]) -> int:
+    """Three for shares, two for percent and scores."""
+    return 3 if all(abs(value) <= 1 for value in values if value is not None) else 2
+
+
+def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:
+    value = row["figures"].get(name)
+    if value is None:
+        return MISSING
+    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
+    if interval:
+        return f"{value:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
+    return f"{value:.{digits}f}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.{digits}f}")
+
+
+def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Html]:
+    series = []
+    for name in figures:
+        known = [row for row in rows if row["figures"].get(name) is not None]
+        reach = [_reach(row, name) for row in known]
+        if known:
+            series.append(
+                Series(
+                    words(name),
+                    [row["model"] for row in known],
+                    [row["figures"][name] for row in known],
+                    [down for down, _ in reach],
+                    [up for _, up in reach],
+                )
+            )
+    note = f"bars: the 95% interval, or {NORMAL_95} standard errors"
+    height = 90 + 22 * len(rows) * max(1, len(series))
+    return [plot("Figures", bars(series), note, height)] if series else []
+
+
+def _reach(row: Mapping[str, Any], name: str) -> tuple[float | None, float | None]:
+    """How far the error bar reaches down and up."""
+    value = row["figures"][name]
+    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
+    if interval:
+        return value - interval[0], interval[1] - value
+    return (None, None) if error is None else (NORMAL_95 * error, NORMAL_95 * error)
+
+
+def _radar(rows: Sequence[dict[str, Any]]) -> list[Html]:
+    categories = list(dict.fromkeys(name for row in rows for name in row.get("categories") or {}))
+    if len(categories) < _LEAST_CATEGORIES:
+        return []
+    series = {
+        row["model"]: [row["categories"].get(name) for name in categories] for row in rows if row.get("categories")
+    }
+    return [plot("By category", radar(categories, series), height=420)]
+
+
+def _made(rows: Sequence[dict[str, Any]]) -> list[Html]:
+    keys = list(dict.fromkeys(key for row in rows for key in row.get("decoding") or {}))
+    made = [[row["model"], *((row.get("decoding") or {}).get(key, MISSING) for key in keys)] for row in rows]
+    judge = rows[0].get("judge")
+    return [
+        *([table(["", *map(words, keys)], made)] if keys else [tag("p", "The decoding was not recorded.")]),
+        *([tag("pre", json.dumps(judge, indent=2, ensure_ascii=False))] if judge else []),
+    ]
+
+
+def _answers(folder: Path, task: str, models: Sequence[str]) -> list[Html]:
+    """Items with the answers of all models that have some on disk."""
+    asked = _by_id(folder / "items" / f"{task}.jsonl")
+    answers = {model: _by_id(folder / model / "answers" / f"{task}.jsonl") for model in models}
+    common = [key for key in asked if any(key in rows for rows in answers.values())]
+    articles = [
+        side_by_side(
+            [{"role": asked[key].get("category") or "user", "content": turn} for turn in asked[key]["turns"]],
+            [Written(model, rows[key]["turns"]) for model, rows in answers.items() if key in rows],
+        )
+        for key in common[:SHOWN]
+    ]
+    return [how_many(len(articles), len(common), "items"), *articles] if articles else []
+
+
+def _by_id(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in read_jsonl(path)} if path.is_file() else {}

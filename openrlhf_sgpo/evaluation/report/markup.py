@@ -1,0 +1,57 @@
+"""Markup that is safe by construction: a text that is not markup is escaped when it becomes part of some.
+
+Models wrote much of what stands on a page, and a model can write HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+MISSING = "\N{EN DASH}"
+
+
+class Html(str):
+    """Text that is markup. Strings of any other type are not."""
+
+
+def join(*parts: object) -> Html:
+    return Html("".join(part if isinstance(part, Html) else escape(str(part)) for part in parts))
+
+
+def tag(name: str, *content: object, **attributes: str) -> Html:
+    """An element. An attribute's name may end with _, as in class_, and has _ for -."""
+    words = (f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{''.join(words)}>{join(*content)}</{name}>")
+
+
+def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
+    """The first column names the row, the others hold figures."""
+    head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
+    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll")
+
+
+def details(summary: str, *content: object) -> Html:
+    """Content that opens on demand."""
+    return tag("details", tag("summary", summary), *content)
+
+
+def number(value: float | None, digits: int) -> str:
+    """With so many digits behind the point and commas between thousands; a dash for None."""
+    return MISSING if value is None else f"{value:,.{digits}f}"
+
+
+def signed(value: float, digits: int) -> str:
+    """A figure in a sentence, with a true minus sign."""
+    return number(value, digits).replace("-", "\N{MINUS SIGN}")
+
+
+def tiny(value: float) -> str:
+    """A figure that is 0 to rounding."""
+    return f"{value:.1e}" if value else "0"
+
+
+def words(name: str) -> str:
+    """A key of a file as a heading."""
+    return name.replace("_", " ")
