@@ -74,7 +74,7 @@ def by_hand(out: Path, name: str) -> tuple[float, dict[str, float]]:
     ):
         baseline = "base " * (1 + toy_benchmarks.INSTRUCTIONS.index(instruction))
         answer = row["turns"][0]
-        switched = Random("is_switched_outputs" + instruction + "0").choice([False, True])
+        (switched,) = Random("is_switched_outputs" + instruction + "0").choices([False, True])
         first, second = (answer, baseline) if switched else (baseline, answer)
         p = sigmoid((second.count("e") - first.count("e")) / 4 + 0.3)
         preferences.append(p if switched else 1 - p)
