@@ -22,7 +22,7 @@ def arguments(model: Path, data: dict[str, Path], folder: Path, seed: int, *more
 
 def main(moment: str, argv: list[str]) -> int:
     from openrlhf_sgpo import run_folder
-    from openrlhf_sgpo.evaluation.compare import command
+    from openrlhf_sgpo.cli.main import compare as command
     from openrlhf_sgpo.rollout import hf
 
     def die() -> None:

@@ -58,7 +58,7 @@ def test_training_commands_resolve(command, tmp_path):
 @pytest.mark.parametrize("command", EVALUATING)
 def test_settings_of_evaluating_commands_are_right(command, tmp_path, monkeypatch):
     """Up to what folders and servers can tell, which are not there."""
-    from openrlhf_sgpo.evaluation import compare, judge_check, settings
+    from openrlhf_sgpo.evaluation import compare_settings, judge_check, settings
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "a key")
@@ -73,7 +73,7 @@ def test_settings_of_evaluating_commands_are_right(command, tmp_path, monkeypatc
     if name == "evaluate":
         assert settings.load(argv).contestants
     elif name == "compare":
-        assert compare.read_settings(argv if argv[0].startswith("-") else ["--runs", *argv], {}).runs
+        assert compare_settings.read_settings(argv if argv[0].startswith("-") else ["--runs", *argv], {}).runs
     else:
         assert judge_check.load(argv).out
 

@@ -112,10 +112,22 @@ def evaluate(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> int:
-    """Runs head to head, see ``openrlhf_sgpo.evaluation.compare``."""
-    from openrlhf_sgpo.evaluation.compare import command
+    """Runs head to head, see ``openrlhf_sgpo.evaluation.cross_play``; with --suite they are trained first."""
+    from openrlhf_sgpo.evaluation.compare_settings import CompareSettings, load
 
-    return command(argv)
+    argv = argv if not argv or argv[0].startswith("-") else ["--runs", *argv]
+    if "--help" in argv or "-h" in argv:
+        print(flags.help_text({"": CompareSettings}))
+        return 0
+    if flags.peek(argv, "suite"):
+        from openrlhf_sgpo.evaluation.suite import train_suite
+
+        argv = train_suite(argv)
+    settings, groups = load(argv)
+    from openrlhf_sgpo.evaluation.cross_play import CrossPlay
+
+    CrossPlay(settings, groups).execute()
+    return 0
 
 
 def report(argv: list[str]) -> int:

@@ -25,7 +25,7 @@ from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.records import Prompt, Records, fingerprint, load_prompts
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.tokens import Group, load_chat
-from openrlhf_sgpo.evaluation.compare import CompareSettings, run_config
+from openrlhf_sgpo.evaluation.compare_settings import CompareSettings, run_config
 from openrlhf_sgpo.evaluation.compared_runs import (
     START,
     ComparedRun,

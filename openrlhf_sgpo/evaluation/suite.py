@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from openrlhf_sgpo import algorithms, config, flags
-from openrlhf_sgpo.evaluation.compare import compare, load, read_settings
+from openrlhf_sgpo.evaluation.compare_settings import read_settings
 from openrlhf_sgpo.run_folder import ADDRESS, differences, write_text
 
 Tree = dict[str, Any]
@@ -69,8 +69,9 @@ class SuiteRun:
         return self.folder.with_name(self.folder.name + ".log")
 
 
-def run_suite(argv: Sequence[str]) -> dict[str, Any]:
-    """Trains what is not finished, then compares. argv: of ``compare``, with ``--suite``; they win over the file's ``compare``.
+def train_suite(argv: Sequence[str]) -> list[str]:
+    """Trains what is not finished; returns the arguments of ``compare`` for it. argv: of ``compare``, with ``--suite``; they
+    win over the file's ``compare``.
 
     Everything that settings can tell is checked before the first run starts. Raises ValueError, also for a run that fails.
     """
@@ -87,7 +88,7 @@ def run_suite(argv: Sequence[str]) -> dict[str, Any]:
         )
     for number, run in enumerate(runs, start=1):
         train(run, f"{number} of {len(runs)}")
-    return compare(*load(words))
+    return words
 
 
 def read_suite(path: Path) -> Suite:

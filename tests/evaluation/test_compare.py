@@ -18,7 +18,7 @@ from running import ROOT, forked, read_jsonl, train
 from toy_oracles import Letters
 
 from openrlhf_sgpo.config import load as load_run
-from openrlhf_sgpo.evaluation.compare import load
+from openrlhf_sgpo.evaluation.compare_settings import load
 from openrlhf_sgpo.evaluation.compared_runs import group_warnings, oracle_warnings, read_groups
 from openrlhf_sgpo.flags import SettingsError, dump
 from openrlhf_sgpo.run_folder import RunFolder

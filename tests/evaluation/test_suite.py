@@ -12,8 +12,8 @@ from comparing import arguments
 from running import ROOT, forked, launch, train
 
 from openrlhf_sgpo.config import load
-from openrlhf_sgpo.evaluation.compare import read_settings
-from openrlhf_sgpo.evaluation.suite import merged, nested, read_suite, run_suite, suite_runs
+from openrlhf_sgpo.evaluation.compare_settings import read_settings
+from openrlhf_sgpo.evaluation.suite import merged, nested, read_suite, suite_runs, train_suite
 from openrlhf_sgpo.flags import SettingsError
 
 SCRIPT = ROOT / "tests" / "comparing.py"
@@ -123,7 +123,7 @@ def test_all_settings_are_checked_before_a_run_starts(tmp_path, monkeypatch):
 
     def refused(suite: dict, *more: str) -> str:
         with pytest.raises(SettingsError) as caught:
-            run_suite(["--suite", str(write(tmp_path, suite)), *more])
+            train_suite(["--suite", str(write(tmp_path, suite)), *more])
         return str(caught.value)
 
     suite = small(tmp_path)

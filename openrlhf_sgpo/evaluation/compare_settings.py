@@ -1,7 +1,4 @@
-"""``openrlhf-sgpo compare``: its settings, and what may be wrong with them.
-
-Imports no torch before everything that settings and folders can tell is known to be right.
-"""
+"""Settings of ``openrlhf-sgpo compare``, and what may be wrong with them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -61,28 +58,6 @@ class CompareSettings:
     reward: RewardSettings = field(default_factory=RewardSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
     resume: bool = setting(False, "continue in --out at the first unfinished stage")
-
-
-def command(argv: Sequence[str]) -> int:
-    """``openrlhf-sgpo compare`` with these arguments. Raises ValueError."""
-    argv = list(argv) if not argv or argv[0].startswith("-") else ["--runs", *argv]
-    if "--help" in argv or "-h" in argv:
-        print(flags.help_text({"": CompareSettings}))
-        return 0
-    if flags.peek(argv, "suite"):
-        from openrlhf_sgpo.evaluation.suite import run_suite
-
-        run_suite(argv)
-    else:
-        compare(*load(argv))
-    return 0
-
-
-def compare(settings: CompareSettings, groups: Sequence[RunGroup]) -> dict[str, Any]:
-    """The comparison that these settings describe, which is also written to ``settings.out``. Raises ValueError."""
-    from openrlhf_sgpo.evaluation.cross_play import CrossPlay
-
-    return CrossPlay(settings, groups).execute()
 
 
 def load(argv: Sequence[str]) -> tuple[CompareSettings, list[RunGroup]]:
