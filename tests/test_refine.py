@@ -440,7 +440,7 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(tiny_model, tiny_data, tiny
         (("--controls", "nothing", "--control_samples", "9"), "--control_samples: there are no --controls"),
         (("--vllm.enable_sleep", "false"), "--vllm.enable_sleep is unknown"),
         (("--model", "nowhere"), "--model nowhere cannot be loaded"),
-        (("--data.max_len", "4096"), "--data.max_len 4096 exceeds the model's 2048 positions"),
+        (("--data.max_len", "4096"), "--data.max_len 4096 exceeds the 2048 positions of --model"),
         (("--data.max_len", "60"), "too_long 24 of 24"),
     ],
 )

@@ -334,7 +334,7 @@ def test_dry_run_prints_the_resolved_configuration(tiny_model, tiny_data, tmp_pa
         (["--lr", "1e-6"], "did you mean --adam.lr?"),
         (["--sgpo.leader", "released"], "--sgpo.leader released needs --sgpo.space probability"),
         (["--model.model_name_or_path", "no/such model"], "--model.model_name_or_path no/such model cannot be loaded"),
-        (["--data.max_len", "4096"], "exceeds the model's 2048 positions"),
+        (["--data.max_len", "4096"], "exceeds the 2048 positions of --model"),
         (["--rounds.prompts", "100", "100"], "holds 24 usable prompts"),
     ],
 )

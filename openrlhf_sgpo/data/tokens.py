@@ -52,7 +52,7 @@ def load_chat(model: str, trust_remote_code: bool, flag: str, max_len: int) -> t
     settings = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     longest = getattr(settings, "max_position_embeddings", max_len)
     if max_len > longest:
-        raise ValueError(f"--data.max_len {max_len} exceeds the model's {longest} positions")
+        raise ValueError(f"--data.max_len {max_len} exceeds the {longest} positions of --{flag} {model}; lower it")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return ChatFormat(tokenizer, max_len), settings

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def weights_of(folder: str) -> list[list[Any]]:
 def kind_of(folder: str) -> str:
     """Equal for folders whose weights an engine can exchange, with the same tokenizer."""
     files = [Path(folder, name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    if not files[0].is_file():
-        return folder  # a hub name
+    if not files[0].is_file() or not any(Path(folder).glob("*.safetensors")):
+        return folder  # a hub name, or weights that engines cannot read into a model that is there
     # Which version wrote a folder and what it is called say nothing of the model.
     config = {name: value for name, value in read_json(files[0]).items() if name not in _UNIMPORTANT}
     content = json.dumps(config, sort_keys=True).encode() + b"".join(
@@ -71,25 +72,32 @@ class Answerer:
         self.rollout: Rollout | None = None
         self._kind = ""
 
-    def check(self, name: str, folder: str, items: Mapping[str, Sequence[Item]]) -> ChatFormat:
-        """The model's chat format. Raises ValueError where items of a task (by its name) have no room for all answers within
-        --data.max_len, or the chat template refuses them; no weights are loaded."""
-        chat, _ = load_chat(folder, self.config.model.trust_remote_code, "models", self.config.data.max_len)
+    def chat(self, folder: str) -> ChatFormat:
+        """The model's chat format; no weights are loaded. Raises ValueError."""
+        return load_chat(folder, self.config.model.trust_remote_code, "models", self.config.data.max_len)[0]
+
+    def fitting(self, chat: ChatFormat, name: str, task: str, items: Sequence[Item], partial: bool) -> list[Item]:
+        """The items with room for all answers within --data.max_len. Raises ValueError if that is not all of them, unless
+        ``partial`` allows it, and where the chat template refuses one."""
         new, limit = self.config.rollout.max_new_tokens, self.config.data.max_len
-        for task, asked in items.items():
-            conversations = [_conversation(one, [""] * (len(one.turns) - 1)) for one in asked]
-            for one, tokens in zip(asked, chat.prompts(conversations), strict=True):
-                if tokens is None:
-                    raise ValueError(
-                        f"--models {name}: its chat template refuses item {one.id} of {task}, {len(one.turns)} questions one "
-                        f"after the other; leave --tasks {task} out for this model"
-                    )
-                if (needed := len(tokens) + new * len(one.turns)) > limit:
-                    raise ValueError(
-                        f"--models {name}: item {one.id} of {task} needs {needed} tokens, with {len(one.turns)} answers of "
-                        f"--rollout.max_new_tokens {new}; raise --data.max_len {limit} or lower --rollout.max_new_tokens"
-                    )
-        return chat
+        conversations = [_conversation(one, [""] * (len(one.turns) - 1)) for one in items]
+        needed = {}
+        for one, tokens in zip(items, chat.prompts(conversations), strict=True):
+            if tokens is None:
+                raise ValueError(
+                    f"--models {name}: its chat template refuses item {one.id} of {task}, {len(one.turns)} questions one "
+                    f"after the other; leave --tasks {task} out for this model"
+                )
+            needed[one.id] = len(tokens) + new * len(one.turns)
+        fit = [one for one in items if needed[one.id] <= limit]
+        if not fit or (len(fit) < len(items) and not partial):
+            longest = max(needed, key=lambda key: needed[key])
+            raise ValueError(
+                f"--models {name}: {len(items) - len(fit)} of {len(items)} items of {task} have no room for answers of "
+                f"--rollout.max_new_tokens {new}; item {longest} needs {needed[longest]} tokens. Raise --data.max_len {limit} "
+                "to that, lower --rollout.max_new_tokens, or give --partial, which leaves them out"
+            )
+        return fit
 
     def answer(
         self, chat: ChatFormat, folder: str, task: str, items: Sequence[Item], path: Path, cost: dict[str, float]
@@ -99,7 +107,7 @@ class Answerer:
         Beside it lies NAME.settings.json, what they were made with. Raises ValueError if the file was made with something else.
         ``cost`` gets samples and tokens of what was made.
         """
-        self._same_settings(folder, path)
+        self._same_settings(folder, items, path)
         found = read_responses(path, items)
         # Where a block begins does not depend on what is there, so that after a kill the same prompts share a batch.
         blocks = [
@@ -136,10 +144,15 @@ class Answerer:
             self.rollout.close()
             self.rollout = None
 
-    def _same_settings(self, folder: str, path: Path) -> None:
+    def _same_settings(self, folder: str, items: Sequence[Item], path: Path) -> None:
         settings = path.with_suffix(".settings.json")
-        made_with = {"model": folder, "weights": weights_of(folder), "decoding": self.decoding()}
+        # Every item has room for its answers, so that max_len does not matter to them.
+        decoding = {name: value for name, value in self.decoding().items() if name != "max_len"}
+        model = os.path.realpath(folder) if os.path.isdir(folder) else folder
+        made_with = {"model": model, "weights": weights_of(folder), "decoding": decoding}
         stored = read_json(settings) if path.exists() and settings.exists() else made_with
+        if all(one.temperature is not None for one in items):
+            decoding["temperature"] = stored["decoding"]["temperature"]  # nothing is answered at it
         changed = [name for name in made_with if stored[name] != made_with[name]]
         if changed:
             listed = "; ".join(f"{name}: {stored[name]} there, {made_with[name]} now" for name in changed)

@@ -9,19 +9,19 @@ command, stopped at any moment and started again, asks for what is missing only,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from openrlhf_sgpo.evaluation import tasks
 from openrlhf_sgpo.evaluation.answers import Answerer
 from openrlhf_sgpo.evaluation.judge import EvaluationJudge
-from openrlhf_sgpo.evaluation.leaderboard import write_leaderboard, write_result
+from openrlhf_sgpo.evaluation.leaderboard import judge_name, write_leaderboard, write_result
 from openrlhf_sgpo.evaluation.settings import Contestant, Loaded, run_config
-from openrlhf_sgpo.evaluation.task import Responses, Result
-from openrlhf_sgpo.openrlhf import build_strategy
+from openrlhf_sgpo.evaluation.task import Responses, Result, Task
 from openrlhf_sgpo.rollout import check_rollout
-from openrlhf_sgpo.run_folder import Ledger, RunFolder, write_jsonl
+from openrlhf_sgpo.run_folder import LOCK, Ledger, RunFolder, write_jsonl
 
 
 class Evaluation:
@@ -35,8 +35,12 @@ class Evaluation:
         self.config = run_config(settings)
         self.answerer = Answerer(self.config)
         self.given = {one.name: self._read(one) for one in self.contestants if one.file}
-        self.chats = {
-            one.name: self.answerer.check(one.name, one.folder, self.items) for one in self.contestants if one.folder
+        self.chats = {one.name: self.answerer.chat(one.folder) for one in self.contestants if one.folder}
+        # By model and task, what it has room to answer.
+        self.fitting = {
+            (name, task): self.answerer.fitting(chat, name, task, items, settings.partial)
+            for name, chat in self.chats.items()
+            for task, items in self.items.items()
         }
         if self.chats:
             check_rollout(self.config)
@@ -63,6 +67,10 @@ class Evaluation:
                 for name in self.tasks
                 for one in self.contestants
             ]
+            unread = [one for one in results if one.parse_failures and not self.settings.partial]
+            for one in results:
+                if one not in unread:
+                    write_result(one, self._result_folder(one))
         finally:
             self.answerer.close()
             if judge:
@@ -71,6 +79,12 @@ class Evaluation:
         from openrlhf_sgpo.evaluation.report import write_report
 
         print(write_report(self.folder.path), flush=True)
+        if unread:
+            listed = ", ".join(f"{one.model} {one.task} {one.parse_failures} of {one.expected}" for one in unread)
+            raise ValueError(
+                f"judgements that cannot be read: {listed}. These rows are not in the leaderboard; --partial accepts them, and "
+                "the rows then say so"
+            )
         return results
 
     # Stages ---------------------------------------------------------------------------------------------------------
@@ -79,14 +93,17 @@ class Evaluation:
         """By model and task."""
         found = {}
         if self.chats:
+            from openrlhf_sgpo.openrlhf import build_strategy
+
             build_strategy(self.config)  # engines are driven from a process group
         for one in self.contestants:
-            for name, items in self.items.items():
+            for name in self.tasks:
                 if one.file:
                     found[one.name, name] = self.given[one.name]
                     continue
                 path = self.folder.path / one.name / "answers" / f"{name}.jsonl"
                 with self.ledger.stage(f"{one.name}/{name}/answers", add=True) as cost:
+                    items = self.fitting[one.name, name]
                     found[one.name, name] = self.answerer.answer(
                         self.chats[one.name], one.folder, name, items, path, cost
                     )
@@ -101,31 +118,32 @@ class Evaluation:
     def _result(
         self, name: str, contestant: Contestant, responses: Mapping[str, Responses], judge: EvaluationJudge | None
     ) -> Result:
-        """Written into the folder. Raises ValueError where judgements could not be read, unless the user allows it."""
-        task = self.tasks[name]
-        folder = self.folder.path / contestant.name / name
-        if task.judged and judge:
-            folder /= re.sub(r"[^\w.+-]", "_", str(judge.identity["model"]).strip("/"))
-        answered = [one for one in self.items[name] if one.id in responses]
+        """With files in the benchmark's own formats, but not written itself."""
+        task, items = self.tasks[name], self.items[name]
+        answered = [one for one in items if one.id in responses]
+        identity = _identity(task, judge)
+        folder = self._result_folder(Result(name, contestant.name, 0, 0, {}, judge=identity))
         with self.ledger.stage(f"{contestant.name}/{name}/judge", add=True) as cost:
             before = judge.usage() if judge else {}
             try:
                 result = task.evaluate(contestant.name, answered, responses, judge if task.judged else None, folder)
             finally:
                 cost |= {key: total - before[key] for key, total in judge.usage().items()} if judge else {}
-        if result.parse_failures and not self.settings.partial:
-            raise ValueError(
-                f"{contestant.name}, {name}: {result.parse_failures} of {result.expected} judgements cannot be read; "
-                "--partial accepts that, and the row then says so"
-            )
-        expected = result.expected * len(self.items[name]) // len(answered)
-        notes = [*result.notes, *_truncation(responses)]
         decoding = {"answers": contestant.file} if contestant.file else self.answerer.decoding()
         if not contestant.file and all(one.temperature is not None for one in answered):
             decoding["temperature"] = "the benchmark's"
-        result = replace(result, expected=expected, notes=notes, decoding=decoding)
-        write_result(result, folder)
-        return result
+        return replace(
+            result,
+            expected=result.expected * len(items) // len(answered),
+            notes=[*result.notes, *_remarks(len(items), responses)],
+            judge=identity,
+            decoding=decoding,
+        )
+
+    def _result_folder(self, result: Result) -> Path:
+        """MODEL/TASK, and for judged tasks a folder for the judge in it."""
+        folder = self.folder.path / result.model / result.task
+        return folder / re.sub(r"[^\w.+-]+", "_", judge_name(result).strip("/")) if result.judge else folder
 
     # What there is --------------------------------------------------------------------------------------------------
 
@@ -145,11 +163,23 @@ class Evaluation:
     def _take_folder(self) -> None:
         """Raises ValueError if the folder is in use, or is something else's."""
         path = self.folder.path
-        if path.exists() and any(path.iterdir()) and not (path / "items").exists():
+        own = {LOCK, "items"}  # a process that was killed at once left no more than these
+        others = {entry.name.removesuffix(".partial") for entry in path.glob("*")} - own
+        if others and not (path / "items").exists():
             raise ValueError(f"--out {path} is not empty and no leaderboard: choose another folder")
         self.folder.lock()
 
 
-def _truncation(responses: Mapping[str, Responses]) -> Sequence[str]:
+def _identity(task: Task, judge: EvaluationJudge | None) -> dict[str, Any] | None:
+    """Of the judge, as far as it matters to the task."""
+    if judge is None or not task.judged:
+        return None
+    return {name: value for name, value in judge.identity.items() if name != "logprobs" or task.reads_logprobs}
+
+
+def _remarks(items: int, responses: Mapping[str, Responses]) -> list[str]:
     cut = sum(any(one.truncated) for one in responses.values())
-    return [f"{cut} of {len(responses)} answers were cut at --rollout.max_new_tokens"] if cut else []
+    missing = items - len(responses)
+    return [f"{cut} of {len(responses)} answers were cut at --rollout.max_new_tokens"] * bool(cut) + [
+        f"{missing} of {items} items have no answer"
+    ] * bool(missing)

@@ -29,13 +29,16 @@ def collect(out: Path) -> list[Result]:
 
     def place(one: Result) -> tuple[Any, ...]:
         first = next(iter(one.figures.values()), None)
-        return one.task, judge_name(one), -(first if first is not None else float("-inf")), one.model
+        return one.task, judge_name(one), -one.expected, -(first if first is not None else float("-inf")), one.model
 
     return sorted(results, key=place)
 
 
 def judge_name(result: Result) -> str:
-    return str(result.judge["model"]) if result.judge else ""
+    """The judge's model, and whether its written letters were read; empty for a task without a judge."""
+    if not result.judge:
+        return ""
+    return str(result.judge["model"]) + (" letters" if result.judge.get("logprobs") is False else "")
 
 
 def write_leaderboard(out: Path) -> str:
@@ -49,9 +52,9 @@ def write_leaderboard(out: Path) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A block per benchmark and judge, so that scores of different judges never share one."""
+    """A block per benchmark, judge and number of items, so that scores that do not compare never share one."""
     blocks = []
-    for (task, judge), rows in groupby(results, key=lambda one: (one.task, judge_name(one))):
+    for (task, judge, _), rows in groupby(results, key=lambda one: (one.task, judge_name(one), one.expected)):
         blocks.append(_block(task, judge, list(rows)))
     return "\n".join(blocks)
 
@@ -64,9 +67,18 @@ def _block(task: str, judge: str, rows: list[Result]) -> str:
         lines.append(
             [one.model, *figures, f"{one.n}/{one.expected}", str(one.parse_failures), f"{one.average_length:.0f}"]
         )
-    notes = list(dict.fromkeys(f"{one.model}: {note}" for one in rows for note in one.notes))
+    categories = list(dict.fromkeys(name for one in rows for name in one.categories))
+    table = [["", *categories]] + [
+        [one.model, *(f"{one.categories[name]:.2f}" if name in one.categories else "-" for name in categories)]
+        for one in rows
+    ]
+    notes = list(dict.fromkeys(f"{one.model}: {note}" for one in rows for note in (_words(one.decoding), *one.notes)))
     title = f"{task}, judge {judge}" if judge else task
-    return "\n".join([title, "", *aligned(lines), *notes]) + "\n"
+    return "\n".join([title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", *notes]) + "\n"
+
+
+def _words(decoding: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in decoding.items())
 
 
 def _figure(one: Result, name: str) -> str:
@@ -80,27 +92,26 @@ def _figure(one: Result, name: str) -> str:
 
 
 def _csv(results: Sequence[Result]) -> str:
-    """A line per model, benchmark and figure."""
+    """A line per model, benchmark and figure; categories are figures too."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         [
-            "task",
-            "judge",
-            "model",
-            "figure",
-            "value",
-            "standard_error",
-            "low",
-            "high",
-            "n",
-            "expected",
-            "average_length",
+            *("task", "judge", "model", "figure", "value", "standard_error", "low", "high", "n", "expected"),
+            *("parse_failures", "average_length", "decoding", "notes"),
         ]
     )
     for one in results:
-        for name, value in one.figures.items():
+        shared = [
+            one.n,
+            one.expected,
+            one.parse_failures,
+            one.average_length,
+            _words(one.decoding),
+            "; ".join(one.notes),
+        ]
+        for name, value in {**one.figures, **{f"category {key}": mean for key, mean in one.categories.items()}}.items():
             low, high = one.intervals.get(name, (None, None))
             figures = [name, value, one.errors.get(name), low, high]
-            writer.writerow([one.task, judge_name(one), one.model, *figures, one.n, one.expected, one.average_length])
+            writer.writerow([one.task, judge_name(one), one.model, *figures, *shared])
     return text.getvalue()

@@ -81,7 +81,11 @@ def load(argv: Sequence[str]) -> Loaded:
     judged = any(tasks.get(name).judged for name in settings.tasks)
     if judged:
         settings.judge = with_preset(settings.judge, given)
-        if problems := judge_problems(settings.judge):
+        problems = judge_problems(settings.judge)
+        room, longest = settings.judge.max_len, instances["arena_hard"].max_tokens
+        if "arena_hard" in settings.tasks and 0 < room <= longest:
+            problems.append(f"--judge.max_len: {room} has no room for judgements of --arena_hard.max_tokens {longest}")
+        if problems:
             raise flags.SettingsError(*problems)
     return Loaded(settings, {name: instances[name] for name in settings.tasks}, contestants(settings))
 

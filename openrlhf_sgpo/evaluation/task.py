@@ -66,12 +66,13 @@ class Result:
 class Task:
     """Base of every benchmark. One benchmark is one file of ``tasks/``.
 
-    Class attributes: name (value of --tasks, and of its group of flags), judged (whether it needs a judge), Settings (a
-    dataclass of its flags).
+    Class attributes: name (value of --tasks, and of its group of flags), judged (whether it needs a judge), reads_logprobs
+    (whether a judge's log-probabilities matter to it), Settings (a dataclass of its flags).
     """
 
     name: ClassVar[str]
     judged: ClassVar[bool] = True
+    reads_logprobs: ClassVar[bool] = False
     Settings: ClassVar[type]
 
     def __init__(self, settings: Any):

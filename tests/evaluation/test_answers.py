@@ -35,7 +35,7 @@ def config(tiny_model):
 def ask(config, folder, path, items=ITEMS):
     answerer, cost = Answerer(config), {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    chat = answerer.check("tiny", str(folder), {"toy": items})
+    chat = answerer.chat(str(folder))
     found = answerer.answer(chat, str(folder), "toy", items, path, cost)
     answerer.close()
     return found, cost
@@ -116,7 +116,7 @@ def test_engines_are_kept_for_models_of_one_kind_only(config, tiny_model, other_
     larger = make_tiny_model(tmp_path / "larger", layers=3)
     answerer, found, engines = Answerer(config), {}, []
     for name, folder in [("tiny", tiny_model), ("other", other_tiny_model), ("larger", larger)]:
-        chat = answerer.check(name, str(folder), {"toy": ITEMS})
+        chat = answerer.chat(str(folder))
         found[name] = answerer.answer(chat, str(folder), "toy", ITEMS, tmp_path / f"{name}.jsonl", {})
         engines.append(answerer.rollout)
         assert found[name]["0"].turns == (greedy(folder, [{"role": "user", "content": "What is 1?"}]),)
@@ -124,15 +124,27 @@ def test_engines_are_kept_for_models_of_one_kind_only(config, tiny_model, other_
     assert engines[0] is engines[1] and engines[1] is not engines[2]
 
 
-def test_answers_need_room_for_every_turn(config, tiny_model, tmp_path):
-    chat = Answerer(config).check("tiny", str(tiny_model), {"toy": ITEMS})
-    (item,) = [one for one in ITEMS if one.id == "1"]
+def test_answers_need_room_for_every_turn(config, tiny_model):
+    answerer = Answerer(config)
+    chat = answerer.chat(str(tiny_model))
+    item = ITEMS[1]
     question = [{"role": "user", "content": item.turns[0]}, {"role": "assistant", "content": ""}]
     needed = len(chat.prompt([*question, {"role": "user", "content": item.turns[1]}])) + 2 * 6
     config.data.max_len = needed
-    Answerer(config).check("tiny", str(tiny_model), {"toy": [item]})
+    assert answerer.fitting(chat, "tiny", "toy", ITEMS, False) == ITEMS  # item 2 is as long
     config.data.max_len = needed - 1
-    with pytest.raises(
-        ValueError, match=rf"item 1 of toy needs {needed} tokens, with 2 answers .* raise --data.max_len"
-    ):
-        Answerer(config).check("tiny", str(tiny_model), {"toy": [item]})
+    message = (
+        rf"tiny: 2 of 4 items of toy have no room .* item 1 needs {needed} tokens.* --data.max_len {needed - 1} to that"
+    )
+    with pytest.raises(ValueError, match=message):
+        answerer.fitting(chat, "tiny", "toy", ITEMS, False)
+    assert answerer.fitting(chat, "tiny", "toy", ITEMS, True) == [ITEMS[0], ITEMS[3]]
+    with pytest.raises(ValueError, match="2 of 2 items"):
+        answerer.fitting(chat, "tiny", "toy", ITEMS[1:3], True)  # nothing is left to do
+
+
+def test_a_longer_limit_keeps_the_answers(config, tiny_model, tmp_path):
+    path = tmp_path / "toy.jsonl"
+    found, _ = ask(config, tiny_model, path)
+    config.data.max_len = 256
+    assert ask(config, tiny_model, path) == (found, {})

@@ -5,22 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
 
 import pytest
 import toy_benchmarks
+from conftest import write_jsonl
 from judge_server import JudgeServer, sigmoid
 from running import forked
 
 from openrlhf_sgpo import flags
+from openrlhf_sgpo.evaluation.leaderboard import table
 from openrlhf_sgpo.evaluation.settings import load
+from openrlhf_sgpo.evaluation.task import Result
 from openrlhf_sgpo.judge.cache import ContentCache
 from openrlhf_sgpo.run_folder import read_json, read_jsonl
 
@@ -132,6 +137,47 @@ def test_two_models_a_kill_and_a_leaderboard(files, tiny_model, other_tiny_model
         table = {(row["task"], row["model"], row["figure"]): row["value"] for row in csv.DictReader(file)}
     assert float(table["alpaca_eval", "one", "win_rate"]) == pytest.approx(by_hand(out, "one")[0])
     assert "alpaca_eval, judge rule" in text and (out / "report.html").stat().st_size > 10_000
+
+
+def row(model, judge, expected=8, **figures):
+    identity = {"model": judge, "logprobs": True} if judge else None
+    return Result("alpaca_eval", model, expected, expected, figures, categories={"math": 2.5}, judge=identity)
+
+
+def test_scores_that_do_not_compare_share_no_table():
+    letters = replace(row("d", "j", win_rate=9.0), judge={"model": "j", "logprobs": False})
+    few = row("e", "j", expected=4, win_rate=8.0)
+    rows = [row("a", "j", win_rate=1.0), row("b", "j", win_rate=2.0), row("c", "k", win_rate=3.0), letters, few]
+    blocks = table(rows).split("alpaca_eval, judge ")[1:]
+    shown = [[name for name in "abcde" if re.search(rf"^{name}  ", block, re.MULTILINE)] for block in blocks]
+    assert shown == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert blocks[2].startswith("j letters") and "4/4" in blocks[3] and "math" in blocks[0]
+
+
+@pytest.mark.slow
+def test_one_unreadable_judgement_keeps_only_its_own_row_out(files, tmp_path):
+    answers = {}
+    for name in ("good", "mute"):
+        answers[name] = tmp_path / f"{name}.jsonl"
+        rows = [{"question_id": 81 + number, "turns": [name, "again"]} for number in range(3)]
+        write_jsonl(answers[name], rows)
+
+    def judge(text):
+        return [("I cannot say.", -0.1)] if "[A] mute [End]" in text else toy_benchmarks.rule(text)
+
+    out = tmp_path / "out"
+    with JudgeServer(judge=judge) as server:
+        argv = ["--tasks", "mt_bench", "--mt_bench.folder", str(files[1]), "--mt_bench.unverified", "--out", str(out)]
+        argv += ["--judge.base_url", server.url, "--judge.model", "rule", "--models", *map(str, answers.values())]
+        process = forked(None, "evaluate", *argv)
+        assert process.returncode == 2 and "mute mt_bench 3 of 6" in process.stderr
+        assert [one["model"] for one in read_json(out / "leaderboard.json")["rows"]] == ["good"]
+        asked = len(server.asked)
+        finished([*argv, "--partial"])
+        assert len(server.asked) == asked  # what cannot be read is an answer, too
+    rows = {one["model"]: one for one in read_json(out / "leaderboard.json")["rows"]}
+    assert (rows["mute"]["n"], rows["mute"]["expected"], rows["mute"]["parse_failures"]) == (3, 6, 3)
+    assert rows["mute"]["figures"]["turn_1"] is None
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ class AlpacaEval(Task):
     """Win rates in percent. limit takes the first instructions, where upstream's max_instances takes random ones."""
 
     name = "alpaca_eval"
+    reads_logprobs = True
     Settings: ClassVar[type] = AlpacaEvalSettings
 
     @cached_property
