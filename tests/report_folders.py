@@ -166,9 +166,10 @@ def make_leaderboard(folder: Path) -> Path:
                 decoding=decoding,
             ),
         ]
+    rows.append(Result("ifeval", "before", 3, 4, {"strict": 0.5}))
     rows.append(Result("mt_bench", "before", 16, 16, {"average": 6.0}, judge={"model": "judge-b"}))
-    items = {"alpaca_eval": 40, "mt_bench": 8}
-    write_json(folder / "leaderboard.json", {"rows": [asdict(row) for row in rows], "items": items})
+    write_json(folder / "leaderboard.json", {"rows": [asdict(row) for row in rows]})
+    write_jsonl(folder / "items" / "ifeval.jsonl", [{"id": str(key), "turns": ["Why?"]} for key in range(4)])
     write_jsonl(folder / "items" / "mt_bench.jsonl", [{"id": "81", "turns": ["Why?", "And?"], "category": "writing"}])
     for model in ("before", "after"):
         write_jsonl(folder / model / "answers" / "mt_bench.jsonl", [{"id": "81", "turns": [f"{model} {EVIL}", "So."]}])

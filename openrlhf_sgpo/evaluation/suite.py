@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from openrlhf_sgpo import algorithms, config, flags
-from openrlhf_sgpo.evaluation.compare_settings import read_settings
+from openrlhf_sgpo import algorithms, config, flags, oracle
+from openrlhf_sgpo.evaluation.compare_settings import read_settings, run_config
 from openrlhf_sgpo.run_folder import ADDRESS, differences, write_text
 
 Tree = dict[str, Any]
@@ -73,8 +73,14 @@ def train_suite(argv: Sequence[str]) -> list[str]:
     """Trains what is not finished; returns the arguments of ``compare`` for it. argv: of ``compare``, with ``--suite``; they
     win over the file's ``compare``.
 
-    Everything that settings can tell is checked before the first run starts. Raises ValueError, also for a run that fails.
+    Everything that settings can tell is checked before the first run starts, and that a judge's server is there. Raises
+    ValueError, also for a run that fails.
     """
+    if any(word.partition("=")[0] == "--config" for word in argv):
+        raise flags.SettingsError(
+            "--config: give --suite on the command line, and settings of the comparison under `compare` of that file, "
+            "with no --config beside it"
+        )
     if taken := [word for word in argv if word.partition("=")[0] in ("--runs", "--trials")]:
         raise flags.SettingsError(f"{taken[0]}: --suite says which runs are compared; leave it out")
     suite = read_suite(Path(flags.peek(argv, "suite") or ""))
@@ -86,6 +92,8 @@ def train_suite(argv: Sequence[str]) -> list[str]:
         raise flags.SettingsError(
             "--prompts: missing, the algorithms do not share an --eval.dataset; give a file of prompts"
         )
+    if settings.oracle == "judge":
+        oracle.get(settings.oracle).check(run_config(settings, "", ""))
     for number, run in enumerate(runs, start=1):
         train(run, f"{number} of {len(runs)}")
     return words

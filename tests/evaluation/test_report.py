@@ -331,9 +331,10 @@ def test_a_comparison_of_nothing_shows_nothing(found, tmp_path):
 
 def test_scores_of_two_judges_have_two_tables(pages):
     page = pages["leaderboard"]
-    assert page.headings[:3] == [
+    assert page.headings[:4] == [
         "alpaca_eval, judged by judge-a",
         "mt_bench, judged by judge-a",
+        "ifeval, without a judge",
         "mt_bench, judged by judge-b",
     ]
     of_a, of_b = (table for table in page.tables if table[0][1:2] == ["average"])
@@ -352,8 +353,17 @@ def test_rows_say_how_much_they_rest_on(folders, pages):
         ["after", f"13.50 {plus_minus} 2.00", dash, "39 of 40", "1", "800"],
     ]
     text = (folders["leaderboard"] / REPORT).read_text(encoding="utf-8")
-    assert "alpaca_eval, after: 39 of 40 items have a judgement." in text
+    assert "alpaca_eval, after: rests on 39 of 40 judgements." in text
+    assert "ifeval, before: rests on 3 of 4 items." in text
     assert "mt_bench was judged by 2 judges" in text and "<strong>all models</strong>: no length control" in text
+
+
+def test_items_are_counted_where_they_lie_and_judgements_where_a_judge_was_asked(folders, pages):
+    text = (folders["leaderboard"] / REPORT).read_text(encoding="utf-8")
+    assert "<dt>Items of mt_bench</dt><dd>1</dd>" in text and "<dt>Items of ifeval</dt><dd>4</dd>" in text
+    assert "Items of alpaca_eval" not in text  # its file is not there
+    counted = {table[0][-3] for table in pages["leaderboard"].tables if table[0][-2:-1] == ["parse failures"]}
+    assert counted == {"judgements", "items"}
 
 
 def test_radar_and_bars(pages):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from comparing import arguments
+from judge_server import MODEL, JudgeServer
 from running import ROOT, forked, launch, train
 
+from openrlhf_sgpo.cli.main import compare
 from openrlhf_sgpo.config import load
+from openrlhf_sgpo.evaluation import suite as module
 from openrlhf_sgpo.evaluation.compare_settings import read_settings
 from openrlhf_sgpo.evaluation.suite import merged, nested, read_suite, suite_runs, train_suite
 from openrlhf_sgpo.flags import SettingsError
+from openrlhf_sgpo.judge.client import JudgeError
 
 SCRIPT = ROOT / "tests" / "comparing.py"
 EXAMPLES = ROOT / "examples" / "head_to_head"
@@ -138,6 +143,45 @@ def test_all_settings_are_checked_before_a_run_starts(tmp_path, monkeypatch):
     suite = small(tmp_path)
     suite["algorithms"][1]["settings"] |= {"eval.dataset": "other.jsonl"}
     assert "--prompts: missing, the algorithms do not share an --eval.dataset" in refused(suite)
+
+
+def test_the_judge_is_asked_before_a_run_starts(tmp_path, monkeypatch):
+    trained: list[Path] = []
+    monkeypatch.setattr(module, "train", lambda run, place: trained.append(run.folder))
+    path = write(tmp_path, small(tmp_path) | {"compare": {"oracle": "judge", "judge": {"model": MODEL}}})
+    with JudgeServer() as server:
+        words = ["--suite", str(path), "--judge.base_url", server.url, "--judge.max_retries", "0"]
+        train_suite(words)
+        assert len(server.asked) == 1 and len(trained) == 2
+    with pytest.raises(JudgeError, match="a first question"):
+        train_suite(words)
+    assert len(trained) == 2
+
+
+def test_a_suite_beside_or_within_a_config_is_refused(tmp_path):
+    path, config = write(tmp_path, small(tmp_path)), tmp_path / "config.yaml"
+    config.write_text(f"suite: {path}\n")
+    for words in (["--config", str(config)], ["--suite", str(path), f"--config={config}"]):
+        with pytest.raises(SettingsError, match="--config: give --suite on the command line"):
+            compare(words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_judge_of_the_example_leaves_the_gpu_room_for_engines(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (EXAMPLES / "gpu.yaml").read_text()
+    server = float(re.search(r"--gpu-memory-utilization ([\d.]+)", text)[1])
+    suite = yaml.safe_load(text) | {"out": str(tmp_path)}
+    runs = suite_runs(read_suite(write(tmp_path, suite)))
+    file = tmp_path / "compare.yaml"
+    file.write_text(yaml.safe_dump(suite["compare"] | {"runs": ["a", "b"], "out": "o"}))
+    words = ["--config", str(file), "--judge.base_url", "http://localhost:1/v1", "--judge.model", "m"]
+    sampling = [load(run.words)[0] for run in runs]
+    engines = [config.vllm for config in sampling if config.rounds.count] + [
+        read_settings(words, runs[0].resolved).vllm
+    ]
+    # Training has the rest, a third at least.
+    assert all(server + one.num_engines * one.gpu_memory_utilization <= 2 / 3 for one in engines)
 
 
 def test_a_finished_run_with_other_settings_is_not_taken(tmp_path):

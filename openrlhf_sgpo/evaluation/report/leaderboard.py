@@ -20,12 +20,12 @@ _LEAST_CATEGORIES = 3  # of which a radar can be drawn
 
 
 def leaderboard_page(folder: Path) -> Html:
-    found = read_json(folder / "leaderboard.json")
-    rows, items = found.get("rows") or [], found.get("items") or {}
+    rows = read_json(folder / "leaderboard.json").get("rows") or []
     models = list(dict.fromkeys(row["model"] for row in rows))
+    items = {task: folder / "items" / f"{task}.jsonl" for task in dict.fromkeys(row["task"] for row in rows)}
     facts = {
         "Models": len(models),
-        **{f"Items of {task}": number(count, 0) for task, count in items.items()},
+        **{f"Items of {task}": number(len(read_jsonl(path)), 0) for task, path in items.items() if path.is_file()},
     }
     groups = _groups(rows)
     judges = Counter(group[0]["task"] for group in groups.values())
@@ -35,7 +35,7 @@ def leaderboard_page(folder: Path) -> Html:
         if count > 1
     ]
     warnings += [
-        f"{row['task']}, {row['model']}: {row['n']} of {row['expected']} items have a judgement."
+        f"{row['task']}, {row['model']}: rests on {row['n']:,} of {row['expected']:,} {_counted(row)}."
         for row in rows
         if row["n"] < row["expected"]
     ]
@@ -64,6 +64,11 @@ def _judge_name(judge: Mapping[str, Any]) -> str:
     return judge.get("model") or judge.get("name") or "an unnamed judge"
 
 
+def _counted(row: Mapping[str, Any]) -> str:
+    """What ``n`` and ``expected`` count: a judge may be asked twice about an item."""
+    return "judgements" if row.get("judge") else "items"
+
+
 def _group(rows: Sequence[dict[str, Any]]) -> list[Html]:
     """What stands in one table: rows of one task and one judge."""
     figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
@@ -78,7 +83,7 @@ def _group(rows: Sequence[dict[str, Any]]) -> list[Html]:
         ]
         for row in rows
     ]
-    header = ["", *map(words, figures), "judged", "parse failures", "characters per answer"]
+    header = ["", *map(words, figures), _counted(rows[0]), "parse failures", "characters per answer"]
     notes: dict[str, list[str]] = {}
     for row in rows:
         for note in row.get("notes") or []:
