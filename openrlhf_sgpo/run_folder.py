@@ -53,8 +53,9 @@ def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
     """Drop the rows of a JSONL file that are not wanted, and the half one that a killed process may have left; returns
     whether there were such."""
     # Not splitlines: it also splits at U+2028 and U+0085, which JSON leaves as they are inside a string.
-    *rows, half = path.read_text(encoding="utf-8").split("\n")
-    kept = [row for row in rows if wanted(json.loads(row))]
+    # Bytes: the half row may end within a character.
+    *rows, half = path.read_bytes().split(b"\n")
+    kept = [text for text in (row.decode("utf-8") for row in rows) if wanted(json.loads(text))]
     changed = bool(half) or len(kept) < len(rows)
     if changed:
         write_text(path, "".join(f"{row}\n" for row in kept))

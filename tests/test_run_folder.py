@@ -22,6 +22,7 @@ from openrlhf_sgpo.run_folder import (
     Ledger,
     Metrics,
     RunFolder,
+    keep_rows,
     read_json,
     read_jsonl,
     whole_folder,
@@ -79,6 +80,21 @@ def test_jsonl_reads_back_equal(rows):
         assert path.read_bytes().count(b"\n") == len(rows)
         write_json(path, rows)
         assert read_json(path) == rows
+
+
+def test_a_row_cut_anywhere_is_dropped_even_within_a_character(tmp_path):
+    path, rows = tmp_path / "rows.jsonl", [{"step": i, "text": "ä☃\u2028\x85"} for i in range(3)]
+    write_jsonl(path, rows)
+    whole = path.read_bytes()
+    start = whole.rstrip(b"\n").rindex(b"\n") + 1
+    assert not keep_rows(path, lambda row: True) and path.read_bytes() == whole
+    for end in range(start + 1, len(whole)):
+        path.write_bytes(whole[:end])
+        assert keep_rows(path, lambda row: True)
+        assert path.read_bytes() == whole[:start]
+    path.write_bytes(whole)
+    assert keep_rows(path, lambda row: row["step"] != 1)
+    assert read_jsonl(path) == [rows[0], rows[2]]
 
 
 def test_folder_gets_its_name_when_it_is_whole(tmp_path):

@@ -149,8 +149,8 @@ class Answerer:
         # Every item has room for its answers, so that max_len does not matter to them.
         decoding = {name: value for name, value in self.decoding().items() if name != "max_len"}
         model = os.path.realpath(folder) if os.path.isdir(folder) else folder
-        made_with = {"model": model, "weights": weights_of(folder), "decoding": decoding}
-        stored = read_json(settings) if path.exists() and settings.exists() else made_with
+        made_with: dict[str, Any] = {"model": model, "weights": weights_of(folder), "decoding": decoding}
+        stored: dict[str, Any] = read_json(settings) if path.exists() and settings.exists() else made_with
         if all(one.temperature is not None for one in items):
             decoding["temperature"] = stored["decoding"]["temperature"]  # nothing is answered at it
         changed = [name for name in made_with if stored[name] != made_with[name]]

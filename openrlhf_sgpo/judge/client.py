@@ -27,6 +27,8 @@ FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
 LONGEST_REQUESTED = 600.0
 PASSING = (408, 409, 425, 429)  # the client errors that another attempt may not meet
+REFUSING = (400, 413, 422)  # those that are about one request: a content filter, a context that is too long
+NO_CREDIT = "insufficient_quota"
 
 
 class JudgeError(ValueError):
@@ -34,7 +36,7 @@ class JudgeError(ValueError):
 
 
 class Unanswered(JudgeError):
-    """A server replied, and to the last attempt with nothing that can be used."""
+    """A server replied, and to the last attempt with nothing that can be used; or it refused this one request."""
 
 
 class Unusable(ValueError):
@@ -88,7 +90,7 @@ class ChatClient:
         """What ``accept`` makes of each reply. Replies that are kept are not asked for again, equal requests once. Without a
         label there is no progress bar.
 
-        Raises JudgeError where a request failed for good; what had arrived by then is kept.
+        Raises JudgeError where a request failed for good; what had arrived by then, and what was under way, is kept.
         """
         self._fetch(requests, label, accept, partial=False)
         return [accept(_reply(self.cache[self._key(one)])) for one in requests]
@@ -96,8 +98,8 @@ class ChatClient:
     def ask_partially(
         self, requests: Sequence[Request], label: str, accept: Callable[[Reply], Value]
     ) -> list[Value | None]:
-        """The same, but None for a request to which the server replied, and to the last attempt nothing usable. Nothing is kept
-        of it. Everything else that fails for good raises JudgeError."""
+        """The same, but None for a request to which the server replied, and to the last attempt nothing usable, and for one
+        that it refused. Nothing is kept of it. Everything else that fails for good raises JudgeError."""
         self._fetch(requests, label, accept, partial=True)
         keys = [self._key(one) for one in requests]
         return [accept(_reply(self.cache[key])) if key in self.cache else None for key in keys]
@@ -119,26 +121,37 @@ class ChatClient:
         from tqdm import tqdm
 
         todo = iter(missing.items())
+        failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()  # the first that is for good
 
         async def work() -> None:
             for key, request in todo:  # workers share it
+                if failure.done():
+                    return
                 try:
-                    self.cache[key] = asdict(await self._ask(server, request, accept))
-                except Unanswered:
-                    if not partial:
-                        raise
+                    self.cache[key] = asdict(await self._ask(server, request, accept, failure))
+                except Exception as error:
+                    if not (partial and isinstance(error, Unanswered)):
+                        if not failure.done():
+                            failure.set_result(error)
+                        return
                 progress.update()
 
         async with self._server() as server:
             progress = tqdm(total=len(missing), desc=label, unit="call", disable=not label)
             workers = [asyncio.ensure_future(work()) for _ in range(min(self.settings.concurrency, len(missing)))]
             try:
+                # After a failure too: what is under way is paid for, and kept.
                 await asyncio.gather(*workers)
             finally:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
                 progress.close()
+        if failure.done():
+            error = failure.result()
+            if isinstance(error, JudgeError):
+                raise type(error)(f"{error}{self._kept()}") from error
+            raise error
 
     def _server(self) -> AsyncOpenAI:
         from openai import AsyncAzureOpenAI, AsyncOpenAI
@@ -151,8 +164,11 @@ class ChatClient:
             )
         return AsyncOpenAI(base_url=address, api_key=key, timeout=patience, max_retries=0)
 
-    async def _ask(self, server: AsyncOpenAI, request: Request, accept: Callable[[Reply], Any]) -> Reply:
-        """One reply that ``accept`` takes. Raises JudgeError, if ``accept`` refused the last reply Unanswered."""
+    async def _ask(
+        self, server: AsyncOpenAI, request: Request, accept: Callable[[Reply], Any], failure: asyncio.Future[Exception]
+    ) -> Reply:
+        """One reply that ``accept`` takes. Raises JudgeError; if ``accept`` refused the last reply, or the server this request,
+        Unanswered. failure: of another request; once it is there, nothing is asked again."""
         from openai import APIConnectionError, APIStatusError
 
         attempts = 1 + self.settings.max_retries
@@ -165,7 +181,9 @@ class ChatClient:
                 problem = _shortened(error.message)
                 self.counts["failures"] += 1
                 if advice := self._hopeless(error):
-                    raise JudgeError(self._failed(request, f"{problem}; {advice}")) from error
+                    refused = error.status_code in REFUSING and error.code != NO_CREDIT
+                    kind = Unanswered if refused else JudgeError
+                    raise kind(self._failed(request, f"{problem}; {advice}")) from error
                 requested = _requested_pause(error)
             except APIConnectionError as error:
                 problem = _shortened(f"{error} {error.__cause__ or ''}")
@@ -177,12 +195,14 @@ class ChatClient:
                 self.counts["calls"] += 1
                 return reply
             if attempt + 1 < attempts:
-                self.counts["retries"] += 1
                 pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * self._jitter.uniform(0.75, 1)
-                await asyncio.sleep(max(pause, requested))
+                await asyncio.wait([failure], timeout=max(pause, requested))
+                if failure.done():
+                    break
+                self.counts["retries"] += 1
         kind = Unanswered if reply else JudgeError
         raise kind(
-            self._failed(request, f"{problem} (attempt {attempts} of {attempts}, see --{self.group}.max_retries)")
+            self._failed(request, f"{problem} (attempt {attempt + 1} of {attempts}, see --{self.group}.max_retries)")
         )
 
     async def _reply_of(self, server: AsyncOpenAI, request: Request) -> Reply:
@@ -209,20 +229,19 @@ class ChatClient:
             return f"set {flag}.api_key"
         if error.status_code == 404:
             return f"is {flag}.model a model of that server, and {flag}.base_url its address up to /v1?"
-        if error.code == "insufficient_quota" or (400 <= error.status_code < 500 and error.status_code not in PASSING):
+        if error.code == NO_CREDIT or (400 <= error.status_code < 500 and error.status_code not in PASSING):
             return "the server will not answer this, however often it is asked"
         return ""
 
     def _failed(self, request: Request, what: str) -> str:
-        kept = ""
-        if self.cache.path:
-            kept = (
-                f". {len(self.cache)} answers are kept in {self.cache.path}; the same command again (for a run with --resume) "
-                "asks for the others only"
-            )
+        return f"--{self.group}.base_url {self.settings.base_url}, model {self.settings.model}: {request.name} failed: {what}"
+
+    def _kept(self) -> str:
+        if not self.cache.path:
+            return ""
         return (
-            f"--{self.group}.base_url {self.settings.base_url}, model {self.settings.model}: {request.name} failed: "
-            f"{what}{kept}"
+            f". {len(self.cache)} answers are kept in {self.cache.path}; the same command again (for a run with --resume) "
+            "asks for the others only"
         )
 
 

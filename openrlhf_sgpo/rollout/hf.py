@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, L
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.rollout.base import Sample, prompt_seed
+from openrlhf_sgpo.training.scoring import release_memory
 
 
 class Mixture(LogitsProcessor):
@@ -150,3 +151,4 @@ class HuggingFaceRollout:
 
     def close(self) -> None:
         self.model = self.reference = None
+        release_memory()

@@ -63,6 +63,7 @@ REASONS = {
     "429": "no luck with 429",
     "500": "no luck with 500",
     "401": "set --judge.api_key",
+    "400": "the server will not answer this",
     "slow": "timed out",
     "half": "no chat completion",
     "cut": "body",
@@ -86,9 +87,9 @@ def test_a_failure_stops_and_a_rerun_asks_once_more_than_it_failed(mode, reason,
         first = make(tmp_path, server.url, max_retries=1, timeout=patience, concurrency=1)
         with pytest.raises(JudgeError, match=reason) as caught:
             first.ask("test", LETTERS, requests(), share_of_m, "test")
-        # Only what the judge said, and could not be read, may be left out.
-        assert ("--partial" in str(caught.value)) == (mode in ("bare", "other"))
-        assert failed == {"m or M, item 2": 1 if mode == "401" else 2}
+        # Only what the judge said, and could not be read, and what it refused to judge may be left out.
+        assert ("--partial" in str(caught.value)) == (mode in ("bare", "other", "400"))
+        assert failed == {"m or M, item 2": 1 if mode in ("401", "400") else 2}
         server.plan = lambda text, times: None
         assert make(tmp_path, server.url).ask("test", LETTERS, requests(), share_of_m, "test") == UNDISTURBED
         for one in requests():
@@ -106,8 +107,8 @@ def test_a_server_that_goes_down(tmp_path):
         assert sorted(elsewhere.asked) == sorted(one.messages[0]["content"] for one in requests()[5:])
 
 
-@pytest.mark.parametrize("mode", ["bare", "other"])
-def test_partial_leaves_out_what_stays_unreadable_and_a_rerun_asks_for_it(mode, tmp_path):
+@pytest.mark.parametrize(("mode", "attempts"), [("bare", 3), ("other", 3), ("400", 1)])
+def test_partial_leaves_out_what_stays_unreadable_or_is_refused_and_a_rerun_asks_for_it(mode, attempts, tmp_path):
     def plan(text, times):
         return mode if text.endswith((" 2", " 7")) else None
 
@@ -115,16 +116,16 @@ def test_partial_leaves_out_what_stays_unreadable_and_a_rerun_asks_for_it(mode, 
         first = make(tmp_path, server.url, partial=True, max_retries=2)
         found = first.ask("test", LETTERS, requests(), share_of_m, "test")
         assert found == [None if i in (2, 7) else UNDISTURBED[i] for i in range(COUNT)]
-        assert (first.usage()["judge_calls"], first.usage()["judge_failures"]) == (COUNT - 2, 2 * 3)
+        assert (first.usage()["judge_calls"], first.usage()["judge_failures"]) == (COUNT - 2, 2 * attempts)
         server.plan = lambda text, times: None
         again = make(tmp_path, server.url, partial=True)
         assert again.ask("test", LETTERS, requests(), share_of_m, "test") == UNDISTURBED
         assert [server.times(f"m or M, item {i}") for i in range(COUNT)] == [
-            4 if i in (2, 7) else 1 for i in range(COUNT)
+            attempts + 1 if i in (2, 7) else 1 for i in range(COUNT)
         ]
 
 
-@pytest.mark.parametrize("mode", ["500", "half", "401"])
+@pytest.mark.parametrize("mode", ["500", "half", "401", "404", "quota"])
 def test_partial_does_not_excuse_a_broken_server(mode, tmp_path):
     with JudgeServer(lambda text, times: mode if text.endswith(" 2") else None, judge=by_number) as server:
         judge = make(tmp_path, server.url, partial=True, max_retries=1)

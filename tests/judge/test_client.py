@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 
 import pytest
@@ -174,6 +177,97 @@ def test_requests_without_a_usable_reply_can_be_left_out(tmp_path):
         server.plan = lambda text, times: "500" if times % 2 else None
         with pytest.raises(JudgeError, match="no luck with 500"):
             chat.ask_partially(asked, "test", accept)
+
+
+class Refusing(JudgeServer):
+    """It says ``status`` instead of 400."""
+
+    status = 400
+
+    def _reply(self, request, body, text, mode):
+        say = request.send_response
+        request.send_response = lambda status: say(self.status if status == 400 else status)
+        super()._reply(request, body, text, mode)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_request_that_the_server_refuses_is_asked_once_and_can_be_left_out(status):
+    """A content filter, or a context that is too long: it says nothing about the other requests."""
+    with Refusing(lambda text, _: "400" if text == "text 1" else None, judge=echo) as server:
+        server.status = status
+        chat = ChatClient(settings(server), DECODING)
+        assert chat.ask_partially(requests(3), "test", text_of) == ["echo of text 0", None, "echo of text 2"]
+        assert server.times("text 1") == 1 and chat.counts["failures"] == 1 and chat.counts["retries"] == 0
+        with pytest.raises(Unanswered, match=f"text 1 failed: Error code: {status}.*will not answer this"):
+            chat.ask(requests(3), "test", text_of)
+        assert server.times("text 1") == 2
+
+
+@pytest.mark.parametrize("mode", ["401", "404", "quota"])
+def test_what_every_request_would_meet_leaves_nothing_out(mode):
+    with JudgeServer(lambda text, _: mode if text == "text 1" else None, judge=echo) as server:
+        with pytest.raises(JudgeError, match="text 1 failed") as caught:
+            ChatClient(settings(server), DECODING).ask_partially(requests(3), "test", text_of)
+        assert not isinstance(caught.value, Unanswered) and server.times("text 1") == 1
+
+
+def test_no_credit_is_no_refusal_of_one_request():
+    """Some servers say so with a 400."""
+
+    class NoCredit(JudgeServer):
+        def _reply(self, request, body, text, mode):
+            say = request.send_response
+            request.send_response = lambda status: say(400)
+            super()._reply(request, body, text, mode)
+
+    with NoCredit(lambda *_: "quota") as server, pytest.raises(JudgeError) as caught:
+        ChatClient(settings(server), DECODING).ask_partially(requests(1), "test", text_of)
+    assert not isinstance(caught.value, Unanswered)
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_what_is_under_way_at_a_failure_is_kept_and_no_more_is_asked(partial, tmp_path):
+    path = tmp_path / "cache.jsonl"
+    with JudgeServer(lambda text, _: "401" if text == "text 2" else "slow", judge=echo, delay=0.7) as server:
+        chat = ChatClient(settings(server, concurrency=4), DECODING, path)
+        with pytest.raises(JudgeError, match=f"text 2 failed.*set --judge.api_key. 3 answers are kept in {path}"):
+            (chat.ask_partially if partial else chat.ask)(requests(12), "test", text_of)
+        assert sorted(server.asked) == [f"text {i}" for i in range(4)] and chat.counts["calls"] == 3
+        assert list(chat.missing(requests(12)).values()) == [requests(12)[i] for i in (2, *range(4, 12))]
+        server.plan = lambda text, times: None
+        again = ChatClient(settings(server), DECODING, path)
+        assert again.ask(requests(12), "test", text_of) == [f"echo of text {i}" for i in range(12)]
+        assert sorted(server.asked[4:]) == sorted(f"text {i}" for i in (2, *range(4, 12)))
+
+
+@pytest.mark.parametrize("last", ["401", "500"])
+def test_after_a_failure_nothing_is_asked_again(last, monkeypatch):
+    """Neither by a worker that is in its pause, nor by one whose request fails later."""
+
+    class Ordered(JudgeServer):
+        def _reply(self, request, body, text, mode):
+            time.sleep(0.5 if mode == last else 0)
+            super()._reply(request, body, text, mode)
+
+    monkeypatch.setattr(client, "FIRST_PAUSE", 60.0)
+    with Ordered(lambda text, _: "401" if text == "text 0" else "500") as server:
+        chat = ChatClient(settings(server, concurrency=3), DECODING)
+        start = time.perf_counter()
+        with pytest.raises(JudgeError, match="set --judge.api_key"):
+            chat.ask(requests(9), "test", text_of)
+        assert time.perf_counter() - start < 20
+        assert sorted(server.asked) == ["text 0", "text 1", "text 2"]
+        assert chat.counts == {"failures": 3}
+
+
+def test_an_interrupt_waits_for_nothing():
+    with JudgeServer(lambda *_: "slow", judge=echo, delay=10.0) as server:
+        start = time.perf_counter()
+        interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            ChatClient(settings(server), DECODING).ask(requests(3), "test", text_of)
+        assert time.perf_counter() - start < 8
 
 
 def test_clients_share_what_is_kept(tmp_path):
