@@ -33,7 +33,7 @@ class EvaluateSettings:
     )
     tasks: list[str] = setting(["alpaca_eval", "mt_bench"], f"benchmarks: {', '.join(tasks.NAMES)}")
     out: str = setting("", "folder for answers, judgements and the leaderboard; models may be added to it later")
-    partial: bool = setting(False, "accept models without an answer to every item, and judgements that cannot be read")
+    partial: bool = setting(False, "accept items without an answer, and judgements that are refused or cannot be read")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     judge: EvaluationJudgeSettings = field(default_factory=EvaluationJudgeSettings)
     data: Any = field(default_factory=part(DataSettings, "max_len"))

@@ -20,7 +20,7 @@ PAGES = {
     "run": (lambda folder: report_folders.make_run(folder, radius=0.1), 13, ".barlayer .point path"),
     "plays": (report_folders.make_play_run, 10, ".scatterlayer .errorbar"),
     "comparison": (report_folders.make_comparison, 4, ".heatmaplayer image"),
-    "leaderboard": (report_folders.make_leaderboard, 4, ".polarlayer .scatterlayer path.js-line"),
+    "leaderboard": (report_folders.make_leaderboard, 5, ".polarlayer .scatterlayer path.js-line"),
 }
 TRACES = ".main-svg .trace, .main-svg .hm"
 # Of the page and of the writing in a plot, once the latter is no longer ``before``.
