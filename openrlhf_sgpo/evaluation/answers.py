@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import defaultdict
@@ -15,19 +14,23 @@ from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 from openrlhf_sgpo.evaluation.task import Item, Responses
+from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.rollout import Rollout, Sample, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.run_folder import keep_rows, read_json, read_jsonl, write_json
 
 # Items that are answered together, and written together: what a kill can lose.
 BLOCK = 64
-_UNIMPORTANT = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype")
+# What says who wrote a folder, and nothing of the model.
+_UNIMPORTANT = (
+    *("_name_or_path", "name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"),
+    *("is_local", "local_files_only"),
+)
 
 
 def item_hash(item: Item) -> str:
-    """16 hexadecimal digits of what is asked."""
-    asked = json.dumps([item.id, item.turns, item.temperature])
-    return hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()
+    """Of what is asked."""
+    return content_key(item.id, item.turns, item.temperature)
 
 
 def weights_of(folder: str) -> list[list[Any]]:
@@ -39,15 +42,14 @@ def weights_of(folder: str) -> list[list[Any]]:
 
 def kind_of(folder: str) -> str:
     """Equal for folders whose weights an engine can exchange, with the same tokenizer."""
-    files = [Path(folder, name) for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
-    if not files[0].is_file() or not any(Path(folder).glob("*.safetensors")):
+    settings = [Path(folder, name) for name in ("config.json", "tokenizer_config.json")]
+    if not settings[0].is_file() or not any(Path(folder).glob("*.safetensors")):
         return folder  # a hub name, or weights that engines cannot read into a model that is there
-    # Which version wrote a folder and what it is called say nothing of the model.
-    config = {name: value for name, value in read_json(files[0]).items() if name not in _UNIMPORTANT}
-    content = json.dumps(config, sort_keys=True).encode() + b"".join(
-        path.read_bytes() for path in files[1:] if path.is_file()
-    )
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    vocabulary = Path(folder, "tokenizer.json")
+    content: list[Any] = [vocabulary.read_text(encoding="utf-8")] if vocabulary.is_file() else []
+    for path in filter(Path.is_file, settings):
+        content.append({name: value for name, value in read_json(path).items() if name not in _UNIMPORTANT})
+    return content_key(*content)
 
 
 def read_responses(path: Path, items: Sequence[Item]) -> dict[str, Responses]:
