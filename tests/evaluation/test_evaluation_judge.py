@@ -72,6 +72,7 @@ REASONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "reason"), REASONS.items())
 def test_a_failure_stops_and_a_rerun_asks_once_more_than_it_failed(mode, reason, tmp_path):
     failed: Counter[str] = Counter()
@@ -133,6 +134,7 @@ def test_partial_does_not_excuse_a_broken_server(mode, tmp_path):
             judge.ask("test", LETTERS, requests(), share_of_m, "test")
 
 
+@pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_is_asked(tmp_path):
     def start() -> subprocess.Popen:
         paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}

@@ -225,6 +225,7 @@ def test_no_credit_is_no_refusal_of_one_request():
     assert not isinstance(caught.value, Unanswered)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partial", [False, True])
 def test_what_is_under_way_at_a_failure_is_kept_and_no_more_is_asked(partial, tmp_path):
     path = tmp_path / "cache.jsonl"
