@@ -70,7 +70,7 @@ class Evaluation:
             unread = [one for one in results if one.parse_failures and not self.settings.partial]
             for one in results:
                 if one not in unread:
-                    write_result(one, self._result_folder(one))
+                    write_result(one, self._result_folder(one.model, one.task, one.judge))
         finally:
             self.answerer.close()
             if judge:
@@ -122,7 +122,7 @@ class Evaluation:
         task, items = self.tasks[name], self.items[name]
         answered = [one for one in items if one.id in responses]
         identity = _identity(task, judge)
-        folder = self._result_folder(Result(name, contestant.name, 0, 0, {}, judge=identity))
+        folder = self._result_folder(contestant.name, name, identity)
         with self.ledger.stage(f"{contestant.name}/{name}/judge", add=True) as cost:
             before = judge.usage() if judge else {}
             try:
@@ -140,10 +140,10 @@ class Evaluation:
             decoding=decoding,
         )
 
-    def _result_folder(self, result: Result) -> Path:
-        """MODEL/TASK, and for judged tasks a folder for the judge in it."""
-        folder = self.folder.path / result.model / result.task
-        return folder / re.sub(r"[^\w.+-]+", "_", judge_name(result).strip("/")) if result.judge else folder
+    def _result_folder(self, model: str, task: str, judge: Mapping[str, Any] | None) -> Path:
+        """MODEL/TASK, and for judged tasks a folder for the judge, by its identity, in it."""
+        folder = self.folder.path / model / task
+        return folder / re.sub(r"[^\w.+-]+", "_", judge_name(judge).strip("/")) if judge else folder
 
     # What there is --------------------------------------------------------------------------------------------------
 

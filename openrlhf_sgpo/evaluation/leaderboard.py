@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
@@ -29,16 +29,22 @@ def collect(out: Path) -> list[Result]:
 
     def place(one: Result) -> tuple[Any, ...]:
         first = next(iter(one.figures.values()), None)
-        return one.task, judge_name(one), -one.expected, -(first if first is not None else float("-inf")), one.model
+        return (
+            one.task,
+            judge_name(one.judge),
+            -one.expected,
+            -(first if first is not None else float("-inf")),
+            one.model,
+        )
 
     return sorted(results, key=place)
 
 
-def judge_name(result: Result) -> str:
+def judge_name(judge: Mapping[str, Any] | None) -> str:
     """The judge's model, and whether its written letters were read; empty for a task without a judge."""
-    if not result.judge:
+    if not judge:
         return ""
-    return str(result.judge["model"]) + (" letters" if result.judge.get("logprobs") is False else "")
+    return str(judge["model"]) + (" letters" if judge.get("logprobs") is False else "")
 
 
 def write_leaderboard(out: Path) -> str:
@@ -54,7 +60,7 @@ def write_leaderboard(out: Path) -> str:
 def table(results: Sequence[Result]) -> str:
     """A block per benchmark, judge and number of items, so that scores that do not compare never share one."""
     blocks = []
-    for (task, judge, _), rows in groupby(results, key=lambda one: (one.task, judge_name(one), one.expected)):
+    for (task, judge, _), rows in groupby(results, key=lambda one: (one.task, judge_name(one.judge), one.expected)):
         blocks.append(_block(task, judge, list(rows)))
     return "\n".join(blocks)
 
@@ -113,5 +119,5 @@ def _csv(results: Sequence[Result]) -> str:
         for name, value in {**one.figures, **{f"category {key}": mean for key, mean in one.categories.items()}}.items():
             low, high = one.intervals.get(name, (None, None))
             figures = [name, value, one.errors.get(name), low, high]
-            writer.writerow([one.task, judge_name(one), one.model, *figures, *shared])
+            writer.writerow([one.task, judge_name(one.judge), one.model, *figures, *shared])
     return text.getvalue()
