@@ -267,7 +267,7 @@ class PlayRun(Run):
         if not self.play.mixture:
             return engine
         if self._mixed is None:
-            self._mixed = HuggingFaceRollout(self.config, self.tokenizer, policy, self.play.mixture)
+            self._mixed = HuggingFaceRollout(self.config, self.chat, policy, self.play.mixture)
         self._mixed.load(policy)
         return self._mixed
 

@@ -154,7 +154,7 @@ class Run:
 
     def _engine(self, policy: str) -> Rollout:
         if self.rollout is None:
-            self.rollout = start_rollout(self.config, self.tokenizer, policy)
+            self.rollout = start_rollout(self.config, self.chat, policy)
         self.rollout.load(policy)
         return self.rollout
 

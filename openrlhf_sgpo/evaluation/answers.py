@@ -41,12 +41,14 @@ def weights_of(folder: str) -> list[list[Any]]:
 
 
 def kind_of(folder: str) -> str:
-    """Equal for folders whose weights an engine can exchange, with the same tokenizer."""
+    """Equal for folders whose weights an engine can exchange, with the same tokenizer, template and ends of answers."""
     settings = [Path(folder, name) for name in ("config.json", "tokenizer_config.json")]
     if not settings[0].is_file() or not any(Path(folder).glob("*.safetensors")):
         return folder  # a hub name, or weights that engines cannot read into a model that is there
-    vocabulary = Path(folder, "tokenizer.json")
-    content: list[Any] = [vocabulary.read_text(encoding="utf-8")] if vocabulary.is_file() else []
+    texts = [Path(folder, name) for name in ("tokenizer.json", "chat_template.jinja")]
+    content: list[Any] = [path.read_text(encoding="utf-8") for path in texts if path.is_file()]
+    generation = Path(folder, "generation_config.json")
+    content.append(read_json(generation).get("eos_token_id") if generation.is_file() else None)
     for path in filter(Path.is_file, settings):
         content.append({name: value for name, value in read_json(path).items() if name not in _UNIMPORTANT})
     return content_key(*content)
@@ -199,7 +201,7 @@ class Answerer:
         own = self.config.rollout.temperature
         if self.rollout is None or self._kind != kind_of(folder):
             self.close()
-            self.rollout, self._kind = start_rollout(self.config, chat.tokenizer, folder), kind_of(folder)
+            self.rollout, self._kind = start_rollout(self.config, chat, folder), kind_of(folder)
         self.rollout.load(folder)
         try:
             self.config.rollout.temperature = temperature  # engines read it when they are asked

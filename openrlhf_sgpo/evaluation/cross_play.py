@@ -143,7 +143,7 @@ class CrossPlay:
 
         def work(cost: dict[str, float]) -> list[Row]:
             if self.rollout is None:
-                self.rollout = start_rollout(self.config, self.chat.tokenizer, folder)
+                self.rollout = start_rollout(self.config, self.chat, folder)
             self.rollout.load(folder)
             samples = [one for (one,) in self.rollout.generate(self.tokens, 1, self.config.train.seed, name)]
             cost["samples"] = len(samples)

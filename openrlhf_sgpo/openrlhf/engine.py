@@ -57,18 +57,15 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
         await self.llm.reset_prefix_cache()
         return min(compared)
 
-    async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[dict[str, Any]]:
-        """n samples of one prompt in one request: the prompt is computed once."""
+    async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[list[int]]:
+        """Tokens of n samples of one prompt in one request: the prompt is computed once."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         # Without FINAL_ONLY the stream yields the n samples one at a time and only the last one would be seen.
         params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
         output = await self.generate(prompt_token_ids, params)
-        return [
-            {"token_ids": list(sample.token_ids), "text": sample.text, "finish_reason": sample.finish_reason}
-            for sample in sorted(output.outputs, key=lambda sample: sample.index)
-        ]
+        return [list(sample.token_ids) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
 
     async def log_probs(self, token_ids: list[int]) -> list[float]:
         """Log-probability of each token after the first, given those before it."""

@@ -176,7 +176,7 @@ class Refinement:
 
         def work(cost: dict[str, float]) -> list[Row]:
             if self.rollout is None:
-                self.rollout = start_rollout(self.config, self.tokenizer, folder)
+                self.rollout = start_rollout(self.config, self.chat, folder)
             self.rollout.load(folder)
             found: dict[int, list[Sample]] = {}
             for n in sorted({n for _, n in requests} - {0}):

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from openrlhf_sgpo.rollout.base import Rollout, Sample
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.data.tokens import ChatFormat
 
 __all__ = ["Rollout", "Sample", "check_rollout", "start_rollout"]
 
@@ -27,12 +26,12 @@ def check_rollout(config: Config) -> None:
         )
 
 
-def start_rollout(config: Config, tokenizer: PreTrainedTokenizerBase, folder: str) -> Rollout:
+def start_rollout(config: Config, chat: ChatFormat, folder: str) -> Rollout:
     """The engine that ``--rollout.engine`` names, with the policy in ``folder``. Collective."""
     if config.rollout.engine == "hf":
         from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 
-        return HuggingFaceRollout(config, tokenizer, folder)
+        return HuggingFaceRollout(config, chat, folder)
     from openrlhf_sgpo.rollout.vllm import VllmRollout
 
-    return VllmRollout(config, folder)
+    return VllmRollout(config, chat, folder)

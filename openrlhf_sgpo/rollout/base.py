@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.data.tokens import ChatFormat
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled response. truncated: the length limit stopped it, not the model. token_ids: as they were drawn, with the
-    one that ended the response."""
+    """One sampled response. truncated: the length limit stopped it, not the model. token_ids: as they were drawn, with those
+    that ended the response."""
 
     text: str
     truncated: bool
@@ -22,6 +27,67 @@ class Sample:
 
     def to_row(self) -> dict[str, Any]:
         return {"text": self.text, "truncated": self.truncated, "tokens": self.tokens}
+
+
+class Stop:
+    """Where a sampled response ends: at the template's end of turn, which training appends to responses, and at every
+    end-of-sequence token of tokenizer and model.
+
+    tokens: each of them ends a response. text: the end of turn where it has several tokens, which need not be drawn as training
+    writes them; else empty.
+    """
+
+    def __init__(self, chat: ChatFormat):
+        self.chat = chat
+        self.tokens = set() if chat.tokenizer.eos_token_id is None else {chat.tokenizer.eos_token_id}
+        self.text = ""
+        if len(chat.end_of_turn) == 1:
+            self.tokens.add(chat.end_of_turn[0])
+        else:
+            self.text = self._decode(chat.end_of_turn, special=True)
+
+    def add_ends_of(self, folder: str, trust_remote_code: bool) -> None:
+        """Add the end-of-sequence tokens of a model folder or hub name: of its generation settings, or else of its config."""
+        from transformers import AutoConfig, GenerationConfig
+
+        try:
+            settings = GenerationConfig.from_pretrained(folder)
+        except OSError:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            settings = GenerationConfig.from_model_config(config)
+        ends = settings.eos_token_id
+        self.tokens |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+    def reached(self, ids: Sequence[int]) -> bool:
+        """Whether the last tokens complete ``text``."""
+        window = len(self.text.encode())  # no token stands for less than a byte
+        return self.text in self._decode(ids[-window:], special=True)
+
+    def sample(self, ids: Sequence[int]) -> Sample:
+        """The response in the tokens that an engine drew, which may go on behind its end.
+
+        Where the end of turn was drawn in other tokens than training's, the response has training's.
+        """
+        end = next((place for place, token in enumerate(ids) if token in self.tokens), None)
+        kept = tuple(ids if end is None else ids[:end])
+        if self.text and self.text in (text := self._decode(kept, special=True)):
+            drawn = kept[: bisect_left(range(len(kept)), True, key=lambda last: self._has_text(kept[: last + 1])) + 1]
+            length = len(self.chat.end_of_turn)
+            if drawn[-length:] == self.chat.end_of_turn:
+                return Sample(self._decode(drawn[:-length]), False, drawn)
+            text = text[: text.index(self.text)]
+            return Sample(text, False, self.chat.response(text, False, len(text.encode()) + length))
+        return Sample(self._decode(kept), end is None, tuple(ids if end is None else ids[: end + 1]))
+
+    def _has_text(self, ids: Sequence[int]) -> bool:
+        return self.text in self._decode(ids, special=True)
+
+    def _decode(self, ids: Sequence[int], special: bool = False) -> str:
+        text = self.chat.tokenizer.decode(
+            list(ids), skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
 
 
 class Rollout(Protocol):

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Config
-from openrlhf_sgpo.rollout.base import Sample, prompt_seed
+from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
 from openrlhf_sgpo.training.scoring import release_memory
 
 
@@ -47,15 +48,27 @@ class Mixture(LogitsProcessor):
         return (1 - self.share) * scores + self.share * output.logits[:, -1].to(scores)
 
 
+class StopText(StoppingCriteria):
+    """Ends the rows that have completed the text of ``stop`` behind ``length`` tokens of prompt."""
+
+    def __init__(self, stop: Stop, length: int):
+        self.stop = stop
+        self.length = length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        rows = input_ids[:, self.length :].tolist()
+        return torch.tensor([self.stop.reached(row) for row in rows], device=input_ids.device)
+
+
 class HuggingFaceRollout:
     """A copy of the policy per rank, on the rank's device. share: of the initial reference in the mixture with the policy
     that answers are drawn from (see ``Mixture``); 0 is the policy itself, and then there is no copy of the reference."""
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, folder: str, share: float = 0.0):
+    def __init__(self, config: Config, chat: ChatFormat, folder: str, share: float = 0.0):
         self.config = config
-        self.tokenizer = tokenizer
+        self.tokenizer = chat.tokenizer
+        self.stop = Stop(chat)
         self.share = share
-        self.ends: set[int] = set()
         self.folder = ""
         self.model: Any = None
         self.load(folder)
@@ -84,13 +97,10 @@ class HuggingFaceRollout:
             trust_remote_code=self.config.model.trust_remote_code,
         ).to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
         model.eval()
-        # Of a model's generation settings only the end of a turn counts here, as in vLLM: a repetition penalty, say, would
-        # sample from another distribution than the one that is scored and trained.
-        own = model.generation_config
-        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-        # As in vLLM the tokenizer's end counts too: chat models often name another one in their generation settings.
-        self.ends |= {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
-        model.generation_config = GenerationConfig(eos_token_id=sorted(self.ends), bos_token_id=own.bos_token_id)
+        self.stop.add_ends_of(folder, self.config.model.trust_remote_code)
+        # Of a model's generation settings only the ends count here, as in vLLM: a repetition penalty, say, would sample from
+        # another distribution than the one that is scored and trained.
+        model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
         return model
 
     def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
@@ -128,17 +138,13 @@ class HuggingFaceRollout:
                 num_return_sequences=n,
                 max_new_tokens=min(rollout.max_new_tokens, self.config.data.max_len - longest),
                 **sampling,
+                stopping_criteria=[StopText(self.stop, longest)] if self.stop.text else [],
+                eos_token_id=sorted(self.stop.tokens),
                 pad_token_id=pad,
                 use_cache=True,
             )
-        samples = [self._finished(row) for row in output[:, longest:].tolist()]
+        samples = [self.stop.sample(row) for row in output[:, longest:].tolist()]
         return [samples[start : start + n] for start in range(0, len(samples), n)]
-
-    def _finished(self, tokens: list[int]) -> Sample:
-        end = next((position for position, token in enumerate(tokens) if token in self.ends), None)
-        kept = tokens if end is None else tokens[:end]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Sample(text, end is None, tuple(tokens if end is None else tokens[: end + 1]))
 
     @torch.no_grad()
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:

@@ -28,7 +28,7 @@ def follower_context(chat: ChatFormat, prompt: Messages, draft: Sample, instruct
 
     Raises ValueError if prompt and instruction alone are longer.
     """
-    text, ids = draft.text, draft.token_ids
+    text, ids = draft.text, chat.response(draft.text, True, len(draft.text.encode()))
     while len(context := chat.prompt(follower_messages(prompt, text, instruction))) > longest:
         if not ids:
             raise ValueError(

@@ -10,15 +10,18 @@ from tqdm import tqdm
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Config
-from openrlhf_sgpo.rollout.base import Sample, prompt_seed
+from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT
 
 
 class VllmRollout:
     """``--vllm.num_engines`` engines; prompts are dealt to them in turn, n samples of a prompt are one request."""
 
-    def __init__(self, config: Config, folder: str):
+    def __init__(self, config: Config, chat: ChatFormat, folder: str):
         self.config = config
+        self.stop = Stop(chat)
+        self.stop.add_ends_of(folder, config.model.trust_remote_code)
         self.folder = folder
         self.engines: list[Any] = []
         self.compared = 0  # tensors that the engines compared with the files of the last policy, bit by bit
@@ -102,6 +105,11 @@ class VllmRollout:
             "temperature": rollout.temperature,
             "top_p": rollout.top_p,
             "max_tokens": rollout.max_new_tokens,
+            "stop_token_ids": sorted(self.stop.tokens),
+            # The engine needs texts only to find an end of turn of several tokens, special ones among them.
+            "stop": [self.stop.text] if self.stop.text else None,
+            "detokenize": bool(self.stop.text),
+            "skip_special_tokens": False,
         }
         self._wake()
         requests = [
@@ -111,7 +119,7 @@ class VllmRollout:
             for number, prompt in enumerate(prompts)
         ]
         results = [
-            [Sample(one["text"], one["finish_reason"] == "length", tuple(one["token_ids"])) for one in ray.get(request)]
+            [self.stop.sample(ids) for ids in ray.get(request)]
             for request in tqdm(requests, desc=label, unit="prompt", disable=not label)
         ]
         self._sleep()

@@ -23,14 +23,14 @@ def configuration(engine: str) -> Config:
 @pytest.fixture(scope="module", params=[pytest.param("vllm", marks=pytest.mark.slow), "hf"])
 def rollout(request, tiny_model):
     """One rollout for the module: engines take their time to start. Two engines for vLLM."""
-    from transformers import AutoTokenizer
-
+    from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
     from openrlhf_sgpo.openrlhf import build_strategy
     from openrlhf_sgpo.rollout import start_rollout
 
     config = configuration(request.param)
     build_strategy(config)
-    engine = start_rollout(config, AutoTokenizer.from_pretrained(tiny_model), str(tiny_model))
+    chat = ChatFormat(load_tokenizer(str(tiny_model), False, "model.model_name_or_path"), 64)
+    engine = start_rollout(config, chat, str(tiny_model))
     yield engine
     engine.close()
 

@@ -15,8 +15,7 @@ NEW, SAMPLES, SEED = 8, 2, 5
 @pytest.fixture(scope="module")
 def rollout_with(tiny_model, other_tiny_model):
     """A rollout of the tiny model's policy, mixed with the other tiny model."""
-    from transformers import AutoTokenizer
-
+    from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
     from openrlhf_sgpo.openrlhf import build_strategy
     from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 
@@ -26,8 +25,8 @@ def rollout_with(tiny_model, other_tiny_model):
     config.train.batch_size = config.train.micro_batch_size = 1
     config.ref.model_name_or_path = str(other_tiny_model)
     build_strategy(config)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    return lambda share, policy=tiny_model: HuggingFaceRollout(config, tokenizer, str(policy), share)
+    chat = ChatFormat(load_tokenizer(str(tiny_model), False, "model.model_name_or_path"), 64)
+    return lambda share, policy=tiny_model: HuggingFaceRollout(config, chat, str(policy), share)
 
 
 def sampled(rollout):
@@ -98,7 +97,7 @@ def test_answers_end_at_the_tokenizers_end_too(rollout_with, tiny_model, tmp_pat
     other = shutil.copytree(tiny_model, tmp_path / "other")
     settings = other / "generation_config.json"
     settings.write_text(settings.read_text().replace('"eos_token_id": 2', '"eos_token_id": 77'))
-    rollout = rollout_with(0.0, other)
-    assert rollout.ends == {2, 77} and rollout_with(0.0).ends == {2}
-    assert rollout._finished([5, 2, 9]).token_ids == (5, 2) and rollout._finished([5, 77]).token_ids == (5, 77)
-    assert rollout._finished([5, 9]).truncated
+    stop = rollout_with(0.0, other).stop
+    assert stop.tokens == {2, 77} and rollout_with(0.0).stop.tokens == {2}
+    assert stop.sample([5, 2, 9]).token_ids == (5, 2) and stop.sample([5, 77]).token_ids == (5, 77)
+    assert stop.sample([5, 9]).truncated
