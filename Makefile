@@ -7,7 +7,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart install test test-fast lint format benchmark clean
+.PHONY: quickstart install install-gpu test test-fast lint format benchmark clean
 
 quickstart: .venv/.installed build/smollm2/config.json  ## align a real 135M chat model with SSAPO on this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/train_ssapo.sh --config examples/configs/quickstart.yaml $(FLAGS)
@@ -21,6 +21,15 @@ install: .venv/.installed
 	$(BIN)/pip install -q --no-deps -r requirements/cpu.txt || \
 		$(BIN)/pip install -q --no-deps --extra-index-url $(TORCH_INDEX) -r requirements/cpu.txt
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+install-gpu: .venv/.gpu  ## what a machine with NVIDIA GPUs needs; nothing is compiled, so that CUDA's nvcc is not needed
+
+.venv/.gpu: setup.py
+	$(PYTHON) -m venv .venv
+	@echo "Installing the GPU stack (about 8 GB, some minutes) ..."
+	$(BIN)/pip install -q -e .[gpu,eval]
+	$(BIN)/pip install -q --no-deps openrlhf==0.11.2
 	touch $@
 
 .venv/.dev: .venv/.installed requirements/dev.txt

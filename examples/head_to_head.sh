@@ -5,7 +5,6 @@
 # Further flags are those of `openrlhf-sgpo compare`. Can be stopped and started again at any time.
 set -euo pipefail
 here="$(dirname "${BASH_SOURCE[0]}")"
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" # for the oracles in examples/plays
 case " $* " in
   *" --suite"*) ;;
   *) set -- --suite "$here/head_to_head/cpu.yaml" "$@" ;;

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any
 
-from openrlhf_sgpo import flags, oracle
+from openrlhf_sgpo import extras, flags, oracle
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config, sections
@@ -99,8 +98,8 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
             f"--ds.packing_samples: does not work with --ds.attn_implementation {ds.attn_implementation}; "
             "use flash_attention_2, or leave packing off"
         )
-    elif ds.packing_samples and find_spec("flash_attn") is None:
-        problems.append("--ds.packing_samples: needs the package flash_attn, which is not installed")
+    elif ds.packing_samples and (problem := extras.missing("flash_attn")):
+        problems.append(f"--ds.packing_samples: {problem}")
     if "flash_attention" in ds.attn_implementation and ds.param_dtype == "fp32":
         problems.append(
             f"--ds.param_dtype: {ds.attn_implementation} does not work in fp32; use bf16, or --ds.attn_implementation sdpa"

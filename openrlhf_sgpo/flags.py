@@ -22,6 +22,7 @@ import yaml
 
 COMMAND_LINE = "command line"
 CONFIG_FLAG = "config"
+RECIPES = Path(__file__).with_name("recipes")
 _NULL_TAG = "tag:yaml.org,2002:null"
 _Sections: TypeAlias = Mapping[str, Callable[[], Any]]
 _Words: TypeAlias = list[tuple[str, list[str]]]  # flags with their texts
@@ -151,7 +152,11 @@ def dump(instances: Mapping[str, Any]) -> str:
 
 def help_text(sections: _Sections) -> str:
     """One block per group: each flag with what it takes and its default, then its help; at most 120 columns."""
-    config = _Flag(str, "", {"help": "YAML file with any of these flags as keys; the command line wins over it"})
+    config = _Flag(
+        str,
+        "",
+        {"help": "YAML file with any of these flags as keys, or a recipe by its name; the command line wins"},
+    )
     groups: dict[str, list[str]] = {}
     for name, flag in {CONFIG_FLAG: config, **_flags({key: kind() for key, kind in sections.items()})}.items():
         default = "empty" if flag.default in ("", []) else _shown(flag.default).replace("'", "")
@@ -205,6 +210,8 @@ def _read(words: _Words) -> tuple[_Entries, list[str]]:
     path = next((texts[0] for name, texts in words if name == CONFIG_FLAG and texts), None)
     if path is None:
         return [], []
+    recipe = RECIPES / f"{path}.yaml"
+    path = str(recipe) if recipe.is_file() and not Path(path).exists() else path
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeError, yaml.YAMLError) as error:

@@ -1,6 +1,6 @@
 """Two oracles whose optimum is known, to see that a policy moves the right way within minutes.
 
-They take the place of a reward model or a judge: --oracle plays.oracles:TheCount, --oracle plays.oracles:Paradox.
+They take the place of a reward model or a judge: --oracle examples.plays.oracles:TheCount, or :Paradox.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from openrlhf_sgpo import extras
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.flags import setting
@@ -105,6 +106,8 @@ class SGPO(Algorithm):
                 f"--sgpo.solver {options.solver} gives no answer that --sgpo.leader {options.leader} can use; "
                 f"valid here: {', '.join(solvers)}"
             )
+        if problem := extras.missing(*{"program": ("cvxpy",), "slsqp": ("scipy",)}.get(options.solver, ())):
+            problems.append(f"--sgpo.solver {options.solver}: {problem}")
         if options.refresh_steps and options.leader != "danskin":
             problems.append(
                 f"--sgpo.refresh_steps {options.refresh_steps} needs --sgpo.leader danskin: the other leaders fix where each "

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from dataclasses import replace
 from typing import Any
 
-from openrlhf_sgpo import algorithms, config, flags
+from openrlhf_sgpo import __version__, algorithms, config, extras, flags
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config_check import check_data
 
@@ -22,6 +23,12 @@ USAGE = """usage: openrlhf-sgpo COMMAND [flags]
   judge-check  how far a judge agrees with human pairs, and its biases: --data.dataset FILE --oracle NAME
   algorithms   list the algorithms
   games        drive the algorithms on small games to their known solutions: --out FOLDER draws their paths
+
+`openrlhf-sgpo COMMAND --help` lists the flags of a command, `openrlhf-sgpo --version` prints the version.
+"""
+ALGORITHMS_USAGE = """usage: openrlhf-sgpo algorithms
+
+Lists the algorithms, those of other packages included: what each is, where it comes from, and its flags with their defaults.
 """
 
 # Stands for a space at which a line must not break; textwrap breaks at ASCII ones only.
@@ -45,7 +52,11 @@ def train(argv: list[str]) -> int:
 
 
 def run(settings: config.Config, algorithm: type[algorithms.Algorithm], options: Any) -> list[dict[str, Any]]:
-    """The run that these settings describe; returns the rows of its results table."""
+    """The run that these settings describe; returns the rows of its results table.
+
+    Raises ValueError if a package is missing, before the others are loaded."""
+    if problem := extras.missing("transformers", "deepspeed", "peft", "openrlhf"):
+        raise ValueError(problem)
     if issubclass(algorithm, OnPolicyAlgorithm):
         from openrlhf_sgpo.plays import PlayRun
 
@@ -157,6 +168,9 @@ def games(argv: list[str]) -> int:
 
 def list_algorithms(argv: list[str]) -> int:
     """A block per algorithm: name and summary; paper and origin; flags with their defaults. At most 100 columns."""
+    if "--help" in argv or "-h" in argv:
+        print(ALGORITHMS_USAGE, end="")
+        return 0
     if argv:
         raise ValueError(f"algorithms takes no arguments, got {' '.join(argv)}")
     indent = " " * 13
@@ -216,14 +230,35 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"openrlhf-sgpo {__version__}")
+        return 0
     command, rest = argv[0], argv[1:]
     try:
+        # For module:Class. The console script and the launcher put only the script's folder on the path. At the end, so that a
+        # file of the user's never stands in for an installed package.
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
         if command in COMMANDS:
-            return COMMANDS[command](rest)
+            code = COMMANDS[command](rest)
+            sys.stdout.flush()
+            return code
     except ValueError as error:
         # Settings and data errors are written for the user: no traceback.
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("openrlhf_sgpo"):
+            raise
+        print(f"error: {extras.how_to_install(error.name)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        try:
+            print(flush=True)
+        except BrokenPipeError:  # whoever reads our output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+            return 141  # what a shell reports of a command that ended by SIGPIPE
+        raise
     print(f"error: unknown command {' '.join(argv)!r}\n{USAGE}", end="", file=sys.stderr)
     return 2
 

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from openrlhf_sgpo import extras
 from openrlhf_sgpo.data.files import DataError, listing, read_rows
 
 _NAMED = 3  # rows that a message names
@@ -124,10 +125,10 @@ def upstream(task: str, module: str) -> Any:
     """The module that defines a benchmark. Raises ValueError if it cannot be imported."""
     try:
         return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--tasks {task}: {extras.how_to_install(error.name or module, extras.BENCHMARKS)}") from error
     except ImportError as error:
-        raise ValueError(
-            f"--tasks {task}: {module} cannot be imported ({error}); pip install 'openrlhf-sgpo[eval]'"
-        ) from error
+        raise ValueError(f"--tasks {task}: {module} cannot be imported ({error})") from error
 
 
 def _problem(row: Any, fields: Sequence[str]) -> str:

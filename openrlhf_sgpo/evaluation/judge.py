@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from openrlhf_sgpo import flags
+from openrlhf_sgpo import extras, flags
 from openrlhf_sgpo.config import ServerSettings
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
@@ -22,7 +21,7 @@ from openrlhf_sgpo.judge.server import LocalServer
 
 Value = TypeVar("Value")
 
-PRESETS = Path(__file__).parents[2] / "eval" / "judges"
+PRESETS = Path(__file__).with_name("judges")
 CHARACTERS_PER_TOKEN = 4  # of English, roughly
 
 
@@ -31,7 +30,8 @@ class EvaluationJudgeSettings(ServerSettings):
     """Without --judge.base_url the model is served here."""
 
     preset: str = setting(
-        "", "name of a file in eval/judges, or a path: settings that the others of this group win over"
+        "",
+        "a preset of this package by its name, or a file: settings that the others of this group win over",
     )
     logprobs: bool = setting(True, "read probabilities where a benchmark does; off: the verdict that the judge writes")
     api_version: str = setting(
@@ -73,8 +73,8 @@ def with_preset(settings: EvaluationJudgeSettings, given: Mapping[str, str]) -> 
 def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:
     """What is wrong with the settings, ``with_preset``, each problem naming its flag."""
     found = []
-    if find_spec("openai") is None:
-        found.append("--judge.model: a judge needs the package openai, which comes with vLLM; pip install openai")
+    if problem := extras.missing("openai"):
+        found.append(f"--judge.model: {problem}")
     if not settings.model:
         found.append(
             f"--judge.model: missing, and nobody judges by default; name a model, or with --judge.preset one of {_presets()}"
@@ -105,8 +105,8 @@ def _address_problems(settings: EvaluationJudgeSettings) -> list[str]:
             f"--judge.base_url: missing, and --judge.model {model} is neither a folder nor a hub name (OWNER/MODEL) that could "
             "be served here; give the server's address"
         ]
-    if model and find_spec("vllm") is None:
-        return ["--judge.base_url: missing, and without vLLM no model can be served here; give it, or install vllm"]
+    if model and (problem := extras.missing("vllm")):
+        return [f"--judge.base_url: missing, and no model can be served here: {problem}"]
     return []
 
 

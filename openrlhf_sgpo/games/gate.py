@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from openrlhf_sgpo import extras
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.base import NoSettings
 from openrlhf_sgpo.algorithms.dpo import DPO
@@ -178,6 +179,8 @@ def table(results: list[Result]) -> str:
 
 def run(settings: GateSettings) -> int:
     """Prints the table, draws the paths if asked for; 1 if an algorithm misses its solution, else 0."""
+    if settings.out and (problem := extras.missing("matplotlib")):
+        raise ValueError(f"--out: {problem}")
     results = [play(check) for check in CHECKS]
     print(table(results), end="")
     if settings.out:

@@ -12,11 +12,13 @@ import os
 import sys
 from types import ModuleType
 
+from openrlhf_sgpo import extras
+
 _MODULE = "openrlhf.models.ring_attn_utils"
 
 
 def _missing(*_args, **_kwargs):
-    raise ModuleNotFoundError("--ds.packing_samples needs the package flash_attn, which is not installed")
+    raise ModuleNotFoundError(extras.how_to_install("flash_attn"), name="flash_attn")
 
 
 def _stand_in() -> dict[str, ModuleType]:
@@ -34,7 +36,7 @@ def make_optional() -> None:
         return
     package = importlib.util.find_spec("openrlhf")
     if package is None or package.origin is None:
-        raise ModuleNotFoundError("openrlhf is not installed: pip install openrlhf==0.11.2 (see README, Installation)")
+        raise ModuleNotFoundError(extras.how_to_install("openrlhf"), name="openrlhf")
     path = os.path.join(os.path.dirname(package.origin), "models", "ring_attn_utils.py")
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     assert spec is not None and spec.loader is not None

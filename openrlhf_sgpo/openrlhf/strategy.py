@@ -16,6 +16,7 @@ import transformers
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.cpp_extension import CUDA_HOME
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.openrlhf.adapters import groups_by_adapter
@@ -52,7 +53,16 @@ def openrlhf_arguments(config: Config) -> SimpleNamespace:
 
 
 class AdapterStrategy(DeepspeedStrategy):
-    """The strategy, for actors too whose LoRA adapters have ``learning_rates`` of their own, by the adapter's name."""
+    """The strategy, for actors too whose LoRA adapters have ``learning_rates`` of their own, by the adapter's name; and for
+    machines that cannot compile DeepSpeed's own Adam."""
+
+    def get_ds_train_config(self, optim_dict: dict | None = None, *, max_norm: float | None = None) -> dict:
+        settings = super().get_ds_train_config(optim_dict, max_norm=max_norm)
+        # DeepSpeed compiles its own Adam at run time: with nvcc, which is not needed otherwise; on a CPU with g++, for minutes.
+        compiles = CUDA_HOME is not None or self.adam_offload  # an Adam on the CPU is DeepSpeed's own there
+        if "optimizer" in settings and not (compiles and torch.cuda.is_available()):
+            settings["optimizer"]["params"]["torch_adam"] = True
+        return settings
 
     def _get_model_parameters(self, model: Any, **settings: Any) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
         raw_model, groups = super()._get_model_parameters(model, **settings)
@@ -73,13 +83,6 @@ class CpuDeepspeedStrategy(AdapterStrategy):
         self.ds_device_mesh = init_device_mesh("cpu", (self.world_size, 1, 1), mesh_dim_names=("dp", "sp", "tp"))
         self.setup_ring_attn(self.ds_device_mesh)
         self.accumulated_gradient = self.train_batch_size // self.micro_train_batch_size // self.world_size
-
-    def get_ds_train_config(self, optim_dict: dict | None = None, *, max_norm: float | None = None) -> dict:
-        settings = super().get_ds_train_config(optim_dict, max_norm=max_norm)
-        if "optimizer" in settings:
-            # DeepSpeed would compile its own Adam with g++ at run time, for minutes.
-            settings["optimizer"]["params"]["torch_adam"] = True
-        return settings
 
     def all_reduce(self, data: Any, op: str = "mean") -> Any:
         if isinstance(data, dict):

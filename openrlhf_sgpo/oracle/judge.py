@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from openrlhf_sgpo import extras
 from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.judge.client import ChatClient, Reply, Request, Unusable, api_key
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
@@ -62,8 +62,8 @@ class Judge(PreferenceOracle):
 
     @classmethod
     def problems(cls, config: Config) -> list[str]:
-        if find_spec("openai") is None:
-            return ["--oracle: judge needs the package openai, which comes with vLLM; pip install openai"]
+        if problem := extras.missing("openai"):
+            return [f"--oracle: {problem}"]
         judge = config.judge
         needed = {"base_url": judge.base_url, "model": judge.model}
         problems = [f"--judge.{name}: missing, --oracle judge needs it" for name, value in needed.items() if not value]

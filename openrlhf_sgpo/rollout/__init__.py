@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from openrlhf_sgpo import extras
 from openrlhf_sgpo.rollout.base import Rollout, Sample
 
 if TYPE_CHECKING:
@@ -14,7 +15,10 @@ __all__ = ["Rollout", "Sample", "check_rollout", "start_rollout"]
 
 
 def check_rollout(config: Config) -> None:
-    """Raises ValueError if the engines ask for more GPUs than there are: Ray would wait for them for ever."""
+    """Raises ValueError if an engine's packages are missing, or engines ask for more GPUs than there are: Ray would wait for
+    them for ever."""
+    if config.rollout.engine == "vllm" and (problem := extras.missing("ray", "vllm")):
+        raise ValueError(f"--rollout.engine vllm: {problem}, or use --rollout.engine hf")
     import torch
 
     settings, present = config.vllm, torch.cuda.device_count()

@@ -148,5 +148,7 @@ def test_unknown_and_double_answers_are_named(tmp_path):
 
 
 def test_a_package_that_is_not_there_is_named():
-    with pytest.raises(ValueError, match=r"--tasks x: no\.such cannot be imported.*openrlhf-sgpo\[eval\]"):
+    with pytest.raises(
+        ValueError, match=r"^--tasks x: the package no is not installed: pip install 'openrlhf-sgpo\[eval\]'$"
+    ):
         upstream("x", "no.such")

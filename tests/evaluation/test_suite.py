@@ -234,11 +234,10 @@ def test_a_run_that_fails_stops_the_suite(tiny_data, tmp_path):
 def test_the_script_hands_on_its_flags(tmp_path):
     """bash examples/head_to_head.sh --suite FILE is the command; without --suite it is the one for CPUs."""
     recorder = tmp_path / "python"
-    recorder.write_text('#!/bin/sh\necho "$PYTHONPATH|$@"\n')
+    recorder.write_text('#!/bin/sh\necho "$@"\n')
     recorder.chmod(0o755)
     script = str(ROOT / "examples/head_to_head.sh")
     said = launch(["bash", script, "--max_prompts", "3"], PYTHON=str(recorder)).stdout
-    assert said.startswith(str(ROOT / "examples"))
     assert said.endswith(f"-m openrlhf_sgpo.cli.main compare --suite {EXAMPLES / 'cpu.yaml'} --max_prompts 3\n")
     said = launch(["bash", script, "--suite", "mine.yaml"], PYTHON=str(recorder)).stdout
     assert said.endswith("compare --suite mine.yaml\n")

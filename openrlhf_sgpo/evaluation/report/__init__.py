@@ -7,9 +7,9 @@ answers side by side; ``run``, ``comparison`` and ``leaderboard`` say what stand
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
+from openrlhf_sgpo import extras
 from openrlhf_sgpo.run_folder import write_text
 
 REPORT = "report.html"
@@ -22,8 +22,8 @@ Writes report.html into each folder, which is that of a run, a comparison or a l
 def write_report(folder: Path) -> Path:
     """The page of a run (resolved_config.yaml), a comparison (comparison.json) or a leaderboard (leaderboard.json), written to
     ``folder``/report.html. Raises ValueError if the folder is none of them, or plotly is not installed."""
-    if find_spec("plotly") is None:
-        raise ValueError("report.html is made with plotly, which is not installed: pip install plotly")
+    if problem := extras.missing("plotly"):
+        raise ValueError(f"{REPORT}: {problem}")
     folder = folder.absolute()
     if (folder / "comparison.json").is_file():
         from openrlhf_sgpo.evaluation.report.comparison import comparison_page as page

@@ -1,0 +1,7 @@
+"""``python -m openrlhf_sgpo``: the command ``openrlhf-sgpo``, also where its folder is not on the PATH."""
+
+import sys
+
+from openrlhf_sgpo.cli.main import main
+
+sys.exit(main())

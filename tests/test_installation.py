@@ -1,0 +1,287 @@
+"""What an installed wheel holds and can do outside the checkout, and what is said where a package is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+from openrlhf_sgpo import __version__, extras
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "openrlhf_sgpo"]
+
+
+def run(*argv: str, path: Path = ROOT, cwd: Path = ROOT, command=COMMAND, **environment: str):
+    return subprocess.run(
+        [*command, *argv],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(path), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def metadata(monkeypatch_module):
+    """What setup.py gives to setuptools."""
+    given: dict = {}
+    monkeypatch_module.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
+    monkeypatch_module.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return given
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The unpacked wheel, built from a copy: an older build of this checkout must not leak into it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    shutil.copytree(ROOT / "openrlhf_sgpo", source / "openrlhf_sgpo", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, "-w", folder, source], check=True, cwd=folder)
+    (archive,) = folder.glob("*.whl")
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(folder / "installed")
+    return folder / "installed"
+
+
+@pytest.mark.slow
+def test_the_wheel_is_whole(wheel):
+    files = {str(path.relative_to(wheel)) for path in wheel.rglob("*") if path.is_file()}
+    kept = {str(path.relative_to(ROOT)) for path in (ROOT / "openrlhf_sgpo").rglob("*") if path.is_file()}
+    assert files >= {name for name in kept if "__pycache__" not in name}
+    (record,) = wheel.glob("*.dist-info/METADATA")
+    text = record.read_text(encoding="utf-8")
+    assert f"Version: {__version__}" in text
+    for line in ("License-Expression: Apache-2.0", "License-File: LICENSE", "Author: openrlhf_sgpo contributors"):
+        assert line in text
+    assert text.count("Project-URL: ") >= 3
+    (licence,) = wheel.glob("*.dist-info/licenses/LICENSE")
+    assert "Apache License" in licence.read_text()
+
+
+@pytest.mark.slow
+def test_presets_and_recipes_are_found_by_name_far_from_the_checkout(wheel, tmp_path):
+    required = ["--ckpt.output_dir", "out", "--dry_run"]
+    process = run("train", "--config", "zephyr-7b.paper", *required, path=wheel, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "alignment-handbook/zephyr-7b-sft-full" in process.stdout
+    code = (
+        "import openrlhf_sgpo.evaluation.settings as s; "
+        "print(s.load(['--models', 'a/b', '--judge.preset', 'gpt-4.1', '--out', 'o']).settings.judge.model, s.__file__)"
+    )
+    process = run("-c", code, path=wheel, cwd=tmp_path, command=[sys.executable], OPENAI_API_KEY="a key")
+    assert process.stdout.split() == ["gpt-4.1-2025-04-14", str(wheel / "openrlhf_sgpo" / "evaluation" / "settings.py")]
+
+
+def test_a_file_of_the_users_wins_over_a_recipe(tmp_path, monkeypatch):
+    from openrlhf_sgpo import flags
+
+    monkeypatch.chdir(tmp_path)
+    assert flags.peek(["--config", "spa.paper"], "algo") == "spa"
+    Path("spa.paper").write_text("algo: dpo\n")
+    assert flags.peek(["--config", "spa.paper"], "algo") == "dpo"
+
+
+def test_links_of_the_readme_lead_somewhere_on_the_package_index(metadata):
+    """No path is left, and every address of this repository is that of a file in it."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", metadata["long_description"])
+    assert len(targets) > 20
+    places = [
+        f"{metadata['url']}/blob/main/",
+        metadata["url"].replace("github.com", "raw.githubusercontent.com") + "/main/",
+    ]
+    here = 0
+    for target in targets:
+        assert target.startswith("https://"), target
+        for place in places:
+            if target.startswith(place):
+                assert (ROOT / target.removeprefix(place).partition("#")[0]).exists(), target
+                here += 1
+    assert here > 20
+    assert f"![One round]({places[1]}docs/figures/round.svg)" in metadata["long_description"]
+
+
+def test_the_extra_for_gpus_is_what_openrlhf_asks_for_without_flash_attention(metadata):
+    """Name by name: what openrlhf pins is pinned, and flash-attn, which needs nvcc, is not there."""
+
+    def names(requirements):
+        return {re.split(r"[\s<>=!;]", text.lower().replace("_", "-"), maxsplit=1)[0]: text for text in requirements}
+
+    asked = [text for text in requires("openrlhf") or [] if "extra ==" not in text]
+    extra = names(metadata["extras_require"]["gpu"])
+    base = names(metadata["install_requires"])
+    assert not {"flash-attn", "openrlhf"} & extra.keys()
+    for name, text in names(asked).items():
+        if name != "flash-attn":
+            assert name in extra or name in base, name
+            if "==" in text:
+                assert extra[name] == text
+    pinned = re.search(r"^openrlhf==\S+$", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)[0]
+    assert pinned in extras.how_to_install("openrlhf") and pinned in (ROOT / "Makefile").read_text()
+
+
+def test_python_m_and_version():
+    process = run("--version")
+    assert (process.returncode, process.stdout) == (0, f"openrlhf-sgpo {__version__}\n")
+    assert run().stdout.startswith("usage: openrlhf-sgpo COMMAND")
+
+
+def test_help_of_algorithms():
+    process = run("algorithms", "--help")
+    assert process.returncode == 0
+    assert process.stdout.startswith("usage: openrlhf-sgpo algorithms")
+
+
+@pytest.mark.parametrize("words", ["algorithms", "train --help"])
+def test_a_reader_that_leaves_early(words):
+    """As `| head -1` does: no traceback, whether the pipe breaks while we write or when Python flushes at its exit."""
+    process = subprocess.Popen(
+        [*COMMAND, *words.split()],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+    process.stderr.close()
+
+
+HINGE = """
+from openrlhf_sgpo.algorithms import Algorithm
+from openrlhf_sgpo.algorithms.base import Needs
+
+class Hinge(Algorithm):
+    name, paper, summary = "hinge", "arXiv 2305.10425", "SLiC's hinge loss"
+    needs = Needs(rounds=True, samples_per_prompt=2)
+
+    def loss(self, batch):
+        return (1 - batch.margins(self.beta)).clamp(min=0)
+"""
+CONSOLE_SCRIPT = "import sys; from openrlhf_sgpo.cli.main import main; sys.exit(main())"
+SETTINGS = [
+    "--model.model_name_or_path",
+    "m",
+    "--data.dataset",
+    "d",
+    "--data.prompt_dataset",
+    "p",
+    "--ckpt.output_dir",
+    "o",
+]
+
+
+@pytest.fixture
+def console_script(tmp_path) -> list[str]:
+    """As pip writes it: a file in a folder of its own, which is all that Python then has on its path."""
+    script = tmp_path / "bin" / "openrlhf-sgpo"
+    script.parent.mkdir()
+    script.write_text(CONSOLE_SCRIPT)
+    return [sys.executable, str(script)]
+
+
+def test_code_beside_the_user_is_found(console_script, tmp_path):
+    (tmp_path / "my_module.py").write_text(HINGE)
+    argv = ["train", "--algo", "my_module:Hinge", *SETTINGS, "--dry_run"]
+    process = run(*argv, cwd=tmp_path, command=console_script)
+    assert process.returncode == 0, process.stderr
+    assert "algo: my_module:Hinge" in process.stdout
+
+
+def test_a_file_of_the_users_does_not_stand_in_for_a_package(console_script, tmp_path):
+    (tmp_path / "yaml.py").write_text("raise SystemExit('the wrong yaml')")
+    process = run("train", *SETTINGS, "--dry_run", cwd=tmp_path, command=console_script)
+    assert process.returncode == 0, process.stderr
+
+
+def test_the_oracles_of_the_examples_are_found(console_script):
+    argv = [
+        "train",
+        "--config",
+        "examples/plays/smollm2.yaml",
+        "--oracle",
+        "examples.plays.oracles:Paradox",
+        "--dry_run",
+    ]
+    process = run(*argv, command=console_script)
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "argv", "command"),
+    [
+        ("transformers", ["data", *SETTINGS], "pip install 'openrlhf-sgpo[gpu]'"),
+        ("deepspeed", ["train", *SETTINGS], "pip install 'openrlhf-sgpo[gpu]'"),
+        ("openrlhf", ["train", *SETTINGS], "pip install --no-deps openrlhf=="),
+        ("cvxpy", ["train", *SETTINGS, "--sgpo.solver", "program", "--sgpo.leader", "transport"], "pip install cvxpy"),
+        ("datasets", ["data", *SETTINGS, "--data.dataset", "owner/pairs"], "pip install datasets"),
+        ("matplotlib", ["games", "--out", "pictures"], "pip install matplotlib"),
+        ("openai", ["train", *SETTINGS, "--oracle", "judge"], "pip install openai"),
+        (
+            "vllm",
+            ["evaluate", "--models", "a/b", "--out", "o", "--judge.model", "a/b"],
+            "pip install 'openrlhf-sgpo[gpu]'",
+        ),
+    ],
+)
+def test_a_missing_package_is_one_sentence_with_the_command(package, argv, command, tmp_path, tiny_data):
+    """The package is hidden in a process of its own, as if it were not installed."""
+    hide = f"""
+import importlib.machinery, sys
+class Hidden(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition('.')[0] == {package!r} else super().find_spec(name, path, target)
+sys.meta_path[:] = [Hidden if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+from openrlhf_sgpo.cli.main import main
+sys.exit(main())
+"""
+    files = {"d": tiny_data["pairs"], "p": tiny_data["prompts"]}
+    argv = [str(files.get(word, word)) for word in argv]
+    if argv.count("--data.dataset") == 2:  # the later one is meant
+        place = argv.index("--data.dataset")
+        del argv[place : place + 2]
+    process = run("-c", hide, *argv, cwd=tmp_path, command=[sys.executable])
+    (line,) = [line for line in process.stderr.splitlines() if package in line]
+    assert process.returncode == 2
+    assert f"the package {package} is not installed: {command}" in line
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(("cuda_home", "torch_adam"), [(None, True), ("/usr/local/cuda", None)])
+def test_without_nvcc_a_gpu_trains_with_the_optimiser_of_torch(monkeypatch, cuda_home, torch_adam):
+    """DeepSpeed would compile its own Adam; only the machine is pretended here, the settings are the real ones."""
+    import torch
+
+    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.openrlhf import strategy as module
+
+    config = Config()
+    kind = module.AdapterStrategy(
+        seed=1, max_norm=1.0, micro_train_batch_size=1, train_batch_size=1, args=module.openrlhf_arguments(config)
+    )
+    monkeypatch.setattr(module, "CUDA_HOME", cuda_home)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = kind.get_ds_train_config({"type": "AdamW", "params": {"lr": 1e-6}})
+    assert settings["optimizer"]["params"].get("torch_adam") is torch_adam
