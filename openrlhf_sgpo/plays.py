@@ -163,7 +163,12 @@ class PlayRun(Run):
             answers = roles.answer(prompts, tokens, prompt_seed(self.config.train.seed, (step,)))
         loading = roles.seconds_loading - loading
         questions = [
-            Question(prompt.id, prompt.messages, tuple(Answer(one.text, one.truncated) for _, one in own))
+            Question(
+                prompt.id,
+                prompt.messages,
+                tuple(Answer(one.text, one.truncated) for _, one in own),
+                prompt.template_kwargs,
+            )
             for prompt, own in zip(prompts, answers, strict=True)
         ]
         oracle = self._frozen_oracle()

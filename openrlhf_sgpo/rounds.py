@@ -20,6 +20,7 @@ from openrlhf_sgpo.algorithms.base import NoSettings, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.inspection import prompt_key
+from openrlhf_sgpo.data.messages import template_columns, template_kwargs
 from openrlhf_sgpo.data.records import Pair, Prompt, load_run_pairs
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import Group
@@ -127,14 +128,15 @@ class Rounds(Run):
             prompt = prompts[row["id"]]
             # Only distinct answers that say something can be ranked.
             distinct = {one["text"]: one["truncated"] for one in row["responses"] if one["text"].strip()}
+            told = template_kwargs(prompt)
             if len(distinct) < 2:
                 skipped += 1
             else:
-                questions.append(Question(row["id"], prompt["prompt"], tuple(starmap(Answer, distinct.items()))))
+                answers = tuple(starmap(Answer, distinct.items()))
+                questions.append(Question(row["id"], prompt["prompt"], answers, told))
             if prompt.get("chosen") is not None:
-                gold.append(
-                    Question(row["id"], prompt["prompt"], (Answer(prompt["chosen"]), Answer(prompt["rejected"])))
-                )
+                labelled = (Answer(prompt["chosen"]), Answer(prompt["rejected"]))
+                gold.append(Question(row["id"], prompt["prompt"], labelled, told))
         if not questions:
             raise RuntimeError(f"round {number}: no prompt got two different answers, so there is nothing to rank")
         oracle = self._oracle(number)
@@ -272,7 +274,7 @@ class Rounds(Run):
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:
     gold = {} if prompt.chosen is None else {"chosen": prompt.chosen, "rejected": prompt.rejected}
-    return {"id": prompt.id, "prompt": prompt.messages} | gold
+    return {"id": prompt.id, "prompt": prompt.messages, **template_columns(prompt.template_kwargs), **gold}
 
 
 def _prompt_counts(config: Config, available: int) -> list[int]:

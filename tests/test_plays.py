@@ -167,12 +167,13 @@ def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, ot
 def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
     from transformers import AutoTokenizer
 
+    from openrlhf_sgpo.data.records import Prompt
     from openrlhf_sgpo.data.tokens import ChatFormat
     from openrlhf_sgpo.rollout import Sample
     from openrlhf_sgpo.rollout.roles import follower_context, follower_room
 
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), 256)
-    prompt = [{"role": "user", "content": "Why?"}]
+    prompt = Prompt("why", [{"role": "user", "content": "Why?"}])
 
     def context(text: str, longest: int = 256) -> str:
         ids = tuple(chat.tokenizer(text)["input_ids"])
@@ -186,7 +187,7 @@ def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
     assert "first" not in context("second draft")
     room = follower_room(chat, IMPROVE, max_new_tokens=8)
     # With this room a draft of 8 tokens fits whole, and 8 tokens are left for the follower.
-    longest = len(chat.prompt(prompt)) + room - 8
+    longest = len(chat.prompt(prompt.messages)) + room - 8
     assert context("12345678", longest) == whole.format("12345678")
     assert context("123456789", longest) == whole.format("12345678")
     with pytest.raises(ValueError, match="instruction have"):

@@ -40,7 +40,7 @@ class PreferenceModel(Algorithm):
         """Each pair as two comparisons, whose responses are the letters, without an end of turn."""
         found = []
         for pair in pairs:
-            both = fitted(pair.prompt, pair.chosen, pair.rejected, chat)
+            both = fitted(pair.prompt, pair.chosen, pair.rejected, chat, pair.template_kwargs.get("tools", ()))
             for order, messages, right, wrong in zip(ORDERS, both, LETTERS, LETTERS[::-1], strict=True):
                 found.append(
                     replace(
@@ -51,6 +51,7 @@ class PreferenceModel(Algorithm):
                         rejected=wrong,
                         chosen_truncated=True,
                         rejected_truncated=True,
+                        template_kwargs={},  # the comparison shows the tools as text
                     )
                 )
         return found

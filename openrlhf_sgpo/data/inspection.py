@@ -36,7 +36,11 @@ class InspectedPairs:
     def tokens_of(self, pair: Pair) -> Group | None:
         """Tokens of one of these pairs, its labels flipped or not; None if it is none of them."""
         known, group = self._by_id.get(pair.id, (None, None))
-        if known is None or group is None or pair.prompt != known.prompt:
+        if (
+            known is None
+            or group is None
+            or (pair.prompt, pair.template_kwargs) != (known.prompt, known.template_kwargs)
+        ):
             return None
         if (pair.chosen, pair.rejected) == (known.chosen, known.rejected):
             return group
@@ -91,7 +95,7 @@ def digest(*parts: Any) -> bytes:
 
 def prompt_key(messages: Messages) -> bytes:
     """Equal for conversations that differ in white space only."""
-    return digest(*((message["role"], " ".join(message["content"].split())) for message in messages))
+    return digest(*(message | {"content": " ".join(message["content"].split())} for message in messages))
 
 
 class _SpecialTokens:
@@ -169,11 +173,12 @@ def inspect_pairs(
         if near_identical(pair.chosen, pair.rejected):
             tally.add("near_identical", pair.id)
         key, chosen_text, rejected_text = prompt_key(pair.prompt), pair.chosen.strip(), pair.rejected.strip()
-        if digest(key, chosen_text, rejected_text) in seen:
+        asked = digest(key, pair.template_kwargs)
+        if digest(asked, chosen_text, rejected_text) in seen:
             tally.add("duplicate", pair.id)
-        if digest(key, rejected_text, chosen_text) in seen:
+        if digest(asked, rejected_text, chosen_text) in seen:
             tally.add("contradictory", pair.id)
-        seen.add(digest(key, chosen_text, rejected_text))
+        seen.add(digest(asked, chosen_text, rejected_text))
         if open_ended := [side for side in whole if unfinished(getattr(pair, side))]:
             tally.add("unfinished", pair.id, open_ended)
         if found := benchmarks_with(pair.prompt):
@@ -231,9 +236,10 @@ def inspect_prompts(
         for finding in special.findings(tokens, [message["content"] for message in prompt.messages]):
             tally.add(finding, prompt.id)
         key = prompt_key(prompt.messages)
-        if key in seen:
+        asked = digest(key, prompt.template_kwargs)
+        if asked in seen:
             tally.add("duplicate", prompt.id)
-        seen.add(key)
+        seen.add(asked)
         if found := benchmarks_with(prompt.messages):
             tally.add("benchmark", prompt.id, found)
         if key in not_wanted:
@@ -262,7 +268,8 @@ def _encoded(pairs: Sequence[Pair], chat: ChatFormat) -> Iterator[tuple[Pair, Pa
 def _encoded_prompts(prompts: Sequence[Prompt], chat: ChatFormat) -> Iterator[tuple[Prompt, tuple[int, ...] | None]]:
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
-        yield from zip(batch, chat.prompts([prompt.messages for prompt in batch]), strict=True)
+        told = [prompt.template_kwargs for prompt in batch]
+        yield from zip(batch, chat.prompts([prompt.messages for prompt in batch], told), strict=True)
 
 
 def _is_blank(messages: Messages) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openrlhf_sgpo.data.records import Messages, Pair
 
@@ -95,8 +96,15 @@ class ChatFormat:
                 )
             self.end_of_turn = (tokenizer.eos_token_id,)
 
-    def _render(self, messages: Messages, generation_prompt: bool = True) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    def _render(
+        self,
+        messages: Messages,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        generation_prompt: bool = True,
+    ) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **template_kwargs
+        )
         assert isinstance(text, str)
         return text
 
@@ -127,17 +135,23 @@ class ChatFormat:
             ids = ids[:-length]
         return ids
 
-    def prompt(self, messages: Messages) -> tuple[int, ...]:
-        return self._encode(self._render(messages))
+    def prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, ...]:
+        """template_kwargs: further arguments of the chat template for this prompt, as ``Prompt`` has them."""
+        return self._encode(self._render(messages, template_kwargs))
 
-    def prompts(self, conversations: Sequence[Messages]) -> list[tuple[int, ...] | None]:
-        """Tokens of prompts, all at once; None where the template refuses the conversation (its order of roles, say)."""
+    def prompts(
+        self, conversations: Sequence[Messages], template_kwargs: Sequence[Mapping[str, Any]] = ()
+    ) -> list[tuple[int, ...] | None]:
+        """Tokens of prompts, all at once; None where the template refuses the conversation (its order of roles, say).
+
+        template_kwargs: of each conversation; none at all if empty.
+        """
         from jinja2.exceptions import TemplateError
 
         rendered: dict[int, str] = {}
         for index, messages in enumerate(conversations):
             try:
-                rendered[index] = self._render(messages)
+                rendered[index] = self._render(messages, template_kwargs[index] if template_kwargs else {})
             except TemplateError:
                 continue
         tokens = dict(zip(rendered, self._encode_all(list(rendered.values())), strict=True))
@@ -153,7 +167,7 @@ class ChatFormat:
 
     def encode(self, pairs: Sequence[Pair]) -> list[PairTokens | None]:
         """Tokens of pairs, all at once; None where the template refuses the prompt."""
-        prompts = self.prompts([pair.prompt for pair in pairs])
+        prompts = self.prompts([pair.prompt for pair in pairs], [pair.template_kwargs for pair in pairs])
         chosen = self._encode_responses([pair.chosen for pair in pairs])
         rejected = self._encode_responses([pair.rejected for pair in pairs])
         rows = zip(prompts, zip(chosen, rejected, strict=True), strict=True)

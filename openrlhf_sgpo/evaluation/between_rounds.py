@@ -11,6 +11,7 @@ import torch
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.data.messages import template_columns
 from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
@@ -142,7 +143,16 @@ class Evaluator:
             rows = zip(asked, samples, divergences, strict=True)
             write_jsonl(
                 path / "samples.jsonl",
-                ({"id": pair.id, "prompt": pair.prompt, **one.to_row(), "kl": kl} for (pair, _), one, kl in rows),
+                (
+                    {
+                        "id": pair.id,
+                        "prompt": pair.prompt,
+                        **template_columns(pair.template_kwargs),
+                        **one.to_row(),
+                        "kl": kl,
+                    }
+                    for (pair, _), one, kl in rows
+                ),
             )
         return {
             "response_length": mean(one.tokens for one in samples),
@@ -159,7 +169,12 @@ class Evaluator:
         assert self.oracle is not None
         rows = ranks.from_rank_0(read_jsonl(start / "samples.jsonl") if self.writes else None)
         questions = [
-            Question(pair.id, pair.prompt, (Answer(one.text, one.truncated), Answer(row["text"], row["truncated"])))
+            Question(
+                pair.id,
+                pair.prompt,
+                (Answer(one.text, one.truncated), Answer(row["text"], row["truncated"])),
+                pair.template_kwargs,
+            )
             for pair, one, row in zip(pairs, samples, rows, strict=True)
         ]
         oracle = self.oracle()

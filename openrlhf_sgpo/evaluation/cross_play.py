@@ -182,7 +182,9 @@ class CrossPlay:
 
         def work(cost: dict[str, float]) -> list[Row]:
             questions = [
-                Question(prompt.id, prompt.messages, (_answer(one[place]), _answer(other[place])))
+                Question(
+                    prompt.id, prompt.messages, (_answer(one[place]), _answer(other[place])), prompt.template_kwargs
+                )
                 for one in first
                 for other in second
                 for place, prompt in enumerate(self.prompts)
@@ -237,7 +239,7 @@ class CrossPlay:
             "samples": [
                 {
                     "id": prompt.id,
-                    "prompt": transcript(prompt.messages),
+                    "prompt": transcript(prompt.messages, prompt.template_kwargs.get("tools", ())),
                     "answers": {name: own[place]["text"] for name, own in shown.items()},
                 }
                 for place, prompt in enumerate(self.prompts[:SHOWN])

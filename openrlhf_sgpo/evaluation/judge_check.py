@@ -132,11 +132,17 @@ def ask(judge: Oracle, pairs: Sequence[Pair]) -> tuple[list[Said], bool]:
     """What the oracle says of each pair, in both orders if it shows answers in an order, and whether it does."""
     name = f"judge-check: {judge.name}"
     if not _shows_orders(judge):
-        questions = [Question(one.id, one.prompt, (Answer(one.chosen), Answer(one.rejected))) for one in pairs]
+        questions = [
+            Question(one.id, one.prompt, (Answer(one.chosen), Answer(one.rejected)), one.template_kwargs)
+            for one in pairs
+        ]
         shares = [matrix[0][1] for matrix in judge.preferences(questions, name)]
         return [Said(share, 1 - share) for share in shares], False
     assert isinstance(judge, PreferenceOracle)
-    comparisons = [Comparison(one.id, one.prompt, Answer(one.chosen), Answer(one.rejected)) for one in pairs]
+    comparisons = [
+        Comparison(one.id, one.prompt, Answer(one.chosen), Answer(one.rejected), one.template_kwargs.get("tools", ()))
+        for one in pairs
+    ]
     shares = judge.compare([order for one in comparisons for order in (one, one.swapped())], name)
     for number, share in enumerate(shares):
         if not 0 <= share <= 1:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -36,20 +36,22 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with the answers to compare."""
+    """A prompt with the answers to compare. template_kwargs: as in ``Prompt``."""
 
     id: str
     prompt: Messages
     answers: tuple[Answer, ...]
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 class Comparison(NamedTuple):
-    """Two answers in the order in which they are shown. question: its id."""
+    """Two answers in the order in which they are shown. question: its id. tools: that the prompt's assistant may call."""
 
     question: str
     prompt: Messages
     first: Answer
     second: Answer
+    tools: Sequence[Any] = ()
 
     def swapped(self) -> Comparison:
         return self._replace(first=self.second, second=self.first)
@@ -210,12 +212,13 @@ class PreferenceOracle(Oracle):
         return [comparison, comparison.swapped()]
 
     def matrices(self, questions: Sequence[Question], label: str) -> list[Matrix]:
-        asked = [
-            (number, pair, one, one.first is question.answers[pair[0]])
-            for number, question in enumerate(questions)
-            for pair in distinct_pairs(question)
-            for one in self.orders(Comparison(question.id, question.prompt, *(question.answers[k] for k in pair)))
-        ]
+        asked = []
+        for number, question in enumerate(questions):
+            tools = question.template_kwargs.get("tools", ())
+            for pair in distinct_pairs(question):
+                first, second = (question.answers[place] for place in pair)
+                for one in self.orders(Comparison(question.id, question.prompt, first, second, tools)):
+                    asked.append((number, pair, one, one.first is first))
         said = self.compare([one for _, _, one, _ in asked], label) if asked else []
         shares: list[dict[tuple[int, int], list[float]]] = [{} for _ in questions]
         for (number, pair, one, in_order), share in zip(asked, said, strict=True):
@@ -299,6 +302,7 @@ def rank(question: Question, rewards: Sequence[float], source: str, number: int)
         round=number,
         chosen_truncated=chosen.truncated,
         rejected_truncated=rejected.truncated,
+        template_kwargs=question.template_kwargs,
         scores={"chosen": rewards[best], "rejected": rewards[worst]},
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo.data.records import Messages
 
@@ -35,8 +36,20 @@ LAYOUT = """{introduction}
 Which answer is better, A or B? Reply with one letter and nothing else."""
 
 
-def transcript(messages: Messages) -> str:
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+def transcript(messages: Messages, tools: Sequence[Any] = ()) -> str:
+    """The conversation as text, with all that its messages hold and, in front, the tools that the assistant may call."""
+
+    def turn(message: dict[str, Any]) -> str:
+        further = [f"[{name}: {_plain(value)}]" for name, value in message.items() if name not in ("role", "content")]
+        said = [message["content"]] if message["content"] or not further else []
+        return f"{message['role'].capitalize()}: " + "\n".join(further + said)
+
+    offered = [f"Tools: {_plain(tools)}"] if tools else []
+    return "\n\n".join(offered + list(map(turn, messages)))
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def comparison(introduction: str, conversation: str, first: str, second: str) -> Messages:
@@ -45,13 +58,15 @@ def comparison(introduction: str, conversation: str, first: str, second: str) ->
     return [{"role": "user", "content": text}]
 
 
-def fitted(prompt: Messages, first: str, second: str, chat: ChatFormat) -> tuple[Messages, Messages]:
+def fitted(
+    prompt: Messages, first: str, second: str, chat: ChatFormat, tools: Sequence[Any] = ()
+) -> tuple[Messages, Messages]:
     """The comparison of two answers for the trained model, with ``first`` as A and with it as B, within ``chat.max_len``.
 
     Where it is too long, both answers are cut at their ends to one number of characters, to half of the room at most; then
     the conversation at its beginning. Both orders have the same cuts. Raises ValueError if there is no room for anything.
     """
-    conversation = transcript(prompt)
+    conversation = transcript(prompt, tools)
     whole, longest = len(conversation), max(len(first), len(second))
 
     def orders(kept: int, each: int) -> tuple[Messages, Messages]:

@@ -78,7 +78,7 @@ class ImplicitReward(RewardOracle):
 
 def as_group(question: Question, chat: ChatFormat) -> Group:
     """Tokens of a question as the policy answered it. Of an answer without any text the end is scored."""
-    prompt = chat.prompt(question.prompt)
+    prompt = chat.prompt(question.prompt, question.template_kwargs)
     room = chat.max_len - len(prompt)
     responses = (chat.response(one.text, one.truncated, room) for one in question.answers)
     return Group(prompt, tuple(response or chat.end_of_turn for response in responses))

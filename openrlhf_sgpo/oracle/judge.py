@@ -96,7 +96,7 @@ class Judge(PreferenceOracle):
             requests = [
                 Request(
                     f"the comparison of two answers to {one.question}",
-                    comparison(JUDGE, transcript(one.prompt), one.first.text, one.second.text),
+                    comparison(JUDGE, transcript(one.prompt, one.tools), one.first.text, one.second.text),
                 )
                 for one in comparisons
             ]

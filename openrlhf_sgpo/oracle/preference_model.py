@@ -61,7 +61,7 @@ class PreferenceModel(PreferenceOracle):
     def compare(self, comparisons: Sequence[Comparison], label: str) -> list[float]:
         groups = []
         for one in comparisons:
-            messages, _ = fitted(one.prompt, one.first.text, one.second.text, self.chat)
+            messages, _ = fitted(one.prompt, one.first.text, one.second.text, self.chat, one.tools)
             groups.append(Group(self.chat.prompt(messages), self.letters))
         found = self.scorer.score(self.model, groups, label and f"{label}, preference model")
         self.calls = self.scorer.responses_scored // len(LETTERS)

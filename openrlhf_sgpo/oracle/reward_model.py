@@ -61,7 +61,7 @@ class RewardReader:
         """Collective."""
         groups = []
         for question in questions:
-            prompt = self.chat.prompt(question.prompt)
+            prompt = self.chat.prompt(question.prompt, question.template_kwargs)
             room = self.chat.max_len - 1
             answers = tuple(self.chat.response(one.text, one.truncated, room) for one in question.answers)
             # Where both do not fit, the prompt's end, to which the answers reply, says more than its beginning.

@@ -30,7 +30,7 @@ class Answers:
 
     def question(self, samples: Sequence[Sample]) -> Question:
         answers = tuple(Answer(one.text, one.truncated) for one in samples)
-        return Question(self.prompt.id, self.prompt.messages, answers)
+        return Question(self.prompt.id, self.prompt.messages, answers, self.prompt.template_kwargs)
 
 
 def best_of(matrix: Matrix, count: int) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 
 from openrlhf_sgpo.data.files import DataError, listing, read_rows
 from openrlhf_sgpo.data.inspection import prompt_key
-from openrlhf_sgpo.data.records import Messages, Prompt, Records, prompt_messages
+from openrlhf_sgpo.data.messages import Messages, question, template_kwargs
+from openrlhf_sgpo.data.records import Prompt, Records
 
 _TEXTS = ("text", "output", "answer", "response", "completion")
 _PROMPTS = ("prompt", "instruction")  # the second is AlpacaEval's
@@ -27,6 +28,7 @@ class Draft:
 class _Row:
     id: str | None
     messages: Messages | None
+    template_kwargs: dict[str, Any]
     draft: Draft
 
 
@@ -63,7 +65,7 @@ def load_drafts(source: str, prompts: Records[Prompt] | None) -> tuple[Records[P
         name = row.id or f"row-{number}"
         name = f"{name}#{number}" if name in drafts else name
         drafts[name] = row.draft
-        own.append(Prompt(name, row.messages or []))
+        own.append(Prompt(name, row.messages or [], template_kwargs=row.template_kwargs))
     return Records(own), drafts
 
 
@@ -76,13 +78,12 @@ def _parse(row: Any, name: str) -> _Row | None:
     text = next((row[column] for column in _TEXTS if isinstance(row.get(column), str)), None)
     if text is None:
         raise DataError(f"missing column {' or '.join(_TEXTS)}; found {_columns(row)}")
-    prompt = next((row[column] for column in _PROMPTS if row.get(column) is not None), None)
-    if prompt is None and row.get("id") is None:
+    column = next((column for column in _PROMPTS if row.get(column) is not None), None)
+    if column is None and row.get("id") is None:
         raise DataError(f"missing column prompt or id; found {_columns(row)}")
     draft = Draft(text, str(row.get("generator") or name), row.get("truncated") is True)
-    return _Row(
-        None if row.get("id") is None else str(row["id"]), None if prompt is None else prompt_messages(prompt), draft
-    )
+    messages = None if column is None else question(row, column)
+    return _Row(None if row.get("id") is None else str(row["id"]), messages, template_kwargs(row), draft)
 
 
 def _columns(row: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import Any
 
+from openrlhf_sgpo.data.messages import template_columns
 from openrlhf_sgpo.refinement.comparison import OPPONENTS, Answers
 from openrlhf_sgpo.rollout.base import Sample
 from openrlhf_sgpo.table import aligned, standard_error
@@ -52,6 +53,7 @@ def answer_rows(one: Answers, best: Sequence[int], by: Writers) -> Iterator[Row]
             "answer_id": f"{one.prompt.id}/{name}",
             "id": one.prompt.id,
             "prompt": one.prompt.messages,
+            **template_columns(one.prompt.template_kwargs),
             "method": method,
             "role": role,
             "depth": None,

@@ -107,7 +107,7 @@ class Refinement:
             chains = self._generate("depth_1", self.policy.folder, [(tokens, 1) for tokens in self.tokens], seed)
         for depth in range(2, self.settings.depth + 1):
             contexts = [
-                follower_context(self.chat, prompt.messages, chain[-1], instruction, self.longest)
+                follower_context(self.chat, prompt, chain[-1], instruction, self.longest)
                 for prompt, chain in zip(self.prompts, chains, strict=True)
             ]
             requests = [(context, 1) for context in contexts]
@@ -127,7 +127,10 @@ class Refinement:
         """How many drafts are too long to be shown whole."""
         told = self.settings.follower_prompt
         drafts = [(prompt, self.drafts[prompt.id].text) for prompt in self.prompts] if self.drafts else []
-        contexts = (self.chat.prompt(follower_messages(prompt.messages, text, told)) for prompt, text in drafts)
+        contexts = (
+            self.chat.prompt(follower_messages(prompt.messages, text, told), prompt.template_kwargs)
+            for prompt, text in drafts
+        )
         return sum(len(context) > self.longest for context in contexts)
 
     def _independent(self, budgets: list[int]) -> list[list[Sample]]:

@@ -23,13 +23,17 @@ def follower_messages(prompt: Messages, draft: str, instruction: str) -> Message
     return [*prompt, {"role": "assistant", "content": draft.strip()}, {"role": "user", "content": instruction}]
 
 
-def follower_context(chat: ChatFormat, prompt: Messages, draft: Sample, instruction: str, longest: int) -> Tokens:
+def follower_context(chat: ChatFormat, prompt: Prompt, draft: Sample, instruction: str, longest: int) -> Tokens:
     """Tokens of the follower's context; a draft that would make it longer than ``longest`` is shown without its end.
 
     Raises ValueError if prompt and instruction alone are longer.
     """
     text, ids = draft.text, chat.response(draft.text, True, len(draft.text.encode()))
-    while len(context := chat.prompt(follower_messages(prompt, text, instruction))) > longest:
+
+    def rendered(text: str) -> Tokens:
+        return chat.prompt(follower_messages(prompt.messages, text, instruction), prompt.template_kwargs)
+
+    while len(context := rendered(text)) > longest:
         if not ids:
             raise ValueError(
                 f"the follower's prompt and instruction have {len(context)} tokens, {longest} fit: raise --data.max_len"
@@ -90,7 +94,7 @@ class Roles:
             contexts = list(tokens)
             if role == "follower":
                 contexts = [
-                    follower_context(self.chat, prompt.messages, own[0][1], self.instruction, self.longest)
+                    follower_context(self.chat, prompt, own[0][1], self.instruction, self.longest)
                     for prompt, own in zip(prompts, answers, strict=True)
                 ]
             rollout = self.mixture if role == "mixture" else self.engine

@@ -63,10 +63,20 @@ def datasets(tmp_path, monkeypatch):
         ({"chosen": "Why? yes", "rejected": "Why? no"}, QUESTION),
         ({"chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"}, TALK[1:]),
         ({"prompt": HH_TALK, "chosen": "yes", "rejected": "no"}, TALK[1:]),
+        ({"system": "Be brief.", "prompt": TALK[1:], "chosen": "yes", "rejected": "no"}, TALK),
+        ({"system": "Be brief. ", "prompt": TALK, "chosen": "yes", "rejected": "no"}, TALK),
+        ({"system": "Be brief.", "chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"}, TALK),
+        ({"system": " ", "system_prompt": None, "prompt": "Why?", "chosen": "yes", "rejected": "no"}, QUESTION),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?", "image": None}]}]}
+            | {"chosen": "yes", "rejected": "no", "images": [], "tools": None, "history": None},
+            QUESTION,
+        ),
     ],
     ids=[
         *("strings", "messages", "mixed", "chosen repeats", "only chosen repeats", "implicit", "implicit by null"),
         *("prompt is the last question", "implicit strings", "Anthropic's dialogues", "Anthropic's prompt"),
+        *("system", "system twice", "system of an implicit prompt", "empty system", "parts of text and nulls"),
     ],
 )
 def test_accepted_shapes(tmp_path, row, prompt):
@@ -96,8 +106,8 @@ def test_anthropic_dialogues_keep_their_empty_and_equal_answers(tmp_path):
     assert (second.chosen, second.rejected, second.prompt) == ("a", "a", TALK[1:])
 
 
-def test_further_keys_of_a_message_are_dropped(tmp_path):
-    row = without(prompt=[{"role": "user", "content": "Why?", "name": "Ada", "weight": 1}])
+def test_keys_of_a_message_that_say_nothing_are_dropped(tmp_path):
+    row = without(prompt=[{"role": "user", "content": "Why?", "weight": 1, "name": None, "tool_calls": []}])
     (pair,) = load_pairs(str(write(tmp_path, row)))
     assert pair.prompt == QUESTION
 
@@ -142,7 +152,35 @@ REFUSED = [
     (without(prompt=[]), ["column 'prompt'", "list of {role, content} messages"]),
     (without(prompt=["Why?"]), ["column 'prompt'", "{role, content}"]),
     (without(prompt=[{"content": "Why?"}]), ["column 'prompt'", "{role, content}"]),
-    (without(prompt=[{"role": "user", "content": None}]), ["column 'prompt'", "{role, content}"]),
+    (
+        without(prompt=[{"role": "user", "content": None}]),
+        ["column 'prompt', message 1", "{role, content}", "found null"],
+    ),
+    (without(prompt=[{"role": "human", "content": "Why?"}]), ["has the role 'human', none of system,", "write 'user'"]),
+    (without(chosen=[{"role": "gpt", "content": "So."}]), ["column 'chosen', message 1", "write 'assistant'"]),
+    (without(prompt=[{"role": "narrator", "content": "Why?"}]), ["has the role 'narrator', none of system, user,"]),
+    (without(prompt=[{"from": "human", "value": "Why?"}]), ["has 'from' and 'value'; expected {role, content}"]),
+    (
+        without(prompt=[{"role": "user", "content": [{"type": "image_url", "image_url": "x.png"}]}]),
+        ["message 1 has a part of the kind 'image_url'; only text"],
+    ),
+    (
+        without(prompt=QUESTION + [{"role": "assistant", "content": "", "function_call": {"name": "f"}}] + QUESTION),
+        ["message 2 has the field 'function_call'; rename it to 'tool_calls'"],
+    ),
+    (
+        without(chosen=[{"role": "assistant", "content": "So.", "reasoning_content": "Hm."}]),
+        ["response in column 'chosen' has reasoning_content"],
+    ),
+    (without(tools="clock"), ["column 'tools' is not JSON"]),
+    (without(tools=[1]), ["column 'tools' must be a list of objects"]),
+    (without(tools={"name": "clock"}), ["column 'tools' must be a list of objects"]),
+    (without(chat_template_kwargs=[1]), ["column 'chat_template_kwargs' must be an object"]),
+    (without(chat_template_kwargs={"tokenize": True}), ["column 'chat_template_kwargs' may not set tokenize"]),
+    (without(system=["Be brief."]), ["column 'system' must be a text"]),
+    (without(system="Be long.", prompt=TALK), ["column 'system' differs from the system message"]),
+    (without(images=["x.png"]), ["column 'images' is not read: only text"]),
+    (without(history=[["Hello", "Hi"]]), ["column 'history' is not read: write its turns into 'prompt'"]),
     (without(chosen=5), ["column 'chosen'", "{role, content}"]),
     (without(rejected={"content": "No."}), ["column 'rejected'", "{role, content}"]),
     (without(chosen=QUESTION), ["column 'chosen'", "last message", "must have the role assistant"]),
@@ -258,7 +296,10 @@ def test_refused_prompts(tmp_path, row, said_about_it):
 
 # Texts with everything that some reader takes for the end of a line.
 TEXTS = st.text(min_size=1).filter(str.strip) | st.sampled_from(["a\u2028b", "a\x85b", "a\r\nb", "a\x0bb\x0c", '"\\'])
-MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["system", "user"]), "content": TEXTS})
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user"]), "content": TEXTS},
+    optional={"reasoning_content": TEXTS, "tool_calls": st.just([{"function": {"name": "clock"}}]), "name": TEXTS},
+)
 MESSAGES = st.lists(MESSAGE, min_size=1, max_size=3)
 PAIRS = st.builds(
     Pair,
@@ -272,6 +313,9 @@ PAIRS = st.builds(
     chosen_truncated=st.booleans(),
     rejected_truncated=st.booleans(),
     scores=st.dictionaries(st.sampled_from(["chosen", "rejected"]), st.floats(allow_nan=False, allow_infinity=False)),
+    template_kwargs=st.fixed_dictionaries(
+        {}, optional={"tools": st.just([{"name": "clock", "parameters": {}}]), "enable_thinking": st.booleans()}
+    ),
 ).filter(lambda pair: pair.chosen != pair.rejected)
 
 

@@ -1,0 +1,274 @@
+"""Conversations in the shapes that rows have: messages, texts, Anthropic's dialogues, and what the chat template needs beside
+them. ``docs/data.md`` lists the accepted shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from openrlhf_sgpo.data.files import DataError
+
+Messages = list[dict[str, Any]]
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name")  # of a message, which a chat template may render
+# Roles and fields of other formats, with their names here.
+_ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_ROLES |= {"chatgpt": "assistant", "chatbot": "assistant", "function": "tool", "observation": "tool"}
+_FIELDS = {"function_call": "tool_calls", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_REFUSED = {
+    **dict.fromkeys(_MEDIA, "only text can be trained on; remove it, or these rows"),
+    "history": "write its turns into 'prompt' as messages",
+    "functions": "rename it to 'tools'",
+}
+_SYSTEM = ("system", "system_prompt")
+# Arguments of the tokenizer's method that are none of the template.
+_NOT_FOR_TEMPLATES = {
+    *("self", "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+_DEEPEST = 32  # levels of lists and objects in tools and their calls
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+# Values -------------------------------------------------------------------------------------------------------------
+
+
+def checked_text(value: str, column: str) -> str:
+    """Raises DataError for a text that cannot be written as UTF-8."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"column {column!r} holds half of a character ({value[error.start]!r}); write the text again as UTF-8"
+        ) from error
+    return value
+
+
+def _without_nulls(value: Any, column: str, depth: int = 0) -> Any:
+    """The value without the nulls that a table puts where a row lacks a key. Raises DataError unless it is plain JSON."""
+    if depth > _DEEPEST:
+        raise DataError(f"column {column!r} is nested too deeply")
+    if isinstance(value, str):
+        return checked_text(value, column)
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, list):
+        return [_without_nulls(item, column, depth + 1) for item in value if item is not None]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        items = ((checked_text(key, column), item) for key, item in value.items() if item is not None)
+        return {key: _without_nulls(item, column, depth + 1) for key, item in items}
+    raise DataError(f"column {column!r} holds a {type(value).__name__}; expected texts, numbers, lists and objects")
+
+
+def _from_json(value: Any, column: str, kind: type, expected: str) -> Any:
+    """A list or an object, which may be written as JSON text; empty if there is none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"column {column!r} is not JSON; it must be {expected}") from error
+    if value is None or value == "" or (isinstance(value, str) and not value.strip()):
+        return kind()
+    if not isinstance(value, kind):
+        raise DataError(f"column {column!r} must be {expected}, or this as JSON text")
+    return _without_nulls(value, column)
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value not in ("", [], {})
+
+
+# Messages -----------------------------------------------------------------------------------------------------------
+
+
+def messages_of(value: Any, column: str) -> Messages:
+    """Messages with role and content, a text, and with those of FIELDS that are given. A text is a user's message."""
+    if isinstance(value, str) and value.strip():
+        return [{"role": "user", "content": checked_text(value, column)}]
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return [
+            _message(message, column, f"column {column!r}, message {place}") for place, message in enumerate(value, 1)
+        ]
+    raise DataError(f"column {column!r} must be a non-empty string or a list of {{role, content}} messages")
+
+
+def _message(message: dict[str, Any], column: str, where: str) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if role is None and "from" in message:
+        raise DataError(
+            f"{where} has 'from' and 'value'; expected {{role, content}}, with the roles user and assistant"
+        )
+    if role not in ROLES:
+        known = _ROLES.get(role.casefold()) if isinstance(role, str) else None
+        remedy = f"; write {known!r}" if known else ""
+        raise DataError(f"{where} of {{role, content}} has the role {role!r}, none of {', '.join(ROLES)}{remedy}")
+    for name in (name for name in (*_FIELDS, *_MEDIA) if _given(message.get(name))):
+        remedy = f"rename it to {_FIELDS[name]!r}" if name in _FIELDS else "only text can be trained on"
+        raise DataError(f"{where} has the field {name!r}; {remedy}")
+    fields = {name: _without_nulls(message[name], column) for name in FIELDS if _given(message.get(name))}
+    if content is None and "tool_calls" in fields:
+        content = ""
+    if isinstance(content, list):
+        content = _joined(content, where)
+    if not isinstance(content, str):
+        raise DataError(f"{where} of {{role, content}} needs a text as content, found {_kind(content)}")
+    return {"role": role, "content": checked_text(content, column), **fields}
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """The text of a content that is a list of parts."""
+    for part in parts:
+        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            raise DataError(f"{where} has a part of the kind {kind!r}; only text can be trained on")
+    return "".join(part["text"] for part in parts)
+
+
+def _transcript(text: str) -> Messages | None:
+    """The turns of a dialogue in Anthropic's notation (``Human: ... Assistant: ...``); None if it is none."""
+    opening, *parts = _TURN.split("\n\n" + text.lstrip())
+    if opening.strip() or "Assistant" not in parts[::2]:
+        return None
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _SPEAKERS[speaker], "content": content.strip()} for speaker, content in turns]
+
+
+# Prompts ------------------------------------------------------------------------------------------------------------
+
+
+def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the columns ``tools`` and ``chat_template_kwargs`` give to the chat template, as its arguments. Raises DataError."""
+    tools = _from_json(row.get("tools"), "tools", list, "a list of objects that describe functions")
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise DataError("column 'tools' must be a list of objects that describe functions")
+    further = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs", dict, "an object")
+    if reserved := sorted(_NOT_FOR_TEMPLATES & further.keys()):
+        raise DataError(f"column 'chat_template_kwargs' may not set {', '.join(reserved)}")
+    return {**({"tools": tools} if tools else {}), **further}
+
+
+def template_columns(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that ``template_kwargs`` reads, without those that would be empty."""
+    further = {name: value for name, value in arguments.items() if name != "tools"}
+    columns = {"tools": arguments.get("tools"), "chat_template_kwargs": further}
+    return {name: value for name, value in columns.items() if value}
+
+
+def with_system(row: Mapping[str, Any], messages: Messages) -> Messages:
+    """The messages behind the text of the column ``system``, or ``system_prompt``, if they do not begin with it already."""
+    for column in _SYSTEM:
+        text = row.get(column)
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"column {column!r} must be a text")
+        if not text or not text.strip():
+            continue
+        first = messages[0]
+        if first["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": checked_text(text, column)}, *messages]
+        elif first["content"].strip() != text.strip():
+            raise DataError(f"column {column!r} differs from the system message with which the prompt begins; keep one")
+    return messages
+
+
+def refuse_unread(row: Mapping[str, Any]) -> None:
+    """Raises DataError for columns that say something about the prompt which would be lost."""
+    for column in _REFUSED:
+        if _given(row.get(column)):
+            raise DataError(f"column {column!r} is not read: {_REFUSED[column]}")
+
+
+def prompt_messages(value: Any, column: str = "prompt") -> Messages:
+    """The messages of a prompt in any shape that the column ``prompt`` may have. Raises DataError."""
+    turns = _transcript(value) if isinstance(value, str) else None
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        value = turns[:-1]  # a dialogue up to the point where the assistant is to speak
+    messages = messages_of(value, column)
+    if messages[-1]["role"] == "assistant":
+        raise DataError("the prompt ends with an assistant message; the response belongs into chosen and rejected")
+    return messages
+
+
+# Preferences --------------------------------------------------------------------------------------------------------
+
+
+def _response(value: Any, column: str) -> tuple[Messages, str]:
+    """(messages before the response, response text, which may be empty)"""
+    if isinstance(value, str):
+        return [], checked_text(value, column)
+    messages = messages_of(value, column)
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f"the last message of column {column!r} must have the role assistant")
+    *before, response = messages
+    if further := [name for name in FIELDS if name in response]:
+        raise DataError(
+            f"the response in column {column!r} has {', '.join(further)}; write all that the model is to say into content"
+        )
+    return before, response["content"]
+
+
+def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
+    """Two texts that begin with the same prompt, as in TRL: their longest common beginning, up to the end of a word."""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    end = next((at for at, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    if any(text[end : end + 1].strip() for text in (chosen, rejected)):
+        end = next((at + 1 for at in range(end - 1, -1, -1) if chosen[at].isspace()), 0)
+    if not chosen[:end].strip():
+        raise DataError("missing column prompt, and chosen and rejected do not share their beginning")
+    # The space between prompt and response belongs to neither: the chat template separates them.
+    return messages_of(chosen[:end].rstrip(), "chosen"), chosen[end:].strip(), rejected[end:].strip()
+
+
+def _implicit(chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
+    """(prompt, chosen, rejected) of a row without the column prompt."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        turns = _transcript(checked_text(chosen, "chosen")), _transcript(checked_text(rejected, "rejected"))
+        if None in turns:
+            return _shared_text(chosen, rejected)
+        chosen, rejected = turns
+    (before, text), (before_rejected, text_rejected) = _response(chosen, "chosen"), _response(rejected, "rejected")
+    if not before or before != before_rejected:
+        raise DataError("missing column prompt, and chosen and rejected do not share the messages before the last one")
+    if before[-1]["role"] == "assistant":
+        raise DataError("two assistant messages end the conversation; the response must be one message")
+    return before, text, text_rejected
+
+
+def _explicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
+    """(prompt, chosen, rejected) of a row with the column prompt, which chosen and rejected may repeat."""
+    prompt = prompt_messages(row["prompt"])
+    (before, chosen), (before_rejected, rejected) = (_response(row[c], c) for c in ("chosen", "rejected"))
+    if before and before == before_rejected and isinstance(row["prompt"], str):
+        if before[-1]["content"].strip() == row["prompt"].strip():
+            return before, chosen, rejected  # the conversation says more than its last question
+    for column, repeated in (("chosen", before), ("rejected", before_rejected)):
+        if repeated and [m["content"].strip() for m in repeated] != [m["content"].strip() for m in prompt]:
+            raise DataError(f"the messages of column {column!r} before the response are not those of column 'prompt'")
+    return prompt, chosen, rejected
+
+
+def preference(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
+    """(prompt, chosen, rejected) of a row that has the columns chosen and rejected. Raises DataError."""
+    refuse_unread(row)
+    prompt, chosen, rejected = (
+        _explicit(row) if row.get("prompt") is not None else _implicit(row["chosen"], row["rejected"])
+    )
+    return with_system(row, prompt), chosen, rejected
+
+
+def question(row: Mapping[str, Any], column: str = "prompt") -> Messages:
+    """The prompt of a row that has it in ``column``. Raises DataError."""
+    refuse_unread(row)
+    return with_system(row, prompt_messages(row[column], column))
