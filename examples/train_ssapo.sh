@@ -12,7 +12,7 @@ while [ $# -gt 0 ]; do
     *) rest+=("$1"); shift ;;
   esac
 done
-exec deepspeed --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-29531}" "$0" "${rest[@]}"
+exec deepspeed --log_level error --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-29531}" "$0" "${rest[@]}"
 : <<'# end of the Python half'
 ":"""
 # Python half: `deepspeed --num_gpus N examples/train_ssapo.sh --algo sgpo ...` runs this file with python, once per rank.

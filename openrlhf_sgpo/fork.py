@@ -12,7 +12,16 @@ import yaml
 
 from openrlhf_sgpo import algorithms
 from openrlhf_sgpo.algorithms.dpo import DPO
-from openrlhf_sgpo.run_folder import ADDRESS, RunFolder, differences, read_json, whole_folder, write_json, write_text
+from openrlhf_sgpo.run_folder import (
+    ADDRESS,
+    RunFolder,
+    differences,
+    read_json,
+    read_ledger,
+    whole_folder,
+    write_json,
+    write_text,
+)
 
 # What may differ, because neither the seed stage nor the first round's samples and labels depend on it.
 _FREE = ("algo", "rounds.loss_reference", "train.max_epochs", "adam.lr", "ckpt.", "logger.", *ADDRESS)
@@ -57,7 +66,7 @@ def take_over(source: RunFolder, folder: RunFolder) -> None:
         if (source.path / name).exists() and not (folder.path / name).exists():
             with whole_folder(folder.path / name) as partial:
                 shutil.copytree(source.path / name, partial, dirs_exist_ok=True)
-    stages = read_json(source.path / "ledger.json")["stages"]
+    stages = read_ledger(source.path / "ledger.json")["stages"]
     prefixes = ("initial/", "round_0/", *(f"round_1/{name}" for name in ("generate", "annotate") if "pairs" in kept))
     shared = {name: cost for name, cost in stages.items() if name.startswith(prefixes)}
     write_json(folder.path / "ledger.json", {"total": {}, "stages": shared})

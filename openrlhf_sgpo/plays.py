@@ -20,13 +20,13 @@ from statistics import mean
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from openrlhf_sgpo.algorithms.on_policy import Model, OnPolicyAlgorithm, Role
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, Actor, load_actor, save_weights
 from openrlhf_sgpo.oracle.base import Answer, Question
+from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.rollout import Rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
@@ -82,6 +82,10 @@ class PlayRun(Run):
                 shutil.rmtree(self.weights, ignore_errors=True)
             self._close()
 
+    def _plan(self) -> list[str]:
+        rounds = range(1, 1 + self.config.rounds.count)
+        return ["initial/evaluate", *(f"round_{number}/{stage}" for number in rounds for stage in ("play", "evaluate"))]
+
     def _policy_before(self, number: int) -> str:
         return self.config.model.model_name_or_path if number == 1 else str(self.folder.policy(number - 1))
 
@@ -89,7 +93,7 @@ class PlayRun(Run):
         """round_K/plays.jsonl and policy: ``--rounds.steps`` steps."""
         if self._finished(number, "play"):
             return
-        with self.ledger.stage(f"round_{number}/play") as entry:
+        with self._stage(f"round_{number}/play") as entry:
             entry |= self._play(number)
         self._finish(
             number, "play", {"policy": self._name(self._policy_before(number)), "steps": self.config.rounds.steps}
@@ -127,7 +131,7 @@ class PlayRun(Run):
             roles = Roles(self.play, self.chat, engine, mixture, folders, longest)
             if step > first and self.play.steps_per_sync:
                 self._sync(actor, roles)
-            progress = tqdm(
+            progress = Progress(
                 total=last, initial=step, desc=f"round {number}: play", unit="step", disable=not self.writes
             )
             while step < last:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import starmap
@@ -72,6 +73,13 @@ class Rounds(Run):
         finally:
             self._close()
 
+    def _plan(self) -> list[str]:
+        plan = ["initial/evaluate"]
+        for number in range(1 + self.config.rounds.count):
+            made = ("generate", "annotate") if number else ("pairs",)
+            plan += [f"round_{number}/{stage}" for stage in (*made, "score", "train", "evaluate")]
+        return plan
+
     # Stages ---------------------------------------------------------------------------------------------------------
 
     def _seed_pairs(self) -> None:
@@ -79,7 +87,7 @@ class Rounds(Run):
         if self._finished(0, "pairs"):
             return
         seed, settings = self.config.train.seed, self.config.seed
-        with self.ledger.stage("round_0/pairs") as cost:
+        with self._stage("round_0/pairs") as cost:
             embeddings = None
             if settings.size and settings.selection == "fps":
                 prompts = [group.prompt for group in self.data.human.groups]
@@ -98,7 +106,7 @@ class Rounds(Run):
             return
         rollout, path = self.config.rollout, self.folder.round(number)
         prompts = self._round_prompts(number)
-        with self.ledger.stage(f"round_{number}/generate") as cost:
+        with self._stage(f"round_{number}/generate") as cost:
             samples = self._engine(self._policy_before(number)).generate(
                 [self.data.prompts.tokens_of(prompt) for prompt in prompts],
                 rollout.n_samples_per_prompt,
@@ -141,7 +149,7 @@ class Rounds(Run):
             raise RuntimeError(f"round {number}: no prompt got two different answers, so there is nothing to rank")
         oracle = self._oracle(number)
         before = oracle.usage()
-        with self.ledger.stage(f"round_{number}/annotate") as cost, self._counting(cost):
+        with self._stage(f"round_{number}/annotate") as cost:
             rewards = oracle.rewards([*questions, *gold], f"round {number}: score")
             cost |= {name: total - before[name] for name, total in oracle.usage().items()}
         # Equal rewards are no preference; a label would only say which answer came first.
@@ -178,23 +186,26 @@ class Rounds(Run):
         pairs, groups = self._tokenize(self.algorithm.pairs(pairs, self.chat))
         label, by_itself = f"round {number}", judges_itself(self.config, self.algorithm)
         self._say(
-            f"\n{label}: {len(pairs)} pairs, policy {self._name(start)}, loss reference {self._name(loss_reference) or 'none'}"
+            f"{label}: {len(pairs)} pairs, policy {self._name(start)}, loss reference {self._name(loss_reference) or 'none'}"
             + (f", judge reference {self._name(self._judge_reference(number))}" if number and by_itself else "")
         )
-        with self.ledger.stage(f"round_{number}/follower") as cost, self._counting(cost):
+        with self._stage(f"round_{number}/score"):
             reference = self.scorer.score(loss_reference, groups, f"{label}: reference")
-            certificate: dict[str, Any] = {}
-            if own:
-                policy = self.scorer.score(start, groups, f"{label}: policy")
-                at_start = margins(policy, reference, config.model.beta).float()
-                steps = optimiser_steps(len(groups), epochs, config, distributed.get_world_size())
-                certificate = algorithm.begin_stage(at_start, Stage(number, steps, config.train.seed + number))
-            if certificate and self.writes:
-                write_json(certificate_path, certificate | {"margins": at_start.tolist()})
+            policy = self.scorer.score(start, groups, f"{label}: policy") if own else reference
+        certificate: dict[str, Any] = {}
+        if own:
+            at_start = margins(policy, reference, config.model.beta).float()
+            steps = optimiser_steps(len(groups), epochs, config, distributed.get_world_size())
+            begin = time.perf_counter()
+            certificate = algorithm.begin_stage(at_start, Stage(number, steps, config.train.seed + number))
+            if certificate:  # otherwise there is no follower
+                self.ledger.book(f"round_{number}/follower", {}, begin)
+                if self.writes:
+                    write_json(certificate_path, certificate | {"margins": at_start.tolist()})
         if start != config.ref.model_name_or_path:
             self.scorer.forget(start)
         self.scorer.discard(str(self.folder.policy(number)))
-        with self.ledger.stage(f"round_{number}/train") as cost:
+        with self._stage(f"round_{number}/train") as cost:
             tokens = train_stage(
                 algorithm,
                 groups,

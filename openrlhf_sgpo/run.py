@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from transformers import AutoConfig
@@ -24,6 +25,7 @@ from openrlhf_sgpo.evaluation.between_rounds import Evaluator
 from openrlhf_sgpo.evaluation.report import write_report
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.openrlhf import build_strategy
+from openrlhf_sgpo.output import log_to, say, stage_line
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.run_folder import Ledger, Metrics, RunFolder, write_json, write_text
 from openrlhf_sgpo.table import results_table
@@ -63,7 +65,7 @@ class Run:
                 )
         self.data = inspect_run(records, self.chat, config, self._room())
         if os.environ.get("RANK", "0") == "0":  # the strategy does not exist yet
-            print("\n".join(report.text() for report in self.data.reports), flush=True)
+            say("\n".join(report.text() for report in self.data.reports))
         require(self.data.reports)
         self._check_prompts()
         held_out = self._held_out()
@@ -72,6 +74,7 @@ class Run:
         self.strategy = build_strategy(config)
         self.writes = self.strategy.is_rank_0()
         ranks.on_rank_0(lambda: self._prepare_folder(resolved))
+        log_to(self.folder.path)
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
         self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
         self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
@@ -112,11 +115,24 @@ class Run:
         raise NotImplementedError
 
     def _write_results(self, rows: list[dict[str, Any]]) -> None:
-        """table.txt, which is also printed, and report.html."""
+        """table.txt, which is also printed, and report.html; then where the policy is, and what can be done with it."""
         if self.writes:
             table = results_table(rows, self.ledger.stages)
             write_text(self.folder.path / "table.txt", table)
-            print(f"{table}\n{write_report(self.folder.path)}")
+            report = write_report(self.folder.path)
+            folder = self.config.ckpt.output_dir
+            policy = os.path.join(folder, self._plan()[-1].partition("/")[0], "policy")
+            self._say(f"{table}\npolicy: {policy}\nreport: {report}\n{self._next(folder, policy)}")
+
+    def _next(self, folder: str, policy: str) -> str:
+        """Commands that go on from here, ready to be pasted."""
+        if not self.algorithm.needs.reference:  # it judges, and does not chat
+            return (
+                f"next:   openrlhf-sgpo train --oracle preference_model --reward.model_name_or_path {quote(policy)} ..."
+            )
+        start = quote(f"start={self.config.model.model_name_or_path}")
+        models = f"--models {quote(folder)} {start} --out {quote(folder.rstrip('/') + '-leaderboard')}"
+        return f"next:   openrlhf-sgpo evaluate --tasks ifeval {models}\n        vllm serve {quote(policy)}"
 
     def _close(self) -> None:
         self.metrics.close()
@@ -129,7 +145,7 @@ class Run:
         """evaluation.json of a policy; also the moment at which the engines take it over."""
         row = self.evaluator.read(path)
         if row is None:
-            with self.ledger.stage(f"{path.name}/evaluate") as cost, self._counting(cost):
+            with self._stage(f"{path.name}/evaluate") as cost:
                 row = self.evaluator.evaluate(name, policy, previous, path, cost)
         return row
 
@@ -175,11 +191,19 @@ class Run:
             self.folder.finish(number, stage, facts)
         ranks.barrier()
 
+    def _plan(self) -> list[str]:
+        """All stages of the run in their order, by their names in the ledger."""
+        raise NotImplementedError
+
     @contextmanager
-    def _counting(self, cost: dict[str, float]) -> Iterator[None]:
+    def _stage(self, name: str) -> Iterator[dict[str, float]]:
+        """A stage is announced; what it costs is yielded, and gets the tokens that it scored."""
+        seconds = {done: entry["seconds"] for done, entry in self.ledger.stages.items() if "seconds" in entry}
+        self._say(stage_line(name, self._plan(), seconds))
         before = self.scorer.tokens_scored
-        yield
-        cost["tokens_scored"] = self.scorer.tokens_scored - before
+        with self.ledger.stage(name) as cost:
+            yield cost
+            cost["tokens_scored"] = cost.get("tokens_scored", 0) + self.scorer.tokens_scored - before
 
     def _name(self, model: str) -> str:
         """A policy of this run by its place in the run folder, so that the folder can be moved."""
@@ -188,4 +212,4 @@ class Run:
 
     def _say(self, text: str) -> None:
         if self.writes:
-            print(text, flush=True)
+            say(text)

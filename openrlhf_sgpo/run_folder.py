@@ -172,7 +172,7 @@ class Ledger:
     def __init__(self, path: Path, writes: bool):
         self.path = path
         self.writes = writes
-        self.stages: dict[str, dict[str, float]] = read_json(path)["stages"] if path.exists() else {}
+        self.stages: dict[str, dict[str, float]] = read_ledger(path)["stages"]
 
     @contextlib.contextmanager
     def stage(self, name: str, add: bool = False) -> Iterator[dict[str, float]]:
@@ -187,16 +187,30 @@ class Ledger:
             yield entry
         except BaseException:
             if add:
-                self._book(name, entry, start, add)
+                self.book(name, entry, start, add)
             raise
-        self._book(name, entry, start, add)
+        self.book(name, entry, start, add)
 
-    def _book(self, name: str, entry: dict[str, float], start: float, add: bool) -> None:
+    def book(self, name: str, entry: dict[str, float], start: float, add: bool = False) -> None:
+        """A stage that began at ``start`` of time.perf_counter and is over."""
         entry["seconds"] = round(time.perf_counter() - start, 2)
         entry["peak_memory_gib"] = round(_peak_memory_gib(), 2)
         self.stages[name] = _sum([self.stages[name], entry]) if add and name in self.stages else entry
         if self.writes:
             write_json(self.path, {"total": _sum(self.stages.values()), "stages": self.stages})
+
+
+def read_ledger(path: Path) -> dict[str, Any]:
+    """``total`` and ``stages`` of ledger.json, both empty if there is none. In folders of versions up to 0.1 the entry of the
+    follower was that of scoring, with the follower's milliseconds."""
+    if not path.exists():
+        return {"total": {}, "stages": {}}
+    ledger = read_json(path)
+    stages = {
+        name.replace("/follower", "/score") if "tokens_scored" in entry else name: entry
+        for name, entry in ledger["stages"].items()
+    }
+    return ledger | {"stages": stages}
 
 
 def _sum(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:

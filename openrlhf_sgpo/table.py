@@ -15,7 +15,7 @@ FIGURES = (  # title, key, digits
     ("labels", "label_accuracy", 3),
     ("value", "value", 4),
 )
-STAGES = ("generate", "annotate", "oracle", "follower", "log_probs", "train", "sync", "evaluate")
+STAGES = ("generate", "annotate", "oracle", "score", "follower", "log_probs", "train", "sync", "evaluate")
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -19,12 +19,12 @@ DATA = {"--data.dataset": "a", "--eval.dataset": "b", "--data.prompt_dataset": "
 STAGES = {
     "initial/evaluate": {"seconds": 1.0, "samples": 8},
     "round_0/pairs": {"seconds": 0.5},
-    "round_0/follower": {"seconds": 2.0, "tokens_scored": 500},
+    "round_0/score": {"seconds": 2.0, "tokens_scored": 500},
     "round_0/train": {"seconds": 3.0, "tokens_trained": 1000},
     "round_0/evaluate": {"seconds": 1.5},
     "round_1/generate": {"seconds": 4.0, "samples": 24},
     "round_1/annotate": {"seconds": 2.5},
-    "round_1/follower": {"seconds": 0.5},
+    "round_1/score": {"seconds": 0.5},
     "round_1/train": {"seconds": 3.5},
     "round_1/evaluate": {"seconds": 1.5},
     "round_10/generate": {"seconds": 9.0},
@@ -333,7 +333,7 @@ def test_a_forked_run_is_the_run_that_made_everything_itself(tiny_model, tiny_da
             )
         # Every log-probability that the round's training needs had been taken for the labels and the seed before.
         stages = json.loads((folder / "ledger.json").read_text())["stages"]
-        assert stages["round_1/follower"]["tokens_scored"] == 0 < stages["round_1/train"]["tokens_trained"]
+        assert stages["round_1/score"]["tokens_scored"] == 0 < stages["round_1/train"]["tokens_trained"]
     assert (ssapo / policy).read_bytes() != (alone / policy).read_bytes(), "the radius made no difference"
     # Rounds of --algo dpo annotate themselves.
     assert {pair["source"] for pair in read_jsonl(alone / "round_1/pairs.jsonl")} == {"implicit"}

@@ -387,7 +387,7 @@ def contents(folder) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("ledger.json", "lock", "resolved_config.yaml")
+        if path.is_file() and path.name not in ("ledger.json", "lock", "log.txt", "resolved_config.yaml")
     }
 
 

@@ -14,7 +14,15 @@ from running import ROOT, arguments, killed, launch, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 # Costs are wall time, the lock has the process's number, and an adapter's configuration the path of its base model.
-NOT_COMPARED = {"ledger.json", "report.html", "table.txt", "lock", "resolved_config.yaml", "adapter_config.json"}
+NOT_COMPARED = {
+    "ledger.json",
+    "log.txt",
+    "report.html",
+    "table.txt",
+    "lock",
+    "resolved_config.yaml",
+    "adapter_config.json",
+}
 
 
 def flags(tiny_model, tiny_data, folder: Path) -> list[str]:

@@ -47,6 +47,34 @@ def test_a_run_leaves_what_the_layout_says(run, tiny_model):
 
 
 @pytest.mark.slow
+def test_a_run_says_where_it_is_and_nothing_of_other_packages(run):
+    """What they say is in log.txt, from the first import on; and the run ends with what can be done next."""
+    folder, process = run
+    assert process.stderr == "" and "warning" not in process.stdout.lower()
+    assert "set_vital" in (folder / "log.txt").read_text()  # of torchdata
+    stages = [line for line in process.stdout.splitlines() if line.startswith("stage ")]
+    assert [line.split(",")[0] for line in stages] == [f"stage {number} of 15" for number in range(1, 16)]
+    assert stages[6] == "stage 7 of 15, round 1: annotate" and stages[14].endswith(
+        "round 2: evaluate, less than a minute left"
+    )
+    policy, report, *following = process.stdout.splitlines()[-4:]
+    assert policy == f"policy: {folder / 'round_2' / 'policy'}" and report == f"report: {folder / 'report.html'}"
+    assert following[0].startswith(f"next:   openrlhf-sgpo evaluate --tasks ifeval --models {folder} start=")
+    assert following[1].split() == ["vllm", "serve", str(folder / "round_2" / "policy")]
+
+
+@pytest.mark.slow
+def test_scoring_is_not_the_follower(run):
+    """The ledger has both; the seed stage, of DPO, has no follower."""
+    folder, _ = run
+    stages = json.loads((folder / "ledger.json").read_text())["stages"]
+    for number in range(3):
+        assert stages[f"round_{number}/score"]["tokens_scored"] >= 0
+        assert (f"round_{number}/follower" in stages) == (number > 0)
+    assert stages["round_0/score"]["tokens_scored"] > 0
+
+
+@pytest.mark.slow
 def test_pairs_are_ranked_by_implicit_reward_and_margins_are_its_differences(run):
     folder, _ = run
     pairs = read_jsonl(folder / "round_1/pairs.jsonl")

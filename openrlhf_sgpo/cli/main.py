@@ -11,6 +11,7 @@ from typing import Any
 from openrlhf_sgpo import __version__, algorithms, config, extras, flags
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config_check import check_data
+from openrlhf_sgpo.output import other_packages_apart, say
 
 USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
@@ -47,7 +48,8 @@ def train(argv: list[str]) -> int:
     if settings.dry_run:
         print(flags.dump({"": replace(settings, dry_run=False), algorithm.name: options}), end="")
         return 0
-    run(settings, algorithm, options)
+    with other_packages_apart():
+        run(settings, algorithm, options)
     return 0
 
 
@@ -74,22 +76,23 @@ def data(argv: list[str]) -> int:
     instances, _ = flags.parse(argv, config.sections(algorithm))
     settings: config.Config = instances[""]
     check_data(settings, algorithm)
-    from openrlhf_sgpo.data.report import require
-    from openrlhf_sgpo.data.run_data import inspect_run, load_run
+    with other_packages_apart():
+        from openrlhf_sgpo.data.report import require
+        from openrlhf_sgpo.data.run_data import inspect_run, load_run
 
-    records = load_run(settings, with_prompts=True)
-    from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
+        records = load_run(settings, with_prompts=True)
+        from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
 
-    model = settings.model
-    tokenizer = load_tokenizer(model.model_name_or_path, model.trust_remote_code, "model.model_name_or_path")
-    chat, room = ChatFormat(tokenizer, settings.data.max_len), settings.rollout.max_new_tokens
-    if issubclass(algorithm, OnPolicyAlgorithm):
-        from openrlhf_sgpo.rollout.roles import prompt_room
+        model = settings.model
+        tokenizer = load_tokenizer(model.model_name_or_path, model.trust_remote_code, "model.model_name_or_path")
+        chat, room = ChatFormat(tokenizer, settings.data.max_len), settings.rollout.max_new_tokens
+        if issubclass(algorithm, OnPolicyAlgorithm):
+            from openrlhf_sgpo.rollout.roles import prompt_room
 
-        room = prompt_room(algorithm(instances[algorithm.name], settings.model.beta), chat, room)
-    reports = inspect_run(records, chat, settings, room).reports
-    print("\n".join(report.text() for report in reports), end="", flush=True)
-    require(reports)
+            room = prompt_room(algorithm(instances[algorithm.name], settings.model.beta), chat, room)
+        reports = inspect_run(records, chat, settings, room).reports
+        say("\n".join(report.text() for report in reports), end="")
+        require(reports)
     return 0
 
 
@@ -102,9 +105,10 @@ def refine(argv: list[str]) -> int:
         print(flags.help_text({"": lambda: defaults(rest)}))
         return 0
     settings, policy = load(argv)
-    from openrlhf_sgpo.refinement.run import Refinement
+    with other_packages_apart():
+        from openrlhf_sgpo.refinement.run import Refinement
 
-    Refinement(settings, policy).execute()
+        Refinement(settings, policy).execute()
     return 0
 
 
@@ -116,9 +120,10 @@ def evaluate(argv: list[str]) -> int:
         print(flags.help_text(sections()))
         return 0
     loaded = load(argv)
-    from openrlhf_sgpo.evaluation.evaluate import Evaluation
+    with other_packages_apart():
+        from openrlhf_sgpo.evaluation.evaluate import Evaluation
 
-    Evaluation(loaded).execute()
+        Evaluation(loaded).execute()
     return 0
 
 
@@ -135,9 +140,10 @@ def compare(argv: list[str]) -> int:
 
         argv = train_suite(argv)
     settings, groups = load(argv)
-    from openrlhf_sgpo.evaluation.cross_play import CrossPlay
+    with other_packages_apart():
+        from openrlhf_sgpo.evaluation.cross_play import CrossPlay
 
-    CrossPlay(settings, groups).execute()
+        CrossPlay(settings, groups).execute()
     return 0
 
 

@@ -46,6 +46,7 @@ from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources
 from openrlhf_sgpo.oracle.comparison import transcript
+from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.run_folder import ADDRESS, Ledger, RunFolder, stage_rows, write_json, write_text
 from openrlhf_sgpo.training.scoring import Scorer
@@ -76,7 +77,7 @@ class CrossPlay:
             name=f"--prompts {settings.prompts}" if settings.prompts else "the runs' held-out prompts",
             room=config.rollout.max_new_tokens,
         )
-        print(inspected.report.text(), flush=True)
+        say(inspected.report.text())
         require([inspected.report])
         self.prompts, self.tokens = inspected.prompts, inspected.tokens
 
@@ -84,6 +85,7 @@ class CrossPlay:
         digests = {f"--runs {run.folder}": content_key(run.ledger()) for run in self.runs}
         digests["--prompts"] = fingerprint(self.prompts)
         self.folder.prepare(flags.dump({"": replace(settings, resume=False)}), settings.resume, digests)
+        log_to(self.folder.path)
         write_json(self.folder.path / "data_report.json", [inspected.report.to_dict()])
         self.strategy = build_strategy(config)
         pad = self.chat.tokenizer.pad_token_id
@@ -249,7 +251,7 @@ class CrossPlay:
         write_json(path / "comparison.json", comparison)
         text = table(comparison)
         write_text(path / "table.txt", text)
-        print(text, flush=True)
+        say(text)
         from openrlhf_sgpo.evaluation.report import write_report
 
         write_report(path)

@@ -20,6 +20,7 @@ from openrlhf_sgpo.evaluation.judge import EvaluationJudge
 from openrlhf_sgpo.evaluation.leaderboard import judge_name, write_leaderboard, write_result
 from openrlhf_sgpo.evaluation.settings import Contestant, Loaded, run_config
 from openrlhf_sgpo.evaluation.task import Responses, Result, Task
+from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import check_rollout
 from openrlhf_sgpo.run_folder import LOCK, Ledger, RunFolder, write_jsonl
 
@@ -46,6 +47,7 @@ class Evaluation:
             check_rollout(self.config)
         self.folder = RunFolder(settings.out, "out")
         self._take_folder()
+        log_to(self.folder.path)
         self.ledger = Ledger(self.folder.path / "ledger.json", writes=True)
         for name, items in self.items.items():
             rows = ({"id": one.id, "turns": one.turns, "category": one.category} for one in items)
@@ -75,10 +77,10 @@ class Evaluation:
             self.answerer.close()
             if judge:
                 judge.close()
-        print(write_leaderboard(self.folder.path), flush=True)
+        say(write_leaderboard(self.folder.path))
         from openrlhf_sgpo.evaluation.report import write_report
 
-        print(write_report(self.folder.path), flush=True)
+        say(write_report(self.folder.path))
         if unread:
             listed = ", ".join(f"{one.model} {one.task} {one.parse_failures} of {one.expected}" for one in unread)
             raise ValueError(
@@ -113,7 +115,7 @@ class Evaluation:
     def _preflight(self, judge: EvaluationJudge) -> None:
         for task in self.tasks.values():
             for note in task.preflight(judge) if task.judged else []:
-                print(f"{task.name}: {note}", flush=True)
+                say(f"{task.name}: {note}")
 
     def _result(
         self, name: str, contestant: Contestant, responses: Mapping[str, Responses], judge: EvaluationJudge | None

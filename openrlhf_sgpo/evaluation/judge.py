@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from openrlhf_sgpo import extras, flags
+from openrlhf_sgpo import extras, flags, output
 from openrlhf_sgpo.config import ServerSettings
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
@@ -185,7 +185,7 @@ class EvaluationJudge:
 
         def say(what: str) -> None:
             if label:
-                print(f"judge {self.settings.model}, {kind}: {what}", flush=True)
+                output.say(f"judge {self.settings.model}, {kind}: {what}")
 
         client = self._client(decoding)
         missing = list(client.missing(requests).values())

@@ -21,6 +21,7 @@ from openrlhf_sgpo.data.records import Pair, fingerprint, load_pairs
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import Deepspeed, config_of, part, unread
 from openrlhf_sgpo.oracle import Answer, Comparison, Oracle, PreferenceOracle, Question
+from openrlhf_sgpo.output import log_to, other_packages_apart, say
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
 from openrlhf_sgpo.table import aligned, standard_error
 
@@ -186,6 +187,7 @@ def check(settings: JudgeCheckSettings) -> dict[str, Any]:
     folder = RunFolder(settings.out, "out")
     resolved = flags.dump({"": replace(settings, resume=False)})
     folder.prepare(resolved, settings.resume, {"--data.dataset": fingerprint(loaded)})
+    log_to(folder.path)
     judge = _make(config, folder.path)
     try:
         said, shows_orders = ask(judge, pairs)
@@ -212,7 +214,7 @@ def check(settings: JudgeCheckSettings) -> dict[str, Any]:
     cost = ", ".join(f"{name} {value}" for name, value in judge.usage().items())
     text = "\n".join([table(found), *notes, f"asked just now: {cost}", ""])
     write_text(folder.path / "table.txt", text)
-    print(text, end="", flush=True)
+    say(text, end="")
     return result
 
 
@@ -271,5 +273,7 @@ def main(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(flags.help_text({"": JudgeCheckSettings}))
         return 0
-    check(load(argv))
+    settings = load(argv)
+    with other_packages_apart():
+        check(settings)
     return 0

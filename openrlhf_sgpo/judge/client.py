@@ -118,7 +118,7 @@ class ChatClient:
     async def _ask_all(
         self, missing: Mapping[str, Request], label: str, accept: Callable[[Reply], Any], partial: bool
     ) -> None:
-        from tqdm import tqdm
+        from openrlhf_sgpo.output import Progress
 
         todo = iter(missing.items())
         failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()  # the first that is for good
@@ -137,7 +137,7 @@ class ChatClient:
                 progress.update()
 
         async with self._server() as server:
-            progress = tqdm(total=len(missing), desc=label, unit="call", disable=not label)
+            progress = Progress(total=len(missing), desc=label, unit="call", disable=not label)
             workers = [asyncio.ensure_future(work()) for _ in range(min(self.settings.concurrency, len(missing)))]
             try:
                 # After a failure too: what is under way is paid for, and kept.

@@ -105,11 +105,11 @@ class LocalServer:
         return command, environment
 
     def _wait(self, keeper: subprocess.Popen[bytes], port: int) -> None:
-        from tqdm import tqdm
+        from openrlhf_sgpo.output import Progress
 
         # Without a rate: it is always one.
         shape = "{desc}: {n_fmt} of at most {total_fmt} s"
-        for _ in tqdm(range(START_LIMIT), desc=f"judge: vLLM starts with {self.name}", bar_format=shape):
+        for _ in Progress(range(START_LIMIT), desc=f"judge: vLLM starts with {self.name}", bar_format=shape):
             if keeper.poll() is not None:
                 raise self._failed("ended before it could be asked")
             if _is_up(port):

@@ -124,16 +124,15 @@ class Oracle:
         self, items: Sequence[tuple[str, tuple[Any, ...]]], ask: Callable[..., float], label: str
     ) -> list[float]:
         """``ask(*arguments)`` of each (question id, arguments), on rank 0, once per content. Collective."""
-        from tqdm import tqdm
-
         from openrlhf_sgpo import ranks
+        from openrlhf_sgpo.output import Progress
 
         def work() -> tuple[list[float], int]:
             if self._cache is None:
                 folder = self.resources.folder if self.resources else None
                 self._cache = ContentCache(folder and folder / "judgements" / f"{self.name}.jsonl")
             found, calls = [], 0
-            for question, arguments in tqdm(items, desc=label, unit="call", disable=not label):
+            for question, arguments in Progress(items, desc=label, unit="call", disable=not label):
                 key = content_key(self.name, *arguments)
                 if key not in self._cache:
                     self._cache[key] = _number(ask, arguments, f"oracle {self.name}, question {question}")

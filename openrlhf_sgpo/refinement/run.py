@@ -24,6 +24,7 @@ from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.tokens import load_chat
 from openrlhf_sgpo.inference import Policy
 from openrlhf_sgpo.openrlhf import build_strategy
+from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.refinement.budget import affordable, further
 from openrlhf_sgpo.refinement.comparison import Answers, choose, compare
 from openrlhf_sgpo.refinement.drafts import Draft, load_drafts
@@ -65,7 +66,7 @@ class Refinement:
             name=f"--prompts {settings.prompts}" if settings.prompts else f"--drafts {settings.drafts}",
             room=follower_room(self.chat, settings.follower_prompt, new) if settings.depth > 1 else new,
         )
-        print(inspected.report.text(), flush=True)
+        say(inspected.report.text())
         require([inspected.report])
         self.prompts, self.tokens = inspected.prompts, inspected.tokens
 
@@ -74,6 +75,7 @@ class Refinement:
         if self.drafts:
             digests["--drafts"] = fingerprint(list(self.drafts.values()))  # type: ignore[arg-type]
         self.folder.prepare(flags.dump({"": replace(settings, resume=False)}), settings.resume, digests)
+        log_to(self.folder.path)
         write_json(self.folder.path / "data_report.json", [inspected.report.to_dict()])
         self.strategy = build_strategy(config)
         self.ledger = Ledger(self.folder.path / "ledger.json", writes=True)
@@ -245,5 +247,5 @@ class Refinement:
         write_json(path / "summary.json", summary)
         text = table(summary["depths"])
         write_text(path / "table.txt", text)
-        print(text, flush=True)
+        say(text)
         return summary

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
 from openrlhf_sgpo.training.scoring import release_memory
 
@@ -110,7 +110,7 @@ class HuggingFaceRollout:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine: dict[int, list[Sample]] = {}
-        for batch in tqdm(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
+        for batch in Progress(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
             mine.update(zip(batch, self._sample([prompts[index] for index in batch], n, seed), strict=True))
         merged = {index: samples for part in ranks.gather(mine) for index, samples in part.items()}
         return [merged[index] for index in range(len(prompts))]

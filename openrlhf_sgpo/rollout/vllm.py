@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import distributed
-from tqdm import tqdm
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT
 
@@ -120,7 +120,7 @@ class VllmRollout:
         ]
         results = [
             [self.stop.sample(ids) for ids in ray.get(request)]
-            for request in tqdm(requests, desc=label, unit="prompt", disable=not label)
+            for request in Progress(requests, desc=label, unit="prompt", disable=not label)
         ]
         self._sleep()
         return results

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, distributed
-from tqdm import tqdm
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor
+from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.training.scoring import release_memory
 
 
@@ -28,7 +28,7 @@ def prompt_embeddings(
     actor.eval()
     device = next(actor.parameters()).device
     rows = []
-    for prompt in tqdm(mine, desc="seed: embed prompts", unit="prompt", disable=not strategy.is_rank_0()):
+    for prompt in Progress(mine, desc="seed: embed prompts", unit="prompt", disable=not strategy.is_rank_0()):
         tokens = torch.tensor([prompt], device=device)
         output = actor.model(tokens, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         rows.append(output.hidden_states[-1][0, -1].float().cpu())

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import distributed
-from tqdm import tqdm
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy, load_actor, load_reward_model
+from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.training.log_probs import padded_rows, response_log_probs, response_logits, sequence_divergence
 
 PART = 64  # batches per rank between two writes
@@ -148,7 +148,9 @@ class Scorer:
         actors = [self._held.get(model) or self.strategy.prepare(self._load(model)) for model in models]
         if self.resident:
             self._held |= dict(zip(models, actors, strict=True))
-        progress = tqdm(total=len(mine), desc=label, unit="batch", disable=not (label and self.strategy.is_rank_0()))
+        progress = Progress(
+            total=len(mine), desc=label, unit="batch", disable=not (label and self.strategy.is_rank_0())
+        )
         try:
             for actor in actors:
                 actor.eval()

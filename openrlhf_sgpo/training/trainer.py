@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import Actor, DistributedSampler, DPOTrainer
+from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
 
@@ -92,7 +92,7 @@ class PairTrainer(DPOTrainer):
         first_epoch, skipped = divmod(step * accumulation, micro_steps)
         device = next(self.model.parameters()).device
         records: list[Tensor] = []
-        progress = tqdm(
+        progress = Progress(
             total=self.epochs * micro_steps // accumulation,
             initial=step,
             desc=f"{self.stage}: train",
@@ -169,7 +169,7 @@ class PairTrainer(DPOTrainer):
             extrapolated = extrapolated_log_probs(policy, reference, self.algorithm.extrapolation)
         return policy.log_probs(), extrapolated
 
-    def _finish_step(self, step: int, records: list[Tensor], progress: tqdm) -> None:
+    def _finish_step(self, step: int, records: list[Tensor], progress: Progress) -> None:
         table = self.strategy.all_gather(torch.cat(records))
         extra = self.algorithm.after_step(table[:, 6])
         accurate = (table[:, 3] > 0).to(table)

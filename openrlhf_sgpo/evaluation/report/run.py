@@ -19,7 +19,7 @@ from openrlhf_sgpo.evaluation.report.markup import MISSING, Html, details, numbe
 from openrlhf_sgpo.evaluation.report.page import page
 from openrlhf_sgpo.evaluation.report.run_curves import held_out_plot, round_plots, step_plots
 from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, side_by_side
-from openrlhf_sgpo.run_folder import read_json, read_jsonl
+from openrlhf_sgpo.run_folder import read_json, read_jsonl, read_ledger
 from openrlhf_sgpo.table import FIGURES, STAGES
 
 PLAYS_SHOWN = 4
@@ -46,7 +46,7 @@ def run_page(folder: Path) -> Html:
             "leaderboard has them, and a page, when it has ended"
         )
     moments = read_moments(folder)
-    ledger = read_json(folder / "ledger.json") if (folder / "ledger.json").is_file() else {"total": {}, "stages": {}}
+    ledger = read_ledger(folder / "ledger.json")
     seconds = ledger["total"].get("seconds")
     ended = (folder / "table.txt").is_file()
     count = settings["rounds"]["count"]
