@@ -134,13 +134,12 @@ class Progress(tqdm):
             settings.setdefault("bar_format", LINE)
         super().__init__(iterable, file=stream, leave=False, dynamic_ncols=not self._lines, **settings)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if not self._lines:
-            return bool(super().display(msg, pos))
-        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            super().display(msg, pos)
+        elif time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             print(self, file=self.fp, flush=True)
-        return True
 
     def close(self) -> None:
         if not self.disable and self._lines:
