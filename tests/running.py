@@ -32,18 +32,20 @@ def arguments(tiny_model, tiny_data, folder, *more: str, algo: str = "sgpo") -> 
     return common + (rounds if algo != "dpo" else []) + list(more)
 
 
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     folder = os.path.dirname(sys.executable)
     # Tests that build a strategy in this process leave its rank and port in the environment.
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {name: value for name, value in os.environ.items() if name not in own}
-    with socket.socket() as probe:  # launchers of tests that run at the same time need ports of their own
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**inherited, "MASTER_PORT": str(port), "PATH": f"{folder}:{os.environ['PATH']}", **environment},
+        env={**inherited, "PATH": f"{folder}:{os.environ['PATH']}", **environment},
         capture_output=True,
         text=True,
         timeout=500,

@@ -10,6 +10,7 @@ from typing import Any
 
 from openrlhf_sgpo import __version__, algorithms, config, extras, flags
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+from openrlhf_sgpo.cli import ending
 from openrlhf_sgpo.config_check import check_data
 from openrlhf_sgpo.output import other_packages_apart, say
 
@@ -240,31 +241,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"openrlhf-sgpo {__version__}")
         return 0
     command, rest = argv[0], argv[1:]
-    try:
-        # For module:Class. The console script and the launcher put only the script's folder on the path. At the end, so that a
-        # file of the user's never stands in for an installed package.
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
-        if command in COMMANDS:
-            code = COMMANDS[command](rest)
-            sys.stdout.flush()
-            return code
-    except ValueError as error:
-        # Settings and data errors are written for the user: no traceback.
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("openrlhf_sgpo"):
-            raise
-        print(f"error: {extras.how_to_install(error.name)}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
+    with ending.stopped_by_signals():
         try:
-            print(flush=True)
-        except BrokenPipeError:  # whoever reads our output has left, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
-            return 141  # what a shell reports of a command that ended by SIGPIPE
-        raise
+            # For module:Class. The console script and the launcher put only the script's folder on the path. At the end, so
+            # that a file of the user's never stands in for an installed package.
+            if os.getcwd() not in sys.path:
+                sys.path.append(os.getcwd())
+            if command in COMMANDS:
+                code = COMMANDS[command](rest)
+                ending.part()
+                sys.stdout.flush()
+                return code
+        except (Exception, KeyboardInterrupt) as error:
+            return ending.explain(error, argv)
     print(f"error: unknown command {' '.join(argv)!r}\n{USAGE}", end="", file=sys.stderr)
     return 2
 

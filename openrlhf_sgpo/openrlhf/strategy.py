@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.cpp_extension import CUDA_HOME
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.openrlhf.adapters import groups_by_adapter
 
@@ -106,10 +106,8 @@ def _single_process() -> None:
     """Without the deepspeed launcher this process is the only rank; otherwise DeepSpeed would look for MPI."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # Nobody else looks for it: any free port serves.
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def build_strategy(config: Config) -> DeepspeedStrategy:
@@ -142,5 +140,7 @@ def build_strategy(config: Config) -> DeepspeedStrategy:
         zero_stage=config.ds.zero_stage,
         args=arguments,
     )
+    ranks.listen_where_named()
     strategy.setup_distributed()
+    ranks.barrier()
     return strategy

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.oracle import Answer, Question, Resources
 from openrlhf_sgpo.oracle.judge import Judge
@@ -38,7 +39,11 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         from torch import distributed
 
+        ranks.listen_where_named()
         distributed.init_process_group("gloo")
     judge = make_judge(Path(sys.argv[1]), sys.argv[2], max_retries=0)
-    found = judge.preferences(questions(8), "test")
+    try:
+        found = judge.preferences(questions(8), "test")
+    finally:
+        ranks.part()
     print(json.dumps({"preferences": found, "usage": judge.usage()}))

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import BIAS, JudgeServer, shown, sigmoid
+from running import free_port
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.judge import client
@@ -280,18 +281,18 @@ def test_after_a_kill_only_what_is_missing_is_asked(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_ask_once_and_fail_together(tmp_path):
-    def ranks(name: str, port: str) -> list[tuple[int, bytes, bytes]]:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    def ranks(name: str) -> list[tuple[int, bytes, bytes]]:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         processes = [run_script(tmp_path / name, server.url, RANK=rank, **shared) for rank in "01"]
         outputs = [process.communicate(timeout=120) for process in processes]
         return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
     with JudgeServer() as server:
-        (code, one, _), (other_code, other, _) = ranks("whole", "29561")
+        (code, one, _), (other_code, other, _) = ranks("whole")
         assert code == other_code == 0 and json.loads(one) == json.loads(other)
         assert len(server.asked) == 48 and json.loads(one)["usage"]["judge_calls"] == 48
         server.plan = lambda text, times: "500" if len(server.asked) > 60 else None
-        for code, _, error in ranks("broken", "29563"):
+        for code, _, error in ranks("broken"):
             assert code == 1 and b"JudgeError: --judge.base_url" in error
 
 

@@ -1,0 +1,188 @@
+"""How a command ends that does not end well: what is said of it, and with which code. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo import extras, flags
+
+COMMAND = "OPENRLHF_SGPO_COMMAND"  # what people typed before a command's own flags, where that was not openrlhf-sgpo
+FOLDERS = ("ckpt.output_dir", "out")  # flags that name the folder of a run
+FULL = 16 * 2**20  # bytes; with less free space writing fails
+
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT): "free some space",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "change its permissions, or choose another folder{flag}",
+    (errno.ENAMETOOLONG,): "choose a shorter name{flag}",
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST): "choose another name{flag}, or move what is there",
+    (errno.ENOENT,): "create it, or correct the name",
+    (errno.EMFILE, errno.ENFILE): "raise the limit of open files, `ulimit -n`",
+}
+_MEMORY = "lower --train.micro_batch_size, --data.max_len or --vllm.gpu_memory_utilization"
+
+_signal = 0  # that asked this process to stop
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Within the block SIGTERM ends the command as Ctrl-C does, and a second signal ends it at once.
+
+    Ranks other than the first have nothing to finish: they end at once, even while they wait for another rank, where Python
+    would not hear a signal.
+    """
+    handler: Any = _stop if _rank() == 0 else signal.SIG_DFL
+    try:
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread, which alone hears signals
+        before = {}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _stop(number: int, frame: Any) -> None:
+    global _signal
+    if _signal:
+        os._exit(128 + number)
+    _signal = number
+    raise KeyboardInterrupt
+
+
+def explain(error: BaseException, argv: list[str]) -> int:
+    """Says on stderr, in one line where it is not written for the user already, what ended the command ``argv``; returns the
+    exit code. With several ranks the first one speaks; another one does if it fails alone."""
+    global _signal
+    stopped, _signal = _signal or signal.SIGINT * isinstance(error, KeyboardInterrupt), 0
+    if stopped:
+        print(f"stopped: {shlex.join(_typed(argv))}\nto go on: {shlex.join(_continued(argv))}", file=sys.stderr)
+        return 128 + stopped
+    together = part()
+    if _rank() > 0 and (together or isinstance(error, ValueError)):
+        return 2 if isinstance(error, ValueError) else 1
+    who = f"rank {_rank()}: " if _rank() > 0 else ""
+    if isinstance(error, ValueError):
+        # Settings and data errors are written for the user.
+        print(f"error: {who}{error}", file=sys.stderr)
+        return 2
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("openrlhf_sgpo"):
+        print(f"error: {who}{extras.how_to_install(error.name)}", file=sys.stderr)
+        return 2
+    if isinstance(error, BrokenPipeError) and not _stdout_is_read():
+        return 141  # what a shell reports of a command that ended by SIGPIPE
+    what = _os_error(error, argv) or _other(error, argv)
+    print(f"error: {who}{what}{_details(error, argv)}", file=sys.stderr)
+    return 1
+
+
+def _stdout_is_read() -> bool:
+    try:
+        print(flush=True)
+    except BrokenPipeError:  # whoever reads our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        return False
+    return True
+
+
+def part() -> bool:
+    """See ``ranks.part``; whoever has not imported torch has not met the other ranks."""
+    ranks = sys.modules.get("openrlhf_sgpo.ranks")
+    return ranks is not None and ranks.part()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _folder(argv: list[str]) -> tuple[str, Path] | None:
+    """The flag that names the folder of this command's run, and the folder."""
+    with contextlib.suppress(ValueError):  # the settings themselves may be what is wrong
+        for flag in FOLDERS:
+            if value := flags.peek(argv[1:], flag):
+                return f"--{flag}", Path(value)
+    return None
+
+
+def _run_folder(argv: list[str]) -> Path | None:
+    """The folder of this command's run, if it is there by now."""
+    named = _folder(argv)
+    return named[1] if named and os.path.exists(named[1] / "resolved_config.yaml") else None
+
+
+def _typed(argv: list[str]) -> list[str]:
+    if COMMAND in os.environ:
+        return [*shlex.split(os.environ[COMMAND]), *argv[1:]]
+    return ["openrlhf-sgpo", *argv]
+
+
+def _continued(argv: list[str]) -> list[str]:
+    resumes = _run_folder(argv) and argv[0] != "evaluate" and "--resume" not in argv and "--suite" not in argv
+    return [*_typed(argv), *(["--resume"] if resumes else [])]
+
+
+def _os_error(error: BaseException, argv: list[str]) -> str:
+    """Path, reason and remedy; empty for other errors. Not every library raises an OSError when there is no room."""
+    named = _folder(argv)
+    is_full = "No space left" in str(error)
+    if named and "PytorchStreamWriter" in str(error):
+        is_full = _free(named[1]) < FULL
+    number = errno.ENOSPC if is_full else error.errno if isinstance(error, OSError) else None
+    if number is None:
+        return ""
+    # What is written to an open file fails without a name.
+    names = [getattr(error, "filename2", None), getattr(error, "filename", None), named and named[1]]
+    path = next((str(name) for name in names if name), "")
+    is_inside = named is not None and path.startswith((str(named[1]), str(named[1].absolute())))
+    remedy = next((text for numbers, text in _REMEDIES.items() if number in numbers), "")
+    flag = f" with {named[0]}" if named and is_inside else ""
+    remedy = remedy.format(flag=flag)
+    if number in (errno.ENOSPC, errno.EDQUOT) and _run_folder(argv):
+        remedy += f", then go on: {shlex.join(_continued(argv))}"
+    return ": ".join(filter(None, [_short(path, 200), os.strerror(number), remedy]))
+
+
+def _other(error: BaseException, argv: list[str]) -> str:
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return f"{_short(str(error) or 'out of memory')}: {_MEMORY}"
+    if type(error) in (RuntimeError, OSError):
+        return _short(str(error))
+    return f"{type(error).__name__}: {_short(str(error))}"
+
+
+def _details(error: BaseException, argv: list[str]) -> str:
+    """Where the traceback is: the log of the run's folder, or a file for temporary ones where there is no such folder."""
+    text = "".join(traceback.format_exception(error))
+    folder = _run_folder(argv)
+    try:
+        if folder is None:
+            with tempfile.NamedTemporaryFile("w", prefix="openrlhf-sgpo-", suffix=".txt", delete=False) as file:
+                file.write(text)
+            return f" (details: {file.name})"
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+            log.write(text)
+        return f" (details: {folder / 'log.txt'})"
+    except OSError:  # no room for them either
+        return ""
+
+
+def _short(text: str, length: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 4]} ..."
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free where ``path`` is, or will be."""
+    existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if os.path.exists(folder))
+    return shutil.disk_usage(existing).free
