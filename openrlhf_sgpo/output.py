@@ -134,12 +134,13 @@ class Progress(tqdm):
             settings.setdefault("bar_format", LINE)
         super().__init__(iterable, file=stream, leave=False, dynamic_ncols=not self._lines, **settings)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:  # a bool, which its stubs do not know
         if not self._lines:
-            super().display(msg, pos)
-        elif time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            return super().display(msg, pos)
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             print(self, file=self.fp, flush=True)
+        return True
 
     def close(self) -> None:
         if not self.disable and self._lines:

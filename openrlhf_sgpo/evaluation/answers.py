@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Messages
@@ -17,10 +19,11 @@ from openrlhf_sgpo.evaluation.task import Item, Responses
 from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.rollout import Rollout, Sample, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
-from openrlhf_sgpo.run_folder import keep_rows, read_json, read_jsonl, write_json
+from openrlhf_sgpo.run_folder import keep_rows, read_json, read_jsonl, write_json, write_jsonl
 
 # Items that are answered together, and written together: what a kill can lose.
 BLOCK = 64
+SETTINGS = ".settings.json"  # in place of .jsonl: what answers were made with
 # What says who wrote a folder, and nothing of the model.
 _UNIMPORTANT = (
     *("_name_or_path", "name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype"),
@@ -38,6 +41,11 @@ def weights_of(folder: str) -> list[list[Any]]:
     name."""
     files = sorted(path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".bin"))
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
+def identity(folder: str) -> dict[str, Any]:
+    """By which a model is known again."""
+    return {"model": os.path.realpath(folder) if os.path.isdir(folder) else folder, "weights": weights_of(folder)}
 
 
 def kind_of(folder: str) -> str:
@@ -65,6 +73,19 @@ def read_responses(path: Path, items: Sequence[Item]) -> dict[str, Responses]:
         for row in read_jsonl(path)
         if asked.get(row["id"]) == row["asked"]
     }
+
+
+def write_responses(path: Path, items: Sequence[Item], responses: Mapping[str, Responses], made_with: Any) -> None:
+    """What ``read_responses`` reads, and beside it what they were made with."""
+    asked = {one.id: item_hash(one) for one in items}
+    write_json(path.with_suffix(SETTINGS), made_with)
+    write_jsonl(path, (asdict(one) | {"asked": asked[key]} for key, one in responses.items()))
+
+
+def positions(model: str, config: Config) -> int:
+    """How many tokens a model takes; as many as --data.max_len where it does not say."""
+    settings = AutoConfig.from_pretrained(model, trust_remote_code=config.model.trust_remote_code)
+    return int(getattr(settings, "max_position_embeddings", config.data.max_len))
 
 
 class Answerer:
@@ -149,17 +170,16 @@ class Answerer:
             self.rollout = None
 
     def _same_settings(self, folder: str, items: Sequence[Item], path: Path) -> None:
-        settings = path.with_suffix(".settings.json")
+        settings = path.with_suffix(SETTINGS)
         # Every item has room for its answers, so that max_len does not matter to them.
         decoding = {name: value for name, value in self.decoding().items() if name != "max_len"}
-        model = os.path.realpath(folder) if os.path.isdir(folder) else folder
-        made_with: dict[str, Any] = {"model": model, "weights": weights_of(folder), "decoding": decoding}
+        made_with: dict[str, Any] = identity(folder) | {"decoding": decoding}
         stored: dict[str, Any] = read_json(settings) if path.exists() and settings.exists() else made_with
         if all(one.temperature is not None for one in items):
-            decoding["temperature"] = stored["decoding"]["temperature"]  # nothing is answered at it
-        changed = [name for name in made_with if stored[name] != made_with[name]]
+            decoding["temperature"] = stored.get("decoding", decoding)["temperature"]  # nothing is answered at it
+        changed = [name for name in made_with if stored.get(name) != made_with[name]]
         if changed:
-            listed = "; ".join(f"{name}: {stored[name]} there, {made_with[name]} now" for name in changed)
+            listed = "; ".join(f"{name}: {stored.get(name)} there, {made_with[name]} now" for name in changed)
             raise ValueError(
                 f"{path} was made with something else ({listed}): choose another name in --models or another --out, or "
                 "delete that file"

@@ -8,6 +8,7 @@ command, stopped at any moment and started again, asks for what is missing only,
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_sgpo.evaluation import tasks
-from openrlhf_sgpo.evaluation.answers import Answerer
+from openrlhf_sgpo.evaluation.answers import SETTINGS, Answerer, identity, positions, write_responses
+from openrlhf_sgpo.evaluation.benchmark_files import read
 from openrlhf_sgpo.evaluation.judge import EvaluationJudge
 from openrlhf_sgpo.evaluation.leaderboard import judge_name, write_leaderboard, write_result
 from openrlhf_sgpo.evaluation.settings import Contestant, Loaded, run_config
 from openrlhf_sgpo.evaluation.task import Responses, Result, Task
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import check_rollout
-from openrlhf_sgpo.run_folder import LOCK, Ledger, RunFolder, write_jsonl
+from openrlhf_sgpo.run_folder import LOCK, Ledger, RunFolder, read_json, write_jsonl
 
 
 class Evaluation:
@@ -34,6 +36,12 @@ class Evaluation:
         self.tasks = {name: tasks.get(name)(options) for name, options in loaded.options.items()}
         self.items = {name: task.items() for name, task in self.tasks.items()}
         self.config = run_config(settings)
+        if not loaded.max_len_given:
+            # Engines have one length for all models: the default is no longer than the shortest of them.
+            folders = [one.folder for one in self.contestants if one.folder]
+            self.config.data.max_len = min(
+                [self.config.data.max_len, *(positions(one, self.config) for one in folders)]
+            )
         self.answerer = Answerer(self.config)
         self.given = {one.name: self._read(one) for one in self.contestants if one.file}
         self.chats = {one.name: self.answerer.chat(one.folder) for one in self.contestants if one.folder}
@@ -48,6 +56,8 @@ class Evaluation:
         self.folder = RunFolder(settings.out, "out")
         self._take_folder()
         log_to(self.folder.path)
+        for one in self.contestants:
+            self._check_name(one)
         self.ledger = Ledger(self.folder.path / "ledger.json", writes=True)
         for name, items in self.items.items():
             rows = ({"id": one.id, "turns": one.turns, "category": one.category} for one in items)
@@ -100,10 +110,11 @@ class Evaluation:
             build_strategy(self.config)  # engines are driven from a process group
         for one in self.contestants:
             for name in self.tasks:
+                path = self._answers_of(one.name, name)
                 if one.file:
                     found[one.name, name] = self.given[one.name]
+                    write_responses(path, self.items[name], found[one.name, name], _file_identity(one))
                     continue
-                path = self.folder.path / one.name / "answers" / f"{name}.jsonl"
                 with self.ledger.stage(f"{one.name}/{name}/answers", add=True) as cost:
                     items = self.fitting[one.name, name]
                     found[one.name, name] = self.answerer.answer(
@@ -142,6 +153,9 @@ class Evaluation:
             decoding=decoding,
         )
 
+    def _answers_of(self, model: str, task: str) -> Path:
+        return self.folder.path / model / "answers" / f"{task}.jsonl"
+
     def _result_folder(self, model: str, task: str, judge: Mapping[str, Any] | None) -> Path:
         """MODEL/TASK, and for judged tasks a folder for the judge, by its identity, in it."""
         folder = self.folder.path / model / task
@@ -152,7 +166,16 @@ class Evaluation:
     def _read(self, contestant: Contestant) -> dict[str, Responses]:
         """Of a file of answers, those to items that are asked for. Raises ValueError if there is not one to each."""
         ((name, task),) = self.tasks.items()
-        found = {one.id: one for one in task.read_responses(Path(contestant.file))}
+        path = Path(contestant.file)
+        try:
+            found = {one.id: one for one in task.read_responses(path)}
+        except ValueError as error:
+            if others := _formats(path) - {name}:
+                raise ValueError(
+                    f"--models {path} has the format of {' or '.join(sorted(others))}, not of {name}, whose rows have "
+                    f"{', '.join(task.answer_fields)}: give --tasks {min(others)}, or another file"
+                ) from error
+            raise
         asked = {one.id for one in self.items[name]}
         missing = sorted(asked - found.keys())
         if not asked & found.keys() or (missing and not self.settings.partial):
@@ -162,6 +185,22 @@ class Evaluation:
             )
         return {key: one for key, one in found.items() if key in asked}
 
+    def _check_name(self, contestant: Contestant) -> None:
+        """Raises ValueError if another model's answers are under this name, so that its rows are not replaced."""
+        for settings in sorted((self.folder.path / contestant.name / "answers").glob(f"*{SETTINGS}")):
+            task = settings.name.removesuffix(SETTINGS)
+            answers, stored = self._answers_of(contestant.name, task), read_json(settings)
+            # A file says nothing of the model that wrote it: it stands for its own benchmark only.
+            if not answers.exists() or (task not in self.tasks and (contestant.file or "file" in stored)):
+                continue
+            now = _file_identity(contestant) if contestant.file else identity(contestant.folder)
+            if any(stored.get(name) != value for name, value in now.items()):
+                raise ValueError(
+                    f"--models: {contestant.name} is the name of another model in --out {self.folder.path}, whose answers to "
+                    f"{task} came from {stored.get('model') or 'another file'}: choose another name, as in "
+                    f"NAME={contestant.folder or contestant.file}, or another --out, or delete {answers}"
+                )
+
     def _take_folder(self) -> None:
         """Raises ValueError if the folder is in use, or is something else's."""
         path = self.folder.path
@@ -170,6 +209,23 @@ class Evaluation:
         if others and not (path / "items").exists():
             raise ValueError(f"--out {path} is not empty and no leaderboard: choose another folder")
         self.folder.lock()
+
+
+def _file_identity(contestant: Contestant) -> dict[str, Any]:
+    """By which a file of answers is known again, wherever it lies."""
+    return {"file": hashlib.blake2b(Path(contestant.file).read_bytes(), digest_size=16).hexdigest()}
+
+
+def _formats(path: Path) -> set[str]:
+    """The benchmarks in whose format of answers a file may be."""
+    found = set()
+    for name in tasks.NAMES:
+        try:
+            read(path, tasks.get(name).answer_fields)
+        except ValueError:
+            continue
+        found.add(name)
+    return found
 
 
 def _identity(task: Task, judge: EvaluationJudge | None) -> dict[str, Any] | None:

@@ -52,11 +52,12 @@ class Contestant(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The settings, the options of each task that was asked for, and who is evaluated."""
+    """The settings, the options of each task that was asked for, who is evaluated, and whether --data.max_len was given."""
 
     settings: EvaluateSettings
     options: dict[str, Any]
     contestants: list[Contestant]
+    max_len_given: bool = True
 
 
 def defaults() -> EvaluateSettings:
@@ -87,7 +88,8 @@ def load(argv: Sequence[str]) -> Loaded:
             problems.append(f"--judge.max_len: {room} has no room for judgements of --arena_hard.max_tokens {longest}")
         if problems:
             raise flags.SettingsError(*problems)
-    return Loaded(settings, {name: instances[name] for name in settings.tasks}, contestants(settings))
+    options = {name: instances[name] for name in settings.tasks}
+    return Loaded(settings, options, contestants(settings), "data.max_len" in given)
 
 
 def run_config(settings: EvaluateSettings) -> Config:

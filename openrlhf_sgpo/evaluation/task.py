@@ -67,12 +67,14 @@ class Task:
     """Base of every benchmark. One benchmark is one file of ``tasks/``.
 
     Class attributes: name (value of --tasks, and of its group of flags), judged (whether it needs a judge), reads_logprobs
-    (whether a judge's log-probabilities matter to it), Settings (a dataclass of its flags).
+    (whether a judge's log-probabilities matter to it), answer_fields (of every row of a file of
+    answers in the benchmark's own format), Settings (a dataclass of its flags).
     """
 
     name: ClassVar[str]
     judged: ClassVar[bool] = True
     reads_logprobs: ClassVar[bool] = False
+    answer_fields: ClassVar[tuple[str, ...]]
     Settings: ClassVar[type]
 
     def __init__(self, settings: Any):

@@ -67,6 +67,7 @@ class AlpacaEval(Task):
 
     name = "alpaca_eval"
     reads_logprobs = True
+    answer_fields = ("instruction", "output")
     Settings: ClassVar[type] = AlpacaEvalSettings
 
     @cached_property
@@ -92,7 +93,7 @@ class AlpacaEval(Task):
 
     def read_responses(self, path: Path) -> list[Responses]:
         """Of a list of {"instruction", "output"}, as alpaca-eval's model_outputs. Answers beyond the limit are left out."""
-        rows = read(path, ("instruction", "output"))
+        rows = read(path, self.answer_fields)
         silent = [row["instruction"] for row in rows if not isinstance(row["output"], str)]
         if silent:
             raise ValueError(f"{path}: the output to {silent[0]!r} is no text")

@@ -87,6 +87,7 @@ class ArenaHard(Task):
     questions with two verdicts."""
 
     name = "arena_hard"
+    answer_fields = ANSWER_FIELDS
     Settings: ClassVar[type] = ArenaHardSettings
 
     @cached_property
@@ -128,7 +129,7 @@ class ArenaHard(Task):
 
     def read_responses(self, path: Path) -> list[Responses]:
         """Of arena-hard-auto's model answers, {"uid", "messages"}. Answers beyond the limit are left out."""
-        answers = list(_texts(path, read(path, ANSWER_FIELDS)))
+        answers = list(_texts(path, read(path, self.answer_fields)))
         check_once(path, "question", [key for key, _ in answers], [row["uid"] for row in self._questions[0]])
         asked = {row["uid"] for row in self._asked()}
         return [Responses(key, (text,)) for key, text in answers if key in asked]

@@ -54,6 +54,7 @@ class IFEval(Task):
 
     name = "ifeval"
     judged = False
+    answer_fields = ("prompt", "response")
     Settings: ClassVar[type] = IFEvalSettings
 
     @cached_property
@@ -85,7 +86,7 @@ class IFEval(Task):
 
     def read_responses(self, path: Path) -> list[Responses]:
         """Of rows {"prompt", "response"}, as Google's script takes them. Responses beyond the limit are left out."""
-        rows = read(path, ("prompt", "response"))
+        rows = read(path, self.answer_fields)
         silent = [row["prompt"] for row in rows if not isinstance(row["response"], str)]
         if silent:
             raise ValueError(f"{path}: the response to {silent[0]!r} is no text")

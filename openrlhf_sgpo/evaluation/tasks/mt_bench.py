@@ -94,6 +94,7 @@ class MTBench(Task):
     """Scores from 1 to 10. n and expected of the result count judgements, of which there are two per question."""
 
     name = "mt_bench"
+    answer_fields = ("question_id",)
     Settings: ClassVar[type] = MTBenchSettings
 
     @cached_property
@@ -135,7 +136,7 @@ class MTBench(Task):
     def read_responses(self, path: Path) -> list[Responses]:
         """Of FastChat's model answers, {"question_id", "choices": [{"turns"}]}, or of {"question_id", "turns"}. Answers beyond
         the limit are left out."""
-        answers = [(str(row["question_id"]), _turns(row)) for row in read(path, ("question_id",))]
+        answers = [(str(row["question_id"]), _turns(row)) for row in read(path, self.answer_fields)]
         check_once(
             path, "question", [key for key, _ in answers], [str(row["question_id"]) for row in self._files.questions]
         )
