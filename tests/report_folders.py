@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from openrlhf_sgpo import algorithms, flags
-from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.evaluation.task import Result
 from openrlhf_sgpo.run_folder import write_json, write_jsonl, write_text
@@ -51,10 +50,11 @@ def metrics_row(stage: str, step: int, draw: random.Random) -> dict:
     return {"stage": stage, "step": step} | figures
 
 
-def make_run(folder: Path, steps: int = 6, **options) -> Path:
+def make_run(folder: Path, steps: int = 6, algo: str = "sgpo", **options) -> Path:
     """SSAPO of a seed stage and two rounds, with the certificates of the follower itself."""
-    settings = SGPOSettings(**options)
-    write_settings(folder, "sgpo", settings, rounds=2)
+    algorithm = algorithms.get(algo)
+    settings = algorithm.settings(**options)
+    write_settings(folder, algo, settings, rounds=2)
     write_moment(folder / "initial", "start", 0, {"q1": "At the start.", "q2": "Well."})
     ledger = {"initial/evaluate": {"samples": 2, "seconds": 1.5, "peak_memory_gib": 1.0}}
     draw, rows = random.Random(0), []
@@ -72,7 +72,7 @@ def make_run(folder: Path, steps: int = 6, **options) -> Path:
         rows += [metrics_row(name, step, draw) for step in range(1, steps + 1)]
         if number:
             margins = torch.tensor([draw.gauss(0.2, 0.6) for _ in range(40)])
-            certificate = SGPO(settings, beta=0.1).begin_stage(margins)
+            certificate = algorithm(settings, beta=0.1).begin_stage(margins)
             write_json(path / "worst_case.json", certificate | {"margins": margins.tolist()})
     write_jsonl(folder / "metrics.jsonl", rows)
     total = {"samples": 2, "pairs": 120, "tokens_trained": 3702, "seconds": 34.5, "peak_memory_gib": 2.0}

@@ -264,7 +264,7 @@ def test_all_data_previous_references_refresh_and_fps(tiny_model, tiny_data, tmp
 def test_a_saturated_ball_stops_the_run_with_an_explanation(tiny_model, tiny_data, tmp_path):
     process = train(*arguments(tiny_model, tiny_data, tmp_path / "run", "--sgpo.radius", "50"))
     assert process.returncode != 0
-    assert "--sgpo.radius 50.0 (space margin) is enough to move all" in process.stderr
+    assert "--sgpo.radius 50.0 is enough to move all" in process.stderr
 
 
 @pytest.mark.slow
@@ -360,7 +360,7 @@ def test_dry_run_prints_the_resolved_configuration(tiny_model, tiny_data, tmp_pa
     ("more", "message"),
     [
         (["--lr", "1e-6"], "did you mean --adam.lr?"),
-        (["--sgpo.leader", "released"], "--sgpo.leader released needs --sgpo.space probability"),
+        (["--sgpo.radius", "-1"], "--sgpo.radius -1.0 must be 0 or more"),
         (["--model.model_name_or_path", "no/such model"], "--model.model_name_or_path no/such model cannot be loaded"),
         (["--data.max_len", "4096"], "exceeds the 2048 positions of --model"),
         (["--rounds.prompts", "100", "100"], "holds 24 usable prompts"),

@@ -36,7 +36,7 @@ def main() -> None:
 
     grid = torch.linspace(worst.edge - 0.3, 3, 400, dtype=torch.float64)
     right.plot(grid, torch.nn.functional.softplus(-grid), color=GREY, label="DPO: -log sigmoid")
-    right.plot(grid, worst.robust_loss(grid), color=RED, label="SGPO, danskin leader")
+    right.plot(grid, worst.robust_loss(grid), color=RED, label="SGPO")
     right.axvline(worst.threshold, color="black", linestyle=":")
     right.axvline(worst.edge, color="black", linewidth=0.6)
     right.annotate("edge", (worst.edge, 0.1), fontsize=8)

@@ -3,8 +3,9 @@
 The follower works in one of two spaces, named by a string wherever a space is asked for:
 
 * ``"margin"``: the variable x is the margin xi itself, x = xi = beta * (log-ratio chosen - log-ratio rejected), in nats
-  times beta. The loss is -log sigmoid(x) (``pieces=None``) or the maximum of its K tangents at the knots
-  linspace(a, b, K) of the window [a, b]; K = 1 puts the one knot at a (SGPO paper, arXiv 2502.18099, section 3).
+  times beta. The loss is -log sigmoid(x) (``pieces=None``) or the maximum of its K tangents at knots in the window [a, b]
+  (SGPO paper, arXiv 2502.18099, section 3): a, b, the middle, then the middles of what lies between. Those of K are among
+  those of K + 1, so that the worst-case value never falls as K grows (Proposition 3.2), which uniform knots do not give.
 * ``"probability"``: x = sigmoid(xi), a win probability. The loss is the maximum of the tangents of -log x at k / K,
   k = 1..K (SGPO paper, appendix G); its value at 0 is 1 + log K. ``pieces=None`` means K = 6.
 
@@ -79,6 +80,15 @@ def _knot_ends(space: str, pieces: int, window: Window | None) -> Window:
     return window
 
 
+def _nested_places(count: int) -> list[float]:
+    """The first ``count`` of 0, 1, 1/2, 1/4, 3/4, 1/8, 5/8, 3/8, 7/8, ..., sorted: the ends, then van der Corput's sequence."""
+    places = [0.0, 1.0]
+    for number in range(1, count - 1):
+        digits = bin(number)[:1:-1]
+        places.append(sum(int(digit) / 2 ** (power + 1) for power, digit in enumerate(digits)))
+    return sorted(places[:count])
+
+
 def _tangents(
     space: str, pieces: int, ends: Window, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +97,11 @@ def _tangents(
     The last dimension is K, K and K - 1; before it comes one for the samples if they have ends of their own.
     """
     first, last = (end.to(device, dtype).unsqueeze(-1) if isinstance(end, Tensor) else end for end in ends)
-    knots = first + (last - first) * torch.linspace(0.0, 1.0, pieces, dtype=dtype, device=device)
+    if space == "probability":
+        places = torch.linspace(0.0, 1.0, pieces, dtype=dtype, device=device)
+    else:
+        places = torch.tensor(_nested_places(pieces), dtype=dtype, device=device)
+    knots = first + (last - first) * places
     slopes = _smooth_slope(knots, space)
     offsets = _smooth(knots, space) - slopes * knots
     meet = offsets.diff() / -slopes.diff()
@@ -169,6 +183,8 @@ def danskin_loss(
     pieces: int | None,
     window: Window | None,
     price: Tensor | None = None,
+    threshold: Scalar | None = None,
+    share: Scalar = 1.0,
 ) -> Tensor:
     """The follower's dual loss phi of every margin, shape of ``margins``; differentiable in ``margins``.
 
@@ -177,11 +193,14 @@ def danskin_loss(
         phi(x) = max(l(x), chord(x))  for x >= edge,        min(l(x), chord(x))  for x < edge.
 
     By Danskin's theorem its gradient at fixed ``slope`` and ``edge`` is that of the robust objective
-    V = slope * radius + mean_i phi(x_i) (the dual of the SGPO paper's equation 9, arXiv 2502.18099).
+    V = slope * radius + mean_i phi(x_i) (the dual of the SGPO paper's equation 9, arXiv 2502.18099). Where l and the chord
+    meet, phi has a kink, and the follower's answer says which gradient is that of V: at the edge, from where moving costs
+    nothing, the chord's; at the ``threshold``, whose samples share the split, ``share`` of the chord's and the rest of l's.
 
-    ``slope`` (loss per unit of x and of price), ``edge`` and the entries of ``window`` (units of x) are floats, or
-    tensors of the shape of ``margins`` when samples come from different groups. ``price`` multiplies the cost of moving
-    each sample (None: 1). Raises ValueError as :func:`loss_value` does.
+    ``slope`` (loss per unit of x and of price), ``edge`` and the entries of ``window`` (units of x), ``threshold`` (a margin;
+    None: no sample is split) and ``share`` are floats, or tensors of the shape of ``margins`` when samples come from
+    different groups. ``price`` multiplies the cost of moving each sample (None: 1). Raises ValueError as :func:`loss_value`
+    does.
     """
     values = space_variable(margins, space)
     slope, edge = _like(slope, margins), _like(edge, margins)
@@ -192,7 +211,14 @@ def danskin_loss(
     chord = loss_value(corner, space=space, pieces=pieces, window=window) - slope * (values - edge)
     # Training may push a margin left of the edge. The chord simply continues there. Clipping the margin into the window
     # would silence exactly the worst pairs.
-    return torch.where(values < edge, torch.minimum(stays, chord), torch.maximum(stays, chord))
+    moves = torch.where(values < edge, chord < stays, chord > stays)
+    steepest = -loss_slope(corner, space=space, pieces=pieces, window=window)
+    moves = moves | ((values == edge) & (slope <= steepest))
+    loss = torch.where(moves, chord, stays)
+    if threshold is None:
+        return loss
+    share = _like(share, margins)
+    return torch.where(margins == _like(threshold, margins), stays + share * (chord - stays), loss)
 
 
 def best_case_loss(margins: Tensor, level: Scalar, *, space: str) -> Tensor:

@@ -50,6 +50,7 @@ class WorstCase:
         spaces, the largest of them if several tie. -inf at radius 0 and inf if saturated, where nobody is marginal.
         Without prices, margins below it are moved and margins above it stay.
     moved: (N,) share p_i of every sample's mass that moves to the edge, in the dtype and on the device of the input.
+    share: p_i of the samples at the threshold, 0 to 1.
     budget_used: share of the budget N * radius that is spent, 0 to 1 (0 at radius 0).
     saturated: the budget pays for moving everything to the edge. Such a ball leaves no gradient to train on.
     margins: (N,) float64 copy of the margins as given, not clipped.    price: (N,) float64, or None for all 1.
@@ -61,6 +62,7 @@ class WorstCase:
     slope: float
     edge: float
     threshold: float
+    share: float
     moved: Tensor
     budget_used: float
     saturated: bool
@@ -125,7 +127,16 @@ class WorstCase:
             values = space_variable(margins, self.space)
             return loss_value(values, space=self.space, pieces=self.pieces, window=self.window)
         return danskin_loss(
-            margins, self.slope, self.edge, space=self.space, pieces=self.pieces, window=self.window, price=price
+            margins,
+            self.slope,
+            self.edge,
+            space=self.space,
+            pieces=self.pieces,
+            window=self.window,
+            price=price,
+            # With prices samples tie in gain per cost, not in their margins.
+            threshold=self.threshold if price is None else None,
+            share=self.share,
         )
 
     def transport(self) -> tuple[Tensor, Tensor]:
@@ -190,10 +201,10 @@ def solve_worst_case(
     at_edge = loss_value(values.new_full((), edge), space=space, pieces=pieces, window=instance.window)
     cost = values - edge if instance.price is None else instance.price * (values - edge)
     if instance.radius == 0.0:
-        moved, threshold = torch.zeros_like(values), -math.inf
+        moved, share, threshold = torch.zeros_like(values), 0.0, -math.inf
         slope = lipschitz(space, pieces) / instance.smallest_price
     else:
-        moved, slope, threshold = _knapsack(instance, cost)
+        moved, share, slope, threshold = _knapsack(instance, cost)
     sums = torch.stack(
         [
             stays.sum(),
@@ -210,6 +221,7 @@ def solve_worst_case(
         slope=slope,
         edge=edge,
         threshold=threshold,
+        share=share,
         moved=moved.to(margins.dtype),
         budget_used=min(1.0, spent / instance.radius) if instance.radius > 0.0 else 0.0,
         saturated=threshold == math.inf,
@@ -222,8 +234,8 @@ def solve_worst_case(
     )
 
 
-def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, float, float]:
-    """Shares moved (N,), slope, and threshold (a margin; inf if all mass moves).
+def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, float, float, float]:
+    """Shares moved (N,), the share of the marginal samples, slope, and threshold (a margin; inf if all mass moves).
 
     Samples are served in rising order of a key: x itself, or minus gain per cost when there are prices. No index is
     scattered back: a sample's share follows from comparing its own key with that of the marginal sample.
@@ -243,14 +255,14 @@ def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, float, float]:
     budget = len(values) * instance.radius
     position = int(torch.searchsorted(ordered_cost.cumsum(0), budget, right=True))
     if position == len(values):
-        return torch.ones_like(values), 0.0, math.inf
+        return torch.ones_like(values), 1.0, 0.0, math.inf
     marginal = ordered[position]
     first, last = torch.searchsorted(ordered, marginal), torch.searchsorted(ordered, marginal, right=True)
-    share = (budget - ordered_cost[:first].sum()) / ordered_cost[first:last].sum()
-    moved = torch.heaviside(marginal - key, share.clamp(0.0, 1.0))
+    share = ((budget - ordered_cost[:first].sum()) / ordered_cost[first:last].sum()).clamp(0.0, 1.0)
+    moved = torch.heaviside(marginal - key, share)
     threshold = instance.margins.masked_fill(key != marginal, -math.inf).max()
     slope = chords(marginal) if instance.price is None else -marginal
-    return moved, float(slope), float(threshold)
+    return moved, float(share), float(slope), float(threshold)
 
 
 __all__ = ["WorstCase", "solve_worst_case"]

@@ -14,8 +14,11 @@ from openrlhf_sgpo.games.tabular import Array, Game
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from openrlhf_sgpo.algorithms.base import Algorithm
+    from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
     from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+
+
+PAIRS = 3600  # that stand for all pairs of a game where an algorithm looks at many; preferences are multiples of 1/200
 
 
 @dataclass
@@ -72,6 +75,12 @@ def expected_loss(
 
 
 def _expected_pairs(game: Game, algorithm: Algorithm, policies: Policies) -> Tensor:
+    batch, weights = _all_pairs(game, policies)
+    return 2 * (weights * algorithm.loss(batch)).sum()
+
+
+def _all_pairs(game: Game, policies: Policies) -> tuple[PairBatch, Tensor]:
+    """All pairs of two draws from ``game.behaviour``, labelled both ways, and how likely each is; that sums to one half."""
     import torch
 
     from openrlhf_sgpo.algorithms.base import PairBatch
@@ -80,8 +89,13 @@ def _expected_pairs(game: Game, algorithm: Algorithm, policies: Policies) -> Ten
     chosen, rejected = torch.tensor(list(product(range(game.size), repeat=2))).T
     behaviour = torch.tensor(game.behaviour)
     weights = behaviour[chosen] * behaviour[rejected] * torch.tensor(game.preferences)[chosen, rejected]
-    batch = PairBatch(own[chosen], own[rejected], reference[chosen], reference[rejected])
-    return 2 * (weights * algorithm.loss(batch)).sum()
+    return PairBatch(own[chosen], own[rejected], reference[chosen], reference[rejected]), weights
+
+
+def _watched(game: Game, algorithm: Algorithm, policies: Policies) -> Tensor:
+    """What the algorithm watches, of each pair as often as it occurs among ``PAIRS``: its hooks know no weights."""
+    batch, weights = _all_pairs(game, policies)
+    return algorithm.watched(batch).detach().repeat_interleave((2 * PAIRS * weights).round().long())
 
 
 def _expected_plays(
@@ -154,12 +168,18 @@ def drive(
     """
     import torch
 
+    from openrlhf_sgpo.algorithms.base import Stage
+    from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+
     policies = start(game) if policies is None else policies
+    learns_from_pairs = not isinstance(algorithm, OnPolicyAlgorithm)
     parameters = [policies.policy, policies.follower]
     generator = torch.Generator().manual_seed(seed)
     leaders, followers = [_probabilities(policies.policy)], [_probabilities(policies.follower)]
     for number in range(rounds):
         policies.new_round()
+        if learns_from_pairs:
+            algorithm.begin_stage(_watched(game, algorithm, policies), Stage(number + 1, steps, seed))
         for _ in range(steps):
             loss = expected_loss(game, algorithm, policies, samples, generator)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -167,6 +187,8 @@ def drive(
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
                         parameter -= learning_rate * gradient
+            if learns_from_pairs:
+                algorithm.after_step(_watched(game, algorithm, policies))
             leaders.append(_probabilities(policies.policy))
             followers.append(_probabilities(policies.follower))
         if not np.isfinite(leaders[-1]).all() or not np.isfinite(followers[-1]).all():

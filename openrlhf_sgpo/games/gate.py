@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import log
 from pathlib import Path
 
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.base import NoSettings
+from openrlhf_sgpo.algorithms.cdpo import CDPO, CDPOSettings
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
 from openrlhf_sgpo.algorithms.ipo import IPO, IPOSettings
 from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
 from openrlhf_sgpo.algorithms.nash_md import NashMD, NashMDSettings
 from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
+from openrlhf_sgpo.algorithms.rdpo import RDPO, RDPOSettings
 from openrlhf_sgpo.algorithms.rloo import RLOO, RLOOSettings
+from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
+from openrlhf_sgpo.algorithms.spa import SPA, SPASettings
 from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.games import drive as driver
@@ -25,6 +30,8 @@ from openrlhf_sgpo.games.simplex import draw_paths
 from openrlhf_sgpo.games.tabular import GAMES, Array, Game
 
 TAU = 0.1
+NOISE = 0.1  # share of labels that cDPO, rDPO and SPA take for wrong
+RADIUS = 0.05  # of SGPO's ball; at .2 the least worst case lies in a kink, near which gradient descent swings
 SKEWED = (0.1, 0.2, 0.7)  # where every path begins, far from all solutions
 
 
@@ -82,6 +89,26 @@ def _dpo(game: Game) -> solutions.Solution:
     return solutions.dpo(game, TAU)
 
 
+def _relabelled(game: Game, kept: float, added: float) -> solutions.Solution:
+    """DPO's solution where preferences are kept * P + added."""
+    return solutions.dpo(replace(game, preferences=kept * game.preferences + added), TAU)
+
+
+def _smoothed(game: Game) -> solutions.Solution:
+    return _relabelled(game, 1 - 2 * NOISE, NOISE)
+
+
+def _unflipped(game: Game) -> solutions.Solution:
+    return _relabelled(game, 1 / (1 - 2 * NOISE), -NOISE / (1 - 2 * NOISE))
+
+
+def _sgpo(game: Game) -> solutions.Solution:
+    """In the support that a stage has which begins at SKEWED: a margin of 1 around the smallest and largest."""
+    rewards = [TAU * log(share) for share in SKEWED]
+    widest = max(rewards) - min(rewards)
+    return solutions.sgpo(game, TAU, RADIUS, (-widest - 1, widest + 1))
+
+
 def _regularised_nash(game: Game) -> solutions.Solution:
     return solutions.regularised_nash(game, TAU)
 
@@ -135,6 +162,35 @@ CHECKS = (
         "ipo, uniform data", "condorcet", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 1500, 0.5
     ),
     Check("dpo, uniform data", "condorcet", DPO(NoSettings(), TAU), "Bradley-Terry", _dpo, 3000, 500.0),
+    Check("cdpo", "condorcet", CDPO(CDPOSettings(NOISE), TAU), "DPO's on smoothed labels", _smoothed, 1000, 500.0),
+    Check("rdpo", "condorcet", RDPO(RDPOSettings(NOISE), TAU), "DPO's on clean labels", _unflipped, 1000, 500.0),
+    Check(
+        "spa, all in doubt",
+        "condorcet",
+        SPA(SPASettings(NOISE, 1.0, [0.0], 0.0), TAU),
+        "DPO's on smoothed labels",
+        _smoothed,
+        1000,
+        500.0,
+    ),
+    Check(
+        "sgpo",
+        "condorcet",
+        SGPO(SGPOSettings(RADIUS, refresh_window=driver.PAIRS), TAU),
+        "least worst case",
+        _sgpo,
+        500,
+        100.0,
+    ),
+    Check(
+        "sgpo, wide window",
+        "condorcet",
+        SGPO(SGPOSettings(RADIUS, window_pad=1e5, refresh_window=driver.PAIRS), TAU),
+        "Bradley-Terry",
+        _dpo,
+        500,
+        100.0,
+    ),
 )
 
 

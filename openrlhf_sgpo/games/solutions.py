@@ -264,6 +264,39 @@ def dpo(game: Game, beta: float, pair_weights: Any = None) -> Solution:
     return Solution(tilted(game.leader_reference, rewards, beta), residual, iterations)
 
 
+def sgpo(game: Game, beta: float, radius: float, window: tuple[float, float]) -> Solution:
+    """argmin_pi of SGPO's worst-case value (arXiv 2502.18099) on soft labels, by direct search from the solution of ``dpo``:
+
+        V(x) = min_{lam >= 0}  lam * radius + sum_i w_i max( l(x_i), l(a) - lam (x_i - a) ),      l(x) = -log sigmoid(x),
+
+    with the margins x = r(y) - r(y') of all pairs of two draws from mu, r = beta log(pi / ref), clipped into the ``window``
+    (a, b), and weights w = 2 mu mu' P, which sum to one. V is convex and piecewise linear in lam, so that its minimum is at 0
+    or where two pieces meet. residual: how much a second search, from where the first one ended, lowers V. Raises
+    ValueError unless beta > 0, and NotConverged if the residual is above 1e-9.
+    """
+    from scipy.optimize import minimize
+
+    positive(beta, "the beta of sgpo")
+    weights = 2 * np.outer(game.behaviour, game.behaviour) * game.preferences
+    low, high = window
+    at_edge = np.logaddexp(0, -low)
+
+    def value(free: Array) -> float:
+        rewards = np.append(free, -free.sum())
+        margins = np.clip(rewards[:, None] - rewards[None, :], low, high)
+        losses = np.logaddexp(0, -margins)
+        slopes = np.append(((at_edge - losses) / np.maximum(margins - low, 1e-300)).ravel(), 0.0)[:, None, None]
+        worst = np.maximum(losses, at_edge - slopes * (margins - low))
+        return float((slopes.ravel() * radius + (weights * worst).sum((1, 2))).min())
+
+    options = {"xatol": 1e-10, "fatol": 1e-15, "maxiter": 10_000}
+    first = minimize(value, bradley_terry_rewards(game)[0][:-1], method="Nelder-Mead", options=options)
+    second = minimize(value, first.x, method="Nelder-Mead", options=options)
+    policy = tilted(game.leader_reference, np.append(second.x, -second.x.sum()), beta)
+    residual = require(float(first.fun - second.fun), LOOSE, "sgpo: what a second search gained")
+    return Solution(policy, residual, int(first.nit + second.nit))
+
+
 # Helpers --------------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +318,7 @@ __all__ = [
     "nash_md",
     "offline_ipo",
     "regularised_nash",
+    "sgpo",
     "stackelberg",
     "stackelberg_value",
 ]

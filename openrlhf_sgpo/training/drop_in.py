@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from openrlhf_sgpo.openrlhf import DPOTrainer
 class SGPOLoss(nn.Module):
     """Stands where OpenRLHF's ``DPOLoss`` stands; the follower lives on a sliding window of recent margins.
 
-    settings: see ``SGPOSettings``; here the follower is solved every ``refresh_steps`` (default 16) training calls on
-    the last ``refresh_window`` margins of all ranks, and until the first solve the loss is DPO's. Leaders that fix the
-    place of each pair, groups and other solvers need the rounds of ``openrlhf-sgpo train``. The window is not part of
-    OpenRLHF's checkpoints: after a restart the loss is DPO's again until the first solve.
+    settings: see ``SGPOSettings``; here the follower is solved every ``refresh_steps`` training calls on the last
+    ``refresh_window`` margins of all ranks, in a support window around these margins, and until the first solve the loss is
+    DPO's. The recent margins are not part of OpenRLHF's checkpoints: after a restart the loss is DPO's again until the first
+    solve. A follower that is solved once per stage, and the proximal term, need the rounds of ``openrlhf-sgpo train``.
 
     Raises ValueError for settings that do not go together.
     """
@@ -27,10 +26,13 @@ class SGPOLoss(nn.Module):
     def __init__(self, beta: float, settings: SGPOSettings | None = None):
         super().__init__()
         settings = settings or SGPOSettings()
-        settings = replace(settings, refresh_steps=settings.refresh_steps or 16)
         problems = SGPO.check(settings)
-        if settings.group_size:
-            problems.append("--sgpo.group_size: a sliding window is one group; leave it at 0")
+        if not settings.refresh_steps:
+            problems.append("refresh_steps 0: here the follower has nothing but recent margins; give 1 or more")
+        if settings.prox:
+            problems.append(
+                f"prox {settings.prox}: where margins were at the start of a stage is unknown here; leave it at 0"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         self.beta = beta

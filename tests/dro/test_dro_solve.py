@@ -221,7 +221,7 @@ def test_value_rises_with_nested_knots(instance, pieces, factor):
     if keywords["space"] == "probability":
         numbers = (pieces, factor * pieces)
     else:
-        numbers = (2**pieces + 1, 2 ** (pieces + factor - 1) + 1)
+        numbers = (3 * pieces - 2, 3 * pieces - 2 + factor - 1)  # Proposition 3.2: one more knot is never less
     coarse, fine = (solve_worst_case(margins, radius, **keywords | {"pieces": number}) for number in numbers)
     assert fine.value >= coarse.value - 1e-12 * scale(fine)
     if keywords["space"] == "margin":

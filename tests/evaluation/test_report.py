@@ -9,7 +9,6 @@ from statistics import fmean
 import numpy as np
 import pytest
 import report_folders
-import yaml
 from report_folders import CATEGORIES, EVIL, Page
 
 from openrlhf_sgpo.evaluation.report import REPORT, main, write_report
@@ -183,22 +182,21 @@ def tangents(p, pieces=6):
 @pytest.mark.parametrize(
     ("options", "loss"),
     [
-        ({"radius": 0.1, "pieces": 0}, softplus),
-        ({"radius": 0.1, "pieces": 0, "window_pad": 0.25}, softplus),
+        ({"radius": 0.1}, softplus),
+        ({"radius": 0.1, "window_pad": 0.25}, softplus),
         ({"radius": 0.05, "space": "probability"}, tangents),
-        ({"radius": 0.2, "ball": "best"}, softplus),
-        ({"radius": 0.1, "ball": "best", "space": "probability"}, lambda p: -np.log(p)),
+        ({"algo": "sgpo_best", "radius": 0.2}, softplus),
+        ({"algo": "sgpo_best", "radius": 0.1, "space": "probability"}, lambda p: -np.log(p)),
     ],
 )
 def test_what_the_follower_moved_gives_its_certificate(options, loss, tmp_path):
     """Cost and mean loss of the law after the move are computed from the move alone."""
     folder = report_folders.make_run(tmp_path / "run", **options)
-    settings = yaml.safe_load((folder / "resolved_config.yaml").read_text())
     figures = page_of(folder).figures
     is_probability = options.get("space") == "probability"
     for number in (1, 2):
         certificate = read_json(folder / f"round_{number}" / "worst_case.json")
-        moved = solve_again(certificate, settings)
+        moved = solve_again(certificate)
         margins = np.array(certificate["margins"])
         places = 1 / (1 + np.exp(-margins)) if is_probability else margins
         share, target = moved.share, np.array([moved.target])
@@ -223,7 +221,10 @@ def test_what_the_follower_moved_gives_its_certificate(options, loss, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "note"),
-    [({"radius": 0.0}, "at radius 0 nothing moves"), ({"radius": 0.1, "group_size": 20}, "cannot be computed")],
+    [
+        ({"radius": 0.0}, "at radius 0 nothing moves"),
+        ({"algo": "sgpo_transport", "radius": 0.1, "group_size": 20}, "cannot be computed"),
+    ],
 )
 def test_margins_are_shown_where_the_move_is_not_known(options, note, tmp_path):
     folder = report_folders.make_run(tmp_path / "run", **options)

@@ -27,7 +27,7 @@ def test_the_follower_sees_the_window_and_evaluation_leaves_it_alone():
     from openrlhf_sgpo import SGPOLoss, solve_worst_case
     from openrlhf_sgpo.openrlhf import DPOLoss
 
-    settings = SGPOSettings(radius=0.2, pieces=0, refresh_steps=2, refresh_window=12)
+    settings = SGPOSettings(radius=0.2, refresh_steps=2, refresh_window=12)
     loss = SGPOLoss(0.1, settings)
     first, second = log_probs(1), log_probs(2)
     assert loss(*first)[0].item() == pytest.approx(DPOLoss(0.1)(*first)[0].item(), abs=1e-7)
@@ -48,7 +48,7 @@ def test_the_follower_sees_the_window_and_evaluation_leaves_it_alone():
 def test_settings_that_need_rounds_are_refused():
     from openrlhf_sgpo import SGPOLoss
 
-    with pytest.raises(ValueError, match="refresh_steps 16 needs --sgpo.leader danskin"):
-        SGPOLoss(0.1, SGPOSettings(leader="transport"))
-    with pytest.raises(ValueError, match="group_size"):
-        SGPOLoss(0.1, SGPOSettings(group_size=10))
+    with pytest.raises(ValueError, match="refresh_steps 0"):
+        SGPOLoss(0.1, SGPOSettings(refresh_steps=0))
+    with pytest.raises(ValueError, match="prox 0.5"):
+        SGPOLoss(0.1, SGPOSettings(prox=0.5))

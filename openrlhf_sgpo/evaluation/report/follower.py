@@ -15,7 +15,7 @@ from openrlhf_sgpo.evaluation.report.markup import Html, signed, tiny
 # Of the certificate, in the order of docs/algorithms/sgpo.md.
 FIGURES = (
     *("value", "dual_value", "gap", "empirical", "bound", "slope", "edge", "level", "threshold"),
-    *("fraction_moved", "budget_used", "radius", "groups", "pairs"),
+    *("fraction_moved", "budget_used", "radius", "delta_K", "grouping_loss", "groups", "pairs"),
 )
 BINS = 40
 
@@ -33,37 +33,36 @@ class Moved:
     threshold: float
 
 
-def solve_again(certificate: dict[str, Any], settings: dict[str, Any]) -> Moved | None:
-    """The answer with which the round trained; None at radius 0, for several groups, whose members are not stored, and for
-    algorithms whose follower is another one."""
-    if settings["algo"] != "sgpo" or certificate["groups"] != 1 or not certificate["radius"]:
+def solve_again(certificate: dict[str, Any]) -> Moved | None:
+    """The answer with which the round began; None at radius 0, and for followers that were solved in groups, whose members are
+    not stored."""
+    if certificate.get("groups", 1) != 1 or not certificate.get("radius"):
         return None
-    options = settings["sgpo"]
     margins = torch.tensor(certificate["margins"], dtype=torch.float32)  # as the follower had them
-    is_probability = options["space"] == "probability"
-    places = (torch.sigmoid(margins.double()) if is_probability else margins.double()).numpy()
+    space = certificate["space"]
+    places = (torch.sigmoid(margins.double()) if space == "probability" else margins.double()).numpy()
     if certificate["ball"] == "best":
-        best = solve_best_case(margins, certificate["radius"], space=options["space"])
+        best = solve_best_case(margins, certificate["radius"], space=space)
         return Moved(places, (best.raised > 0).double().numpy(), best.level, best.level)
     worst = solve_worst_case(
         margins,
         certificate["radius"],
-        space=options["space"],
-        pieces=options["pieces"] or None,
-        window_pad=options["window_pad"],
+        space=space,
+        pieces=certificate["pieces"],
+        window=tuple(certificate["window"]),
     )
     threshold = torch.tensor(worst.threshold, dtype=torch.float64)
     return Moved(
         places,
         worst.moved.double().numpy(),
         worst.edge,
-        float(torch.sigmoid(threshold) if is_probability else threshold),
+        float(torch.sigmoid(threshold) if space == "probability" else threshold),
     )
 
 
-def follower_plot(name: str, certificate: dict[str, Any], settings: dict[str, Any]) -> Html:
+def follower_plot(name: str, certificate: dict[str, Any]) -> Html:
     """The histogram of a round's margins at its start; where it can be known, with what moves, and to where."""
-    moved = solve_again(certificate, settings)
+    moved = solve_again(certificate)
     if moved is None:
         values = np.array(certificate["margins"])
         edges = _bins(values, "margin")
@@ -71,7 +70,7 @@ def follower_plot(name: str, certificate: dict[str, Any], settings: dict[str, An
         note = "at radius 0 nothing moves" if still else "what moves cannot be computed from what is stored"
         figure = histogram({"pairs": np.histogram(values, edges)[0].tolist()}, edges.tolist(), "margin")
         return plot(f"Margins at the start of {name}", figure, note, height=300)
-    space = settings["sgpo"]["space"]
+    space = certificate["space"]
     edges = _bins(np.append(moved.places, moved.target), space)
     parts = {
         "stays": np.histogram(moved.places, edges, weights=1 - moved.share)[0].tolist(),

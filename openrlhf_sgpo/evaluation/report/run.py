@@ -135,7 +135,7 @@ def _rounds(moments: Sequence[Moment]) -> list[Html]:
 def _margins(moments: Sequence[Moment], settings: dict[str, Any]) -> list[Html]:
     solved = [moment for moment in moments if moment.certificate]
     held_out = held_out_plot({moment.name: moment.margins for moment in moments})
-    shown = [follower_plot(moment.name, moment.certificate, settings) for moment in solved]
+    shown = [follower_plot(moment.name, moment.certificate) for moment in solved]
     parts = [plots(*shown, *held_out)] if shown or held_out else []
     if solved:
         names = [name for name in CERTIFICATE if any(moment.certificate.get(name) is not None for moment in solved)]

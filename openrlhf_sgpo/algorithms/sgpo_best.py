@@ -1,0 +1,53 @@
+"""The best case of SGPO's ball: pairs that the policy ranks badly are forgiven instead of made worse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from openrlhf_sgpo.algorithms.sgpo import SGPO, saturated_ball
+from openrlhf_sgpo.flags import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from openrlhf_sgpo.dro import BestCase
+
+
+@dataclass
+class SGPOBestSettings:
+    radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo_best.space (0: DPO)")
+    space: Literal["margin", "probability"] = setting(
+        "margin", "where the ball lives: on margins, or on win probabilities sigmoid(margin)"
+    )
+    refresh_steps: int = setting(
+        1, "solve the follower again every so many optimiser steps on the latest margins (0: once per stage)"
+    )
+    refresh_window: int = setting(1024, "how many of the latest margins the refreshed follower sees")
+    prox: float = setting(
+        0.0,
+        "weight of a proximal term: the squared distance of each margin from where it was at the start of the stage",
+    )
+
+
+class SGPOBest(SGPO):
+    r"""The inf in place of the sup (not in the SGPO paper):
+
+    min_theta  V = inf { E_{xi ~ alpha}[-log sigmoid(xi)] : W1(alpha, law of the margins) <= radius }.
+
+    The follower raises the smallest margins to one level c (``openrlhf_sgpo/dro/best.py``). The leader's loss has the gradient
+    of V: DPO's loss that continues as its own tangent below c. Radius 0 is DPO.
+    """
+
+    name = "sgpo_best"
+    paper = "arXiv 2502.18099"
+    summary = "self-annotated rounds with the best case of SGPO's ball, which caps the pull of badly ranked pairs"
+    settings = SGPOBestSettings
+
+    def _solve(self, margins: Tensor) -> BestCase:
+        from openrlhf_sgpo.dro import solve_best_case
+
+        solution = solve_best_case(margins, self.options.radius, space=self.options.space)
+        if solution.saturated:
+            raise saturated_ball(self.name, self.options.radius, margins, "probability 1")
+        return solution

@@ -1,0 +1,63 @@
+"""SSAPO as its authors' code runs it, for reproduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from openrlhf_sgpo.algorithms.sgpo_transport import SGPOTransport
+from openrlhf_sgpo.flags import setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from openrlhf_sgpo.dro import WorstCase
+
+
+@dataclass
+class SGPOReleasedSettings:
+    radius: float = setting(0.01, "radius of the Wasserstein ball on win probabilities (0: no follower, DPO)")
+    pieces: int = setting(6, "tangents that stand for the loss in the follower")
+    group_size: int = setting(100, "solve the follower on random groups of so many pairs (0: all pairs at once)")
+
+
+class SGPOReleased(SGPOTransport):
+    r"""SciPy's SLSQP in probability space, stopped after 50 iterations, and the leader
+
+    -sum_k s_ik * log max(sigmoid(xi_i) - d_ik, 1e-6)              (JinYujie99/SSAPO, commit ccb912a).
+
+    The solver is part of the method: at the follower's optimum the clamped logarithm has no gradient for the pairs that are
+    moved, and close to it an unbounded one. A group of 100 pairs takes SLSQP minutes.
+    """
+
+    name = "sgpo_released"
+    paper = "arXiv 2502.18099"
+    summary = "SSAPO as the authors' code runs it: SLSQP on groups, and a leader with a clamped logarithm"
+    settings = SGPOReleasedSettings
+
+    @classmethod
+    def check(cls, options: Any) -> list[str]:
+        lacking = (
+            [] if options.pieces else [f"--{cls.name}.pieces 0: the loss is unbounded at probability 0; give 1 or more"]
+        )
+        return [*super().check(options), *lacking]
+
+    @classmethod
+    def package(cls, options: Any) -> str:
+        return "scipy"
+
+    def _exact(self, margins: Tensor, window: tuple[float, float] | None) -> WorstCase:
+        from openrlhf_sgpo.dro import solve_worst_case
+
+        return solve_worst_case(margins, self.options.radius, space="probability", pieces=self.options.pieces)
+
+    def _solve_group(self, margins: Tensor, worst: WorstCase) -> tuple[Tensor, Tensor, dict[str, float]]:
+        from openrlhf_sgpo.dro import slsqp
+
+        answer = slsqp(margins, worst.radius, pieces=self.options.pieces)
+        return answer.s, answer.displacement, {"solver_value": answer.value, "distance": answer.distance}
+
+    def _loss_of_atoms(self, margins: Tensor, s: Tensor, displacement: Tensor) -> Tensor:
+        from openrlhf_sgpo.dro.losses import released_loss
+
+        return released_loss(margins, s, displacement)
