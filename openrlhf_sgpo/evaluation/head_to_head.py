@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from openrlhf_sgpo.evaluation.compared_runs import BUDGET
-from openrlhf_sgpo.evaluation.statistics import holm, two_level_error, two_level_interval, two_level_p_value
+from openrlhf_sgpo.evaluation.statistics import TwoLevelMean, holm, two_level_mean
 from openrlhf_sgpo.table import aligned, standard_error
 
 Row = dict[str, Any]
@@ -33,16 +33,15 @@ def figure(values: Sequence[float]) -> Row:
 
 def cross_play(names: tuple[str, str], preferences: npt.ArrayLike) -> Row:
     """The first group against the second. preferences[i, j, p]: for the answer of the first's seed i over that of the second's
-    seed j to prompt p, a tie one half. Interval and p-value: see ``statistics.two_level_interval``."""
+    seed j to prompt p, a tie one half. Interval, p-value and degrees of freedom: see ``statistics.two_level_mean``."""
     values = np.asarray(preferences, dtype=np.float64)
-    low, high = two_level_interval(values)
+    estimate = two_level_mean(values)
     return {
         "first": names[0],
         "second": names[1],
-        "win_rate": values.mean().item(),
-        "low": low,
-        "high": high,
-        "p_value": two_level_p_value(values),
+        **_win_rate(estimate),
+        "degrees_of_freedom": estimate.degrees_of_freedom,
+        "p_value": estimate.p_value(0.5),
         "comparisons": values.size,
     }
 
@@ -56,16 +55,13 @@ def with_holm(rows: Sequence[Row]) -> list[Row]:
 def versus_start(name: str, preferences: npt.ArrayLike, divergences: npt.ArrayLike) -> Row:
     """A group against the model from which it started. preferences: shape (seeds, 1, prompts); divergences: nats, shape (seeds,
     prompts), with the error of their mean over seeds and prompts."""
-    values, nats = (np.asarray(one, dtype=np.float64) for one in (preferences, divergences))
-    low, high = two_level_interval(values)
-    return {
-        "name": name,
-        "win_rate": values.mean().item(),
-        "low": low,
-        "high": high,
-        "kl": nats.mean().item(),
-        "kl_error": two_level_error(nats[:, None, :]),
-    }
+    nats = two_level_mean(np.asarray(divergences, dtype=np.float64)[:, None, :])
+    return {"name": name, **_win_rate(two_level_mean(preferences)), "kl": nats.mean, "kl_error": nats.error}
+
+
+def _win_rate(estimate: TwoLevelMean) -> Row:
+    low, high = estimate.interval()
+    return {"win_rate": estimate.mean, "low": max(0.0, low), "high": min(1.0, high)}
 
 
 def mean_ledger(ledgers: Sequence[Mapping[str, float]], trials: int) -> dict[str, float]:

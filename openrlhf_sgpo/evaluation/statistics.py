@@ -1,8 +1,10 @@
-"""Intervals and tests of means: over prompts, and over seeds and prompts. numpy only."""
+"""Intervals and tests of means: over prompts, and over seeds and prompts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,39 +21,57 @@ def bootstrap_interval(
     return _percentiles(counts @ known / known.shape[0], level)
 
 
-def two_level_interval(
-    values: npt.ArrayLike, seed: int = 0, draws: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """(low, high): interval of the mean of ``values[i, j, p]``, shape (first's seeds, second's seeds, prompts): what seed i of
-    the one group gets against seed j of the other on prompt p.
+@dataclass(frozen=True)
+class TwoLevelMean:
+    """The mean of ``values[i, j, p]``, its standard error, and the degrees of freedom of that error."""
 
-    Percentiles of a bootstrap in which the seeds of each group and the prompts are drawn anew with replacement, each for
-    itself. All pairs of seeds answer the same prompts, and so they do in every draw (the pigeonhole bootstrap of Owen,
-    Annals of Applied Statistics 1, 2007). Exchanging the groups, values'[j, i, p] = 1 - values[i, j, p], gives (1 - high,
-    1 - low). With one seed each it is the bootstrap over prompts and speaks of these two policies only. Raises ValueError.
-    """
-    return _percentiles(_two_level_means(_checked(values, 3), seed, draws), level)
+    mean: float
+    error: float
+    degrees_of_freedom: float
+    prompts: int
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """(low, high): mean -+ t * error, with the quantile of Student's t for these degrees of freedom."""
+        from scipy.special import stdtrit
+
+        half = float(stdtrit(self.degrees_of_freedom, (1 + level) / 2)) * self.error if self.error else 0.0
+        return self.mean - half, self.mean + half
+
+    def p_value(self, null: float) -> float:
+        """Two-sided p-value of "the mean is ``null``": below 0.05 where the 95% interval leaves ``null`` out. It is never below
+        2^(1 - prompts), the least that a sign test of so many prompts can give: few equal values do not vary."""
+        from scipy.special import stdtr
+
+        distance = abs(self.mean - null)
+        if not distance:
+            return 1.0
+        tail = 2 * float(stdtr(self.degrees_of_freedom, -distance / self.error)) if self.error else 0.0
+        return min(1.0, max(tail, 2.0 ** (1 - self.prompts)))
 
 
-def two_level_error(values: npt.ArrayLike, seed: int = 0, draws: int = 10_000) -> float:
-    """Standard error of the mean of ``values``, shaped as in ``two_level_interval``: the standard deviation of its draws.
-    Raises ValueError."""
-    return float(np.std(_two_level_means(_checked(values, 3), seed, draws)))
+def two_level_mean(values: npt.ArrayLike) -> TwoLevelMean:
+    """The mean of ``values[i, j, p]``, shape (first's seeds, second's seeds, prompts): what seed i of the one group gets
+    against seed j of the other on prompt p. All pairs of seeds answer the same prompts.
 
+    With s2_k the sample variance of the means over everything but one of the three, k = first's seeds, second's seeds, prompts,
+    and n_k their number,
 
-def two_level_p_value(values: npt.ArrayLike, seed: int = 0, draws: int = 10_000) -> float:
-    """Two-sided p-value of "the mean of ``values`` is 1/2", values as in ``two_level_interval``: twice the share of the same
-    draws that are on the other side of 1/2, the data counted as one more draw.
+        error^2 = sum_k s2_k / n_k,        degrees of freedom = error^4 / sum_k [ (s2_k / n_k)^2 / (n_k - 1) ]
 
-    Of the same draws, so that it is below 0.05 where the 95% interval leaves out 1/2. A permutation of seeds, the
-    alternative, cannot be significant with the two or three seeds that such comparisons have. It is never below
-    2^(1 - prompts), the least that a sign test of so many prompts can give: draws of few equal values do not vary.
-    Raises ValueError.
+    (Satterthwaite, Biometrics Bulletin 2, 1946). What varies with all three is counted more than once, which is on the safe
+    side. A group of one seed says nothing of other seeds: then the error is over the rest. Exchanging the groups, values'[j,
+    i, p] = 1 - values[i, j, p], mirrors the interval. Raises ValueError.
     """
     known = _checked(values, 3)
-    means = _two_level_means(known, seed, draws)
-    beyond = min(np.count_nonzero(means <= 0.5), np.count_nonzero(means >= 0.5))
-    return min(1.0, max(2 * (beyond + 1) / (len(means) + 1), 2.0 ** (1 - known.shape[2])))
+    parts = []
+    for axis, count in enumerate(known.shape):
+        if count > 1:
+            others = tuple(other for other in range(3) if other != axis)
+            parts.append((float(known.mean(axis=others).var(ddof=1)) / count, count - 1))
+    squared = sum(part for part, _ in parts)
+    shares = sum(part**2 / freedom for part, freedom in parts)
+    freedom = squared**2 / shares if shares else float(max((known.shape[2] - 1), 1))
+    return TwoLevelMean(float(known.mean()), math.sqrt(squared), freedom, known.shape[2])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -64,30 +84,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(one) for one in adjusted]
 
 
-def _two_level_means(values: Array, seed: int, draws: int) -> Array:
-    """Means of ``draws`` resampled data sets, shape (draws,), rounded up to an even number."""
-    first, second, prompts = values.shape
-    generator = np.random.default_rng(seed)
-    half = (draws + 1) // 2
-    # Each drawing of seeds is used twice, for the one group and for the other: no order of the groups is favoured.
-    one, other = generator.random((2, half, max(first, second)))
-    of_first = _counts_of(np.concatenate([one, other])[:, :first])
-    of_second = _counts_of(np.concatenate([other, one])[:, :second])
-    of_prompts = np.tile(_counts(generator, half, prompts), (2, 1))
-    # Whole numbers of draws: sums of wins and ties, and so equality with one half, are exact.
-    sums = (of_prompts @ values.reshape(-1, prompts).T).reshape(-1, first, second)
-    return np.einsum("di,dj,dij->d", of_first, of_second, sums) / values.size
-
-
 def _counts(generator: np.random.Generator, draws: int, n: int) -> Array:
     """How often each of n things is drawn in n drawings with replacement, shape (draws, n)."""
     return generator.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
-
-
-def _counts_of(uniform: Array) -> Array:
-    """The same from uniform numbers in [0, 1), shape (draws, n), one for each drawing."""
-    n = uniform.shape[1]
-    return (np.floor(uniform * n)[:, :, None] == np.arange(n)).sum(axis=1).astype(np.float64)
 
 
 def _percentiles(means: Array, level: float) -> tuple[float, float]:
