@@ -234,7 +234,11 @@ def test_the_oracles_of_the_examples_are_found(console_script):
         ("transformers", ["data", *SETTINGS], "pip install 'openrlhf-sgpo[gpu]'"),
         ("deepspeed", ["train", *SETTINGS], "pip install 'openrlhf-sgpo[gpu]'"),
         ("openrlhf", ["train", *SETTINGS], "pip install --no-deps openrlhf=="),
-        ("cvxpy", ["train", *SETTINGS, "--sgpo.solver", "program", "--sgpo.leader", "transport"], "pip install cvxpy"),
+        (
+            "cvxpy",
+            ["train", "--algo", "sgpo_transport", *SETTINGS, "--sgpo_transport.solver", "program"],
+            "pip install cvxpy",
+        ),
         ("datasets", ["data", *SETTINGS, "--data.dataset", "owner/pairs"], "pip install datasets"),
         ("matplotlib", ["games", "--out", "pictures"], "pip install matplotlib"),
         ("openai", ["train", *SETTINGS, "--oracle", "judge"], "pip install openai"),
