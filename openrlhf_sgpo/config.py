@@ -41,6 +41,9 @@ class DataSettings:
     prompt_split: str = setting("", "split of --data.prompt_dataset when it is a hub name (default: the same)")
     max_samples: int = setting(0, "read at most so many human pairs (0: all)")
     max_len: int = setting(512, "longest prompt plus response, in tokens; longer responses are cut at the end")
+    chat_template_kwargs: list[str] = setting(
+        [], "variables for the chat template, each as NAME=VALUE, such as enable_thinking=false"
+    )
     limits: DataLimits = field(default_factory=DataLimits)
 
 

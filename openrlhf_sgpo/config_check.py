@@ -13,6 +13,7 @@ from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config, sections
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.limits import DataLimits
+from openrlhf_sgpo.data.template import template_arguments
 
 # Only a run with self-annotated rounds reads these.
 _ROUNDS_ONLY = (
@@ -165,6 +166,10 @@ def _check_ranges(config: Config, algorithm: type[Algorithm] = Algorithm) -> lis
         problems.append(
             f"--rollout.temperature: {config.rollout.temperature} makes all samples of a prompt identical, use more than 0"
         )
+    try:
+        template_arguments(config.data.chat_template_kwargs)
+    except ValueError as error:
+        problems.append(str(error))
     for split, dataset in _SPLITS.items():
         source = attrgetter(dataset)(config)
         if attrgetter(split)(config) and is_file(source):
@@ -182,8 +187,11 @@ def check_data(config: Config, algorithm: type[Algorithm]) -> None:
 
 def sampling_problems(config: Config) -> list[str]:
     """What is wrong with single values that are read for answers and their comparison, where nothing is trained."""
-    wanted = ("--data.max_len", "--data.limits.", "--train.seed", "--train.micro", "--rollout.", "--vllm.", "--reward.")
-    return [problem for problem in _check_ranges(config) if problem.startswith((*wanted, "--judge."))]
+    wanted = (
+        *("--data.max_len", "--data.chat_template_kwargs", "--data.limits.", "--train.seed", "--train.micro"),
+        *("--rollout.", "--vllm.", "--reward.", "--judge."),
+    )
+    return [problem for problem in _check_ranges(config) if problem.startswith(wanted)]
 
 
 def _check_unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]) -> list[str]:

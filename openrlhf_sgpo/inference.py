@@ -32,14 +32,25 @@ STORED = "resolved_config.yaml"
 def part(group: type, *names: str, **others: type) -> type:
     """A dataclass of these settings of a group of ``Config``, with their defaults and help texts; others: groups in it."""
     hints, known = get_type_hints(group), {item.name: item for item in fields(group)}
-    own = [(name, hints[name], field(default=known[name].default, metadata=known[name].metadata)) for name in names]
+    own = [
+        (
+            name,
+            hints[name],
+            field(
+                default=known[name].default,
+                default_factory=known[name].default_factory,
+                metadata=known[name].metadata,
+            ),
+        )
+        for name in names
+    ]
     return make_dataclass(
         group.__name__, own + [(name, Any, field(default_factory=kind)) for name, kind in others.items()]
     )
 
 
 _LIMITS = part(DataLimits, "malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
-Data = part(DataSettings, "max_len", limits=_LIMITS)
+Data = part(DataSettings, "max_len", "chat_template_kwargs", limits=_LIMITS)
 Rollout = part(RolloutSettings, "engine", "temperature", "top_p", "max_new_tokens", "batch_size")
 Vllm = part(  # nothing is trained meanwhile, so that engines need not sleep
     VllmSettings,

@@ -248,7 +248,9 @@ class Rounds(Run):
     def _oracle(self, number: int) -> Oracle:
         if not judges_itself(self.config, self.algorithm):
             return self._frozen_oracle()
-        resources = Resources(self.config, self.strategy, self.chat, self.scorer, self.folder.path)
+        resources = Resources(
+            self.config, self.strategy, self.chat, self.scorer, self.folder.path, moment=self.chat.template.moment
+        )
         return ImplicitReward(resources, self._policy_before(number), self._judge_reference(number))
 
     def _loss_reference(self, number: int) -> str:

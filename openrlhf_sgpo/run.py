@@ -19,8 +19,8 @@ from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Pair, fingerprint
 from openrlhf_sgpo.data.report import require
-from openrlhf_sgpo.data.run_data import inspect_run, load_run
-from openrlhf_sgpo.data.tokens import Group, load_chat
+from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
+from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.evaluation.between_rounds import Evaluator
 from openrlhf_sgpo.evaluation.report import write_report
 from openrlhf_sgpo.fork import check_source, take_over
@@ -51,8 +51,9 @@ class Run:
             check_rollout(config)
         if samples and not oracle.judges_itself(config, algorithm):
             oracle.get(config.oracle).check(config)
+        source = RunFolder(config.ckpt.fork_from) if config.ckpt.fork_from else None
+        self.chat, model = load_policy_chat(config, self.folder.moment(source))
         name, trust = config.model.model_name_or_path, config.model.trust_remote_code
-        self.chat, model = load_chat(name, trust, "model.model_name_or_path", config.data.max_len)
         self.tokenizer = self.chat.tokenizer
         check_layout(config, model.get_text_config())
         reference = config.ref.model_name_or_path
@@ -73,6 +74,10 @@ class Run:
         resolved = {"": replace(config, resume=False), algorithm.name: options}
         self.strategy = build_strategy(config)
         self.writes = self.strategy.is_rank_0()
+        if len(set(ranks.gather(self.chat.template.moment))) > 1:
+            raise ValueError(
+                "the day (UTC) changed while the ranks started, and with it the date in prompts: start again"
+            )
         ranks.on_rank_0(lambda: self._prepare_folder(resolved))
         log_to(self.folder.path)
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
@@ -98,7 +103,7 @@ class Run:
         source = RunFolder(self.config.ckpt.fork_from) if self.config.ckpt.fork_from else None
         if source:
             check_source(source, self.folder, flags.to_dict(resolved), digests)
-        self.folder.prepare(flags.dump(resolved), self.config.resume, digests)
+        self.folder.prepare(flags.dump(resolved), self.config.resume, digests, self.chat.template)
         write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
         if source:
             take_over(source, self.folder)
@@ -179,7 +184,9 @@ class Run:
         if self.oracle is None:
             path, resident = self.folder.path, issubclass(self.algorithm, OnPolicyAlgorithm)
             self.oracle = oracle.make(
-                oracle.Resources(self.config, self.strategy, self.chat, self.scorer, path, resident)
+                oracle.Resources(
+                    self.config, self.strategy, self.chat, self.scorer, path, resident, self.chat.template.moment
+                )
             )
         return self.oracle
 

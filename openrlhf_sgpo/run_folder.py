@@ -21,12 +21,19 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from openrlhf_sgpo.data.template import today
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.data.template import Template
+
 LOCK = "lock"
+MOMENT = "moment.json"
 # How a server is reached, which says nothing about its answers; a resumed run may find it elsewhere.
 ADDRESS = ("judge.base_url", "judge.concurrency", "judge.max_retries", "judge.timeout")
 
@@ -102,17 +109,45 @@ class RunFolder:
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
 
-    def prepare(self, resolved_config: str, resume: bool, data: dict[str, str] | None = None) -> None:
+    def moment(self, source: RunFolder | None = None) -> datetime:
+        """What chat templates are told of the present: what they were told when this folder was begun, or else the beginning
+        of the day (UTC). source: a run that this one goes on from, whose moment it takes."""
+        for folder in (self, source):
+            if folder and (folder.path / MOMENT).exists():
+                return datetime.fromisoformat(read_json(folder.path / MOMENT)["moment"])
+        return today()
+
+    def keep_moment(self, template: Template, begun: bool) -> None:
+        """Keep the moment that a template is told. begun: whether the folder has prompts that it rendered before.
+
+        Raises ValueError if it has, the template reads the clock, and no moment was kept.
+        """
+        path = self.path / MOMENT
+        if begun and not path.exists() and template.reads_clock:
+            raise ValueError(
+                f"{self.path} has no {MOMENT}, and {template.name} writes the date into prompts: which one is not known; begin "
+                "again in another folder"
+            )
+        write_json(path, {"moment": template.moment.isoformat()})
+
+    def prepare(
+        self,
+        resolved_config: str,
+        resume: bool,
+        data: dict[str, str] | None = None,
+        template: Template | None = None,
+    ) -> None:
         """Lock and create the run folder, or take up the one that is there.
 
-        data: a hash of each data set that was read. Raises ValueError if the folder is in use, or holds a run and ``resume``
-        is off, or if ``resume`` is on and the configuration or the data differ from that run's.
+        data: a hash of each data set that was read. template: that is told the moment, see ``keep_moment``.
+        Raises ValueError if the folder is in use, or holds a run and ``resume`` is off, or if ``resume`` is on and the
+        configuration or the data differ from that run's.
         """
         self.lock()
         stored = self.path / "resolved_config.yaml"
         if not stored.exists():
             # A process that was killed at this point left no more than the beginning of these.
-            own = (LOCK, "data.json", stored.name)
+            own = (LOCK, MOMENT, "data.json", stored.name)
             if any(entry.name.removesuffix(".partial") not in own for entry in self.path.iterdir()):
                 (self.path / LOCK).unlink()  # somebody else's folder stays as it was
                 raise ValueError(f"--{self.flag} {self.path} is not empty and not a run: choose another folder")
@@ -130,6 +165,8 @@ class RunFolder:
             other = [name for name, digest in (data or {}).items() if known.get(name, digest) != digest]
             if other:
                 raise ValueError(f"--resume, but {' and '.join(other)} changed since the run in {self.path} began")
+        if template:
+            self.keep_moment(template, begun=stored.exists())
         if data:
             write_json(self.path / "data.json", data)
         write_text(stored, resolved_config)

@@ -79,14 +79,10 @@ def data(argv: list[str]) -> int:
     check_data(settings, algorithm)
     with other_packages_apart():
         from openrlhf_sgpo.data.report import require
-        from openrlhf_sgpo.data.run_data import inspect_run, load_run
+        from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
 
         records = load_run(settings, with_prompts=True)
-        from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
-
-        model = settings.model
-        tokenizer = load_tokenizer(model.model_name_or_path, model.trust_remote_code, "model.model_name_or_path")
-        chat, room = ChatFormat(tokenizer, settings.data.max_len), settings.rollout.max_new_tokens
+        (chat, _), room = load_policy_chat(settings), settings.rollout.max_new_tokens
         if issubclass(algorithm, OnPolicyAlgorithm):
             from openrlhf_sgpo.rollout.roles import prompt_room
 

@@ -143,7 +143,7 @@ def inspect_pairs(
     met: set[bytes] = set()
     for pair, tokens in _encoded(pairs, chat):
         if tokens is None:
-            tally.add("refused", pair.id)
+            tally.add("refused", f"{pair.id} ({chat.refusal(pair.prompt, pair.template_kwargs)})")
             continue
         prompt, chosen, rejected = len(tokens.prompt), *map(len, tokens.responses)
         end = len(chat.end_of_turn)
@@ -170,6 +170,10 @@ def inspect_pairs(
         texts = [message["content"] for message in pair.prompt] + [pair.chosen, pair.rejected]
         for finding in special.findings(tokens.prompt, texts):
             tally.add(finding, pair.id)
+        if (tag := chat.open_thought(tokens.prompt)) and (
+            thoughts := [side for side in whole if tag not in getattr(pair, side)]
+        ):
+            tally.add("open_thought", pair.id, thoughts)
         if near_identical(pair.chosen, pair.rejected):
             tally.add("near_identical", pair.id)
         key, chosen_text, rejected_text = prompt_key(pair.prompt), pair.chosen.strip(), pair.rejected.strip()
@@ -225,7 +229,7 @@ def inspect_prompts(
     not_wanted = set(map(prompt_key, held_out or []))
     for prompt, tokens in _encoded_prompts(prompts, chat):
         if tokens is None:
-            tally.add("refused", prompt.id)
+            tally.add("refused", f"{prompt.id} ({chat.refusal(prompt.messages, prompt.template_kwargs)})")
             continue
         lengths.append(len(tokens))
         if _is_blank(prompt.messages) or len(tokens) + room > chat.max_len:

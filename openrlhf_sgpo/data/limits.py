@@ -20,6 +20,9 @@ class DataLimits:
     missing_eos: float = setting(0.05, "pairs with an uncut response that does not end in an end of turn, at most")
     double_bos: float = setting(0.01, "conversations in which the begin-of-sequence token is doubled, at most")
     double_eos: float = setting(0.01, "conversations whose texts hold the end-of-turn token, at most")
+    open_thought: float = setting(
+        0.01, "pairs with an uncut response that does not close the thought that the chat template opens, at most"
+    )
     near_identical: float = setting(0.2, "pairs whose responses differ in next to nothing, at most")
     duplicate: float = setting(0.1, "rows that repeat an earlier one, at most")
     contradictory: float = setting(0.02, "pairs that prefer the opposite of an earlier pair, at most")

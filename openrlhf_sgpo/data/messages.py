@@ -27,11 +27,11 @@ _REFUSED = {
     "functions": "rename it to 'tools'",
 }
 _SYSTEM = ("system", "system_prompt")
-# Arguments of the tokenizer's method that are none of the template.
-_NOT_FOR_TEMPLATES = {
+# What chat templates get from this package, and arguments of the tokenizer's method that are none of the template.
+NOT_FOR_TEMPLATES = {
     *("self", "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
-    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
 }
 _DEEPEST = 32  # levels of lists and objects in tools and their calls
 
@@ -155,7 +155,7 @@ def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(tool, dict) for tool in tools):
         raise DataError("column 'tools' must be a list of objects that describe functions")
     further = _from_json(row.get("chat_template_kwargs"), "chat_template_kwargs", dict, "an object")
-    if reserved := sorted(_NOT_FOR_TEMPLATES & further.keys()):
+    if reserved := sorted(NOT_FOR_TEMPLATES & further.keys()):
         raise DataError(f"column 'chat_template_kwargs' may not set {', '.join(reserved)}")
     return {**({"tools": tools} if tools else {}), **further}
 

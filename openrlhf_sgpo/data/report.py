@@ -18,7 +18,16 @@ from openrlhf_sgpo.data.limits import DataLimits
 # In this order in the report. Rows with one of the first kind are not trained on, and are looked at no further.
 LEFT_OUT = ("malformed", "refused", "empty", "identical", "too_long")
 COUNTED = (
-    *("truncated", "missing_eos", "double_bos", "double_eos", "near_identical", "duplicate", "contradictory"),
+    *(
+        "truncated",
+        "missing_eos",
+        "double_bos",
+        "double_eos",
+        "open_thought",
+        "near_identical",
+        "duplicate",
+        "contradictory",
+    ),
     *("unfinished", "benchmark", "held_out"),
 )
 EXAMPLES = 5
@@ -33,6 +42,8 @@ _REMEDIES = {
     "missing_eos": "give the model's end-of-sequence token to the end of the chat template's turns",
     "double_bos": "give plain messages, the chat template adds special tokens",
     "double_eos": "give plain messages, the chat template adds special tokens",
+    "open_thought": "close the thought in the responses, or give --data.chat_template_kwargs enable_thinking=false if the "
+    "template reads it",
     "near_identical": "remove these rows",
     "duplicate": "remove these rows",
     "contradictory": "keep one row of each prompt and its responses",

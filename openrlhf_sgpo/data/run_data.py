@@ -10,9 +10,14 @@ from openrlhf_sgpo.data.files import TEST_SPLITS, DataError
 from openrlhf_sgpo.data.inspection import InspectedPairs, InspectedPrompts, inspect_pairs, inspect_prompts
 from openrlhf_sgpo.data.records import Pair, Prompt, Records, load_pairs, load_prompts
 from openrlhf_sgpo.data.report import DataReport
-from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.data.template import refuse_unread, template_arguments
+from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
+    from transformers import PretrainedConfig
+
     from openrlhf_sgpo.config import Config
 
 
@@ -36,6 +41,28 @@ class RunData:
     @property
     def reports(self) -> list[DataReport]:
         return [one.report for one in (self.human, self.held_out, self.prompts) if one.report.rows]
+
+
+def load_policy_chat(config: Config, moment: datetime | None = None) -> tuple[ChatFormat, PretrainedConfig]:
+    """The chat format of the policy to start from, and its config. moment: as in ``ChatFormat``.
+
+    Raises ValueError as ``load_chat`` does, where the reference lacks embeddings for the policy's tokens, and for variables of
+    --data.chat_template_kwargs that the template does not read.
+    """
+    from transformers import AutoConfig
+
+    name, trust, reference = (
+        config.model.model_name_or_path,
+        config.model.trust_remote_code,
+        config.ref.model_name_or_path,
+    )
+    variables = template_arguments(config.data.chat_template_kwargs)
+    chat, settings = load_chat(name, trust, "model.model_name_or_path", config.data.max_len, variables, moment)
+    refuse_unread([chat.template])
+    if reference and reference != name:
+        theirs = AutoConfig.from_pretrained(reference, trust_remote_code=trust)
+        chat.check_embeddings(theirs, f"--ref.model_name_or_path {reference}")
+    return chat, settings
 
 
 def load_run(config: Config, with_prompts: bool) -> RunRecords:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openrlhf_sgpo.data.records import Messages, Pair
+from openrlhf_sgpo.data.template import NONE, Template, TemplateError, open_thought, today
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -44,19 +45,40 @@ def load_tokenizer(model: str, trust_remote_code: bool, flag: str) -> PreTrained
         ) from error
 
 
-def load_chat(model: str, trust_remote_code: bool, flag: str, max_len: int) -> tuple[ChatFormat, PretrainedConfig]:
-    """The chat format of a model that answers, with a padding token, and the model's config. Raises ValueError as
-    ``load_tokenizer`` and ``ChatFormat`` do, and where ``max_len`` exceeds the model's positions."""
+def load_chat(
+    model: str,
+    trust_remote_code: bool,
+    flag: str,
+    max_len: int,
+    template_kwargs: Mapping[str, Any] = NONE,
+    moment: datetime | None = None,
+    length_flag: str = "data.max_len",
+) -> tuple[ChatFormat, PretrainedConfig]:
+    """The chat format of a model, with a padding token, and the model's config; no weights are loaded.
+
+    template_kwargs, moment: as in ``ChatFormat``. Raises ValueError, naming the flag, as ``load_tokenizer`` and ``ChatFormat``
+    do, where ``max_len`` exceeds the model's positions, and where tokenizer and model do not fit.
+    """
     from transformers import AutoConfig
 
     tokenizer = load_tokenizer(model, trust_remote_code, flag)
     settings = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    longest = getattr(settings, "max_position_embeddings", max_len)
+    longest = getattr(settings.get_text_config(), "max_position_embeddings", None) or max_len
     if max_len > longest:
-        raise ValueError(f"--data.max_len {max_len} exceeds the {longest} positions of --{flag} {model}; lower it")
-    if tokenizer.pad_token is None:
+        raise ValueError(f"--{length_flag} {max_len} exceeds the {longest} positions of --{flag} {model}; lower it")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"--{flag} {model}: the tokenizer has neither a padding token nor an end-of-sequence token, so that no batch "
+                "can be padded; save it with one of them"
+            )
         tokenizer.pad_token = tokenizer.eos_token
-    return ChatFormat(tokenizer, max_len), settings
+    try:
+        chat = ChatFormat(tokenizer, max_len, template_kwargs, moment)
+        chat.check_embeddings(settings, f"--{flag} {model}")
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from error
+    return chat, settings
 
 
 class ChatFormat:
@@ -66,26 +88,27 @@ class ChatFormat:
     end of turn would teach the model to stop in the middle of a sentence. Tokens that a template puts after the end of
     turn (a newline, say) are never generated and are left out.
 
-    Raises ValueError if the tokenizer has no chat template, or neither template nor tokenizer has an end of turn.
+    template_kwargs: variables that the template gets for every conversation; a conversation's own come on top. moment: that it
+    gets for the present (default: the beginning of the day).
+    Raises ValueError as ``Template`` does, and if neither template nor tokenizer has an end of turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_len: int):
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer of {tokenizer.name_or_path} has no chat template: start from a supervised fine-tuned "
-                "model, or save a template with the tokenizer"
-            )
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_len: int,
+        template_kwargs: Mapping[str, Any] = NONE,
+        moment: datetime | None = None,
+    ):
+        self.template = Template(tokenizer, template_kwargs, moment or today())
         self.tokenizer = tokenizer
         self.max_len = max_len
+        self.model = ""
         # One int object per token of the vocabulary: 60,000 pairs held as tokens would otherwise take gigabytes.
         self._ids = list(range(1 + max(tokenizer.get_vocab().values())))
-        opening: Messages = [{"role": "user", "content": "?"}]
-        marker = "response"
-        rendered = self._render(opening + [{"role": "assistant", "content": marker}], generation_prompt=False)
-        ending = rendered[rendered.rindex(marker) + len(marker) :].strip()
         # Responses are tokenized behind what the template puts before them: alone, some tokenizers (SentencePiece's)
         # would begin each with a space that the policy never sampled.
-        self._anchor = self._render(opening).removeprefix(self._render(opening, generation_prompt=False))
+        self._anchor, ending = self.template.turn()
         self._anchor_ids = self._encode(self._anchor)
         self.end_of_turn: tuple[int, ...] = self._encode(ending)
         if not self.end_of_turn:
@@ -96,22 +119,39 @@ class ChatFormat:
                 )
             self.end_of_turn = (tokenizer.eos_token_id,)
 
-    def _render(
-        self,
-        messages: Messages,
-        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-        generation_prompt: bool = True,
-    ) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **template_kwargs
+    def check_embeddings(self, settings: PretrainedConfig, model: str) -> None:
+        """From here on a token without an embedding raises ValueError. settings: the model's config; model: its flag and name.
+
+        Raises ValueError at once if the tokenizer's padding or end, or a token of the template, has none.
+        """
+        size = getattr(settings.get_text_config(), "vocab_size", None)
+        if not isinstance(size, int) or size >= len(self._ids):
+            return
+        self._ids, self.model = self._ids[:size], model
+        tokenizer = self.tokenizer
+        for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, *self.end_of_turn):
+            if token is not None and token >= size:
+                raise self._no_embedding(token)
+        self.prompt([{"role": "user", "content": "question"}])
+
+    def _no_embedding(self, token: int, text: str = "") -> ValueError:
+        where = f", in the text {text[:60]!r}" if text else ""
+        return ValueError(
+            f"token id {token} ({self.tokenizer.convert_ids_to_tokens(token)}) of the tokenizer of "
+            f"{self.tokenizer.name_or_path} is beyond the {len(self._ids)} embeddings of {self.model}{where}: save the model "
+            "with embeddings for all of its tokenizer (model.resize_token_embeddings), or the tokenizer without that token"
         )
-        assert isinstance(text, str)
-        return text
 
     def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         # The rendered text already contains the special tokens; adding them again would double the BOS.
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-        return [tuple(map(self._ids.__getitem__, row)) for row in rows]
+        try:
+            return [tuple(map(self._ids.__getitem__, row)) for row in rows]
+        except IndexError:
+            number, token = next(
+                (number, token) for number, row in enumerate(rows) for token in row if token >= len(self._ids)
+            )
+            raise self._no_embedding(token, texts[number]) from None
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return self._encode_all([text])[0]
@@ -135,27 +175,38 @@ class ChatFormat:
             ids = ids[:-length]
         return ids
 
-    def prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, ...]:
-        """template_kwargs: further arguments of the chat template for this prompt, as ``Prompt`` has them."""
-        return self._encode(self._render(messages, template_kwargs))
+    def prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] = NONE) -> tuple[int, ...]:
+        """template_kwargs: further variables of the chat template for this prompt, as ``Prompt`` has them. Raises ValueError if
+        the template fails, or drops a part of the prompt."""
+        return self._encode(self.template.prompt(messages, template_kwargs))
 
     def prompts(
         self, conversations: Sequence[Messages], template_kwargs: Sequence[Mapping[str, Any]] = ()
     ) -> list[tuple[int, ...] | None]:
-        """Tokens of prompts, all at once; None where the template refuses the conversation (its order of roles, say).
+        """Tokens of prompts, all at once; None where the template fails on the conversation (its order of roles, say).
 
-        template_kwargs: of each conversation; none at all if empty.
+        template_kwargs: of each conversation; none at all if empty. Raises ValueError where it drops a part of one.
         """
-        from jinja2.exceptions import TemplateError
-
         rendered: dict[int, str] = {}
         for index, messages in enumerate(conversations):
             try:
-                rendered[index] = self._render(messages, template_kwargs[index] if template_kwargs else {})
+                rendered[index] = self.template.prompt(messages, template_kwargs[index] if template_kwargs else NONE)
             except TemplateError:
                 continue
         tokens = dict(zip(rendered, self._encode_all(list(rendered.values())), strict=True))
         return [tokens.get(index) for index in range(len(conversations))]
+
+    def refusal(self, messages: Messages, template_kwargs: Mapping[str, Any] = NONE) -> str:
+        """Whose template fails on a conversation, and why; empty if it does not."""
+        try:
+            self.template.render(messages, template_kwargs)
+        except TemplateError as error:
+            return f"{self.tokenizer.name_or_path}: {error.reason}"
+        return ""
+
+    def open_thought(self, prompt: Sequence[int]) -> str:
+        """The tag that closes the thought that the template opens at the end of the prompt; empty if it opens none."""
+        return open_thought(str(self.tokenizer.decode(list(prompt[-16:]))))
 
     def response(self, text: str, truncated: bool, room: int) -> tuple[int, ...]:
         """Tokens of a response, cut to ``room`` tokens."""

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Messages
+from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 from openrlhf_sgpo.evaluation.task import Item, Responses
 from openrlhf_sgpo.judge.cache import content_key
@@ -97,9 +99,12 @@ class Answerer:
         self.rollout: Rollout | None = None
         self._kind = ""
 
-    def chat(self, folder: str) -> ChatFormat:
+    def chat(self, folder: str, moment: datetime | None = None) -> ChatFormat:
         """The model's chat format; no weights are loaded. Raises ValueError."""
-        return load_chat(folder, self.config.model.trust_remote_code, "models", self.config.data.max_len)[0]
+        data, trust = self.config.data, self.config.model.trust_remote_code
+        return load_chat(folder, trust, "models", data.max_len, template_arguments(data.chat_template_kwargs), moment)[
+            0
+        ]
 
     def fitting(self, chat: ChatFormat, name: str, task: str, items: Sequence[Item], partial: bool) -> list[Item]:
         """The items with room for all answers within --data.max_len. Raises ValueError if that is not all of them, unless
@@ -153,6 +158,9 @@ class Answerer:
     def decoding(self) -> dict[str, Any]:
         """How answers are drawn, as it is recorded with every score."""
         config = self.config
+        variables = (
+            {"chat_template_kwargs": config.data.chat_template_kwargs} if config.data.chat_template_kwargs else {}
+        )
         return {
             "engine": config.rollout.engine,
             "temperature": config.rollout.temperature,
@@ -161,6 +169,7 @@ class Answerer:
             "max_len": config.data.max_len,
             "dtype": config.ds.param_dtype,
             "seed": config.train.seed,
+            **variables,
         }
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from openrlhf_sgpo.data.files import TEST_SPLITS, TRAIN_SPLITS
 from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.records import Prompt, Records, fingerprint, load_prompts
 from openrlhf_sgpo.data.report import require
+from openrlhf_sgpo.data.template import refuse_unread, template_arguments
 from openrlhf_sgpo.data.tokens import Group, load_chat
 from openrlhf_sgpo.evaluation.compare_settings import CompareSettings, run_config
 from openrlhf_sgpo.evaluation.compared_runs import (
@@ -69,7 +70,12 @@ class CrossPlay:
         records = self._records()
         check_rollout(config)
         oracle.get(settings.oracle).check(config)
-        self.chat, _ = load_chat(self.initial, settings.trust_remote_code, "runs", config.data.max_len)
+        self.folder = RunFolder(settings.out, "out")
+        variables = template_arguments(config.data.chat_template_kwargs)
+        self.chat, _ = load_chat(
+            *(self.initial, settings.trust_remote_code, "runs", config.data.max_len, variables, self.folder.moment())
+        )
+        refuse_unread([self.chat.template])
         inspected = inspect_prompts(
             records,
             self.chat,
@@ -81,10 +87,11 @@ class CrossPlay:
         require([inspected.report])
         self.prompts, self.tokens = inspected.prompts, inspected.tokens
 
-        self.folder = RunFolder(settings.out, "out")
         digests = {f"--runs {run.folder}": content_key(run.ledger()) for run in self.runs}
         digests["--prompts"] = fingerprint(self.prompts)
-        self.folder.prepare(flags.dump({"": replace(settings, resume=False)}), settings.resume, digests)
+        self.folder.prepare(
+            flags.dump({"": replace(settings, resume=False)}), settings.resume, digests, self.chat.template
+        )
         log_to(self.folder.path)
         write_json(self.folder.path / "data_report.json", [inspected.report.to_dict()])
         self.strategy = build_strategy(config)
@@ -122,7 +129,7 @@ class CrossPlay:
             for group in self.groups
         }
         resources = Resources(self.config, self.strategy, self.chat, self.scorer, self.folder.path, resident=True)
-        judge = oracle.make(resources)
+        judge = oracle.make(replace(resources, moment=self.chat.template.moment))
         try:
             pairs = with_holm(
                 [

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo.data.template import refuse_unread
 from openrlhf_sgpo.evaluation import tasks
 from openrlhf_sgpo.evaluation.answers import SETTINGS, Answerer, identity, positions, write_responses
 from openrlhf_sgpo.evaluation.benchmark_files import read
@@ -24,7 +25,7 @@ from openrlhf_sgpo.evaluation.settings import Contestant, Loaded, run_config
 from openrlhf_sgpo.evaluation.task import Responses, Result, Task
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import check_rollout
-from openrlhf_sgpo.run_folder import LOCK, Ledger, RunFolder, read_json, write_jsonl
+from openrlhf_sgpo.run_folder import LOCK, MOMENT, Ledger, RunFolder, read_json, write_jsonl
 
 
 class Evaluation:
@@ -44,7 +45,10 @@ class Evaluation:
             )
         self.answerer = Answerer(self.config)
         self.given = {one.name: self._read(one) for one in self.contestants if one.file}
-        self.chats = {one.name: self.answerer.chat(one.folder) for one in self.contestants if one.folder}
+        self.folder = RunFolder(settings.out, "out")
+        moment = self.folder.moment()
+        self.chats = {one.name: self.answerer.chat(one.folder, moment) for one in self.contestants if one.folder}
+        refuse_unread([chat.template for chat in self.chats.values()])
         # By model and task, what it has room to answer.
         self.fitting = {
             (name, task): self.answerer.fitting(chat, name, task, items, settings.partial)
@@ -53,7 +57,6 @@ class Evaluation:
         }
         if self.chats:
             check_rollout(self.config)
-        self.folder = RunFolder(settings.out, "out")
         self._take_folder()
         log_to(self.folder.path)
         for one in self.contestants:
@@ -204,11 +207,13 @@ class Evaluation:
     def _take_folder(self) -> None:
         """Raises ValueError if the folder is in use, or is something else's."""
         path = self.folder.path
-        own = {LOCK, "items"}  # a process that was killed at once left no more than these
+        own = {LOCK, MOMENT, "items"}  # a process that was killed at once left no more than these
         others = {entry.name.removesuffix(".partial") for entry in path.glob("*")} - own
         if others and not (path / "items").exists():
             raise ValueError(f"--out {path} is not empty and no leaderboard: choose another folder")
         self.folder.lock()
+        for chat in self.chats.values():
+            self.folder.keep_moment(chat.template, begun=(path / "ledger.json").exists())
 
 
 def _file_identity(contestant: Contestant) -> dict[str, Any]:

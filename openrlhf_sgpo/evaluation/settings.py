@@ -36,7 +36,7 @@ class EvaluateSettings:
     partial: bool = setting(False, "accept items without an answer, and judgements that are refused or cannot be read")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     judge: EvaluationJudgeSettings = field(default_factory=EvaluationJudgeSettings)
-    data: Any = field(default_factory=part(DataSettings, "max_len"))
+    data: Any = field(default_factory=part(DataSettings, "max_len", "chat_template_kwargs"))
     rollout: Any = field(default_factory=Rollout)
     vllm: Any = field(default_factory=Vllm)
     ds: Any = field(default_factory=Deepspeed)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from openrlhf_sgpo.data.records import Messages, Pair
+from openrlhf_sgpo.data.template import today
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
 
 if TYPE_CHECKING:
@@ -62,7 +64,8 @@ class Resources:
     """What an oracle may work with.
 
     chat: the policy's. scorer: the run's own, which the policy's figures come from. folder: the run's, where an oracle keeps
-    what it found. resident: models stay in memory between calls, until ``close``.
+    what it found. resident: models stay in memory between calls, until ``close``. moment: that chat templates are
+    told, see ``ChatFormat``.
     """
 
     config: Config
@@ -71,6 +74,7 @@ class Resources:
     scorer: Scorer
     folder: Path
     resident: bool = False
+    moment: datetime = field(default_factory=today)
 
 
 class Oracle:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat
 from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ class ImplicitReward(RewardOracle):
 
     @classmethod
     def check(cls, config: Config) -> None:
+        trust = config.model.trust_remote_code
         folders = {"model": config.model.model_name_or_path, "reward": config.reward.model_name_or_path}
         tokenizers = {
-            group: load_tokenizer(folder, config.model.trust_remote_code, f"{group}.model_name_or_path")
+            group: load_chat(folder, trust, f"{group}.model_name_or_path", config.data.max_len)[0].tokenizer
             for group, folder in folders.items()
         }
         if tokenizers["model"].get_vocab() != tokenizers["reward"].get_vocab():

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
+from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
 from openrlhf_sgpo.oracle.comparison import LETTERS, fitted
-from openrlhf_sgpo.oracle.reward_model import weight_names
+from openrlhf_sgpo.oracle.reward_model import reading_chat, weight_names
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.config import Config
@@ -32,9 +32,8 @@ class PreferenceModel(PreferenceOracle):
         super().__init__(resources)
         config = resources.config
         self.model = config.reward.model_name_or_path
-        self.chat = _chat(config)
-        tokenizer = self.chat.tokenizer
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.chat = reading_chat(self.model, FLAG, config, resources.moment)
+        pad = self.chat.tokenizer.pad_token_id
         self.letters = tuple(self.chat.response(letter, True, self.chat.max_len) for letter in LETTERS)
         self.scorer = Scorer(
             config, resources.strategy, pad, resources.folder / "log_probs", resident=resources.resident
@@ -54,7 +53,7 @@ class PreferenceModel(PreferenceOracle):
         from openrlhf_sgpo.openrlhf import value_head
 
         model, trust = config.reward.model_name_or_path, config.model.trust_remote_code
-        fitted([], "", "", _chat(config))
+        fitted([], "", "", reading_chat(model, FLAG, config))
         if f"{value_head(AutoConfig.from_pretrained(model, trust_remote_code=trust))}.weight" in weight_names(model):
             raise ValueError(f"--{FLAG} {model} is a reward model; use --oracle reward_model")
 
@@ -66,8 +65,3 @@ class PreferenceModel(PreferenceOracle):
         found = self.scorer.score(self.model, groups, label and f"{label}, preference model")
         self.calls = self.scorer.responses_scored // len(LETTERS)
         return [sigmoid(a - b) for a, b in found]
-
-
-def _chat(config: Config) -> ChatFormat:
-    tokenizer = load_tokenizer(config.reward.model_name_or_path, config.model.trust_remote_code, FLAG)
-    return ChatFormat(tokenizer, config.reward.max_len or config.data.max_len)

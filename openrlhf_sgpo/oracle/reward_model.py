@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_tokenizer
+from openrlhf_sgpo.data.template import template_arguments
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat
 from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
 if TYPE_CHECKING:
@@ -24,6 +26,14 @@ def weight_names(folder: str) -> set[str]:
     return names
 
 
+def reading_chat(model: str, flag: str, config: Config, moment: datetime | None = None) -> ChatFormat:
+    """The chat format of a model that reads answers, within --reward.max_len. Raises ValueError as ``load_chat`` does."""
+    data, own = config.data, config.reward.max_len
+    variables = template_arguments(data.chat_template_kwargs)
+    length, length_flag = (own, "reward.max_len") if own else (data.max_len, "data.max_len")
+    return load_chat(model, config.model.trust_remote_code, flag, length, variables, moment, length_flag)[0]
+
+
 def check_reward_model(model: str, flag: str, config: Config) -> None:
     """Raises ValueError for what can be known of a reward model without loading it: a tokenizer with a chat template, and,
     for a folder, the weights of a value head."""
@@ -32,7 +42,7 @@ def check_reward_model(model: str, flag: str, config: Config) -> None:
     from openrlhf_sgpo.openrlhf import no_value_head, value_head
 
     trust = config.model.trust_remote_code
-    ChatFormat(load_tokenizer(model, trust, flag), config.data.max_len)
+    reading_chat(model, flag, config)
     head = value_head(AutoConfig.from_pretrained(model, trust_remote_code=trust))
     names = weight_names(model)
     if names and f"{head}.weight" not in names:
@@ -50,9 +60,8 @@ class RewardReader:
 
         config = resources.config
         self.model = model
-        tokenizer = load_tokenizer(model, config.model.trust_remote_code, flag)
-        self.chat = ChatFormat(tokenizer, config.reward.max_len or config.data.max_len)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.chat = reading_chat(model, flag, config, resources.moment)
+        pad = self.chat.tokenizer.pad_token_id
         self.scorer = RewardScorer(
             config, resources.strategy, pad, resources.folder / "rewards", resident=resources.resident
         )

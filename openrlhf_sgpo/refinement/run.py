@@ -21,6 +21,7 @@ from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.records import Prompt, fingerprint, load_prompts
 from openrlhf_sgpo.data.report import require
+from openrlhf_sgpo.data.template import refuse_unread, template_arguments
 from openrlhf_sgpo.data.tokens import load_chat
 from openrlhf_sgpo.inference import Policy
 from openrlhf_sgpo.openrlhf import build_strategy
@@ -55,7 +56,12 @@ class Refinement:
         check_rollout(config)
         if settings.oracle:
             oracle.get(settings.oracle).check(config)
-        self.chat, _ = load_chat(policy.folder, settings.trust_remote_code, "model", config.data.max_len)
+        self.folder = RunFolder(settings.out, "out")
+        variables = template_arguments(config.data.chat_template_kwargs)
+        self.chat, _ = load_chat(
+            *(policy.folder, settings.trust_remote_code, "model", config.data.max_len, variables, self.folder.moment())
+        )
+        refuse_unread([self.chat.template])
         self.tokenizer = self.chat.tokenizer
         new = config.rollout.max_new_tokens
         self.longest = config.data.max_len - new  # context of an answer, in tokens
@@ -70,11 +76,12 @@ class Refinement:
         require([inspected.report])
         self.prompts, self.tokens = inspected.prompts, inspected.tokens
 
-        self.folder = RunFolder(settings.out, "out")
         digests = {"--prompts": fingerprint(records)}
         if self.drafts:
             digests["--drafts"] = fingerprint(list(self.drafts.values()))  # type: ignore[arg-type]
-        self.folder.prepare(flags.dump({"": replace(settings, resume=False)}), settings.resume, digests)
+        self.folder.prepare(
+            flags.dump({"": replace(settings, resume=False)}), settings.resume, digests, self.chat.template
+        )
         log_to(self.folder.path)
         write_json(self.folder.path / "data_report.json", [inspected.report.to_dict()])
         self.strategy = build_strategy(config)
@@ -160,7 +167,11 @@ class Refinement:
         """By prompt and depth the best of the samples, empty if that is not asked for; and the rows of preferences."""
         config, controls = self.config, self.settings.controls or []
         scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
-        judge = oracle.make(oracle.Resources(config, self.strategy, self.chat, scorer, self.folder.path, resident=True))
+        judge = oracle.make(
+            oracle.Resources(
+                config, self.strategy, self.chat, scorer, self.folder.path, True, self.chat.template.moment
+            )
+        )
         best: list[list[int]] = []
         try:
             if "best_of_n" in controls:

@@ -183,7 +183,9 @@ def test_a_conversation_that_the_template_refuses(tokenizer):
     messages = {"a": question("?"), "b": [system, *question("?")]}
     result = inspect_pairs([Pair(id, one, "Yes.", "No.") for id, one in messages.items()], chat, DataLimits(), name="x")
     assert [pair.id for pair in result.pairs] == ["a"]
-    with pytest.raises(DataError, match="x: refused 1 of 2 .*, such as b; .*--data.limits.refused 0.5 accepts this"):
+    with pytest.raises(
+        DataError, match=r"x: refused 1 of 2 .*, such as b \(.*: no system\); .*refused 0.5 accepts this"
+    ):
         require([result.report])
     prompts = inspect_prompts([Prompt(id, one) for id, one in messages.items()], chat, DataLimits(), name="x", room=2)
     assert [prompt.id for prompt in prompts.prompts] == ["a"]

@@ -1,0 +1,197 @@
+"""A tokenizer's chat template: what it is given, and what it must do with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from openrlhf_sgpo.data.messages import NOT_FOR_TEMPLATES, Messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NONE: Mapping[str, Any] = MappingProxyType({})
+FLAG = "data.chat_template_kwargs"
+# Fields of a message that link messages and say nothing.
+_LINKS = ("role", "tool_call_id")
+_MARKER = "another text"
+_THOUGHT = r"[<\[]((?:\w*think\w*)|thought|reasoning)[>\]]"
+_OPEN_THOUGHT = re.compile(_THOUGHT + r"\s*$", re.IGNORECASE)
+_EMPTY_THOUGHT = re.compile(_THOUGHT + r"\s*[<\[]/\1[>\]]", re.IGNORECASE)
+
+
+class TemplateError(ValueError):
+    """A chat template that fails on a conversation. reason: what it says."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def template_arguments(items: Sequence[str]) -> dict[str, Any]:
+    """The variables that items give to chat templates: each is NAME=VALUE, or a JSON object. Values are read as YAML,
+    so that ``false`` is no text. Raises ValueError."""
+    arguments: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        try:
+            value = yaml.safe_load(item if item.lstrip().startswith("{") else text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--{FLAG}: {item!r} cannot be read; write NAME=VALUE") from error
+        if item.lstrip().startswith("{"):
+            given = value
+        else:
+            given = {name.strip(): value if isinstance(value, (bool, int, float, list, dict)) else text}
+        if not isinstance(given, dict) or not (equals or given is value) or not all(map(_is_name, given)):
+            raise ValueError(f"--{FLAG}: {item!r} is not NAME=VALUE, such as enable_thinking=false")
+        if taken := sorted(given.keys() & NOT_FOR_TEMPLATES):
+            raise ValueError(f"--{FLAG}: {', '.join(taken)} cannot be set, chat templates get it from the run")
+        arguments |= given
+    return arguments
+
+
+def _common(first: str, second: str) -> int:
+    """Length of the beginning that two texts share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value.isidentifier()
+
+
+def today() -> datetime:
+    """The beginning of the day, in UTC, which all ranks of a run share."""
+    return datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
+
+
+def open_thought(prompt: str) -> str:
+    """The tag that closes the thought with which a rendered prompt ends, such as ``</think>``; empty if it opens none."""
+    found = _OPEN_THOUGHT.search(prompt)
+    return f"{found[0].rstrip()[0]}/{found[0].rstrip()[1:]}" if found else ""
+
+
+class Template:
+    """The chat template of a tokenizer with the variables that a run gives it.
+
+    arguments: of every conversation. moment: what ``strftime_now`` tells templates that ask for the date, whenever they ask.
+    Raises ValueError, naming the tokenizer, if it has no template, or one that fails, that drops what messages say, or whose
+    generation prompt lacks the header of the assistant's turn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], moment: datetime):
+        self.tokenizer = tokenizer
+        self.arguments = dict(arguments)
+        self.moment = moment
+        self.name = f"the chat template of the tokenizer {tokenizer.name_or_path}"
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path} has no chat template: start from a supervised fine-tuned "
+                "model, or save a template with the tokenizer"
+            )
+        self.reads_clock = self.reads("strftime_now")
+        self._check()
+
+    def reads(self, variable: str) -> bool:
+        """Whether the template's text mentions the variable."""
+        return re.search(rf"\b{re.escape(variable)}\b", str(self.tokenizer.chat_template)) is not None
+
+    def unread(self) -> list[str]:
+        """The ``arguments`` that the template does not read."""
+        return [name for name in self.arguments if not self.reads(name)]
+
+    def render(self, messages: Messages, arguments: Mapping[str, Any] = NONE, generation_prompt: bool = True) -> str:
+        """The text of a conversation. arguments: of this one. Raises TemplateError if the template fails."""
+        further: dict[str, Any] = {**self.arguments, **arguments, "strftime_now": self.moment.strftime}
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **further
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            roles = ", ".join(message["role"] for message in messages)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TemplateError(f"{self.name} fails on a conversation of {roles} ({reason})", reason) from error
+        assert isinstance(text, str)
+        return text
+
+    def prompt(self, messages: Messages, arguments: Mapping[str, Any] = NONE) -> str:
+        """The text of a prompt, up to where an answer begins. Raises TemplateError, and ValueError if a part would be lost."""
+        text = self.render(messages, arguments)
+        if dropped := self._dropped(messages, arguments, text):
+            raise ValueError(
+                f"{self.name} does not render {dropped} (in the conversation that begins {messages[0]['content'][:40]!r}); "
+                "use a model whose template renders it, or take it out of the data"
+            )
+        return text
+
+    def _dropped(self, messages: Messages, arguments: Mapping[str, Any], text: str) -> str:
+        """What of the conversation is not in ``text``, its rendering: without it the template writes the same."""
+
+        def same(other: Messages, told: Mapping[str, Any] = arguments) -> bool:
+            try:
+                return self.render(other, told) == text
+            except TemplateError:
+                return False
+
+        for place, message in enumerate(messages):
+            for field, value in message.items():
+                if field in _LINKS or not value or (field == "content" and value.strip() in text):
+                    continue
+                other = {name: part for name, part in message.items() if name != field}
+                other |= {"content": _MARKER} if field == "content" else {}
+                if same([*messages[:place], other, *messages[place + 1 :]]):
+                    return f"the field {field!r} of a message with the role {message['role']!r}"
+        for name in arguments:
+            if name != "tools" and not self.reads(name):
+                return f"the column 'chat_template_kwargs' with {name!r}"
+        if arguments.get("tools") and same(messages, {k: v for k, v in arguments.items() if k != "tools"}):
+            return "the column 'tools'"
+        return ""
+
+    def turn(self) -> tuple[str, str]:
+        """What the template puts before and after the assistant's text: generation prompt and end of turn."""
+        opening, answered = _probe()
+        whole = self.render(answered, generation_prompt=False)
+        ending = whole[whole.rindex(_ANSWER) + len(_ANSWER) :].strip()
+        return self.render(opening).removeprefix(self.render(opening, generation_prompt=False)), ending
+
+    def _check(self) -> None:
+        opening, answered = _probe()
+        prompt, whole = self.render(opening), self.render(answered, generation_prompt=False)
+        for text, said, role in ((prompt, _QUESTION, "user"), (whole, _ANSWER, "assistant")):
+            if said not in text:
+                raise ValueError(
+                    f"{self.name} does not render a message of the {role} whose content is text (it may want a list of "
+                    "parts); save a template with the tokenizer that writes content as it is"
+                )
+        header = whole[: whole.rindex(_ANSWER)]
+        missing = _EMPTY_THOUGHT.sub("", header[_common(prompt, header) :]).strip()
+        adds_nothing = prompt.rstrip() == self.render(opening, generation_prompt=False).rstrip()
+        if missing and (adds_nothing or header.startswith(prompt)):
+            raise ValueError(
+                f"{self.name} writes {missing!r} before an answer, but not with add_generation_prompt: prompts would end "
+                "too early, and the model would answer without it; add it to the template's generation prompt"
+            )
+
+
+def refuse_unread(templates: Sequence[Template]) -> None:
+    """Raises ValueError for a variable of --data.chat_template_kwargs that none of the templates reads."""
+    unread = [set(template.unread()) for template in templates]
+    if unread and (names := sorted(set.intersection(*unread))):
+        raise ValueError(
+            f"--{FLAG}: {', '.join(names)} is not read by {', '.join(template.name for template in templates)}; leave it out"
+        )
+
+
+_QUESTION, _ANSWER = "question", "response"
+
+
+def _probe() -> tuple[Messages, Messages]:
+    """A question, and the same with its answer."""
+    opening: Messages = [{"role": "user", "content": _QUESTION}]
+    return opening, [*opening, {"role": "assistant", "content": _ANSWER}]
