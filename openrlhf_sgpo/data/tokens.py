@@ -36,12 +36,16 @@ def load_tokenizer(model: str, trust_remote_code: bool, flag: str) -> PreTrained
     """The tokenizer of a Hugging Face folder or hub name. Raises ValueError, naming the flag, if there is none."""
     from transformers import AutoTokenizer
 
+    return _loaded(AutoTokenizer, model, trust_remote_code, flag)
+
+
+def _loaded(kind: Any, model: str, trust_remote_code: bool, flag: str) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return kind.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"--{flag} {model} cannot be loaded ({reason}); give a Hugging Face folder with a tokenizer, or a hub name"
+            f"--{flag} {model} cannot be loaded ({reason}); give a Hugging Face folder with config and tokenizer, or a hub name"
         ) from error
 
 
@@ -62,7 +66,7 @@ def load_chat(
     from transformers import AutoConfig
 
     tokenizer = load_tokenizer(model, trust_remote_code, flag)
-    settings = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    settings = _loaded(AutoConfig, model, trust_remote_code, flag)
     longest = getattr(settings.get_text_config(), "max_position_embeddings", None) or max_len
     if max_len > longest:
         raise ValueError(f"--{length_flag} {max_len} exceeds the {longest} positions of --{flag} {model}; lower it")
@@ -175,10 +179,16 @@ class ChatFormat:
             ids = ids[:-length]
         return ids
 
-    def prompt(self, messages: Messages, template_kwargs: Mapping[str, Any] = NONE) -> tuple[int, ...]:
-        """template_kwargs: further variables of the chat template for this prompt, as ``Prompt`` has them. Raises ValueError if
-        the template fails, or drops a part of the prompt."""
-        return self._encode(self.template.prompt(messages, template_kwargs))
+    def prompt(
+        self, messages: Messages, template_kwargs: Mapping[str, Any] = NONE, complete: bool = True
+    ) -> tuple[int, ...]:
+        """template_kwargs: further variables of the chat template for this prompt, as ``Prompt`` has them. complete: whether
+        it is an error that the template drops a part; some drop the reasoning of earlier turns on purpose.
+
+        Raises ValueError if the template fails, and for that error.
+        """
+        render = self.template.prompt if complete else self.template.render
+        return self._encode(render(messages, template_kwargs))
 
     def prompts(
         self, conversations: Sequence[Messages], template_kwargs: Sequence[Mapping[str, Any]] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat
+from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat, load_tokenizer
 from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
 if TYPE_CHECKING:
@@ -59,14 +59,14 @@ class ImplicitReward(RewardOracle):
         trust = config.model.trust_remote_code
         folders = {"model": config.model.model_name_or_path, "reward": config.reward.model_name_or_path}
         tokenizers = {
-            group: load_chat(folder, trust, f"{group}.model_name_or_path", config.data.max_len)[0].tokenizer
-            for group, folder in folders.items()
+            group: load_tokenizer(folder, trust, f"{group}.model_name_or_path") for group, folder in folders.items()
         }
         if tokenizers["model"].get_vocab() != tokenizers["reward"].get_vocab():
             raise ValueError(
                 f"--reward.model_name_or_path {folders['reward']} has another vocabulary than --model.model_name_or_path "
                 f"{folders['model']}; --oracle implicit needs a policy that was trained from it"
             )
+        load_chat(folders["reward"], trust, "reward.model_name_or_path", config.data.max_len)
 
     def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:
         groups = [as_group(question, self.chat) for question in questions]

@@ -70,7 +70,13 @@ class RewardReader:
         """Collective."""
         groups = []
         for question in questions:
-            prompt = self.chat.prompt(question.prompt, question.template_kwargs)
+            # Variables are the policy's: a template that does not read them says what it says.
+            told = {
+                name: value
+                for name, value in question.template_kwargs.items()
+                if name == "tools" or self.chat.template.reads(name)
+            }
+            prompt = self.chat.prompt(question.prompt, told)
             room = self.chat.max_len - 1
             answers = tuple(self.chat.response(one.text, one.truncated, room) for one in question.answers)
             # Where both do not fit, the prompt's end, to which the answers reply, says more than its beginning.

@@ -137,7 +137,7 @@ class Refinement:
         told = self.settings.follower_prompt
         drafts = [(prompt, self.drafts[prompt.id].text) for prompt in self.prompts] if self.drafts else []
         contexts = (
-            self.chat.prompt(follower_messages(prompt.messages, text, told), prompt.template_kwargs)
+            self.chat.prompt(follower_messages(prompt.messages, text, told), prompt.template_kwargs, complete=False)
             for prompt, text in drafts
         )
         return sum(len(context) > self.longest for context in contexts)

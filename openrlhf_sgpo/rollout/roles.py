@@ -31,7 +31,9 @@ def follower_context(chat: ChatFormat, prompt: Prompt, draft: Sample, instructio
     text, ids = draft.text, chat.response(draft.text, True, len(draft.text.encode()))
 
     def rendered(text: str) -> Tokens:
-        return chat.prompt(follower_messages(prompt.messages, text, instruction), prompt.template_kwargs)
+        return chat.prompt(
+            follower_messages(prompt.messages, text, instruction), prompt.template_kwargs, complete=False
+        )
 
     while len(context := rendered(text)) > longest:
         if not ids:

@@ -30,7 +30,8 @@ TOLD = {"tools": TOOLS, "enable_thinking": False}
 # Renders all of it, each thing in brackets of its own.
 TEMPLATE = (
     "{% if tools %}<<{{ tools | tojson }}>>{% endif %}{% if enable_thinking is false %}<<quick>>{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.reasoning_content }}{{ m.name }}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}"
     "<<{{ call.function.name }}>>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

@@ -297,6 +297,7 @@ def test_templates_are_told_one_moment(chat_with):
     assert chat_with(DATED).template.reads_clock and not chat_with(CHATML).template.reads_clock
 
 
+@pytest.mark.slow
 def test_a_run_is_told_the_moment_of_its_beginning(model_with, tiny_data, tmp_path):
     """Also after it is resumed; and a run that does not say which moment it was cannot be resumed."""
     from running import arguments, train
