@@ -8,12 +8,13 @@ the documentation cost nothing.
 from __future__ import annotations
 
 import os.path
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Literal
 
-from openrlhf_sgpo import algorithms, flags
+from openrlhf_sgpo import algorithms, flags, trl_names
 from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
 
@@ -116,6 +117,10 @@ class TrainSettings:
     batch_size: int = setting(32, "pairs or prompts per optimiser step, over all ranks")
     micro_batch_size: int = setting(1, "pairs or prompts per forward pass and rank")
     max_epochs: int = setting(1, "epochs over a round's pairs")
+    max_steps: int = setting(
+        0,
+        "end every stage of training on pairs after exactly so many optimiser steps, whatever its epochs (0: by epochs)",
+    )
     seed: int = setting(42, "seed of every random choice")
     full_determinism_enable: bool = setting(False, "ask torch for deterministic kernels")
     layout: Literal["padded", "shared_prefix"] = setting(
@@ -167,7 +172,9 @@ class EvalSettings:
     split: str = setting("", "split of --eval.dataset when it is a hub name (default: test, or test_prefs)")
     max_samples: int = setting(0, "use at most so many held-out pairs (0: all)")
     max_prompts: int = setting(
-        0, "sample an answer to at most so many held-out prompts (0: all), for length and divergence"
+        0,
+        "sample an answer to at most so many held-out prompts, for length, divergence and win rate (0: all in a run with "
+        "rounds, none in one without)",
     )
 
 
@@ -251,11 +258,31 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
     """The configuration and the algorithm's options from command-line arguments (without the program's name).
 
     Defaults that depend on other settings are filled in, so that a dump of the result says what the run did and loads
-    to the same result. Raises flags.SettingsError with every problem at once; only a file that cannot be read and an
-    algorithm that cannot be loaded come alone, because they decide which flags exist.
+    to the same result. What a file says to other algorithms is ignored, and named on stderr: one file serves all of them.
+    Raises flags.SettingsError with every problem at once; only a file that cannot be read and an algorithm that cannot be
+    loaded come alone, because they decide which flags exist.
     """
     from openrlhf_sgpo.config_check import check  # it needs this module
 
+    algorithm, (instances, given, others) = read(argv)
+    config, options = instances[""], instances[algorithm.name]
+    unread = check(config, options, algorithm, given)
+    _note(
+        others | {name: given[name] for name in unread},
+        dict.fromkeys(others, f"this run has --algo {config.algo}") | unread,
+    )
+    if algorithm.needs.reference:
+        config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
+    if config.rounds.count > 0:
+        config.seed.lr = config.seed.lr or config.adam.lr
+    # The absolute path, so that a run folder "." has a name too.
+    folder = os.path.basename(os.path.abspath(config.ckpt.output_dir))
+    config.logger.wandb.run_name = config.logger.wandb.run_name or folder
+    return config, options
+
+
+def read(argv: Sequence[str]) -> tuple[type[algorithms.Algorithm], flags.Parsed]:
+    """The algorithm, and the settings of a run of it, unchecked. Raises flags.SettingsError as ``load`` does."""
     name = flags.peek(argv, "algo")
     try:
         algorithm = algorithms.get(Config().algo if name is None else name)
@@ -271,17 +298,20 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
         for other in algorithms.names()
         if other != algorithm.name and other not in own
     }
-    instances, given = flags.parse(argv, sections(algorithm), elsewhere)
-    config, options = instances[""], instances[algorithm.name]
-    check(config, options, algorithm, given)
-    if algorithm.needs.reference:
-        config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
-    if config.rounds.count > 0:
-        config.seed.lr = config.seed.lr or config.adam.lr
-    # The absolute path, so that a run folder "." has a name too.
-    folder = os.path.basename(os.path.abspath(config.ckpt.output_dir))
-    config.logger.wandb.run_name = config.logger.wandb.run_name or folder
-    return config, options
+    return algorithm, flags.parse(argv, sections(algorithm), elsewhere, trl_names.ANSWERS)
+
+
+def _note(origins: Mapping[str, str], reasons: Mapping[str, str]) -> None:
+    """Says once what of a file is ignored and why. origins: ``file:line`` by name."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault((origins[name].rpartition(":")[0], reason), []).append(name)
+    for (file, reason), names in groups.items():
+        print(
+            f"note: {file}: {', '.join(names)} {'are' if len(names) > 1 else 'is'} ignored, {reason}", file=sys.stderr
+        )
 
 
 def sections(algorithm: type[algorithms.Algorithm]) -> dict[str, Callable[[], Any]]:
@@ -296,3 +326,9 @@ def sections(algorithm: type[algorithms.Algorithm]) -> dict[str, Callable[[], An
         return config
 
     return {"": shared, algorithm.name: algorithm.settings}
+
+
+def samples(config: Config, algorithm: type[algorithms.Algorithm]) -> bool:
+    """Whether the run samples answers: in its rounds, or without rounds for its evaluation."""
+    evaluated = config.eval.max_prompts > 0 and config.eval.dataset != "" and algorithm.needs.reference
+    return config.rounds.count > 0 or evaluated

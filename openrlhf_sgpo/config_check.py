@@ -10,17 +10,18 @@ from typing import Any
 from openrlhf_sgpo import extras, flags, oracle
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
-from openrlhf_sgpo.config import Config, sections
+from openrlhf_sgpo.config import Config, samples, sections
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.data.template import template_arguments
 
 # Only a run with self-annotated rounds reads these.
 _ROUNDS_ONLY = (
-    *("rounds.", "oracle", "reward.", "judge.", "rollout.", "vllm."),
-    *("data.prompt_dataset", "data.prompt_split", "eval.max_prompts", "ckpt.fork_from"),
+    *("rounds.", "rollout.n_samples_per_prompt", "data.prompt_dataset", "data.prompt_split", "ckpt.fork_from"),
     *("seed.max_epochs", "seed.lr"),  # without rounds there is one stage, which --train and --adam describe
 )
+# Only a run that samples reads these.
+_SAMPLES_ONLY = ("oracle", "reward.", "judge.", "rollout.", "vllm.", "eval.max_prompts")
 
 # Only algorithms that train on pairs read these, and only those that sample in training read the others.
 _PAIRS_ONLY = (
@@ -29,6 +30,7 @@ _PAIRS_ONLY = (
         "data.max_samples",
         "seed.",
         "train.max_epochs",
+        "train.max_steps",
         "rollout.n_samples_per_prompt",
         "ckpt.fork_from",
     ),
@@ -60,8 +62,9 @@ _AT_LEAST_ZERO = (
         "seed.lr",
         "rounds.count",
         "reward.max_len",
+        "train.max_steps",
     ),
-    *("train.seed", "adam.weight_decay", "ds.lora.rank", "max_norm", "judge.max_retries"),
+    *("adam.weight_decay", "ds.lora.rank", "max_norm", "judge.max_retries"),
 )
 _POSITIVE = ("model.beta", "adam.lr", "adam.eps", "judge.timeout", "judge.temperature")
 _POSITIVE_SHARES = ("rollout.top_p", "vllm.gpu_memory_utilization")
@@ -76,13 +79,28 @@ _SPLITS = {
 }
 
 
-def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mapping[str, str] | None = None) -> None:
+def check(
+    config: Config, options: Any, algorithm: type[Algorithm], given: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Raises flags.SettingsError with everything that is wrong with the values or their combination.
 
     given: origin of the settings that were given explicitly, as ``flags.parse`` returns it; without it, a setting that
-    the algorithm would not read goes unnoticed.
+    the run would not read goes unnoticed. Such a setting is a problem on the command line; in a file, which may serve
+    several algorithms, it gets back its default. Returns why, by the names of those that were not at their defaults.
     """
-    problems = _check_ranges(config, algorithm) + _check_unread(config, algorithm, given or {})
+    unread, default = _unread(config, algorithm, given or {}), sections(algorithm)[""]()
+    ignored = {}
+    for name, reason in unread.items():
+        read, standard = attrgetter(name), attrgetter(name)(default)
+        if given and given[name] != flags.COMMAND_LINE and read(config) != standard:
+            ignored[name] = reason
+            group, _, leaf = name.rpartition(".")
+            setattr(attrgetter(group)(config) if group else config, leaf, standard)
+    problems = _check_ranges(config, algorithm) + [
+        f"--{name}: {reason} and would not read it ({flags.COMMAND_LINE}); leave it out"
+        for name, reason in unread.items()
+        if given and given[name] == flags.COMMAND_LINE
+    ]
     train, ds, rounds, rollout = config.train, config.ds, config.rounds, config.rollout
     if train.micro_batch_size > 0 and train.batch_size % train.micro_batch_size:
         problems.append(
@@ -115,8 +133,14 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
         problems.append(
             f"--rounds.count: {rounds.count}, but --algo {algorithm.name} learns from the human pairs alone"
         )
-    if rounds.count > 0:
+    if samples(config, algorithm):
         problems += _check_oracle(config, algorithm)
+        if rollout.max_new_tokens >= config.data.max_len:
+            problems.append(
+                f"--rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt within --data.max_len "
+                f"{config.data.max_len}; lower the one or raise the other"
+            )
+    if rounds.count > 0:
         if not config.data.prompt_dataset:
             problems.append("--data.prompt_dataset: missing, the rounds need prompts; give it, or --algo dpo")
         if rounds.prompts and len(rounds.prompts) != rounds.count:
@@ -130,14 +154,10 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
                 f"--rollout.n_samples_per_prompt: {rollout.n_samples_per_prompt} is too few for --algo "
                 f"{algorithm.name}, use at least {algorithm.needs.samples_per_prompt}"
             )
-        if rollout.max_new_tokens >= config.data.max_len:
-            problems.append(
-                f"--rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt within --data.max_len "
-                f"{config.data.max_len}; lower the one or raise the other"
-            )
     problems += algorithm.check(options) or _check_on_policy(config, options, algorithm)
     if problems:
         raise flags.SettingsError(*problems)
+    return ignored
 
 
 def _check_ranges(config: Config, algorithm: type[Algorithm] = Algorithm) -> list[str]:
@@ -157,6 +177,7 @@ def _check_ranges(config: Config, algorithm: type[Algorithm] = Algorithm) -> lis
     problems += outside(_POSITIVE, "more than 0", lambda value: value > 0)
     problems += outside(_SHARES, "0 to 1", lambda value: 0 <= value <= 1)
     problems += outside(_POSITIVE_SHARES, "more than 0, at most 1", lambda value: 0 < value <= 1)
+    problems += outside(("train.seed",), "0 to 4294967295", lambda value: 0 <= value < 2**32)  # NumPy takes no other
     problems += outside(("ds.lora.dropout",), "0 or more, less than 1", lambda value: 0 <= value < 1)
     problems += outside(
         ("adam.betas",), "two of 0 or more, less than 1", lambda value: all(0 <= item < 1 for item in value)
@@ -194,43 +215,42 @@ def sampling_problems(config: Config) -> list[str]:
     return [problem for problem in _check_ranges(config) if problem.startswith(wanted)]
 
 
-def _check_unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]) -> list[str]:
-    """Settings that were given although the algorithm does not read them.
+def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]) -> dict[str, str]:
+    """Settings that were given although the run would not read them, with the reason."""
+    unread: dict[str, str] = {}
 
-    A file may state a default, for a dumped configuration states all of them.
-    """
-    default = sections(algorithm)[""]()
+    def add(prefixes: tuple[str, ...], reason: str, reads: tuple[str, ...] = ()) -> None:
+        for name in given:
+            if name.startswith(prefixes) and not name.startswith(reads):
+                unread.setdefault(name, reason)
 
-    def unread(prefixes: tuple[str, ...], reason: str, even_in_a_file: bool) -> list[str]:
-        return [
-            f"--{name}: {reason} and would not read it ({origin}); leave it out"
-            for name, origin in given.items()
-            if name.startswith(prefixes)
-            and name != "rounds.count"
-            and (
-                origin == flags.COMMAND_LINE
-                or (even_in_a_file and attrgetter(name)(config) != attrgetter(name)(default))
-            )
-        ]
-
-    if config.rounds.count == 0:
-        problems = unread(_ROUNDS_ONLY, f"--algo {algorithm.name} with --rounds.count 0 has no rounds", True)
+    if not algorithm.needs.reference and given.get("rounds.count", flags.COMMAND_LINE) != flags.COMMAND_LINE:
+        add(("rounds.count",), f"--algo {algorithm.name} learns from the human pairs alone")
+    if config.rounds.count == 0 or "rounds.count" in unread:
+        add(_ROUNDS_ONLY, f"--algo {algorithm.name} with --rounds.count 0 has no rounds", ("rounds.count",))
         if not algorithm.needs.reference:
-            problems += unread(("model.beta", "ref."), f"--algo {algorithm.name} has no reference", True)
-        return problems
+            add(("model.beta", "ref."), f"--algo {algorithm.name} has no reference")
     on_policy = issubclass(algorithm, OnPolicyAlgorithm)
+    kind = "samples in every step" if on_policy else "trains on pairs"
+    add(_PAIRS_ONLY if on_policy else _PLAYS_ONLY, f"--algo {algorithm.name} {kind}")
+    if not samples(config, algorithm) or "rounds.count" in unread:
+        without = (
+            "does not sample"
+            if not algorithm.needs.reference
+            else "samples only for --eval.dataset and --eval.max_prompts"
+        )
+        add(_SAMPLES_ONLY, f"--algo {algorithm.name} with --rounds.count 0 {without}")
+        return unread
     # Transformers draws from a mixture whatever the engine.
     engine = {"hf": ("vllm.",), "vllm": () if hasattr(algorithm.settings, "mixture") else ("rollout.batch_size",)}
-    problems = unread(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is not the one", False)
-    kind = "samples in every step" if on_policy else "trains on pairs"
-    problems += unread(_PAIRS_ONLY if on_policy else _PLAYS_ONLY, f"--algo {algorithm.name} {kind}", True)
+    add(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is not the one")
     try:
         itself = oracle.judges_itself(config, algorithm)
         reads = ("rounds.judge_reference",) if itself else oracle.get(config.oracle).reads
     except ValueError:  # an unknown oracle is a problem of its own
-        return problems
-    others = tuple(name for name in given if name.startswith(_ORACLES_ONLY) and not name.startswith(reads))
-    return problems + unread(others, f"--oracle {config.oracle} is not the one", True)
+        return unread
+    add(_ORACLES_ONLY, f"--oracle {config.oracle} is not the one", reads)
+    return unread
 
 
 def _check_on_policy(config: Config, options: Any, algorithm: type[Algorithm]) -> list[str]:

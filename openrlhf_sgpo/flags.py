@@ -38,10 +38,12 @@ class SettingsError(ValueError):
 
 
 class Parsed(NamedTuple):
-    """An instance per prefix, and the origin of every flag set explicitly: ``COMMAND_LINE`` or ``file:line``."""
+    """An instance per prefix; the origin of every flag set explicitly, ``COMMAND_LINE`` or ``file:line``; and the origins of
+    the keys of a file that belong to a group known elsewhere, which are ignored."""
 
     instances: dict[str, Any]
     given: dict[str, str]
+    ignored: dict[str, str]
 
 
 class _Flag(NamedTuple):
@@ -68,10 +70,16 @@ def setting(default: Any, help: str, secret: bool = False) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(argv: Sequence[str], sections: _Sections, known_elsewhere: Mapping[str, str] | None = None) -> Parsed:
+def parse(
+    argv: Sequence[str],
+    sections: _Sections,
+    known_elsewhere: Mapping[str, str] | None = None,
+    other_names: Mapping[str, str] | None = None,
+) -> Parsed:
     """Reads flags and the file of ``--config`` into one instance per section.
 
-    known_elsewhere: groups that this run does not have, and what to say of a flag in one of them.
+    known_elsewhere: groups that this run does not have, and what to say of a flag in one of them; in a file they are ignored,
+    so that one file may serve several runs. other_names: names that no flag has, and what to say of them.
     Raises SettingsError with every problem at once, TypeError if a field's type is not supported.
     """
     defaults = {prefix: section() for prefix, section in sections.items()}
@@ -83,13 +91,16 @@ def parse(argv: Sequence[str], sections: _Sections, known_elsewhere: Mapping[str
     problems += [f"{text!r} is unexpected, every value follows a flag ({COMMAND_LINE})" for text in strays]
     values: dict[str, Any] = {}
     given: dict[str, str] = {}
+    ignored: dict[str, str] = {}
 
     def accept(name: str, raw: Any, origin: str) -> None:
         if name not in flags:
             elsewhere = (known_elsewhere or {}).get(name.partition(".")[0])
-            problems.append(
-                f"--{name} {elsewhere or 'is unknown' + _suggestion(name, [CONFIG_FLAG, *flags])} ({origin})"
-            )
+            if elsewhere and origin != COMMAND_LINE:
+                ignored[name] = origin
+                return
+            known = elsewhere or (other_names or {}).get(name.replace("-", "_"))
+            problems.append(f"--{name} {known or 'is unknown' + _suggestion(name, [CONFIG_FLAG, *flags])} ({origin})")
             return
         try:
             values[name] = _convert(flags[name].annotation, raw)
@@ -99,7 +110,7 @@ def parse(argv: Sequence[str], sections: _Sections, known_elsewhere: Mapping[str
 
     for name, raw, origin in entries:
         members = [member for member in flags if member.startswith(f"{name}.")]
-        if not members and name not in sections:
+        if (not members and name not in sections) or (name in (other_names or {}) and raw and name not in flags):
             accept(name, raw, origin)
         elif raw:  # an empty group is fine: all its keys may be commented out
             problems.append(f"--{name} got {_shown(raw)}, expected a group with {', '.join(members)} ({origin})")
@@ -120,7 +131,8 @@ def parse(argv: Sequence[str], sections: _Sections, known_elsewhere: Mapping[str
         seen.add(name)
     if problems:
         raise SettingsError(*problems)
-    return Parsed({prefix: _replaced(default, prefix, values) for prefix, default in defaults.items()}, given)
+    instances = {prefix: _replaced(default, prefix, values) for prefix, default in defaults.items()}
+    return Parsed(instances, given, ignored)
 
 
 def peek(argv: Sequence[str], name: str) -> str | None:
@@ -214,7 +226,7 @@ def _read(words: _Words) -> tuple[_Entries, list[str]]:
     path = str(recipe) if recipe.is_file() and not Path(path).exists() else path
     try:
         root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         return [], [f"{path} cannot be read: {' '.join(str(error).split())}"]
     if not isinstance(root, yaml.MappingNode):
         return [], [f"{path} is not a mapping of keys to values"]
@@ -303,6 +315,8 @@ def _shown(value: Any) -> str:
 
 def _suggestion(name: str, flags: list[str]) -> str:
     """The nearest flag by its full name or its last component, as the end of an error message; empty if none is near."""
+    if len(name) > 100:  # nobody's typing error, and comparing takes long
+        return ""
     last = {flag: flag.rpartition(".")[2] for flag in (name, *flags)}
 
     def nearness(flag: str) -> tuple[float, float]:

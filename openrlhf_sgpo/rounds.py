@@ -185,8 +185,10 @@ class Rounds(Run):
         pairs = [pair for k in range(first, number + 1) for pair in self._read_pairs(k)]
         pairs, groups = self._tokenize(self.algorithm.pairs(pairs, self.chat))
         label, by_itself = f"round {number}", judges_itself(self.config, self.algorithm)
+        steps = optimiser_steps(len(groups), epochs, config, distributed.get_world_size())
         self._say(
-            f"{label}: {len(pairs)} pairs, policy {self._name(start)}, loss reference {self._name(loss_reference) or 'none'}"
+            f"{label}: {len(pairs)} pairs, {steps} optimiser steps, policy {self._name(start)}, "
+            f"loss reference {self._name(loss_reference) or 'none'}"
             + (f", judge reference {self._name(self._judge_reference(number))}" if number and by_itself else "")
         )
         with self._stage(f"round_{number}/score"):
@@ -195,7 +197,6 @@ class Rounds(Run):
         certificate: dict[str, Any] = {}
         if own:
             at_start = margins(policy, reference, config.model.beta).float()
-            steps = optimiser_steps(len(groups), epochs, config, distributed.get_world_size())
             begin = time.perf_counter()
             certificate = algorithm.begin_stage(at_start, Stage(number, steps, config.train.seed + number))
             if certificate:  # otherwise there is no follower
@@ -227,7 +228,8 @@ class Rounds(Run):
             "policy": self._name(start),
             "loss_reference": self._name(loss_reference),
             "pairs": len(pairs),
-            "epochs": epochs,
+            "epochs": round(steps * config.train.batch_size / len(pairs), 3) if config.train.max_steps else epochs,
+            "steps": steps,
             "learning_rate": learning_rate,
             "seed": config.train.seed,
             "ranks": distributed.get_world_size(),

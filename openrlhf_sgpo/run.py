@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from openrlhf_sgpo import flags, oracle, ranks
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import Config, samples
 from openrlhf_sgpo.data.records import Pair, fingerprint
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
@@ -45,11 +45,11 @@ class Run:
         self.options = options
         self.folder = RunFolder(config.ckpt.output_dir)
         # Data is read before anything expensive, so that a bad row costs seconds.
-        samples = config.rounds.count > 0
-        records = load_run(config, with_prompts=samples)
-        if samples:
+        sampling = samples(config, algorithm)
+        records = load_run(config, with_prompts=config.rounds.count > 0)
+        if sampling:
             check_rollout(config)
-        if samples and not oracle.judges_itself(config, algorithm):
+        if sampling and not oracle.judges_itself(config, algorithm):
             oracle.get(config.oracle).check(config)
         source = RunFolder(config.ckpt.fork_from) if config.ckpt.fork_from else None
         self.chat, model = load_policy_chat(config, self.folder.moment(source))
@@ -57,7 +57,7 @@ class Run:
         self.tokenizer = self.chat.tokenizer
         check_layout(config, model.get_text_config())
         reference = config.ref.model_name_or_path
-        if samples and reference != name:  # divergences and mixtures are over one vocabulary
+        if sampling and reference != name:  # divergences and mixtures are over one vocabulary
             theirs = AutoConfig.from_pretrained(reference, trust_remote_code=trust).get_text_config().vocab_size
             if theirs != model.get_text_config().vocab_size:
                 raise ValueError(
@@ -90,9 +90,9 @@ class Run:
             self.scorer,
             self.chat,
             held_out,
-            self._probes() if samples else [],
-            self._engine if samples else None,
-            self._frozen_oracle if samples and not oracle.judges_itself(config, algorithm) else None,
+            self._probes() if sampling else [],
+            self._engine if sampling else None,
+            self._frozen_oracle if sampling and not oracle.judges_itself(config, algorithm) else None,
             self.writes,
         )
 

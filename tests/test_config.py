@@ -1,5 +1,6 @@
 """The settings of a run: loading, resolving, cross checks, and a slim import."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from openrlhf_sgpo import algorithms, flags
+from openrlhf_sgpo import algorithms, flags, trl_names
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs
-from openrlhf_sgpo.config import Config, load, sections
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+from openrlhf_sgpo.config import Config, load, samples, sections
 from openrlhf_sgpo.config_check import check
 from openrlhf_sgpo.flags import setting
 
@@ -51,6 +53,9 @@ REQUIRED = [
 ]
 ONCE = ["--algo", f"{__name__}:Once", *REQUIRED]
 LOOP = ["--algo", f"{__name__}:Loop", *REQUIRED, "--data.prompt_dataset", "prompts.jsonl"]
+
+
+MORE = {"inpo": ["--inpo.inverse_step", "0.3"]}
 
 
 def problems(*argv: str) -> list[str]:
@@ -149,6 +154,7 @@ def test_required_settings():
     [
         ("--train.batch_size 0", "--train.batch_size: 0 is out of range, use at least 1"),
         ("--rollout.engine hf --rollout.batch_size -2", "--rollout.batch_size: -2 is out of range, use at least 1"),
+        ("--train.seed 4294967296", "--train.seed: 4294967296 is out of range, use 0 to 4294967295"),
         ("--seed.size -1", "--seed.size: -1 is out of range, use at least 0"),
         ("--ds.lora.rank -1", "--ds.lora.rank: -1 is out of range, use at least 0"),
         ("--ds.lora.dropout 1", "--ds.lora.dropout: 1.0 is out of range, use 0 or more, less than 1"),
@@ -195,18 +201,80 @@ def test_an_algorithm_of_rounds_needs_one():
 
 def test_settings_that_the_algorithm_would_not_read(tmp_path):
     # At its default, but asked for on the command line.
+    reasons = {
+        "data.prompt_dataset": "has no rounds",
+        "rollout.top_p": "samples only for --eval.dataset and --eval.max_prompts",
+        "oracle": "samples only for --eval.dataset and --eval.max_prompts",
+    }
     assert problems(*ONCE, "--rollout.top_p=1.0", "--data.prompt_dataset", "x", "--oracle", "implicit") == [
-        f"--{name}: --algo once with --rounds.count 0 has no rounds and would not read it (command line); leave it out"
-        for name in ("rollout.top_p", "data.prompt_dataset", "oracle")
+        f"--{name}: --algo once with --rounds.count 0 {reason} and would not read it (command line); leave it out"
+        for name, reason in reasons.items()
     ]
-    config = write(tmp_path, "rounds: {count: 0}\nrollout: {top_p: 0.9}\n")
-    (found,) = problems(*config, *ONCE)
-    assert found.startswith("--rollout.top_p:")
-    assert f"{config[1]}:2" in found
     (found,) = problems(*LOOP, "--reward.max_len", "9")
     assert found.startswith("--reward.max_len: --oracle implicit is not the one")
     (found,) = problems(*LOOP, "--rollout.engine", "hf", "--vllm.num_engines", "1")
     assert found.startswith("--vllm.num_engines: --rollout.engine hf is not the one")
+
+
+def test_one_file_serves_all_algorithms(tmp_path, capsys):
+    """What a file says to others is ignored, set back to its default, and named with the reason."""
+    file = write(
+        tmp_path,
+        "sgpo: {radius: 0.5}\nspa: {extrapolation: [0.1]}\nrollout: {top_p: 0.9, engine: vllm}\nrounds: {steps: 7}\n"
+        "data: {prompt_dataset: prompts.jsonl}\neval: {max_prompts: 5}\n",
+    )
+    config, options = load([*file, *ONCE])
+    assert options == Once.settings()
+    assert (config.rollout.top_p, config.rounds.steps, config.data.prompt_dataset) == (1.0, 100, "")
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {file[1]}: sgpo.radius, spa.extrapolation are ignored, this run has --algo {__name__}:Once",
+        f"note: {file[1]}: rounds.steps, data.prompt_dataset are ignored, --algo once with --rounds.count 0 has no rounds",
+        f"note: {file[1]}: rollout.top_p, eval.max_prompts are ignored, --algo once with --rounds.count 0 samples only for "
+        "--eval.dataset and --eval.max_prompts",
+    ]
+    assert load(write(tmp_path, flags.dump({"": config, "once": options}))) == (config, options)
+    assert capsys.readouterr().err == ""
+    # On the command line the same is an error.
+    assert len(problems(*ONCE, "--sgpo.radius", "0.5")) == 1
+    assert len(problems(*ONCE, "--rollout.top_p", "0.9", "--rounds.steps", "7")) == 2
+
+
+@pytest.mark.parametrize("algo", algorithms.BUILT_INS)
+def test_the_quickstart_s_file_serves_every_algorithm(algo):
+    """What algorithms need beyond it is an oracle."""
+    oracle = ["--oracle", "reward_model", "--reward.model_name_or_path", "r"]
+    needs_one = algo == "iter_dpo" or issubclass(algorithms.get(algo), OnPolicyAlgorithm)
+    config, _ = load(["--config", "quickstart", "--algo", algo, *(oracle if needs_one else []), *MORE.get(algo, [])])
+    assert config.rounds.count == (0 if algo == "preference_model" else 2)
+
+
+def test_names_of_trl_are_answered_with_ours():
+    """Every one of them, with names that exist here; none is an alias."""
+    known = set(every_flag(flags.to_dict({"": Config()})))
+    for name in algorithms.names():
+        known |= set(every_flag(flags.to_dict({name: algorithms.get(name).settings()})))
+    for name, answer in trl_names.ANSWERS.items():
+        (found,) = problems(*ONCE, f"--{name}", "1")
+        assert found == f"--{name} {answer} (command line)"
+        assert set(re.findall(r"--([\w.]+)", answer)) <= known, name
+    assert len(trl_names.ANSWERS) > 40
+    assert problems(*ONCE, "--learning_rate", "1e-6", "--bf16", "--seed", "1") == [
+        "--learning_rate is TRL's name, here it is --adam.lr (command line)",
+        "--bf16 is TRL's name, here it is --ds.param_dtype bf16 (command line)",
+        "--seed is TRL's name, here it is --train.seed (command line)",
+    ]
+
+
+def test_sampling_without_rounds_is_for_the_evaluation():
+    argv = [*ONCE, "--eval.dataset", "e.jsonl", "--eval.max_prompts", "4", "--rollout.max_new_tokens", "8"]
+    config, _ = load(argv)
+    assert samples(config, Once) and not samples(load(ONCE)[0], Once)
+    (found,) = problems(*argv[:-1], "512")
+    assert found.startswith("--rollout.max_new_tokens: 512 leaves no room for a prompt")
+    (found,) = problems(*argv, "--oracle", "reward_model")
+    assert found.startswith("--reward.model_name_or_path: missing, --oracle reward_model needs it")
+    (found,) = problems(*argv, "--rollout.n_samples_per_prompt", "3")
+    assert found.startswith("--rollout.n_samples_per_prompt: --algo once with --rounds.count 0 has no rounds")
 
 
 def test_an_algorithm_of_human_pairs_has_rounds_where_they_are_asked_for():

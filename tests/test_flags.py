@@ -242,9 +242,26 @@ def test_flags_of_another_algorithm(settings_file):
     elsewhere = {"spa": "belongs to --algo spa, this run has --algo one"}
     config = settings_file("spa: {beta: 1}")
     assert problems(*config, "--spa.alpha", "1", known_elsewhere=elsewhere) == [
-        f"--spa.beta belongs to --algo spa, this run has --algo one ({config[1]}:1)",
         "--spa.alpha belongs to --algo spa, this run has --algo one (command line)",
     ]
+    parsed = flags.parse(config, SECTIONS, elsewhere)
+    assert parsed.ignored == {"spa.beta": f"{config[1]}:1"} and not parsed.given
+
+
+def test_names_of_another_package(settings_file):
+    """Also where a group has such a name, and with dashes."""
+    others = {"learning_rate": "is called --adam.lr", "train": "is called otherwise"}
+    config = settings_file("learning_rate: 1\n")
+    assert problems(*config, "--learning-rate", "2", "--train", "1", other_names=others) == [
+        f"--learning_rate is called --adam.lr ({config[1]}:1)",
+        "--learning-rate is called --adam.lr (command line)",
+        "--train is called otherwise (command line)",
+    ]
+    config = settings_file("train: 5\n")
+    assert problems(*config, other_names=others) == [f"--train is called otherwise ({config[1]}:1)"]
+    assert flags.parse(settings_file("train: {stage: 1}\n"), SECTIONS, other_names=others).given.keys() == {
+        "train.stage"
+    }
 
 
 def test_round_trip_is_exact_and_without_secrets(settings_file):

@@ -75,6 +75,26 @@ def test_scoring_is_not_the_follower(run):
 
 
 @pytest.mark.slow
+def test_dpo_samples_for_its_evaluation(tiny_model, tiny_data, tiny_reward_model, tmp_path):
+    """Without rounds: lengths, divergence, probe and win rate as in a run with rounds, for the prompts that are asked for."""
+    more = [
+        *("--eval.max_prompts", "5", "--rollout.engine", "hf", "--rollout.max_new_tokens", "8"),
+        *("--oracle", "reward_model", "--reward.model_name_or_path", str(tiny_reward_model), "--train.max_steps", "4"),
+    ]
+    process = train(*arguments(tiny_model, tiny_data, tmp_path, *more, algo="dpo"))
+    assert process.returncode == 0, process.stderr[-3000:]
+    for name in ("initial", "round_0"):
+        row = json.loads((tmp_path / name / "evaluation.json").read_text())
+        samples = read_jsonl(tmp_path / name / "samples.jsonl")
+        assert len(samples) == 5 and row["response_length"] == mean(one["tokens"] for one in samples)
+        assert row["kl"] == pytest.approx(mean(one["kl"] for one in samples), abs=1e-12)
+        assert ("win_rate" in row) == (name == "round_0") and "probe" in row
+    trained = json.loads((tmp_path / "round_0/manifest.json").read_text())["stages"]["train"]
+    assert (trained["steps"], trained["epochs"]) == (4, round(16 / 24, 3))
+    assert "24 pairs, 4 optimiser steps" in process.stdout
+
+
+@pytest.mark.slow
 def test_pairs_are_ranked_by_implicit_reward_and_margins_are_its_differences(run):
     folder, _ = run
     pairs = read_jsonl(folder / "round_1/pairs.jsonl")

@@ -73,8 +73,7 @@ def data(argv: list[str]) -> int:
     """Print the reports on the run's data; no model is loaded. Takes the flags and files of ``train``."""
     if "--help" in argv or "-h" in argv:
         return train(argv)
-    algorithm = algorithms.get(flags.peek(argv, "algo") or config.Config().algo)
-    instances, _ = flags.parse(argv, config.sections(algorithm))
+    algorithm, (instances, *_) = config.read(argv)
     settings: config.Config = instances[""]
     check_data(settings, algorithm)
     with other_packages_apart():
@@ -165,7 +164,7 @@ def games(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(flags.help_text({"": GateSettings}))
         return 0
-    instances, _ = flags.parse(argv, {"": GateSettings})
+    instances, *_ = flags.parse(argv, {"": GateSettings})
     return run(instances[""])
 
 

@@ -81,7 +81,7 @@ def read_settings(argv: Sequence[str], run: Mapping[str, Any]) -> CompareSetting
         settings.trust_remote_code = run.get("model", {}).get("trust_remote_code", False)
         return settings
 
-    instances, given = flags.parse(argv, {"": defaults})
+    instances, given, _ = flags.parse(argv, {"": defaults})
     settings: CompareSettings = instances[""]
     others, reads = other_oracle(settings)
     problems = _problems(settings) + unread(settings, defaults(), given, other_engine(settings) | others, reads)

@@ -63,7 +63,7 @@ def with_preset(settings: EvaluationJudgeSettings, given: Mapping[str, str]) -> 
     path = named if named.is_file() else Path(settings.preset)
     if not path.is_file():
         raise flags.SettingsError(f"--judge.preset: {settings.preset} is no file, and none of {_presets()}")
-    instances, origins = flags.parse(["--config", str(path)], {"": EvaluationJudgeSettings})
+    instances, origins, _ = flags.parse(["--config", str(path)], {"": EvaluationJudgeSettings})
     if "preset" in origins:
         raise flags.SettingsError(f"--judge.preset: a preset has no preset itself ({origins['preset']}); leave it out")
     missing = [name for name in origins if f"judge.{name}" not in given]

@@ -237,7 +237,7 @@ def _make(config: Config, folder: Path) -> Oracle:
 
 def load(argv: Sequence[str]) -> JudgeCheckSettings:
     """The settings from command-line arguments. Raises flags.SettingsError with every problem at once."""
-    instances, given = flags.parse(argv, {"": JudgeCheckSettings})
+    instances, given, _ = flags.parse(argv, {"": JudgeCheckSettings})
     settings: JudgeCheckSettings = instances[""]
     required = {"data.dataset": (settings.data.dataset, "pairs that people chose"), "out": (settings.out, "a folder")}
     problems = [f"--{name}: missing, give {what}" for name, (value, what) in required.items() if not value]

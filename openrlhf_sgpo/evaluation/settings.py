@@ -74,7 +74,7 @@ def sections() -> dict[str, Any]:
 
 def load(argv: Sequence[str]) -> Loaded:
     """From command-line arguments. Raises flags.SettingsError with every problem at once, ValueError for what is no model."""
-    instances, given = flags.parse(argv, sections())
+    instances, given, _ = flags.parse(argv, sections())
     settings: EvaluateSettings = instances[""]
     problems = _problems(settings, given)
     if problems:

@@ -82,7 +82,7 @@ def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
     """
     run = stored_settings(flags.peek(argv, "model") or "")
     default = defaults(argv)
-    instances, given = flags.parse(argv, {"": lambda: defaults(argv)})
+    instances, given, _ = flags.parse(argv, {"": lambda: defaults(argv)})
     settings: RefineSettings = instances[""]
     if settings.controls is None:
         settings.controls = ["iid", "best_of_n"] if settings.oracle else ["iid"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from openrlhf_sgpo.training.trainer import PairDataset, PairTrainer, seed_genera
 
 
 def optimiser_steps(pairs: int, epochs: int, config: Config, world_size: int) -> int:
-    """Steps that a stage takes: each rank has its share of the pairs in whole micro-batches, which go on over epochs."""
+    """Steps that a stage takes: ``--train.max_steps``, or those of its epochs, in which each rank has its share of the pairs
+    in whole micro-batches, which go on over epochs."""
+    if config.train.max_steps:
+        return config.train.max_steps
     size = config.train.micro_batch_size
     return epochs * (pairs // world_size // size) // (config.train.batch_size // size // world_size)
 
@@ -112,6 +116,7 @@ def train_stage(
         layout=config.train.layout,
         metrics=metrics,
         stage=label,
+        steps=steps,
         checkpoints=Checkpoints(destination.with_name("checkpoints"), strategy),
         reference=held,
         model=actor,
@@ -122,7 +127,7 @@ def train_stage(
         scheduler=scheduler,
         max_norm=config.max_norm,
         beta=config.model.beta,
-        max_epochs=epochs,
+        max_epochs=max(epochs, math.ceil(steps * strategy.accumulated_gradient / len(loader))),
     )
     try:
         consumed = trainer.restore()

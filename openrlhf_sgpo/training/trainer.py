@@ -59,7 +59,8 @@ class PairTrainer(DPOTrainer):
     """One stage of training on pairs.
 
     Beside OpenRLHF's arguments: ``algorithm`` gives the per-pair loss, ``layout`` the forward (see ``log_probs``),
-    ``metrics`` is where each step is logged under ``stage``. Reference log-probabilities come with the batch; a
+    ``metrics`` is where each step is logged under ``stage``, which ends after
+    ``steps``. Reference log-probabilities come with the batch; a
     ``reference`` model is held only for an algorithm that extrapolates logits. Numbers are read from the device once per
     optimiser step. ``checkpoints`` are written every ``ckpt.save_steps`` steps.
     """
@@ -71,6 +72,7 @@ class PairTrainer(DPOTrainer):
         layout: str,
         metrics: Metrics,
         stage: str,
+        steps: int,
         checkpoints: Checkpoints | None = None,
         reference: Actor | None = None,
         **openrlhf: Any,
@@ -80,12 +82,13 @@ class PairTrainer(DPOTrainer):
         self.layout = layout
         self.metrics = metrics
         self.stage = stage
+        self.steps = steps
         self.checkpoints = checkpoints
         self.reference = reference
         self.tokens_trained = 0
 
     def fit(self, args: Any = None, consumed_samples: int = 0, num_update_steps_per_epoch: int | None = None) -> None:
-        """Train for ``max_epochs``, from ``consumed_samples`` on; the signature is OpenRLHF's."""
+        """Train for ``steps``, within ``max_epochs``, from ``consumed_samples`` on; the signature is OpenRLHF's."""
         accumulation = self.strategy.accumulated_gradient
         micro_steps = len(self.train_dataloader)  # of an epoch, per rank
         step = consumed_samples // self.strategy.train_batch_size
@@ -93,7 +96,7 @@ class PairTrainer(DPOTrainer):
         device = next(self.model.parameters()).device
         records: list[Tensor] = []
         progress = Progress(
-            total=self.epochs * micro_steps // accumulation,
+            total=self.steps,
             initial=step,
             desc=f"{self.stage}: train",
             unit="step",
@@ -105,6 +108,8 @@ class PairTrainer(DPOTrainer):
                 done = skipped * self.strategy.micro_train_batch_size * self.strategy.world_size
                 self.train_dataloader.sampler.set_epoch(epoch, consumed_samples=done if epoch == first_epoch else 0)
             for batch in self.train_dataloader:
+                if step == self.steps:  # --train.max_steps, or what is left does not fill a batch
+                    break
                 if not records:
                     # Dropout draws the same numbers in a step, whether or not training was resumed before it.
                     seed_generators(self.args.train.seed, self.stage, step, self.strategy.get_rank())

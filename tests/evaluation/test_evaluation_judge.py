@@ -222,7 +222,7 @@ def test_what_may_cost_too_much_is_not_asked(tmp_path):
 
 
 def parsed(*argv: str) -> EvaluationJudgeSettings:
-    instances, given = flags.parse(argv, {"judge": EvaluationJudgeSettings})
+    instances, given, _ = flags.parse(argv, {"judge": EvaluationJudgeSettings})
     return with_preset(instances["judge"], given)
 
 

@@ -136,6 +136,51 @@ def test_too_few_pairs_are_an_error_before_the_model_is_loaded(make_config, grou
         our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), 0.1))
 
 
+@pytest.mark.parametrize("steps", [5, 15])
+def test_max_steps_ends_a_stage_with_a_schedule_of_its_own(make_config, groups, tokenizer, tmp_path, steps):
+    """Two epochs are 12 steps: fewer, and more, which go on into further epochs. Warm-up and decay are over those steps."""
+    config = make_config(train__max_steps=steps, lr_scheduler="linear", lr_warmup_ratio=0.0)
+    found, _ = our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), 0.1))
+    assert len(found) == steps
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    # The rate that a row shows is that of the step after it.
+    expected = [1e-3 * (1 - step / steps) for step in range(1, steps + 1)]
+    assert [row["train/learning_rate"] for row in rows] == pytest.approx(expected, abs=1e-9)
+    whole, _ = our_losses(make_config(), groups, tokenizer, tmp_path / "whole", DPO(NoSettings(), 0.1))
+    assert found[0] == whole[0] and len(whole) == 12
+
+
+def test_max_steps_survives_a_kill(make_config, groups, tokenizer, tmp_path, monkeypatch):
+    """Killed in its last step, and killed when all steps are done and the policy is not yet written: the same bytes."""
+    from openrlhf_sgpo.training import stage, trainer
+
+    config = make_config(train__max_steps=8, ckpt__save_steps=4)
+
+    def losses(folder):
+        return our_losses(config, groups, tokenizer, tmp_path / folder, DPO(NoSettings(), 0.1))
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    def die_in_the_last_step(self, number, *rest):
+        return die() if number == 8 else finish_step(self, number, *rest)
+
+    finish_step = trainer.PairTrainer._finish_step
+    expected, weights = losses("whole")
+    for owner, name, dies in (
+        (trainer.PairTrainer, "_finish_step", die_in_the_last_step),
+        (stage, "write_policy", die),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dies)
+            with pytest.raises(KeyboardInterrupt):
+                losses(name)
+        found, again = losses(name)
+        assert found == expected
+        assert all(torch.equal(again[key], weight) for key, weight in weights.items())
+
+
 @pytest.mark.parametrize(
     ("stage", "dtype", "rank"), [(0, "fp32", 0), (1, "bf16", 0), (2, "fp32", 4), (3, "fp32", 0), (3, "fp32", 4)]
 )
