@@ -29,6 +29,9 @@ class DataError(ValueError):
         self.problems = tuple(problems)
 
 
+_TOO_LARGE = DataError("not a row: a number has more digits than can be read")
+
+
 @dataclass(frozen=True)
 class Rows:
     """A source's rows as (place, row); in place of a row that cannot be read stands a DataError.
@@ -126,6 +129,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, DataError(f"not UTF-8 (byte {error.start}); convert the file")
         except json.JSONDecodeError as error:
             yield number, DataError(f"not JSON: {error.msg} at column {error.colno}")
+        except ValueError:
+            yield number, _TOO_LARGE
         except RecursionError:
             yield number, DataError("not a row: nested too deeply")
 
@@ -168,6 +173,9 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             yield error.lineno, DataError(f"not JSON: {error.msg} at column {error.colno}")
             return
+        except ValueError:
+            yield line, _TOO_LARGE
+            return
         except RecursionError:
             yield line, DataError("not a row: nested too deeply")
             return
@@ -187,8 +195,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         batches = ParquetFile(path).iter_batches()
         yield from enumerate(row for batch in batches for row in batch.to_pylist())
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # dates beyond the year 9999, say
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: damaged, or not a Parquet file ({reason}); fetch or write it again") from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from openrlhf_sgpo.data.benchmarks import benchmarks_with, normalised
 from openrlhf_sgpo.data.limits import DataLimits
+from openrlhf_sgpo.data.messages import common_start
 from openrlhf_sgpo.data.records import Messages, Pair, Prompt, Records
 from openrlhf_sgpo.data.report import COUNTED, LEFT_OUT, DataReport, Tally, quantiles
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, PairTokens
@@ -86,6 +87,19 @@ def unfinished(text: str) -> bool:
     last = text.rstrip().rpartition("\n")[2].strip()
     prose = len(last.split()) >= 5 and not re.match(r"[-*+|>#\u2022]|\d+[.)]", last)
     return prose and (last[-1].isalpha() or last[-1] in ",;") and len(text.split()) >= 20
+
+
+def repeats_prompt(pair: Pair) -> list[str]:
+    """The responses that begin with the prompt's last question, but for white space. Both do if their common beginning holds
+    it: some data repeat the whole conversation, or the prompt as a chat template renders it."""
+    question = next((message["content"] for message in reversed(pair.prompt) if message["role"] == "user"), "")
+    asked = " ".join(question.split())
+    if not asked:
+        return []
+    if asked in " ".join(pair.chosen[: common_start(pair.chosen, pair.rejected)].split()):
+        return ["chosen", "rejected"]
+    sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+    return [side for side, text in sides.items() if " ".join(text[: 2 * len(question)].split()).startswith(asked)]
 
 
 def digest(*parts: Any) -> bytes:
@@ -176,6 +190,8 @@ def inspect_pairs(
             tally.add("open_thought", pair.id, thoughts)
         if near_identical(pair.chosen, pair.rejected):
             tally.add("near_identical", pair.id)
+        if repeating := repeats_prompt(pair):
+            tally.add("repeats_prompt", pair.id, repeating)
         key, chosen_text, rejected_text = prompt_key(pair.prompt), pair.chosen.strip(), pair.rejected.strip()
         asked = digest(key, pair.template_kwargs)
         if digest(asked, chosen_text, rejected_text) in seen:

@@ -15,7 +15,7 @@ class DataLimits:
     refused: float = setting(0.01, "conversations that the chat template refuses, at most")
     empty: float = setting(0.05, "pairs with an empty prompt or response, at most")
     identical: float = setting(0.05, "pairs whose responses are the same, at most")
-    too_long: float = setting(0.2, "prompts that leave no room for a response within --data.max_len, at most")
+    too_long: float = setting(0.5, "prompts that leave no room for a response within --data.max_len, at most")
     truncated: float = setting(0.6, "pairs with a response that is cut by --data.max_len or marked as cut, at most")
     missing_eos: float = setting(0.05, "pairs with an uncut response that does not end in an end of turn, at most")
     double_bos: float = setting(0.01, "conversations in which the begin-of-sequence token is doubled, at most")
@@ -24,6 +24,7 @@ class DataLimits:
         0.01, "pairs with an uncut response that does not close the thought that the chat template opens, at most"
     )
     near_identical: float = setting(0.2, "pairs whose responses differ in next to nothing, at most")
+    repeats_prompt: float = setting(0.05, "pairs with a response that begins with the prompt, at most")
     duplicate: float = setting(0.1, "rows that repeat an earlier one, at most")
     contradictory: float = setting(0.02, "pairs that prefer the opposite of an earlier pair, at most")
     benchmark: float = setting(0.01, "conversations that begin with a prompt of AlpacaEval or MT-Bench, at most")

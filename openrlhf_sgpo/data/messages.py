@@ -33,8 +33,21 @@ NOT_FOR_TEMPLATES = {
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
     *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
 }
+# Columns that hold the prompt in other formats.
+_PROMPTS = {
+    *("question", "questions", "instruction", "instructions", "input", "inputs", "query", "problem", "request", "task"),
+    *("context", "text", "post", "article", "title", "document", "dialogue", "dialog", "user", "user_input"),
+    *("message", "messages", "conversation", "conversations", "history", "context_messages", "chat", "turns"),
+}
+_KNOWN = {"id", "prompt_id", "chosen", "rejected", "tools", "chat_template_kwargs", *_SYSTEM}
+_WORDS = 4  # from which on the text of a column with any other name may be a prompt
 _DEEPEST = 32  # levels of lists and objects in tools and their calls
 
+# A message, or a list of messages or of a message's parts, that was written as text: as JSON or as Python prints it.
+_LISTED = re.compile(r"""\s*(array\()?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+_SAID = re.compile(r"""['"](content|value)['"]\s*:""")
+_BY = re.compile(rf"""['"](role|from)['"]\s*:\s*['"]({"|".join((*ROLES, *_ROLES))})['"]""")
+_PARTS = re.compile(r"""\s*\[\s*\{\s*['"]type['"]\s*:\s*['"]text['"]\s*,\s*['"]text['"]\s*:""")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -43,13 +56,16 @@ _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 def checked_text(value: str, column: str) -> str:
-    """Raises DataError for a text that cannot be written as UTF-8."""
+    """Raises DataError for a text that cannot be written as UTF-8, and for messages that were written as text."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
             f"column {column!r} holds half of a character ({value[error.start]!r}); write the text again as UTF-8"
         ) from error
+    listed = _PARTS.match(value) or (_LISTED.match(value) and _SAID.search(value) and _BY.search(value))
+    if listed and value.rstrip()[-1] in "]})":
+        raise DataError(f"column {column!r} holds messages that were written as text; write the list itself")
     return value
 
 
@@ -219,10 +235,15 @@ def _response(value: Any, column: str) -> tuple[Messages, str]:
     return before, response["content"]
 
 
+def common_start(one: str, other: str) -> int:
+    """With how many equal characters two texts begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (first, second) in pairs if first != second), min(len(one), len(other)))
+
+
 def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
     """Two texts that begin with the same prompt, as in TRL: their longest common beginning, up to the end of a word."""
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    end = next((at for at, (one, other) in pairs if one != other), min(len(chosen), len(rejected)))
+    end = common_start(chosen, rejected)
     if any(text[end : end + 1].strip() for text in (chosen, rejected)):
         end = next((at + 1 for at in range(end - 1, -1, -1) if chosen[at].isspace()), 0)
     if not chosen[:end].strip():
@@ -231,11 +252,23 @@ def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
     return messages_of(chosen[:end].rstrip(), "chosen"), chosen[end:].strip(), rejected[end:].strip()
 
 
-def _implicit(chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
+def _may_be_prompt(column: Any, value: Any) -> bool:
+    """Whether a column beside chosen and rejected seems to hold the question that they answer."""
+    if str(column).casefold() in _PROMPTS:
+        return _given(value)
+    return column not in _KNOWN and isinstance(value, str) and len(value.split()) >= _WORDS
+
+
+def _implicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
     """(prompt, chosen, rejected) of a row without the column prompt."""
+    chosen, rejected = row["chosen"], row["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
         turns = _transcript(checked_text(chosen, "chosen")), _transcript(checked_text(rejected, "rejected"))
         if None in turns:
+            if others := [repr(column) for column, value in row.items() if _may_be_prompt(column, value)]:
+                raise DataError(
+                    f"missing column prompt; rename {' or '.join(others)} if it is the prompt, or else remove it"
+                )
             return _shared_text(chosen, rejected)
         chosen, rejected = turns
     (before, text), (before_rejected, text_rejected) = _response(chosen, "chosen"), _response(rejected, "rejected")
@@ -246,25 +279,38 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
     return before, text, text_rejected
 
 
+def _same_end(one: Messages, other: Messages) -> bool:
+    """Whether one of two conversations says the same as the other's end."""
+    said, also_said = ([message["content"].strip() for message in messages] for messages in (one, other))
+    shorter = min(len(said), len(also_said))
+    return said[len(said) - shorter :] == also_said[len(also_said) - shorter :]
+
+
 def _explicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
-    """(prompt, chosen, rejected) of a row with the column prompt, which chosen and rejected may repeat."""
+    """(prompt, chosen, rejected) of a row with the column prompt, which chosen and rejected may repeat, and with more before
+    it: then the prompt is what they repeat."""
     prompt = prompt_messages(row["prompt"])
-    (before, chosen), (before_rejected, rejected) = (_response(row[c], c) for c in ("chosen", "rejected"))
-    if before and before == before_rejected and isinstance(row["prompt"], str):
-        if before[-1]["content"].strip() == row["prompt"].strip():
-            return before, chosen, rejected  # the conversation says more than its last question
-    for column, repeated in (("chosen", before), ("rejected", before_rejected)):
-        if repeated and [m["content"].strip() for m in repeated] != [m["content"].strip() for m in prompt]:
+    start = row["prompt"].strip() if isinstance(row["prompt"], str) else None
+    responses: dict[str, str] = {}
+    for column in ("chosen", "rejected"):
+        before, response = _response(row[column], column)
+        if turns := _transcript(row[column]) if isinstance(row[column], str) else None:
+            *repeated, last = turns
+            written_alike = bool(start) and row[column].strip().startswith(start)
+            if repeated and last["role"] == "assistant" and (written_alike or _same_end(repeated, prompt)):
+                before, response = repeated, last["content"]
+                prompt = repeated if written_alike else prompt
+        if before and not _same_end(before, prompt):
             raise DataError(f"the messages of column {column!r} before the response are not those of column 'prompt'")
-    return prompt, chosen, rejected
+        prompt = max(prompt, before, key=len)
+        responses[column] = response
+    return prompt, responses["chosen"], responses["rejected"]
 
 
 def preference(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
     """(prompt, chosen, rejected) of a row that has the columns chosen and rejected. Raises DataError."""
     refuse_unread(row)
-    prompt, chosen, rejected = (
-        _explicit(row) if row.get("prompt") is not None else _implicit(row["chosen"], row["rejected"])
-    )
+    prompt, chosen, rejected = _explicit(row) if row.get("prompt") is not None else _implicit(row)
     return with_system(row, prompt), chosen, rejected
 
 

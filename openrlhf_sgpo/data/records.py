@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from openrlhf_sgpo.data.files import TRAIN_SPLITS, DataError, listing, read_rows
 from openrlhf_sgpo.data.messages import (
     Messages,
+    checked_text,
     messages_of,
     preference,
     question,
@@ -90,7 +91,8 @@ def _found(row: dict[str, Any]) -> str:
 
 def _id(row: dict[str, Any], name: str) -> str:
     # A table holds null where a row has no id.
-    return next((str(row[column]) for column in ("id", "prompt_id") if row.get(column) is not None), name)
+    column = next((column for column in ("id", "prompt_id") if row.get(column) is not None), None)
+    return checked_text(str(row[column]), column) if column else name
 
 
 def _truncation(row: dict[str, Any]) -> dict[str, Any]:
@@ -102,8 +104,10 @@ def _truncation(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pair_of_a_run(row: dict[str, Any], name: str) -> Pair:
-    own = {column: row[column] for column in ("source", "round", "flipped", "scores")}
-    return replace(_pair(row, name), **own)
+    kinds = {"source": str, "round": int, "flipped": bool, "scores": dict}
+    if wrong := [column for column, kind in kinds.items() if not isinstance(row.get(column), kind)]:
+        raise DataError(f"column {' and '.join(wrong)} is missing or of another type than a run writes; {_found(row)}")
+    return replace(_pair(row, name), **{column: row[column] for column in kinds})
 
 
 def _pair(row: dict[str, Any], name: str) -> Pair:

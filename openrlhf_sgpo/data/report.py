@@ -18,19 +18,12 @@ from openrlhf_sgpo.data.limits import DataLimits
 # In this order in the report. Rows with one of the first kind are not trained on, and are looked at no further.
 LEFT_OUT = ("malformed", "refused", "empty", "identical", "too_long")
 COUNTED = (
-    *(
-        "truncated",
-        "missing_eos",
-        "double_bos",
-        "double_eos",
-        "open_thought",
-        "near_identical",
-        "duplicate",
-        "contradictory",
-    ),
-    *("unfinished", "benchmark", "held_out"),
+    *("truncated", "missing_eos", "double_bos", "double_eos", "open_thought", "near_identical", "repeats_prompt"),
+    *("duplicate", "contradictory", "unfinished", "benchmark", "held_out"),
 )
 EXAMPLES = 5
+FEW = 2  # rows that stop no run, whatever their share, unless they are half of all
+NOTED = 0.1  # share from which a finding is worth a note
 _QUANTILES = {"5%": 0.05, "50%": 0.5, "95%": 0.95, "max": 1.0}
 _REMEDIES = {
     "malformed": "give a file without these rows",
@@ -45,6 +38,7 @@ _REMEDIES = {
     "open_thought": "close the thought in the responses, or give --data.chat_template_kwargs enable_thinking=false if the "
     "template reads it",
     "near_identical": "remove these rows",
+    "repeats_prompt": "take the prompt off the responses",
     "duplicate": "remove these rows",
     "contradictory": "keep one row of each prompt and its responses",
     "benchmark": "remove these rows if you evaluate on the benchmark",
@@ -69,7 +63,16 @@ class Finding:
 
     @property
     def exceeded(self) -> bool:
-        return self.limit is not None and self.share > self.limit
+        """Whether the share is above the limit. One or two rows of a small file say little about its share: they stop a run
+        only where they are half of its rows, or where the limit is 0."""
+        if self.limit is None or self.share <= self.limit:
+            return False
+        return self.limit == 0 or self.count > FEW or 2 * self.count >= self.of
+
+    @property
+    def noted(self) -> bool:
+        """Whether many rows show it, or a larger share than the limit, and the run goes on."""
+        return self.limit is not None and not self.exceeded and self.share > min(self.limit, NOTED)
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class DataReport:
             parts = [f"{name} {count}" for name, count in finding.parts.items()]
             note = ", ".join(["left out"] * (finding.name in LEFT_OUT) + parts)
             limit = "" if finding.limit is None else f"{finding.limit:.1%}"
-            limit += " exceeded" * finding.exceeded
+            limit += " exceeded" * finding.exceeded + " noted" * finding.noted
             cells.append(
                 [finding.name, str(finding.count), f"{finding.share:.1%}", limit, note, ", ".join(finding.examples[:2])]
             )
@@ -110,6 +113,11 @@ class DataReport:
         lines = [f"{self.name}: {self.rows} {self.kind}, {self.kept} kept"]
         lines += _aligned(cells, left={0, 3, 4, 5}) if len(cells) > 1 else []
         lines += textwrap.wrap(f"none: {', '.join(none)}", 118, subsequent_indent=" " * 6) if none else []
+        lines += [
+            f"note: {finding.name} {finding.count} of {finding.of} ({finding.share:.1%}); {_REMEDIES[finding.name]}"
+            for finding in self.findings
+            if finding.noted
+        ]
         head = ["tokens", *_QUANTILES]
         rows = [[name, *map(str, quantiles.values())] for name, quantiles in self.lengths.items()]
         lines += _aligned([head, *rows], left={0}) if rows else []

@@ -76,6 +76,8 @@ def content_hash(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> st
 
 def read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of a JSON or JSONL file (also .gz). Raises DataError if one cannot be read or lacks one of the fields."""
+    if path.suffix.lower() == ".parquet":
+        raise DataError(f"{path}: a Parquet file; expected .json or .jsonl, either also .gz")
     source = read_rows(str(path))
     entries = list(source.entries)
     problems = [(place, problem) for place, row in entries if (problem := _problem(row, fields))]

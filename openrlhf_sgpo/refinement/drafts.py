@@ -8,7 +8,7 @@ from typing import Any
 
 from openrlhf_sgpo.data.files import DataError, listing, read_rows
 from openrlhf_sgpo.data.inspection import prompt_key
-from openrlhf_sgpo.data.messages import Messages, question, template_kwargs
+from openrlhf_sgpo.data.messages import Messages, checked_text, question, template_kwargs
 from openrlhf_sgpo.data.records import Prompt, Records
 
 _TEXTS = ("text", "output", "answer", "response", "completion")
@@ -75,15 +75,18 @@ def _parse(row: Any, name: str) -> _Row | None:
         raise DataError(f"expected an object, found {type(row).__name__}")
     if "method" in row and (row["method"], row.get("depth")) != ("chain", 1):
         return None
-    text = next((row[column] for column in _TEXTS if isinstance(row.get(column), str)), None)
-    if text is None:
+    answer = next((column for column in _TEXTS if isinstance(row.get(column), str)), None)
+    if answer is None:
         raise DataError(f"missing column {' or '.join(_TEXTS)}; found {_columns(row)}")
     column = next((column for column in _PROMPTS if row.get(column) is not None), None)
     if column is None and row.get("id") is None:
         raise DataError(f"missing column prompt or id; found {_columns(row)}")
-    draft = Draft(text, str(row.get("generator") or name), row.get("truncated") is True)
+    generator = checked_text(str(row.get("generator") or name), "generator")
+    draft = Draft(checked_text(row[answer], answer), generator, row.get("truncated") is True)
     messages = None if column is None else question(row, column)
-    return _Row(None if row.get("id") is None else str(row["id"]), messages, template_kwargs(row), draft)
+    return _Row(
+        None if row.get("id") is None else checked_text(str(row["id"]), "id"), messages, template_kwargs(row), draft
+    )
 
 
 def _columns(row: dict[str, Any]) -> str:

@@ -63,6 +63,17 @@ def datasets(tmp_path, monkeypatch):
         ({"chosen": "Why? yes", "rejected": "Why? no"}, QUESTION),
         ({"chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"}, TALK[1:]),
         ({"prompt": HH_TALK, "chosen": "yes", "rejected": "no"}, TALK[1:]),
+        ({"prompt": HH_TALK, "chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"}, TALK[1:]),
+        ({"prompt": HH_TALK[:-12], "chosen": f"{HH_TALK} yes", "rejected": "no"}, TALK[1:]),
+        ({"prompt": TALK[1:], "chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"}, TALK[1:]),
+        ({"prompt": "Why?", "chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"}, TALK[1:]),
+        (
+            {"prompt": "Human: Why?"}
+            | {name: f"Human: Why?\n\nAssistant: {said}" for name, said in (("chosen", "yes"), ("rejected", "no"))},
+            QUESTION,
+        ),
+        ({"prompt": TALK[1:], "chosen": TALK + said("yes"), "rejected": TALK + said("no")}, TALK),
+        ({"prompt": TALK, "chosen": TALK[1:] + said("yes"), "rejected": "no"}, TALK),
         ({"system": "Be brief.", "prompt": TALK[1:], "chosen": "yes", "rejected": "no"}, TALK),
         ({"system": "Be brief. ", "prompt": TALK, "chosen": "yes", "rejected": "no"}, TALK),
         ({"system": "Be brief.", "chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no"}, TALK),
@@ -76,6 +87,9 @@ def datasets(tmp_path, monkeypatch):
     ids=[
         *("strings", "messages", "mixed", "chosen repeats", "only chosen repeats", "implicit", "implicit by null"),
         *("prompt is the last question", "implicit strings", "Anthropic's dialogues", "Anthropic's prompt"),
+        *("dialogues repeat a dialogue", "one repeats an open dialogue", "dialogues repeat messages"),
+        *("prompt is the dialogue's last question", "dialogues of one turn", "responses have a system message"),
+        "prompt has a system message",
         *("system", "system twice", "system of an implicit prompt", "empty system", "parts of text and nulls"),
     ],
 )
@@ -118,6 +132,40 @@ def as_jsonl(path, rows):
 
 def as_parquet(path, rows):
     pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(path)
+
+
+def test_texts_that_are_no_lists_of_messages_are_texts(tmp_path):
+    for text in (
+        *(
+            '{"a": 1}',
+            '[{"name": "Ada", "role": "user"}]',
+            "[1, 2]",
+            "{'role': 'user'}",
+            '[{"value": 3, "from": "here"}]',
+        ),
+        *("Use [{'role': 'user', 'content': 'x'}]", "[{'role': 'user', 'content': 'x'}] is how it looks"),
+        '{"content": "x", "type": "y"}',
+    ):
+        (pair,) = load_pairs(str(write(tmp_path, without(chosen=text))))
+        assert pair.chosen == text
+
+
+def test_columns_about_a_row_are_no_prompt(tmp_path):
+    more = {"id": "a row of some words", "source": "the web", "score_chosen": 3.0, "model": "gpt 4", "question": None}
+    (pair,) = load_pairs(str(write(tmp_path, {"chosen": "Why? yes", "rejected": "Why? no"} | more)))
+    assert (pair.prompt, pair.chosen) == (QUESTION, "yes")
+    (pair,) = load_pairs(
+        str(write(tmp_path, GOOD | {"question": "Why is that so?", "messages": QUESTION + said("So.")}))
+    )
+    assert pair.prompt == QUESTION
+    dialogues = {"chosen": f"{HH_TALK} yes", "rejected": f"{HH_TALK} no", "context": "Chat about a lot of things"}
+    assert load_pairs(str(write(tmp_path, dialogues)))[0].prompt == TALK[1:]
+
+
+def test_a_response_that_is_a_dialogue_of_its_own_stays_whole(tmp_path):
+    written = "Human: Knock, knock.\n\nAssistant: Who is there?"
+    (pair,) = load_pairs(str(write(tmp_path, {"prompt": "Write a dialogue.", "chosen": written, "rejected": "No."})))
+    assert (pair.prompt[0]["content"], pair.chosen) == ("Write a dialogue.", written)
 
 
 def test_rows_without_an_id_are_named_by_position(tmp_path, datasets):
@@ -177,6 +225,38 @@ REFUSED = [
     (without(tools={"name": "clock"}), ["column 'tools' must be a list of objects"]),
     (without(chat_template_kwargs=[1]), ["column 'chat_template_kwargs' must be an object"]),
     (without(chat_template_kwargs={"tokenize": True}), ["column 'chat_template_kwargs' may not set tokenize"]),
+    (
+        {"prompt": "Why?", "chosen": TALK + said("yes"), "rejected": [*QUESTION, *TALK[1:], *said("no")]},
+        ["messages of column 'rejected' before the response are not those of column 'prompt'"],
+    ),
+    *(
+        (without(chosen=text), ["column 'chosen' holds messages that were written as text; write the list itself"])
+        for text in (
+            str(QUESTION + said("So.")),
+            json.dumps(QUESTION + said("So.")),
+            json.dumps(said("So."), indent=2),
+            "[{'role': 'user', 'content': 'Why?'}\n {'role': 'assistant', 'content': \"It's so\"}]",
+            "array([{'content': 'So.', 'role': 'assistant'}], dtype=object)",
+            str(said("So.")[0]),
+            '[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]',
+        )
+    ),
+    (without(prompt=json.dumps(QUESTION)), ["column 'prompt' holds messages that were written as text"]),
+    (
+        without(prompt=[{"role": "user", "content": "[{'type': 'text', 'text': 'Why?'}]"}]),
+        ["column 'prompt' holds messages that were written as text"],
+    ),
+    *(
+        (
+            {"chosen": "So it is.", "rejected": "So it was.", column: value},
+            [f"missing column prompt; rename '{column}' if"],
+        )
+        for column, value in (
+            *(("question", "Why?"), ("instruction", "Why?"), ("input", "Why?"), ("query", "Why?")),
+            *(("messages", QUESTION), ("conversations", [{"from": "human", "value": "Why?"}])),
+            ("what_they_asked", "Why is that so?"),
+        )
+    ),
     (without(system=["Be brief."]), ["column 'system' must be a text"]),
     (without(system="Be long.", prompt=TALK), ["column 'system' differs from the system message"]),
     (without(images=["x.png"]), ["column 'images' is not read: only text"]),

@@ -12,7 +12,7 @@ from openrlhf_sgpo import flags
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs
 from openrlhf_sgpo.data import benchmarks as benchmarks_module
-from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts, near_identical, unfinished
+from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts, near_identical, repeats_prompt, unfinished
 from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.data.records import Records
 from openrlhf_sgpo.data.report import quantiles, require
@@ -41,6 +41,11 @@ PLANTED = {
     "near_identical": [
         ("n1", "Yes, it is.", "yes it is"),
         ("n2", "word " * 20 + "one.", "word " * 20 + "two."),
+    ],
+    "repeats_prompt": [
+        ("r1: what is it?", "r1: what is it? A cat.", "r1: what is it? A dog."),
+        ("r2: what  is it?", "r2: what is\nit? A cat.", "A dog."),
+        ("r3", "<|user|>\nr3</s>\n<|assistant|>\nA cat.", "<|user|>\nr3</s>\n<|assistant|>\nNone."),
     ],
     "duplicate": [("d1", "Yes.", "No."), ("d1 ", "Yes.", "No."), ("d1", " Yes.", "No.\n")],
     "contradictory": [("c1", "Yes.", "No."), ("c1", "No.", "Yes.")],
@@ -162,10 +167,10 @@ def test_sound_data_shows_nothing_and_passes(tmp_path, chat):
 
 def test_rows_of_a_hub_dataset_that_cannot_be_read(chat):
     pairs = Records([Pair("a", question("?"), "Yes.", "No.")] * 3, ["row 2 (missing column chosen)"])
-    report = inspect_pairs(pairs, chat, DataLimits(duplicate=1.0), name="hub").report
+    report = inspect_pairs(pairs, chat, DataLimits(duplicate=1.0, malformed=0.0), name="hub").report
     assert (report.rows, report.kept) == (4, 3)
     with pytest.raises(
-        DataError, match=r"hub: malformed 1 of 4 \(25.0%, limit 5.0%\), such as row 2 \(missing column"
+        DataError, match=r"hub: malformed 1 of 4 \(25.0%, limit 0.0%\), such as row 2 \(missing column"
     ) as caught:
         require([report])
     assert "--data.limits.malformed 0.25 accepts this" in str(caught.value)
@@ -249,12 +254,53 @@ def test_prompts(chat):
     }
     prompts = [Prompt(id, question(text)) for id, text in texts.items()] + [Prompt("g", question(" "))]
     held_out = [question("held out  1")]
-    result = inspect_prompts(prompts, chat, DataLimits(), name="prompts", room=30, held_out=held_out)
+    result = inspect_prompts(prompts, chat, NONE_ALLOWED, name="prompts", room=30, held_out=held_out)
     found = {finding.name: finding.count for finding in result.report.findings if finding.count}
     assert found == dict.fromkeys(["too_long", "duplicate", "held_out", "double_bos", "benchmark", "empty"], 1)
     assert [prompt.id for prompt in result.prompts] == ["a", "c", "d", "e", "f"]
     told = {problem.split()[1] for problem in result.report.problems()}
-    assert told == {"duplicate", "double_bos", "benchmark", "empty"}  # held-out prompts are left out by the run
+    # Held-out prompts are left out by the run.
+    assert told == {"duplicate", "double_bos", "benchmark", "empty", "too_long"}
+
+
+def test_a_row_or_two_of_a_small_file_are_a_note(chat):
+    """The finding is a limit's only from three rows on, or from half of the rows."""
+
+    def report(bad, sound, limits=None):
+        pairs = [Pair(f"b{n}", question(f"<|im_start|>{n}"), "Yes.", "No.") for n in range(bad)]
+        pairs += [Pair(f"s{n}", question(str(n)), "Yes.", "No.") for n in range(sound)]
+        return inspect_pairs(pairs, chat, limits or DataLimits(), name="x").report
+
+    for bad in (1, 2):
+        require([report(bad, 24 - bad)])
+        share = f"{bad / 24:.1%}"
+        assert f"note: double_bos {bad} of 24 ({share}); give plain messages" in report(bad, 24 - bad).text()
+    for bad, sound, limits in ((3, 21, None), (1, 1, None), (1, 23, DataLimits(double_bos=0.0))):
+        with pytest.raises(DataError, match=f"double_bos {bad} of {bad + sound}"):
+            require([report(bad, sound, limits)])
+
+
+def test_many_prompts_that_are_too_long_are_a_note(chat):
+    """A quarter of UltraFeedback's leave no room for an answer at the default length; what is left is worth a run."""
+    prompts = [Prompt(str(n), question(str(n) + "x" * (390 if n < 3 else 0))) for n in range(10)]
+    report = inspect_prompts(prompts, chat, DataLimits(), name="x", room=30).report
+    require([report])
+    assert "note: too_long 3 of 10 (30.0%); raise --data.max_len" in report.text()
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen", "rejected", "expected"),
+    [
+        ("Why?", "Why? Because.", "Why? No.", ["chosen", "rejected"]),
+        ("Why?", "\n Why?  Because.", "No.", ["chosen"]),
+        ("Why?", "Because. Why? No.", "No.", []),
+        ("Why so?", "Why, so it is.", "Why so, it is.", []),
+        ("Why?", "[INST] Why? [/INST] Because.", "[INST] Why? [/INST] No.", ["chosen", "rejected"]),
+        ("Why?", "[INST] Why? [/INST] Because.", "No.", []),
+    ],
+)
+def test_repeats_prompt(asked, chosen, rejected, expected):
+    assert repeats_prompt(Pair("a", question(asked), chosen, rejected)) == expected
 
 
 def test_pairs_that_only_evaluate_may_be_a_benchmarks(chat):
