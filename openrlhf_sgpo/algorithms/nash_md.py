@@ -27,7 +27,8 @@ class NashMD(OnPolicyAlgorithm):
         E[ (p(y > y') - 1/2 - tau * s(y)) * grad log pi(y) ],   y ~ pi,  y' ~ pi^(1 - b) pi_ref^b,
 
     with tau = ``--model.beta`` and b = ``mixture``. Its fixed point is pi proportional to pi_ref exp(p(y > mixture) / tau):
-    the regularised Nash equilibrium for b = 0, and for other b a policy whose mixture is the equilibrium at tau / (1 - b).
+    the regularised Nash equilibrium for b = 0, and for other b, where answers have one token, a policy whose mixture is the
+    equilibrium at tau / (1 - b); mixing longer answers token by token is not mixing whole answers.
     Only with b tied to the step size, as in the paper's tabular algorithm, would it be the equilibrium at tau itself.
     """
 

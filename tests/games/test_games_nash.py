@@ -242,3 +242,38 @@ def test_the_average_of_sppo_is_nash_and_its_last_iterate_is_not():
     assert total / 20_000 == pytest.approx(nash(game).policy, abs=5e-3)
     assert total / 20_000 == pytest.approx([0.3368, 0.3328, 0.3304], abs=1e-4)
     assert policy == pytest.approx([0.337, 0.000, 0.663], abs=1e-3)
+
+
+def mixed_by_token(policy, reference, share):
+    """(2, 2) over two binary tokens: the geometric mixture of each token's distribution, as samplers draw it."""
+    first = policy.sum(1) ** (1 - share) * reference.sum(1) ** share
+    second = (policy / policy.sum(1, keepdims=True)) ** (1 - share) * (
+        reference / reference.sum(1, keepdims=True)
+    ) ** share
+    return (first / first.sum())[:, None] * second / second.sum(1, keepdims=True)
+
+
+def test_nash_md_s_mixture_is_an_equilibrium_for_answers_of_one_token_only():
+    """Fixed points pi ~ ref exp(p(y > mixture) / tau) by damped iteration. Mixing whole answers gives the equilibrium at
+    tau / (1 - b), as ``solutions.nash_md`` says; mixing token by token ends elsewhere."""
+    generator, share, tau = np.random.default_rng(0), 0.5, 0.1
+    above = np.triu(generator.uniform(0, 1, (4, 4)), 1)
+    preferences = above + np.tril(1 - above.T, -1) + np.eye(4) / 2
+    reference = generator.dirichlet(np.ones(4)).reshape(2, 2)
+    game = Game(preferences, leader_reference=reference.ravel())
+
+    def mixed_whole(policy):
+        mixture = policy ** (1 - share) * reference**share
+        return mixture / mixture.sum()
+
+    equilibrium = regularised_nash(game, tau / (1 - share)).policy
+    mixtures = []
+    for mix in (mixed_whole, lambda policy: mixed_by_token(policy, reference, share)):
+        policy = reference
+        for _ in range(3000):
+            target = reference * np.exp(preferences @ mix(policy).ravel() / tau).reshape(2, 2)
+            policy = policy**0.9 * (target / target.sum()) ** 0.1
+            policy = policy / policy.sum()
+        mixtures.append(mix(policy).ravel())
+    assert np.abs(mixtures[0] - equilibrium).max() < 1e-9
+    assert np.abs(mixtures[1] - equilibrium).max() == pytest.approx(0.1, abs=0.01)
