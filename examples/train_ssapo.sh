@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 """:"
-# Shell half: `bash examples/train_ssapo.sh [--num_gpus N] --algo sgpo ...` starts the deepspeed launcher on this very file.
+# Shell half: `bash examples/train_ssapo.sh [--num_gpus N] --algo sgpo ...` starts this very file once per rank.
 # Python reads this block as the module docstring: no three double quotes in a row and no backslashes in it.
 set -eu
 ranks="${NUM_GPUS:-1}"
@@ -12,7 +12,7 @@ while [ $# -gt 0 ]; do
     *) rest+=("$1"); shift ;;
   esac
 done
-exec deepspeed --log_level error --num_gpus "$ranks" --master_addr 127.0.0.1 --master_port "${MASTER_PORT:-29531}" "$0" "${rest[@]}"
+exec python -m openrlhf_sgpo.launch "$ranks" "$0" "${rest[@]}"
 : <<'# end of the Python half'
 ":"""
 # Python half: `deepspeed --num_gpus N examples/train_ssapo.sh --algo sgpo ...` runs this file with python, once per rank.

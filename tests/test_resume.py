@@ -78,8 +78,7 @@ def test_killed_at_every_moment(tiny_model, tiny_data, tmp_path):
 
 
 def processes_with(mark: str) -> list[str]:
-    """Titles of the processes that have inherited this environment variable, Ray's two agents left out: they hold no model
-    and look only once a minute whether their node still lives."""
+    """Titles of the processes that have inherited this environment variable."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -89,7 +88,7 @@ def processes_with(mark: str) -> list[str]:
                 )
         except OSError:  # it has ended meanwhile
             continue
-    return [title for title in found if title not in ("ray::DashboardAgent", "ray::RuntimeEnvAgent")]
+    return found
 
 
 def test_killed_while_vllm_engines_generate(tiny_model, tiny_data, tmp_path):

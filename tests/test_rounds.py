@@ -10,7 +10,7 @@ from statistics import mean
 
 import pytest
 import yaml
-from running import SCRIPT, arguments, launch, losses, read_jsonl, train
+from running import SCRIPT, arguments, free_port, launch, losses, read_jsonl, train
 
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.run_folder import RunFolder
@@ -294,14 +294,13 @@ def test_two_ranks_through_deepspeed_train_as_one_through_bash(tiny_model, tiny_
     With ZeRO-3 and LoRA, whose saving is collective while rank 0 alone gets the weights.
     """
     extra = ("--ds.lora.rank", "4", "--sgpo.refresh_steps", "1")
-    ranks = ["deepspeed", "--num_gpus", "2", "--master_port", "29541", str(SCRIPT)]
+    ranks = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), str(SCRIPT)]
     argv = arguments(tiny_model, tiny_data, tmp_path / "two", *extra)
     argv[argv.index("--ds.zero_stage") + 1] = "3"
     two = launch([*ranks, *argv])
     assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-3000:]
     one = launch(
         ["bash", str(SCRIPT), *arguments(tiny_model, tiny_data, tmp_path / "one", *extra), "--num_gpus", "1"],
-        MASTER_PORT="29543",
     )
     assert one.returncode == 0, one.stdout[-2000:] + one.stderr[-3000:]
     assert len(losses(tmp_path / "two")) == len(losses(tmp_path / "one")) > 0

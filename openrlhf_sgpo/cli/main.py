@@ -238,6 +238,10 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = argv[0], argv[1:]
     with ending.stopped_by_signals():
         try:
+            if "RANK" in os.environ and ending.COMMAND not in os.environ:
+                from openrlhf_sgpo.launch import follow_deepspeed
+
+                follow_deepspeed(command)
             # For module:Class. The console script and the launcher put only the script's folder on the path. At the end, so
             # that a file of the user's never stands in for an installed package.
             if os.getcwd() not in sys.path:

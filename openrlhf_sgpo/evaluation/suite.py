@@ -20,6 +20,7 @@ import yaml
 
 from openrlhf_sgpo import algorithms, config, flags, oracle
 from openrlhf_sgpo.evaluation.compare_settings import read_settings, run_config
+from openrlhf_sgpo.launch import end_with_parent
 from openrlhf_sgpo.run_folder import ADDRESS, differences, write_text
 
 Tree = dict[str, Any]
@@ -159,7 +160,9 @@ def train(run: SuiteRun, place: str) -> None:
     begin = time.monotonic()
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with open(run.log, "a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, check=False, preexec_fn=end_with_parent
+        ).returncode
     if code or not run.finished:
         raise ValueError(
             f"--suite: the run {run.folder} failed ({code}), see {run.log}; the same command takes it up again"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import distributed
 
-from openrlhf_sgpo import ranks
+from openrlhf_sgpo import ranks, ray_session
 from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.data.tokens import ChatFormat
-from openrlhf_sgpo.output import Progress
+from openrlhf_sgpo.output import Progress, say
 from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT
 
@@ -26,26 +27,16 @@ class VllmRollout:
         self.engines: list[Any] = []
         self.compared = 0  # tensors that the engines compared with the files of the last policy, bit by bit
         self.sleeps = config.vllm.enable_sleep and torch.cuda.is_available()
-        if distributed.get_rank() == 0:
-            self._start()
-        ranks.barrier()
+        ranks.on_rank_0(self._start)
 
     def _start(self) -> None:
-        import ray
-
-        from openrlhf_sgpo.openrlhf.engine import RolloutEngine
-
         on_gpu = torch.cuda.is_available()
-        environment = {"VLLM_LOGGING_LEVEL": "WARNING"} | ({} if on_gpu else CPU_ENVIRONMENT)
-        if not ray.is_initialized():
-            # Engines say much; what goes wrong in them arrives as an exception with its traceback.
-            ray.init(
-                address="local", include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment}
-            )
+        environment = {"VLLM_LOGGING_LEVEL": "WARNING", **ray_session.LOOPBACK}
+        ray_session.start(environment | ({} if on_gpu else CPU_ENVIRONMENT))
         settings = self.config.vllm
-        gpus = settings.tensor_parallel_size if on_gpu else 0
-        arguments: dict[str, Any] = {
-            "model": self.folder,
+        self.arguments: dict[str, Any] = {
+            # Engines get no key for the hub.
+            "model": local_folder(self.folder),
             "worker_extension_cls": "openrlhf_sgpo.openrlhf.engine.PolicyLoader",
             "dtype": DTYPES[self.config.ds.param_dtype],
             "max_model_len": self.config.data.max_len,
@@ -54,26 +45,84 @@ class VllmRollout:
             "enable_prefix_caching": settings.enable_prefix_caching,
             "enforce_eager": settings.enforce_eager,
             "trust_remote_code": self.config.model.trust_remote_code,
-            "num_gpus": gpus,
+            "num_gpus": settings.tensor_parallel_size if on_gpu else 0,
         }
         if on_gpu:
-            arguments |= {
+            self.arguments |= {
                 "gpu_memory_utilization": settings.gpu_memory_utilization,
                 "enable_sleep_mode": self.sleeps,
             }
         else:
-            arguments |= CPU_ENGINE_ARGUMENTS
-        self.engines = [
-            RolloutEngine.options(num_cpus=0, num_gpus=gpus).remote(**arguments, seed=self.config.train.seed + number)
-            for number in range(settings.num_engines)
-        ]
-        self._all("get_num_unfinished_requests")  # returns once the engines are up
+            self.arguments |= CPU_ENGINE_ARGUMENTS
+        self.started_with = self.folder
+        self.engines = [self._engine(number) for number in range(settings.num_engines)]
+        self._wait_for(range(settings.num_engines))
         self._sleep()
 
-    def _all(self, method: str, *arguments: Any) -> list[Any]:
+    def _engine(self, number: int) -> Any:
+        from openrlhf_sgpo.openrlhf.engine import RolloutEngine
+
+        engine = RolloutEngine.options(num_cpus=0, num_gpus=self.arguments["num_gpus"])
+        return engine.remote(**self.arguments, seed=self.config.train.seed + number)
+
+    def _wait_for(self, numbers: Iterable[int]) -> None:
+        """Returns once these engines are up. Raises RuntimeError if one does not start."""
         import ray
 
-        return ray.get([getattr(engine, method).remote(*arguments) for engine in self.engines])
+        for number in numbers:
+            try:
+                ray.get(self.engines[number].get_num_unfinished_requests.remote())
+            except ray.exceptions.RayError as error:
+                raise RuntimeError(f"vLLM engine {number} did not start: {_last_line(error)}") from error
+
+    def _restart(self, number: int) -> None:
+        """An engine in the place of one that died, with the present policy."""
+        import ray
+
+        ray.kill(self.engines[number])
+        self.engines[number] = self._engine(number)
+        self._wait_for([number])
+        if self.folder != self.started_with:
+            ray.get(self.engines[number].load_policy.remote(self.folder))
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return self._ask([(number, method, arguments) for number in range(len(self.engines))])
+
+    def _ask(self, calls: list[tuple[int, str, tuple[Any, ...]]], label: str = "") -> list[Any]:
+        """The answers to calls of engines: number, method, arguments. An engine that dies is started again and asked once more
+        for what it owes; with its seed, a prompt gets the same samples.
+
+        Raises RuntimeError if an engine dies again over the same calls, or fails.
+        """
+        import ray
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        answers: dict[int, Any] = {}
+        died: dict[int, Exception] = {}
+        for _ in range(2):
+            for number in died:
+                say(f"vLLM engine {number} died; it is started again")
+                self._restart(number)
+            died = {}
+            open_calls = [
+                (place, number, getattr(self.engines[number], method).remote(*arguments))
+                for place, (number, method, arguments) in enumerate(calls)
+                if place not in answers
+            ]
+            for place, number, request in Progress(open_calls, desc=label, unit="prompt", disable=not label):
+                try:
+                    answers[place] = ray.get(request)
+                except (ray.exceptions.RayActorError, EngineDeadError) as error:
+                    died[number] = error
+                except ray.exceptions.RayError as error:
+                    raise RuntimeError(f"vLLM engine {number} failed: {_last_line(error)}") from error
+            if not died:
+                return [answers[place] for place in range(len(calls))]
+        number, death = next(iter(died.items()))
+        raise RuntimeError(
+            f"vLLM engine {number} died twice over the same prompts ({_last_line(death)}); if the system ran out of memory, "
+            "lower --data.max_len, --vllm.num_engines or --vllm.gpu_memory_utilization"
+        ) from death
 
     def _wake(self) -> None:
         if self.sleeps:
@@ -87,18 +136,17 @@ class VllmRollout:
         if folder == self.folder:
             return
         self.folder = folder
-        if self.engines:
-            self._wake()
-            self.compared = min(self._all("load_policy", folder))
-            self._sleep()
-        ranks.barrier()
+        ranks.on_rank_0(self._load)
+
+    def _load(self) -> None:
+        self._wake()
+        self.compared = min(self._all("load_policy", self.folder))
+        self._sleep()
 
     def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
-        return ranks.from_rank_0(self._generate(prompts, n, seed, label) if self.engines else None)
+        return ranks.on_rank_0(lambda: self._generate(prompts, n, seed, label))
 
     def _generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
-        import ray
-
         rollout = self.config.rollout
         sampling = {
             "n": n,
@@ -112,36 +160,30 @@ class VllmRollout:
             "skip_special_tokens": False,
         }
         self._wake()
-        requests = [
-            self.engines[number % len(self.engines)].sample.remote(
-                list(prompt), {**sampling, "seed": prompt_seed(seed, prompt)}
-            )
+        calls = [
+            (number % len(self.engines), "sample", (list(prompt), {**sampling, "seed": prompt_seed(seed, prompt)}))
             for number, prompt in enumerate(prompts)
         ]
-        results = [
-            [self.stop.sample(ids) for ids in ray.get(request)]
-            for request in Progress(requests, desc=label, unit="prompt", disable=not label)
-        ]
+        results = [[self.stop.sample(ids) for ids in answer] for answer in self._ask(calls, label)]
         self._sleep()
         return results
 
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         """Every engine is asked; raises RuntimeError if two engines disagree by more than 0.1 nats per token."""
-        answer = None
-        if self.engines:
-            import ray
+        return ranks.on_rank_0(lambda: self._log_probs(sequences))
 
-            self._wake()
-            answers = [
-                ray.get([engine.log_probs.remote(list(sequence)) for sequence in sequences]) for engine in self.engines
-            ]
-            self._sleep()
-            answer = answers[0]
-            for number, other in enumerate(answers[1:], start=1):
-                gaps = [abs(sum(a) - sum(b)) / len(a) for a, b in zip(answer, other, strict=True)]
-                if max(gaps) > 0.1:
-                    raise RuntimeError(f"engines 0 and {number} hold different weights: {max(gaps):.3g} nats per token")
-        return ranks.from_rank_0(answer)
+    def _log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
+        self._wake()
+        numbers = range(len(self.engines))
+        calls = [(number, "log_probs", (list(sequence),)) for number in numbers for sequence in sequences]
+        found = self._ask(calls)
+        self._sleep()
+        answers = [found[number * len(sequences) : (number + 1) * len(sequences)] for number in numbers]
+        for number, other in enumerate(answers[1:], start=1):
+            gaps = [abs(sum(a) - sum(b)) / len(a) for a, b in zip(answers[0], other, strict=True)]
+            if max(gaps) > 0.1:
+                raise RuntimeError(f"engines 0 and {number} hold different weights: {max(gaps):.3g} nats per token")
+        return answers[0]
 
     def close(self) -> None:
         if self.engines:
@@ -150,4 +192,18 @@ class VllmRollout:
             for engine in self.engines:
                 ray.kill(engine)
             self.engines = []
-            ray.shutdown()
+            ray_session.end()
+
+
+def local_folder(model: str) -> str:
+    """The folder of a model; one of the hub is downloaded where it is not there yet."""
+    if os.path.isdir(model):
+        return model
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"])
+
+
+def _last_line(error: BaseException) -> str:
+    """What went wrong: Ray's messages begin with where."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

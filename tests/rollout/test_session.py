@@ -1,0 +1,151 @@
+"""Engines as processes: who reaches them, what they know, how they die, and what they leave. One start serves all, in order."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from openrlhf_sgpo import ray_session
+from openrlhf_sgpo.config import Config
+
+PROMPTS = [(1, 10, 20, 30), (1, 40, 50, 60, 70, 80), (1, 9)] * 8
+KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MY_PASSWORD")
+
+
+def test_what_looks_like_a_key():
+    kept = {"PATH": "", "TOKENIZERS_PARALLELISM": "", "HF_HOME": "", "KEYBOARD": "", "SSH_AUTH_SOCK": ""}
+    keys = dict.fromkeys(
+        [*KEYS, "AWS_SECRET_ACCESS_KEY", "github_token", "PGPASSWORD", "GOOGLE_APPLICATION_CREDENTIALS"], ""
+    )
+    assert ray_session.without_keys(kept | keys) == kept
+
+
+@pytest.fixture(scope="module")
+def session(tiny_model):
+    """A rollout of one engine, and the folder of its session. The environment holds keys when Ray starts."""
+    from openrlhf_sgpo.data.tokens import load_chat
+    from openrlhf_sgpo.openrlhf import build_strategy
+    from openrlhf_sgpo.rollout import start_rollout
+
+    config = Config()
+    config.rollout.engine, config.rollout.max_new_tokens, config.rollout.temperature = "vllm", 8, 1.0
+    config.ds.param_dtype, config.data.max_len, config.vllm.num_engines = "fp32", 64, 1
+    config.train.batch_size = config.train.micro_batch_size = 1
+    build_strategy(config)
+    chat, _ = load_chat(str(tiny_model), False, "model", config.data.max_len)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in KEYS:
+            patch.setenv(name, "planted")
+        rollout = start_rollout(config, chat, str(tiny_model))
+        assert os.environ["HF_TOKEN"] == "planted"
+    folder = ray_session._keeper.args[-1]
+    yield rollout, folder
+    if rollout.engines:
+        rollout.close()
+
+
+def listening(processes: list[psutil.Process]) -> set[tuple[str, int]]:
+    ours = {str(process.pid) for process in processes}
+    rows = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
+    addresses = [row.split()[3].rpartition(":") for row in rows if ours & set(re.findall(r"pid=(\d+)", row))]
+    return {(address.strip("[]"), int(port)) for address, _, port in addresses}
+
+
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+try:
+    print(GcsClient(address=sys.argv[1]).cluster_id.hex())
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/usr/bin/ss").exists() and not Path("/bin/ss").exists(), reason="needs ss of iproute2")
+def test_a_stranger_gets_nothing(session):
+    _, folder = session
+    processes = [*ray_session._processes(folder), psutil.Process()]
+    found = listening(processes)
+    assert len(found) > 5
+    assert {address for address, _ in found} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    outside = next((row.address for rows in psutil.net_if_addrs().values() for row in rows
+                    if row.family == socket.AF_INET and not row.address.startswith("127.")), None)  # fmt: skip
+    for _, port in found if outside else ():
+        with pytest.raises(OSError):
+            socket.create_connection((outside, port), timeout=2).close()
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    with_key = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+    without = {name: value for name, value in os.environ.items() if name not in with_key}
+    for environment, expected in (
+        (without, "AuthenticationError"),
+        (without | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}, "AuthenticationError"),
+        (without | with_key, "[0-9a-f]{56}"),
+    ):
+        said = subprocess.run(
+            [sys.executable, "-c", STRANGER, address], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert re.fullmatch(expected, said.stdout.strip()), said.stdout + said.stderr
+
+
+@pytest.mark.slow
+def test_workers_know_no_keys(session):
+    _, folder = session
+    engines = [process for process in ray_session._processes(folder) if "Engine" in process.name()]
+    assert engines
+    for process in ray_session._processes(folder):
+        assert "planted" not in process.environ().values(), process
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_is_started_again_and_asked_again(session, capsys):
+    rollout, folder = session
+    undisturbed = rollout.generate(PROMPTS, 3, seed=5, label="test")
+    (engine,) = [process for process in ray_session._processes(folder) if "RolloutEngine" in process.name()]
+    threading.Timer(0.1, engine.kill).start()
+    assert rollout.generate(PROMPTS, 3, seed=5, label="test") == undisturbed
+    assert "vLLM engine 0 died; it is started again" in capsys.readouterr().out
+    assert not engine.is_running()
+
+
+@pytest.mark.slow
+def test_an_engine_that_dies_twice_ends_the_run_with_one_message_and_leaves_nothing(session, monkeypatch):
+    rollout, folder = session
+    (engine,) = [process for process in ray_session._processes(folder) if "RolloutEngine" in process.name()]
+    engine.kill()
+    monkeypatch.setattr(rollout, "_restart", lambda number: None)  # as if it had died at once
+    with pytest.raises(RuntimeError, match="vLLM engine 0 died twice over the same prompts"):
+        rollout.generate(PROMPTS, 3, seed=5, label="test")
+    begin = Path(folder).stat().st_mtime
+    rollout.close()
+    assert ray_session._processes(folder) == [] and not Path(folder).exists()
+    left = [path for path in Path("/dev/shm").iterdir() if path.stat().st_mtime >= begin]
+    assert [path for path in left if path.name.startswith(("psm_", "plasma", "sem.mp"))] == []
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_a_session_whose_owner_was_killed(tmp_path):
+    owner = subprocess.Popen(
+        [sys.executable, "-c", "from openrlhf_sgpo import ray_session as r; r.start({}); print(r._keeper.args[-1], flush=True);"
+         "import time; time.sleep(300)"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    folder = owner.stdout.readline().strip()
+    assert Path(folder).is_dir() and ray_session._processes(folder)
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 60
+    while Path(folder).exists() or ray_session._processes(folder):
+        assert time.monotonic() < deadline, ray_session._processes(folder)
+        time.sleep(0.5)

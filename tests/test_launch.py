@@ -1,0 +1,120 @@
+"""The launcher of ranks on one machine: signals, lost ranks, and what people see."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from running import ROOT, SCRIPT, arguments
+
+RANK = """
+import os, sys, time
+open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(str(os.getpid()))
+how = sys.argv[2]
+if how == "rank 1 fails" and os.environ["RANK"] == "1":
+    sys.exit(3)
+if how == "rank 1 is killed" and os.environ["RANK"] == "1":
+    os.kill(os.getpid(), 9)
+if how != "well":
+    time.sleep(60)
+"""
+
+
+def start(folder: Path, how: str) -> subprocess.Popen:
+    script = folder / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "openrlhf_sgpo.launch", "2", str(script), str(folder), how]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    deadline = time.monotonic() + 60
+    while not all((folder / rank).exists() and (folder / rank).read_text() for rank in "01"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return [int((folder / rank).read_text()) for rank in "01"]
+
+
+def gone(numbers: list[int]) -> bool:
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(number) and psutil.Process(number).status() != "zombie" for number in numbers):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_ranks_that_end_well_end_the_launcher_well(tmp_path):
+    process = start(tmp_path, "well")
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "code"),
+    [
+        ("rank 1 is killed", "error: rank 1 was ended by SIGKILL; SIGKILL may mean that memory ran out\n", 128 + 9),
+        pytest.param("rank 1 fails", "", 3, marks=pytest.mark.slow),  # the others have some time to end
+    ],
+)
+def test_the_others_end_with_a_rank_that_is_lost(how, said, code, tmp_path):
+    process = start(tmp_path, how)
+    numbers = ranks_of(tmp_path)
+    assert process.communicate(timeout=60)[1] == said and process.returncode == code
+    assert gone(numbers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_ranks_end_with_the_launcher(number, tmp_path):
+    process = start(tmp_path, "wait")
+    numbers = ranks_of(tmp_path)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert gone(numbers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["bash", "deepspeed"])
+def test_sigterm_to_the_script_reaches_the_ranks(by, tiny_model, tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    argv = arguments(tiny_model, tiny_data, folder, "--train.max_epochs", "500", algo="dpo")
+    command = {
+        "bash": ["bash", str(SCRIPT), "--num_gpus", "2"],
+        "deepspeed": ["deepspeed", "--num_gpus", "2", str(SCRIPT)],
+    }
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    process = subprocess.Popen(
+        [*command[by], *argv],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**inherited, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.1)
+    ranks = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert len(ranks) >= 2
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=120)[1]  # the ranks hold the other end too
+    assert gone(ranks)
+    lines = [line for line in said.splitlines() if line.startswith(("stopped: ", "to go on: "))]
+    typed = " ".join(
+        ["bash", str(SCRIPT), "--num_gpus", "2"] if by == "bash" else ["deepspeed", "--num_gpus", "2", str(SCRIPT)]
+    )
+    assert [line.startswith(start + typed) for line, start in zip(lines, ("stopped: ", "to go on: "), strict=True)] == [
+        True
+    ] * 2
+    assert lines[1].endswith(" --resume") and "Traceback" not in said
+    if by == "bash":
+        assert process.returncode == 143 and len(said.splitlines()) == 2, said
