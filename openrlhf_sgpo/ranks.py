@@ -52,15 +52,15 @@ def _store(host_name: str, port: int, **settings: Any) -> distributed.TCPStore:
     return distributed.TCPStore(host_name, port, **settings)
 
 
-def part() -> bool:
-    """The end of every rank that has a process group; returns whether all ranks came to it.
+def part() -> bool | None:
+    """The end of every rank that has a process group; returns whether all ranks came to it, None without a group.
 
     No rank leaves before the others have all that it sent: connections, and the store of rank 0, end with their process, and
     a rank that is still at work with them would abort. If a rank does not come, because it died or hangs, the others leave
     after ``PARTING``; the launcher ends it.
     """
     if not distributed.is_initialized():
-        return False
+        return None
     if distributed.get_world_size() == 1:
         return True
     try:

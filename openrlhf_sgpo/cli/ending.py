@@ -70,7 +70,8 @@ def explain(error: BaseException, argv: list[str]) -> int:
         print(f"stopped: {shlex.join(_typed(argv))}\nto go on: {shlex.join(_continued(argv))}", file=sys.stderr)
         return 128 + stopped
     together = part()
-    if _rank() > 0 and (together or isinstance(error, ValueError)):
+    # Before the ranks have met, all of them read the same settings and data.
+    if _rank() > 0 and (together or (together is None and isinstance(error, ValueError))):
         return 2 if isinstance(error, ValueError) else 1
     who = f"rank {_rank()}: " if _rank() > 0 else ""
     if isinstance(error, ValueError):
@@ -96,10 +97,10 @@ def _stdout_is_read() -> bool:
     return True
 
 
-def part() -> bool:
+def part() -> bool | None:
     """See ``ranks.part``; whoever has not imported torch has not met the other ranks."""
     ranks = sys.modules.get("openrlhf_sgpo.ranks")
-    return ranks is not None and ranks.part()
+    return ranks.part() if ranks is not None else None
 
 
 def _rank() -> int:
