@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-
 import psutil
 import pytest
-
 
 from openrlhf_sgpo import ranks
 
