@@ -26,6 +26,6 @@ def how_to_install(module: str, otherwise: str = TRAINING) -> str:
     return f"the package {package} is not installed: {_COMMANDS.get(package, otherwise)}"
 
 
-def missing(*packages: str) -> str:
+def missing(*packages: str, otherwise: str = TRAINING) -> str:
     """``how_to_install`` of the first of these that is missing; empty if all are there."""
-    return next((how_to_install(package) for package in packages if find_spec(package) is None), "")
+    return next((how_to_install(package, otherwise) for package in packages if find_spec(package) is None), "")

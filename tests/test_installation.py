@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -209,6 +210,25 @@ def test_code_beside_the_user_is_found(console_script, tmp_path):
     assert "algo: my_module:Hinge" in process.stdout
 
 
+@pytest.mark.slow
+def test_code_beside_the_user_is_found_under_the_launcher(tmp_path):
+    """On every rank; the launcher's own folder is what Python has on its path there."""
+    (tmp_path / "my_module.py").write_text(HINGE)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(port)]
+    script = str(ROOT / "examples" / "train_ssapo.sh")
+    process = run(
+        *(script, "--algo", "my_module:Hinge", *SETTINGS, "--dry_run"),
+        cwd=tmp_path,
+        command=launcher,
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert process.stdout.count("algo: my_module:Hinge") == 2
+
+
 def test_a_file_of_the_users_does_not_stand_in_for_a_package(console_script, tmp_path):
     (tmp_path / "yaml.py").write_text("raise SystemExit('the wrong yaml')")
     process = run("train", *SETTINGS, "--dry_run", cwd=tmp_path, command=console_script)
@@ -241,6 +261,11 @@ def test_the_oracles_of_the_examples_are_found(console_script):
         ),
         ("datasets", ["data", *SETTINGS, "--data.dataset", "owner/pairs"], "pip install datasets"),
         ("matplotlib", ["games", "--out", "pictures"], "pip install matplotlib"),
+        (
+            "fastchat",
+            ["evaluate", "--models", "a/b", "--out", "o", "--judge.model", "a/b"],
+            "pip install 'openrlhf-sgpo[eval]'",
+        ),
         ("openai", ["train", *SETTINGS, "--oracle", "judge"], "pip install openai"),
         (
             "vllm",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openrlhf_sgpo import flags
+from openrlhf_sgpo import extras, flags
 from openrlhf_sgpo.config import Config, DataSettings, TrainSettings
 from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
@@ -142,6 +142,9 @@ def _problems(settings: EvaluateSettings, given: Mapping[str, str]) -> list[str]
                 if flag.startswith(f"{name}.") and origin == flags.COMMAND_LINE
             ]
     known = [name for name in settings.tasks if name in tasks.NAMES]
+    for name in known:
+        if problem := extras.missing(*tasks.get(name).packages, otherwise=extras.BENCHMARKS):
+            problems.append(f"--tasks {name}: {problem}")
     reasons = other_engine(settings)
     if known and not any(tasks.get(name).judged for name in known):
         reasons["judge."] = f"--tasks {' '.join(known)} needs no judge"

@@ -68,7 +68,8 @@ class Task:
 
     Class attributes: name (value of --tasks, and of its group of flags), judged (whether it needs a judge), reads_logprobs
     (whether a judge's log-probabilities matter to it), answer_fields (of every row of a file of
-    answers in the benchmark's own format), Settings (a dataclass of its flags).
+    answers in the benchmark's own format), Settings (a dataclass of its flags), packages (that define it, by the names under
+    which they are imported).
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class Task:
     reads_logprobs: ClassVar[bool] = False
     answer_fields: ClassVar[tuple[str, ...]]
     Settings: ClassVar[type]
+    packages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Any):
         self.settings = settings

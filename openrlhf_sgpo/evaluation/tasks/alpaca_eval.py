@@ -66,6 +66,7 @@ class AlpacaEval(Task):
     """Win rates in percent. limit takes the first instructions, where upstream's max_instances takes random ones."""
 
     name = "alpaca_eval"
+    packages = ("alpaca_eval", "pandas", "sklearn")
     reads_logprobs = True
     answer_fields = ("instruction", "output")
     Settings: ClassVar[type] = AlpacaEvalSettings

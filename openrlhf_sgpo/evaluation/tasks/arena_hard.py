@@ -87,6 +87,7 @@ class ArenaHard(Task):
     questions with two verdicts."""
 
     name = "arena_hard"
+    packages = ("eval_framework",)
     answer_fields = ANSWER_FIELDS
     Settings: ClassVar[type] = ArenaHardSettings
 

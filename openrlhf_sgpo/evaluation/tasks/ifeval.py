@@ -53,6 +53,7 @@ class IFEval(Task):
     instructions, strict. Errors: over prompts, for instructions to first order."""
 
     name = "ifeval"
+    packages = ("eval_framework", "nltk", "langdetect")
     judged = False
     answer_fields = ("prompt", "response")
     Settings: ClassVar[type] = IFEvalSettings

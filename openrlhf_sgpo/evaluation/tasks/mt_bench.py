@@ -94,6 +94,7 @@ class MTBench(Task):
     """Scores from 1 to 10. n and expected of the result count judgements, of which there are two per question."""
 
     name = "mt_bench"
+    packages = ("fastchat",)
     answer_fields = ("question_id",)
     Settings: ClassVar[type] = MTBenchSettings
 
