@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import stdev
 from typing import Any
 
+NORMAL_95 = 1.96  # standard errors to both sides that hold 95% of a normal law
+# The same of Student's law, by degrees of freedom from 1; beyond, it is close to 1.96 + 2.7 / degrees.
+_STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+PLUS_MINUS = "\N{PLUS-MINUS SIGN} is half of a 95% interval"  # wherever it stands in a table, a text or a page
 FIGURES = (  # title, key, digits
     ("accuracy", "accuracy", 3),
     ("margin", "margin", 4),
@@ -21,6 +25,53 @@ STAGES = ("generate", "annotate", "oracle", "score", "follower", "log_probs", "t
 def standard_error(values: Sequence[float]) -> float | None:
     """Of the mean; None for fewer than two values."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def student_95(count: int) -> float:
+    """Standard errors to both sides of a mean of ``count`` values, at least 2, that make a 95% interval."""
+    degrees = count - 1
+    return _STUDENT_95[degrees - 1] if degrees <= len(_STUDENT_95) else NORMAL_95 + 2.7 / degrees
+
+
+def scores(margins: Sequence[float]) -> list[float]:
+    """Of each held-out pair: 1 if its margin is positive; at a tie one half, so that an untrained policy has accuracy 0.5."""
+    return [(margin > 0) + 0.5 * (margin == 0) for margin in margins]
+
+
+def share_error(values: Sequence[float]) -> float | None:
+    """Standard error of a share, of which ``values`` in [0, 1] are the parts; None if all are ties or there are none.
+
+    Of Agresti and Coull (The American Statistician 52, 1998): as if two more had been of either kind. It is not 0 where all
+    are right.
+    """
+    if all(value == 0.5 for value in values):
+        return None
+    n = len(values) + NORMAL_95**2
+    share = (sum(values) + NORMAL_95**2 / 2) / n
+    return (share * (1 - share) / n) ** 0.5
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Mean of after - before over the same pairs, in [-1, 1], and half of its 95% interval.
+
+    Of Agresti and Min (Biometrics 61, 2005): as if one more pair had changed half to either side.
+    """
+    moved = [two - one for one, two in zip(before, after, strict=True)]
+    n, total = len(moved) + 2, sum(moved)
+    return total / len(moved), NORMAL_95 * (sum(one * one for one in moved) + 1 - total**2 / n) ** 0.5 / n
+
+
+def plus_minus(value: float | None, half: float | None, digits: int, missing: str = "-") -> str:
+    """A figure with half of its 95% interval, where that is known."""
+    if value is None:
+        return missing
+    return f"{value:,.{digits}f}" + ("" if half is None else f" \N{PLUS-MINUS SIGN} {half:,.{digits}f}")
+
+
+def half_of(row: Mapping[str, Any], key: str) -> float | None:
+    """Half of the 95% interval of row[key], from the standard error that stands under the same name and _error."""
+    error = row.get(f"{key}_error")
+    return None if error is None else NORMAL_95 * error
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -45,14 +96,14 @@ def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]
     header = ["", *(title for title, _, _ in FIGURES), *shown]
     lines = [header]
     for row, seconds in zip(rows, found, strict=True):
-        figures = [_figure(row.get(key), digits) for _, key, digits in FIGURES]
+        figures = [plus_minus(row.get(key), half_of(row, key), digits) for _, key, digits in FIGURES]
         lines.append([row["name"], *figures, *(_figure(seconds.get(stage), 1) for stage in shown)])
     text = aligned(lines)
     note = (
         "accuracy, margin: held-out pairs against the initial reference; kl: nats per sampled response, to the same\n"
         "length: tokens per response; wins: the oracle's mean preference for such a response over the start's\n"
         "labels: agreement of the oracle with human pairs of the round's prompts\n"
-        "value: the follower's problem before the round's steps; the rest: seconds"
+        f"value: the follower's problem before the round's steps; the rest: seconds; {PLUS_MINUS}"
     )
     return "\n".join([*text, note]) + "\n"
 

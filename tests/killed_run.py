@@ -117,14 +117,14 @@ def in_vllm_generation() -> None:
     """Die when the engines have answered the first prompt of a round and are at work on the others."""
     from openrlhf_sgpo.rollout import vllm
 
-    class Progress(vllm.tqdm):
+    class Progress(vllm.Progress):
         def __iter__(self):
             for number, item in enumerate(super().__iter__()):
                 if number == 1 and "generate" in str(self.desc):
                     die()
                 yield item
 
-    vllm.tqdm = Progress
+    vllm.Progress = Progress
 
 
 def half_scores(part: int) -> None:

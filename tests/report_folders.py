@@ -7,6 +7,7 @@ import random
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -14,6 +15,7 @@ from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.evaluation.task import Result
 from openrlhf_sgpo.run_folder import write_json, write_jsonl, write_text
+from openrlhf_sgpo.table import scores
 
 # Written by a model, this must be read as what it is.
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"> a & b <b>c"
@@ -33,7 +35,7 @@ def write_moment(path: Path, name: str, seed: int, answers: dict[str, str], **mo
     margins = [draw.gauss(0.1, 0.5) if seed else 0.0 for _ in range(20)]
     row = {
         "name": name,
-        "accuracy": 0.5 + seed / 100,
+        "accuracy": fmean(scores(margins)),
         "margin": sum(margins) / 20,
         "pairs": 20,
         "response_length": 20.0,
@@ -171,7 +173,12 @@ def make_leaderboard(folder: Path) -> Path:
     write_json(folder / "leaderboard.json", {"rows": [asdict(row) for row in rows]})
     write_jsonl(folder / "items" / "ifeval.jsonl", [{"id": str(key), "turns": ["Why?"]} for key in range(4)])
     write_jsonl(folder / "items" / "mt_bench.jsonl", [{"id": "81", "turns": ["Why?", "And?"], "category": "writing"}])
-    for model in ("before", "after"):
+    for model, score in (("before", 3), ("after", 4)):
+        judgement = {"question_id": 81, "turn": 1, "score": score}
+        write_jsonl(
+            folder / model / "mt_bench" / "judge-a" / "judgments.jsonl",
+            [judgement, judgement | {"turn": 2, "score": -1}],
+        )
         write_jsonl(folder / model / "answers" / "mt_bench.jsonl", [{"id": "81", "turns": [f"{model} {EVIL}", "So."]}])
     return folder
 

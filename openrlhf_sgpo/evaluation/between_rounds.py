@@ -17,7 +17,7 @@ from openrlhf_sgpo.data.tokens import ChatFormat, Group
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.rollout import Rollout, Sample
 from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
-from openrlhf_sgpo.table import standard_error
+from openrlhf_sgpo.table import scores, share_error, standard_error
 from openrlhf_sgpo.training.probe import check_weights_arrived
 from openrlhf_sgpo.training.scoring import Scorer
 
@@ -105,9 +105,15 @@ class Evaluator:
         if self.writes:
             rows = zip(self.held_out, found.tolist(), strict=True)
             write_jsonl(path / "held_out.jsonl", ({"id": pair.id, "margin": margin} for (pair, _), margin in rows))
-        # A tie is half right, so that an untrained policy has accuracy one half.
-        accuracy = (found > 0).double().mean() + 0.5 * (found == 0).double().mean()
-        return {"accuracy": accuracy.item(), "margin": found.mean().item(), "pairs": len(found)}
+        values = found.tolist()
+        right = scores(values)
+        return {
+            "accuracy": mean(right),
+            "accuracy_error": share_error(right),
+            "margin": found.mean().item(),
+            "margin_error": standard_error(values),
+            "pairs": len(found),
+        }
 
     def _samples(
         self, name: str, policy: str, previous: str | None, path: Path, engine: Rollout, cost: dict[str, float]

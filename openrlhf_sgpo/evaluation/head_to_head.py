@@ -11,13 +11,14 @@ import numpy.typing as npt
 
 from openrlhf_sgpo.evaluation.compared_runs import BUDGET
 from openrlhf_sgpo.evaluation.statistics import TwoLevelMean, holm, two_level_mean
-from openrlhf_sgpo.table import aligned, standard_error
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus, standard_error, student_95
 
 Row = dict[str, Any]
 
 TOLERANCE = 0.05  # budgets that differ by less are called equal: answers have lengths of their own
 _FIGURES = (("accuracy", 3), ("margin", 4), ("kl", 2), ("response_length", 1))
-_NOTE = """+-: standard error over seeds; accuracy, margin: held-out pairs; kl: nats per fresh answer, to the initial reference
+_NOTE = f"""{PLUS_MINUS}, over seeds or prompts; accuracy, margin: held-out pairs
+kl: nats per fresh answer, to the initial reference
 length: tokens per answer; over start: the oracle's mean preference over the answers of the model from which all runs started
 costs of training, mean over seeds; tokens in thousands"""
 
@@ -102,16 +103,19 @@ def table(comparison: Row) -> str:
     for row in comparison["cross_play"]:
         values = [f"{row[name]:.4f}" for name in ("p_value", "p_holm")]
         pairs.append([f"{row['first']} over {row['second']}", _share(row), *values, str(row["comparisons"])])
-    judged = f"preferences of {comparison['oracle']['name']} on {comparison['prompts']} prompts, with 95% intervals"
+    judged = f"preferences of {comparison['oracle']['name']} on {comparison['prompts']} prompts"
     warnings = [f"warning: {text}" for text in comparison["warnings"]]
     return "\n".join([*aligned(lines), _NOTE, "", *aligned(pairs), judged, *warnings]) + "\n"
 
 
 def _share(row: Row) -> str:
-    return f"{row['win_rate']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    return plus_minus(row["win_rate"], (row["high"] - row["low"]) / 2, 3)
 
 
 def _cell(value: Row, digits: int) -> str:
-    if value["mean"] is None:
-        return "-"
-    return f"{value['mean']:.{digits}f}" + ("" if value["error"] is None else f" +- {value['error']:.{digits}f}")
+    return plus_minus(value["mean"], half_width(value), digits)
+
+
+def half_width(value: Row) -> float | None:
+    """Half of the 95% interval of a ``figure`` over seeds, of which there are few: by Student's law. None for one seed."""
+    return None if value.get("error") is None else student_95(len(value["values"])) * value["error"]

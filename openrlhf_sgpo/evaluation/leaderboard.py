@@ -12,7 +12,7 @@ from typing import Any
 
 from openrlhf_sgpo.evaluation.task import Result
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
-from openrlhf_sgpo.table import aligned
+from openrlhf_sgpo.table import NORMAL_95, PLUS_MINUS, aligned, plus_minus
 
 RESULT = "result.json"
 
@@ -80,7 +80,8 @@ def _block(task: str, judge: str, rows: list[Result]) -> str:
     ]
     notes = list(dict.fromkeys(f"{one.model}: {note}" for one in rows for note in (_words(one.decoding), *one.notes)))
     title = f"{task}, judge {judge}" if judge else task
-    return "\n".join([title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", *notes]) + "\n"
+    parts = [title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", f"{PLUS_MINUS}", *notes]
+    return "\n".join(parts) + "\n"
 
 
 def _words(decoding: dict[str, Any]) -> str:
@@ -89,12 +90,15 @@ def _words(decoding: dict[str, Any]) -> str:
 
 def _figure(one: Result, name: str) -> str:
     value = one.figures.get(name)
-    if value is None:
-        return "-"
-    if name in one.intervals:
-        low, high = one.intervals[name]
-        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
-    return f"{value:.2f}" + (f" ± {one.errors[name]:.2f}" if name in one.errors else "")
+    return plus_minus(value, half_width(asdict(one), name), 2)
+
+
+def half_width(row: Mapping[str, Any], name: str) -> float | None:
+    """Half of the 95% interval of a figure of a row of leaderboard.json; None if the row says nothing of it."""
+    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
+    if interval:
+        return (interval[1] - interval[0]) / 2
+    return None if error is None else NORMAL_95 * error
 
 
 def _csv(results: Sequence[Result]) -> str:

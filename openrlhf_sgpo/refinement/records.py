@@ -11,7 +11,7 @@ from typing import Any
 from openrlhf_sgpo.data.messages import template_columns
 from openrlhf_sgpo.refinement.comparison import OPPONENTS, Answers
 from openrlhf_sgpo.rollout.base import Sample
-from openrlhf_sgpo.table import aligned, standard_error
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, half_of, plus_minus, standard_error
 
 Row = dict[str, Any]
 
@@ -25,8 +25,8 @@ _TITLES = {
     "over_iid": "over one of them",
     "over_best_of_n": "over the best",
 }
-_NOTE = """tokens: of an answer, mean; in total: of the chain up to it; samples: independent answers that these pay for
-over ...: mean preference of the oracle for the chain's answer, and its standard error over the prompts"""
+_NOTE = f"""tokens: of an answer, mean; in total: of the chain up to it; samples: independent answers that these pay for
+over ...: mean preference of the oracle for the chain's answer; {PLUS_MINUS}, over the prompts"""
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,6 @@ def table(found: Sequence[Row]) -> str:
 
 
 def _cell(row: Row, name: str) -> str:
-    value, error = row[name], row.get(f"{name}_error")
-    if value is None:
-        return "-"
     if not name.startswith("over_"):
-        return f"{value:.1f}"
-    return f"{value:.3f}" + ("" if error is None else f" +- {error:.3f}")
+        return plus_minus(row[name], None, 1)
+    return plus_minus(row[name], half_of(row, name), 3)

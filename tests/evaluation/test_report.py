@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import subprocess
 import sys
 from statistics import fmean
@@ -13,10 +14,11 @@ from report_folders import CATEGORIES, EVIL, Page
 
 from openrlhf_sgpo.evaluation.report import REPORT, main, write_report
 from openrlhf_sgpo.evaluation.report.follower import solve_again
+from openrlhf_sgpo.evaluation.report.judged import judgements
 from openrlhf_sgpo.evaluation.report.markup import Html, join, tag
 from openrlhf_sgpo.evaluation.report.run_curves import MOST_POINTS, step_plots, thinned
-from openrlhf_sgpo.run_folder import read_json, read_jsonl
-from openrlhf_sgpo.table import FIGURES, results_table
+from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.table import FIGURES, results_table, scores, share_error, standard_error
 
 MAKERS = {
     "run": lambda folder: report_folders.make_run(folder, radius=0.1),
@@ -73,7 +75,8 @@ def test_the_command_writes_every_folder(folders, capsys):
 def test_a_page_needs_nothing_from_elsewhere(name, pages, folders):
     page, text = pages[name], (folders[name] / REPORT).read_text(encoding="utf-8")
     assert page.scripts == 2 and text.count("plotly.js v") == 1
-    assert page.addresses and all(address.startswith("#") for address in page.addresses)
+    # Links lead to places of the page, or to files beside it.
+    assert page.addresses and all(one.startswith("#") or (folders[name] / one).is_file() for one in page.addresses)
     assert not page.tags & {"link", "iframe", "object", "base", "form"}
     assert [path.name for path in folders[name].iterdir() if "partial" in path.name] == []
 
@@ -103,7 +106,6 @@ def test_the_command_stays_light():
 @pytest.mark.parametrize(
     ("title", "key", "error"),
     [
-        ("Accuracy", "accuracy", None),
         ("Response length", "response_length", None),
         ("Divergence from the reference", "kl", "kl_error"),
     ],
@@ -117,7 +119,28 @@ def test_curves_per_round_are_the_evaluations(title, key, error, tmp_path):
     assert curve["x"] == ["start", "round 0", "round 1", "round 2"]
     assert curve["y"] == [row[key] for row in rows]
     if error:
-        assert curve["error_y"]["array"] == curve["error_y"]["arrayminus"] == [row[error] for row in rows]
+        half = pytest.approx([1.96 * row[error] for row in rows])
+        assert curve["error_y"]["array"] == half and curve["error_y"]["arrayminus"] == half
+
+
+def test_accuracies_have_intervals_and_axes_do_not_exaggerate(tmp_path):
+    """Agresti and Coull: as if two more pairs had been right and two wrong; the start equals the reference by construction."""
+    folder = report_folders.make_run(tmp_path / "run", steps=0, radius=0.1)
+    figures = page_of(folder).figures
+    (curve,) = figures["Accuracy"]["data"]
+    rows = [read_jsonl(folder / f"round_{number}/held_out.jsonl") for number in range(3)]
+    right = [sum(row["margin"] > 0 for row in of_round) for of_round in rows]
+    assert curve["y"] == [0.5, *(count / 20 for count in right)]
+    z, halves = 1.96, [None]
+    for count in right:
+        share = (count + z**2 / 2) / (20 + z**2)
+        halves.append(pytest.approx(z * math.sqrt(share * (1 - share) / (20 + z**2))))
+    assert curve["error_y"]["array"] == halves
+    assert figures["Accuracy"]["layout"]["yaxis"]["range"] == [0, 1]
+    for title in ("Response length", "Margin", "Divergence from the reference"):
+        assert figures[title]["layout"]["yaxis"]["rangemode"] == "tozero"
+    steps = page_of(report_folders.make_play_run(tmp_path / "plays")).figures["Loss"]["layout"]["xaxis"]
+    assert (steps["dtick"], steps["tickformat"]) == (1, "d")  # eight steps, none of which is a half
 
 
 def test_the_table_of_rounds_is_that_of_the_run(folders, pages):
@@ -128,11 +151,13 @@ def test_the_table_of_rounds_is_that_of_the_run(folders, pages):
         worst, manifest = folder / place / "worst_case.json", folder / place / "manifest.json"
         labels = read_json(manifest)["stages"]["pairs"].get("label_accuracy") if manifest.exists() else None
         value = read_json(worst)["value"] if worst.exists() else None
-        rows.append(row | {"value": value, "label_accuracy": labels})
+        margins = [one["margin"] for one in read_jsonl(folder / place / "held_out.jsonl")]
+        errors = {"accuracy_error": share_error(scores(margins)), "margin_error": standard_error(margins)}
+        rows.append(row | errors | {"value": value, "label_accuracy": labels})
     assert header == ["", *(title for title, _, _ in FIGURES if title != "wins")]
     expected = results_table(rows, {}).splitlines()[2:6]
     for line, text in zip(lines, expected, strict=True):
-        cells = text.replace(line[0], "").split()
+        cells = re.split(" {2,}", text.replace(line[0], "").strip())
         del cells[4]  # wins, which nobody measured
         assert [cell.replace("\N{EN DASH}", "-") for cell in line[1:]] == cells
     assert any("Not measured: wins." in text for text in pages["run"].paragraphs)
@@ -295,20 +320,23 @@ def test_cross_play_is_antisymmetric_and_says_what_is_not_significant(folders, p
     assert [values[place][place] for place in range(3)] == [None] * 3
     assert (heat["zmin"] + heat["zmax"]) / 2 == pytest.approx(0.5) and heat["zmax"] >= 0.7
     table = pages["comparison"].tables[0]
-    assert ["dpo over sgpo", "0.300", "0.200 to 0.400", "<0.0001", "<0.0001", "100"] in table
+    assert ["dpo over sgpo", "0.300 \N{PLUS-MINUS SIGN} 0.100", "<0.0001", "<0.0001", "100"] in table
 
 
 def test_win_rate_against_divergence_has_those_that_have_both(pages):
     (point,) = pages["comparison"].figures["Win rate over the start"]["data"]
     assert (point["name"], point["x"], point["y"]) == ("sgpo", [3.0], [0.7])
     assert point["error_y"]["arrayminus"] == [pytest.approx(0.1)] and point["error_y"]["array"] == [pytest.approx(0.05)]
-    assert point["error_x"]["array"] == [0.2]
-    assert ["spa", "0.650", "0.600 to 0.700", "\N{EN DASH}", "\N{EN DASH}"] in pages["comparison"].tables[1]
+    assert point["error_x"]["array"] == [pytest.approx(1.96 * 0.2)]
+    assert ["spa", "0.650 \N{PLUS-MINUS SIGN} 0.050", "\N{EN DASH}"] in pages["comparison"].tables[1]
 
 
 def test_seeds_stand_beside_their_mean(pages):
     figure = pages["comparison"].figures["Held-out accuracy"]
-    assert trace(figure, "mean, standard error")["x"] == [pytest.approx(0.62)] * 3
+    mean = trace(figure, "mean, 95% interval")
+    assert mean["x"] == [pytest.approx(0.62)] * 3
+    # Student's law of two seeds: tan(0.95 * pi / 2) standard errors.
+    assert mean["error_x"]["array"] == [pytest.approx(0.01 * math.tan(0.95 * math.pi / 2), rel=1e-3)] * 3
     assert trace(figure, "a seed")["x"] == [0.6, 0.64] * 3
     assert trace(figure, "a seed")["y"] == ["sgpo", "sgpo", "spa", "spa", "dpo", "dpo"]
     assert "Margin" not in pages["comparison"].figures  # nobody measured it
@@ -340,8 +368,8 @@ def test_scores_of_two_judges_have_two_tables(pages):
     ]
     of_a, of_b = (table for table in page.tables if table[0][1:2] == ["average"])
     assert [row[:3] for row in of_a[1:]] == [
-        ["before", "4.00 (3.50 to 4.25)", "16 of 16"],
-        ["after", "5.00 (4.50 to 5.25)", "16 of 16"],
+        ["before", "4.00 \N{PLUS-MINUS SIGN} 0.38", "16 of 16"],
+        ["after", "5.00 \N{PLUS-MINUS SIGN} 0.38", "16 of 16"],
     ]
     assert [row[:2] for row in of_b[1:]] == [["before", "6.00"]]
 
@@ -350,8 +378,8 @@ def test_rows_say_how_much_they_rest_on(folders, pages):
     table = pages["leaderboard"].tables[0]
     plus_minus, dash = "\N{PLUS-MINUS SIGN}", "\N{EN DASH}"
     assert table[1:] == [
-        ["before", f"12.50 {plus_minus} 2.00", dash, "40 of 40", "0", "800"],
-        ["after", f"13.50 {plus_minus} 2.00", dash, "39 of 40", "1", "800"],
+        ["before", f"12.50 {plus_minus} 3.92", dash, "40 of 40", "0", "800"],
+        ["after", f"13.50 {plus_minus} 3.92", dash, "39 of 40", "1", "800"],
     ]
     text = (folders["leaderboard"] / REPORT).read_text(encoding="utf-8")
     assert "alpaca_eval, after: rests on 39 of 40 judgements." in text
@@ -380,3 +408,33 @@ def test_radar_and_bars(pages):
 def test_answers_of_models_stand_side_by_side(pages):
     said = pages["leaderboard"].paragraphs
     assert [f"before {EVIL}", "So.", f"after {EVIL}", "So."] == said[-4:]
+
+
+def test_answers_come_with_what_the_judge_said_and_a_link_to_all_of_them(folders, pages):
+    text = (folders["leaderboard"] / REPORT).read_text(encoding="utf-8")
+    assert "turn 1 scored 3 of 10</span>" in text and "turn 1 scored 4 of 10</span>" in text  # nobody read turn 2
+    assert "before/answers/mt_bench.jsonl" in pages["leaderboard"].addresses
+
+
+ANNOTATIONS = [{"index": 3, "preference": 1.75}, {"index": 4, "preference": None}]
+SCORES = [{"question_id": 81, "turn": turn, "score": 4 + turn} for turn in (1, 2)]
+GAMES = [{"uid": "u", "games": [{"score": "A>B"}, {"score": "A=B"}]}, {"uid": "v", "games": [None, None]}]
+FOLLOWED = [{"prompt": "Why?", "follow_instruction_list": [True, False]}]
+
+
+@pytest.mark.parametrize(
+    ("task", "place", "rows", "said"),
+    [
+        ("alpaca_eval", "J/annotations.json", ANNOTATIONS, {"3": "preferred to the baseline's with probability 0.75"}),
+        ("mt_bench", "J/judgments.jsonl", SCORES, {"81": "turn 1 scored 5 of 10; turn 2 scored 6 of 10"}),
+        ("arena_hard", "J/model_judgment.jsonl", GAMES, {"u": "against the baseline, as B: A>B, as A: A=B"}),
+        ("ifeval", "eval_results_strict.jsonl", FOLLOWED, {"Why?": "follows 1 of 2 instructions"}),
+        ("mine", "x.jsonl", [{"id": "x"}], {}),
+    ],
+)
+def test_what_judges_said_is_read_from_the_benchmarks_own_files(task, place, rows, said, tmp_path):
+    if place.endswith(".json"):
+        write_json(tmp_path / place, rows)
+    else:
+        write_jsonl(tmp_path / place, rows)
+    assert judgements(tmp_path, task) == said

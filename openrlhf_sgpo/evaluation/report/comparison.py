@@ -6,13 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo.evaluation.head_to_head import half_width
 from openrlhf_sgpo.evaluation.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points
 from openrlhf_sgpo.evaluation.report.markup import MISSING, Html, details, number, table, tag, words
 from openrlhf_sgpo.evaluation.report.page import page
 from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, side_by_side
+from openrlhf_sgpo.evaluation.report.verdict import SIGNIFICANT, comparison_verdict, is_significant
 from openrlhf_sgpo.run_folder import read_json
+from openrlhf_sgpo.table import half_of, plus_minus
 
-SIGNIFICANT = 0.05
 # Title, note, key and digits.
 _FIGURES = (
     ("Held-out accuracy", "share of held-out pairs with a positive margin", "accuracy", 3),
@@ -32,7 +34,8 @@ def comparison_page(folder: Path) -> Html:
         "Oracle": found.get("oracle", {}).get("name") or MISSING,
     }
     return page(
-        *("Comparison", folder.name, facts, found.get("warnings", [])),
+        *("Comparison", folder.name, facts, comparison_verdict(cross_play, found.get("prompts"))),
+        found.get("warnings", []),
         {
             "Cross-play": _cross_play([group["name"] for group in groups], cross_play),
             "Win rate against divergence": _versus_start(found.get("versus_start", [])),
@@ -56,7 +59,7 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ht
         for ours, theirs, one in ((row["first"], row["second"], row), (row["second"], row["first"], reverse)):
             at, over = place[ours], place[theirs]
             values[at][over] = one["win_rate"]
-            cells[at][over] = f"{one['win_rate']:.3f}" if _is_significant(row) else f"({one['win_rate']:.3f})"
+            cells[at][over] = f"{one['win_rate']:.3f}" if is_significant(row) else f"({one['win_rate']:.3f})"
             hover[at][over] = (
                 f"{ours} over {theirs}: {one['win_rate']:.3f}, 95% interval {one['low']:.3f} to {one['high']:.3f}, "
                 f"p {_p_value(row.get('p_holm'))} after Holm"
@@ -64,8 +67,7 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ht
     table_rows = [
         [
             f"{row['first']} over {row['second']}",
-            number(row["win_rate"], 3),
-            f"{row['low']:.3f} to {row['high']:.3f}",
+            _rate(row),
             _p_value(row.get("p_value")),
             _p_value(row.get("p_holm")),
             number(row.get("comparisons"), 0),
@@ -76,12 +78,12 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ht
     figure = heat_map(names, values, cells, hover)
     return [
         plot("Win rate", figure, note, height=120 + 64 * len(names)),
-        table(["", "win rate", "95% interval", "p", "p (Holm)", "comparisons"], table_rows),
+        table(["", "win rate", "p", "p (Holm)", "comparisons"], table_rows),
     ]
 
 
-def _is_significant(row: dict[str, Any]) -> bool:
-    return row.get("p_holm") is not None and row["p_holm"] < SIGNIFICANT
+def _rate(row: dict[str, Any]) -> str:
+    return plus_minus(row["win_rate"], (row["high"] - row["low"]) / 2, 3)
 
 
 def _p_value(value: float | None) -> str:
@@ -98,19 +100,10 @@ def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Html]:
         )
         for row in placed
     ]
-    errors = [row.get("kl_error") for row in placed]
-    note = "bars: 95% interval of the win rate over the start, standard error of the divergence"
-    header = ["", "win rate over the start", "95% interval", "divergence", "standard error"]
-    cells = [
-        [
-            row["name"],
-            number(row["win_rate"], 3),
-            f"{row['low']:.3f} to {row['high']:.3f}",
-            number(row.get("kl"), 2),
-            number(row.get("kl_error"), 2),
-        ]
-        for row in rows
-    ]
+    errors = [half_of(row, "kl") for row in placed]
+    note = "bars: 95% intervals"
+    header = ["", "win rate over the start", "divergence, nats per answer"]
+    cells = [[row["name"], _rate(row), plus_minus(row.get("kl"), half_of(row, "kl"), 2, MISSING)] for row in rows]
     figure = points(shown, errors, "nats per answer from the reference", "win rate over the start")
     figure.add_hline(y=0.5)
     return [
@@ -126,24 +119,24 @@ def _figures(groups: Sequence[dict[str, Any]]) -> list[Html]:
         if not known:
             continue
         names = list(known)
-        errors = [figure.get("error") for figure in known.values()]
-        means = Series("mean, standard error", names, [figure["mean"] for figure in known.values()], errors, errors)
+        errors = [half_width(figure) for figure in known.values()]
+        means = Series("mean, 95% interval", names, [figure["mean"] for figure in known.values()], errors, errors)
         seeds = {name: figure.get("values") or [] for name, figure in known.items()}
-        figure = groups_with_seeds(names, means, seeds)
+        figure = groups_with_seeds(names, means, seeds, share=key == "accuracy")
         shown.append(plot(title, figure, note, height=110 + 34 * len(names)))
         columns.append((title.lower(), key, digits))
     if not shown:
         return []
     rows = [[group["name"], *(_mean(group, key, digits) for _, key, digits in columns)] for group in groups]
-    return [plots(*shown), table(["", *(title for title, _, _ in columns)], rows)]
+    note = "Means over seeds, with intervals of Student's law, because seeds are few."
+    return [plots(*shown), table(["", *(title for title, _, _ in columns)], rows), tag("p", note, class_="quiet")]
 
 
 def _mean(group: dict[str, Any], key: str, digits: int) -> str:
     figure = (group.get("figures") or {}).get(key)
     if not figure:
         return MISSING
-    error = figure.get("error")
-    return number(figure["mean"], digits) + ("" if error is None else f" \N{PLUS-MINUS SIGN} {number(error, digits)}")
+    return plus_minus(figure["mean"], half_width(figure), digits, MISSING)
 
 
 def _cost(groups: Sequence[dict[str, Any]]) -> list[Html]:

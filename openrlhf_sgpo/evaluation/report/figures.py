@@ -54,12 +54,14 @@ def lines(
     x_title: str = "",
     level: float | None = None,
     breaks: Sequence[float] = (),
+    share: bool = False,
 ) -> go.Figure:
-    """mode: plotly's, such as lines+markers. level: a horizontal line to compare with. breaks: places of vertical ones."""
+    """mode: plotly's, such as lines+markers. level: a horizontal line to compare with. breaks: places of vertical ones. share:
+    the values are shares, and all of [0, 1] is shown; the axis of others holds 0, so that a small change looks small."""
     figure = _figure(len(series) > 1)
     for one in series:
         figure.add_scatter(name=one.name, x=one.x, y=one.y, error_y=one.bars(), mode=mode)
-    figure.update_layout(xaxis_title=x_title or None)
+    figure.update_layout(xaxis_title=x_title or None, yaxis={"range": [0, 1]} if share else {"rangemode": "tozero"})
     if level is not None:
         figure.add_hline(y=level)
     for place in breaks:
@@ -67,11 +69,19 @@ def lines(
     return figure
 
 
-def bars(series: Sequence[Series], stacked: bool = False) -> go.Figure:
+def whole_numbers(figure: go.Figure, axis: str, values: Sequence[float]) -> go.Figure:
+    """Ticks at whole numbers only; plotly would put some at halves where there are few."""
+    if values and max(values) - min(values) < 8:
+        figure.update_layout({f"{axis}axis": {"dtick": 1, "tickformat": "d"}})
+    return figure
+
+
+def bars(series: Sequence[Series], stacked: bool = False, x_title: str = "") -> go.Figure:
     """Horizontal bars, one row per name in the series' x, the first at the top."""
     figure = _figure(len(series) > 1)
     for one in series:
         figure.add_bar(name=one.name, y=one.x, x=one.y, error_x=one.bars(), orientation="h")
+    figure.update_layout(xaxis_title=x_title or None)
     figure.update_layout(barmode="stack" if stacked else "group", yaxis={"autorange": "reversed", "type": "category"})
     return figure
 
@@ -89,17 +99,20 @@ def histogram(
     for name, place in (marks or {}).items():
         figure.add_scatter(name=name, x=[place, place], y=[0, top], mode="lines", line_dash="dot")
     figure.update_layout(barmode="stack", bargap=0, xaxis_title=x_title, yaxis_title="pairs")
-    return figure
+    return whole_numbers(figure, "y", [0, top])
 
 
-def groups_with_seeds(names: Sequence[str], means: Series, seeds: Mapping[str, Sequence[float]]) -> go.Figure:
-    """A row per group: its mean with error bars, and a small point for each seed."""
+def groups_with_seeds(
+    names: Sequence[str], means: Series, seeds: Mapping[str, Sequence[float]], share: bool = False
+) -> go.Figure:
+    """A row per group: its mean with error bars, and a small point for each seed. share: as in ``lines``."""
     figure = _figure(legend=True)
     mean, seed = {"size": 10, "symbol": "diamond"}, {"size": 6}
     figure.add_scatter(name=means.name, y=means.x, x=means.y, error_x=means.bars(), mode="markers", marker=mean)
     rows = [(name, value) for name in names for value in seeds[name]]
     figure.add_scatter(name="a seed", y=[name for name, _ in rows], x=[x for _, x in rows], mode="markers", marker=seed)
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=list(names), autorange="reversed")
+    figure.update_xaxes(**({"range": [0, 1]} if share else {"rangemode": "tozero"}))
     return figure
 
 
@@ -137,8 +150,9 @@ def radar(categories: Sequence[str], series: Mapping[str, Sequence[float | None]
             name=name, theta=[*categories, categories[0]], r=[*values, values[0]], mode="lines+markers"
         )
     # The categories' names stand around the circle, so that the legend goes below it.
-    around = {"t": 32, "b": 32, "l": 64, "r": 64}
-    figure.update_layout(margin=around, legend={"y": -0.12, "yanchor": "top"}, polar_radialaxis_rangemode="tozero")
+    around = {"t": 32, "b": 32, "l": 84, "r": 84}
+    figure.update_layout(margin=around, legend={"y": -0.12, "yanchor": "top"})
+    figure.update_layout(polar_radialaxis={"rangemode": "tozero", "nticks": 4, "tickangle": 0})
     return figure
 
 
@@ -155,7 +169,7 @@ def points(series: Sequence[Series], x_errors: Sequence[float | None], x_title: 
             mode="markers",
             marker={"size": 10, "symbol": SYMBOLS[place % len(SYMBOLS)]},
         )
-    figure.update_layout(xaxis_title=x_title, yaxis_title=y_title)
+    figure.update_layout(xaxis={"title": x_title, "rangemode": "tozero"}, yaxis={"title": y_title, "range": [0, 1]})
     return figure
 
 

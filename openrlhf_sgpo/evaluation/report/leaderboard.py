@@ -7,15 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from openrlhf_sgpo.evaluation.leaderboard import half_width
 from openrlhf_sgpo.evaluation.report.figures import Series, bars, plot, plots, radar
+from openrlhf_sgpo.evaluation.report.judged import judgements
 from openrlhf_sgpo.evaluation.report.markup import MISSING, Html, details, number, table, tag, words
 from openrlhf_sgpo.evaluation.report.page import page
 from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, side_by_side
+from openrlhf_sgpo.evaluation.report.verdict import leaderboard_verdict
 from openrlhf_sgpo.run_folder import read_json, read_jsonl
+from openrlhf_sgpo.table import NORMAL_95, plus_minus
 
-# Of a normal law: 95% lie within so many standard errors.
-NORMAL_95 = 1.96
 _LEAST_CATEGORIES = 3  # of which a radar can be drawn
 
 
@@ -41,7 +44,7 @@ def leaderboard_page(folder: Path) -> Html:
     ]
     sections = {title: _group(group) for title, group in groups.items()}
     answers = {f"Answers to {task}": _answers(folder, task, models) for task in judges}
-    return page("Leaderboard", folder.name, facts, warnings, {**sections, **answers})
+    return page("Leaderboard", folder.name, facts, leaderboard_verdict(groups), warnings, {**sections, **answers})
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -90,7 +93,6 @@ def _group(rows: Sequence[dict[str, Any]]) -> list[Html]:
             notes.setdefault(note, []).append(row["model"])
     return [
         table(header, cells),
-        tag("p", "In brackets a 95% interval, behind \N{PLUS-MINUS SIGN} a standard error.", class_="quiet"),
         *([tag("ul", *(_note(*one, rows) for one in notes.items()), class_="quiet")] if notes else []),
         plots(*_bars(rows, figures), *_radar(rows)),
         details("How the answers were made, and by whom judged", *_made(rows)),
@@ -108,13 +110,7 @@ def _digits(values: Sequence[float | None]) -> int:
 
 
 def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:
-    value = row["figures"].get(name)
-    if value is None:
-        return MISSING
-    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
-    if interval:
-        return f"{value:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
-    return f"{value:.{digits}f}" + ("" if error is None else f" \N{PLUS-MINUS SIGN} {error:.{digits}f}")
+    return plus_minus(row["figures"].get(name), half_width(row, name), digits, MISSING)
 
 
 def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Html]:
@@ -132,7 +128,7 @@ def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Html]:
                     [up for _, up in reach],
                 )
             )
-    note = f"bars: the 95% interval, or {NORMAL_95} standard errors"
+    note = "with 95% intervals"
     height = 90 + 22 * len(rows) * max(1, len(series))
     return [plot("Figures", bars(series), note, height)] if series else []
 
@@ -170,15 +166,25 @@ def _answers(folder: Path, task: str, models: Sequence[str]) -> list[Html]:
     """Items with the answers of all models that have some on disk."""
     asked = _by_id(folder / "items" / f"{task}.jsonl")
     answers = {model: _by_id(folder / model / "answers" / f"{task}.jsonl") for model in models}
+    judged = {model: judgements(folder / model / task, task) for model in models}
     common = [key for key in asked if any(key in rows for rows in answers.values())]
     articles = [
         side_by_side(
             [{"role": asked[key].get("category") or "user", "content": turn} for turn in asked[key]["turns"]],
-            [Written(model, rows[key]["turns"]) for model, rows in answers.items() if key in rows],
+            [
+                Written(
+                    model, rows[key]["turns"], judged[model].get(key) or judged[model].get(asked[key]["turns"][0], "")
+                )
+                for model, rows in answers.items()
+                if key in rows
+            ],
         )
         for key in common[:SHOWN]
     ]
-    return [how_many(len(articles), len(common), "items"), *articles] if articles else []
+    files = [f"{model}/answers/{task}.jsonl" for model, rows in answers.items() if rows]
+    links = [part for file in files for part in (tag("a", file, href=quote(file)), " ")]
+    where = tag("p", "All answers: ", *links, class_="quiet")
+    return [how_many(len(articles), len(common), "items"), where, *articles] if articles else []
 
 
 def _by_id(path: Path) -> dict[str, dict[str, Any]]:

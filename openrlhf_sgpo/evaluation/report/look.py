@@ -34,6 +34,8 @@ h3 { margin: 1.75rem 0 0.5rem; font-size: 1rem; line-height: 1.4; overflow-wrap:
 p { margin: 0.5rem 0; max-width: 46rem; }
 a { color: var(--accent); text-underline-offset: 0.15em; }
 .kind { margin: 0 0 0.25rem; color: var(--accent); font-weight: 600; font-size: 0.85rem; }
+.verdict { margin: 1rem 0 0; font-size: 1.0625rem; }
+.verdict p { margin: 0.35rem 0; }
 .quiet, figcaption p, footer { color: var(--quiet); font-size: 0.875rem; }
 nav { display: flex; flex-wrap: wrap; gap: 0.25rem 1.25rem; margin-top: 1.25rem; font-size: 0.9rem; }
 dl.facts {
@@ -98,7 +100,7 @@ function template() {
   const quiet = {color: color("quiet")};
   const axis = {
     gridcolor: color("line"), linecolor: color("line"), zerolinecolor: color("line"), tickfont: quiet, automargin: true,
-    ticks: "", ticklabelstandoff: 4, title: {font: quiet, standoff: 8},
+    ticks: "", ticklabelstandoff: 4, exponentformat: "power", title: {font: quiet, standoff: 8},
   };
   const scale = [[0, color("low")], [0.5, color("middle")], [1, color("high")]];
   return {
@@ -129,7 +131,7 @@ function draw() {
   for (const element of document.querySelectorAll(".plot")) {
     const {data, layout} = JSON.parse(element.nextElementSibling.textContent);
     Plotly.react(element, data, {...layout, template: look}, {
-      responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      responsive: true, displayModeBar: false,  // a bar of tools would cover titles and points
     });
   }
 }

@@ -10,22 +10,38 @@ from plotly.offline import get_plotlyjs
 
 from openrlhf_sgpo.evaluation.report.look import SCRIPT, STYLE
 from openrlhf_sgpo.evaluation.report.markup import Html, join, tag
+from openrlhf_sgpo.table import PLUS_MINUS
 
 
 def page(
-    kind: str, title: str, facts: Mapping[str, object], warnings: Sequence[str], sections: Mapping[str, Sequence[Html]]
+    kind: str,
+    title: str,
+    facts: Mapping[str, object],
+    verdict: Sequence[str],
+    warnings: Sequence[str],
+    sections: Mapping[str, Sequence[Html]],
 ) -> Html:
-    """kind: what the page is of. facts: what stands at its head, by name. sections: by title; empty ones are left out."""
+    """kind: what the page is of. facts: what stands at its head, by name. verdict: what it says, in sentences.
+    sections: by title; empty ones are left out."""
     shown = {name: parts for name, parts in sections.items() if parts}
     ids = {name: name.lower().replace(" ", "-") for name in shown}
+    drawn = [tag("section", tag("h2", name, id=ids[name]), *parts) for name, parts in shown.items()]
+    said = [tag("p", _held_together(sentence)) for sentence in verdict]
+    if "\N{PLUS-MINUS SIGN}" in join(*said, *drawn):
+        said.append(tag("p", f"{PLUS_MINUS}.", class_="quiet"))
     body = join(
         tag("p", kind, class_="kind"),
         tag("h1", title),
+        *([tag("div", *said, class_="verdict")] if said else []),
         tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()), class_="facts"),
         _warnings(warnings),
         tag("nav", *(tag("a", name, href=f"#{ids[name]}") for name in shown)),
-        *(tag("section", tag("h2", name, id=ids[name]), *parts) for name, parts in shown.items()),
-        tag("footer", "Written by openrlhf-sgpo report. The file holds everything that it shows."),
+        *drawn,
+        tag(
+            "footer",
+            "Written by openrlhf-sgpo report. The file holds everything that it shows. Drag in a plot to zoom, click twice to "
+            "go back.",
+        ),
     )
     scripts = [get_plotlyjs(), SCRIPT]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
@@ -41,6 +57,11 @@ def page(
     )
     code = [tag("script", Html(script)) for script in scripts]
     return join(Html("<!doctype html>\n"), tag("html", tag("head", head), tag("body", body, *code), lang="en"), "\n")
+
+
+def _held_together(sentence: str) -> str:
+    """Lines do not break beside a plus-minus."""
+    return sentence.replace(" \N{PLUS-MINUS SIGN} ", "\u00a0\N{PLUS-MINUS SIGN}\u00a0")
 
 
 def _warnings(texts: Sequence[str]) -> Html:

@@ -19,8 +19,9 @@ from openrlhf_sgpo.evaluation.report.markup import MISSING, Html, details, numbe
 from openrlhf_sgpo.evaluation.report.page import page
 from openrlhf_sgpo.evaluation.report.run_curves import held_out_plot, round_plots, step_plots
 from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, side_by_side
+from openrlhf_sgpo.evaluation.report.verdict import run_verdict
 from openrlhf_sgpo.run_folder import read_json, read_jsonl, read_ledger
-from openrlhf_sgpo.table import FIGURES, STAGES
+from openrlhf_sgpo.table import FIGURES, STAGES, half_of, plus_minus, scores, share_error, standard_error
 
 PLAYS_SHOWN = 4
 
@@ -63,7 +64,9 @@ def run_page(folder: Path) -> Html:
         [] if ended else ["This run has not ended (there is no table.txt): the page shows what it has left so far."]
     )
     return page(
-        *("Run", folder.name, facts, unfinished),
+        *("Run", folder.name, facts),
+        run_verdict([one.name for one in moments], [one.margins for one in moments], [one.row for one in moments]),
+        unfinished,
         {
             "Rounds": _rounds(moments),
             "Margins": _margins(moments, settings),
@@ -98,6 +101,8 @@ def _moment(name: str, path: Path) -> Moment:
     labels = read("manifest.json").get("stages", {}).get("pairs", {}).get("label_accuracy")
     row = read("evaluation.json") | {"value": certificate.get("value"), "label_accuracy": labels}
     margins = [one["margin"] for one in rows("held_out.jsonl")]
+    if margins and "accuracy_error" not in row:  # of an older version
+        row |= {"accuracy_error": share_error(scores(margins)), "margin_error": standard_error(margins)}
     return Moment(name, row, certificate, margins, rows("samples.jsonl"))
 
 
@@ -117,7 +122,13 @@ def _rounds(moments: Sequence[Moment]) -> list[Html]:
         return []
     shown = [figure for figure in FIGURES if any(moment.row.get(figure[1]) is not None for moment in moments)]
     missing = [title for title, key, _ in FIGURES if key not in {one for _, one, _ in shown}]
-    rows = [[moment.name, *(number(moment.row.get(key), digits) for _, key, digits in shown)] for moment in moments]
+    rows = [
+        [
+            moment.name,
+            *(plus_minus(moment.row.get(key), half_of(moment.row, key), digits, MISSING) for _, key, digits in shown),
+        ]
+        for moment in moments
+    ]
     note = (
         "Accuracy and margin are those of the held-out pairs against the initial reference, kl is in nats and length in tokens "
         "per fresh answer, wins the oracle's mean preference for it over the start's, labels the oracle's agreement with human "
@@ -209,7 +220,9 @@ def _cost(ledger: dict[str, Any]) -> list[Html]:
     stages = sorted({stage for parts in seconds.values() for stage in parts}, key=(*STAGES, "pairs").index)
     names = list(seconds)
     figure = bars(
-        [Series(stage, names, [seconds[name].get(stage, 0.0) for name in names]) for stage in stages], stacked=True
+        [Series(stage, names, [seconds[name].get(stage, 0.0) for name in names]) for stage in stages],
+        stacked=True,
+        x_title="seconds",
     )
     kinds = [kind for kind in ledger["total"] if not kind.startswith("seconds_")]
     rows = [

@@ -10,19 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from openrlhf_sgpo.evaluation.report.figures import Series, lines, plot, plots
+from openrlhf_sgpo.evaluation.report.figures import Series, lines, plot, plots, whole_numbers
 from openrlhf_sgpo.evaluation.report.markup import Html
+from openrlhf_sgpo.table import half_of
 
 MOST_POINTS = 1000
 BINS = 40
-# Title, note, key of the figure and of its standard error, and the value of a policy that is no better than the start.
-_ROUNDS: tuple[tuple[str, str, str, str, float | None], ...] = (
-    ("Accuracy", "share of held-out pairs with a positive margin", "accuracy", "", 0.5),
-    ("Margin", "mean of the held-out pairs", "margin", "", 0.0),
-    ("Response length", "tokens per fresh answer", "response_length", "", None),
-    ("Divergence from the reference", "nats per fresh answer, with standard error", "kl", "kl_error", None),
-    ("Win rate over the start", "the oracle's mean preference, with standard error", "win_rate", "win_rate_error", 0.5),
-    ("Agreement with human labels", "of the oracle, on the round's prompts", "label_accuracy", "", 0.5),
+# Title, note, key of the figure, the value of a policy that is no better than the start, and whether it is a share.
+_ROUNDS: tuple[tuple[str, str, str, float | None, bool], ...] = (
+    ("Accuracy", "share of held-out pairs with a positive margin", "accuracy", 0.5, True),
+    ("Margin", "mean of the held-out pairs", "margin", 0.0, False),
+    ("Response length", "tokens per fresh answer", "response_length", None, False),
+    ("Divergence from the reference", "nats per fresh answer", "kl", None, False),
+    ("Win rate over the start", "the oracle's mean preference", "win_rate", 0.5, True),
+    ("Agreement with human labels", "of the oracle, on the round's prompts", "label_accuracy", 0.5, True),
 )
 _FOLLOWER = ("value", "empirical", "bound")
 # Title, note, and patterns of the keys in metrics.jsonl.
@@ -42,17 +43,19 @@ _STEPS = (
     ("Gradient norm", "before clipping", ("train/grad_norm",)),
     ("Learning rate", "of the step", ("train/learning_rate",)),
 )
+_SHARES = ("Accuracy", "Preference for the first answer")
 
 
 def round_plots(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Html]:
     """A plot for each figure that some round has. rows: evaluation and certificate of each moment."""
     found = []
-    for title, note, key, error, level in _ROUNDS:
+    for title, note, key, level, share in _ROUNDS:
         known = [(name, row) for name, row in zip(names, rows, strict=True) if row.get(key) is not None]
         if known:
-            errors = [row.get(error) for _, row in known] if error else None
-            series = Series(title, [name for name, _ in known], [row[key] for _, row in known], errors, errors)
-            found.append(plot(title, lines([series], "lines+markers", level=level), note))
+            reach = [half_of(row, key) for _, row in known]
+            series = Series(title, [name for name, _ in known], [row[key] for _, row in known], reach, reach)
+            note += ", with 95% intervals" if any(one is not None for one in reach) else ""
+            found.append(plot(title, lines([series], "lines+markers", level=level, share=share), note))
     solved = [(name, row) for name, row in zip(names, rows, strict=True) if row.get("value") is not None]
     if solved:
         shown = [
@@ -87,7 +90,8 @@ def step_plots(rows: Sequence[Mapping[str, Any]]) -> list[Html]:
             )
         if block > 1:
             note += f"; each point is the mean of {block} steps"
-        found.append(plot(title, lines(series, x_title="step", breaks=breaks), note, height=220))
+        figure = lines(series, x_title="step", breaks=breaks, share=title in _SHARES)
+        found.append(plot(title, whole_numbers(figure, "x", steps), note, height=220))
     return [plots(*found)] if found else []
 
 
@@ -117,8 +121,10 @@ def held_out_plot(margins: Mapping[str, Sequence[float]]) -> list[Html]:
     everything = [value for values in known.values() for value in values]
     edges = np.linspace(min(everything), max(everything), BINS + 1)
     centres = ((edges[1:] + edges[:-1]) / 2).tolist()
-    series = [Series(name, centres, np.histogram(values, edges)[0].tolist()) for name, values in known.items()]
+    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in known.items()}
+    series = [Series(name, centres, of_bins) for name, of_bins in counts.items()]
     figure = lines(series, x_title="margin")
     figure.update_traces(line_shape="hvh")
     figure.update_layout(yaxis_title="pairs")
+    whole_numbers(figure, "y", [0, *map(max, counts.values())])
     return [plot("Margins of held-out pairs", figure, "after each round, against the initial reference", height=300)]

@@ -1,0 +1,58 @@
+"""What judges said of the answers to a benchmark, from the files in its own format, which docs/evaluation.md lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo.run_folder import read_json, read_jsonl
+
+Row = Mapping[str, Any]
+
+
+def _preference(row: Row) -> str:
+    value = row["preference"]
+    return "" if value is None else f"preferred to the baseline's with probability {value - 1:.2f}"
+
+
+def _score(row: Row) -> str:
+    return "" if row["score"] < 0 else f"turn {row['turn']} scored {row['score']:g} of 10"
+
+
+def _verdicts(row: Row) -> str:
+    found = [game["score"] for game in row["games"] if game and game["score"]]
+    if len(found) < 2:
+        return ""
+    # In the first game A is the baseline, in the second it is the model.
+    return f"against the baseline, as B: {found[0]}, as A: {found[1]}"
+
+
+def _followed(row: Row) -> str:
+    each = row["follow_instruction_list"]
+    return f"follows {sum(each)} of {len(each)} instructions"
+
+
+# By benchmark: the file, its row's item (an id, or the text of the first turn), and what the row says.
+_FILES: dict[str, tuple[str, str, Callable[[Row], str]]] = {
+    "alpaca_eval": ("annotations.json", "index", _preference),
+    "mt_bench": ("judgments.jsonl", "question_id", _score),
+    "arena_hard": ("model_judgment.jsonl", "uid", _verdicts),
+    "ifeval": ("eval_results_strict.jsonl", "prompt", _followed),
+}
+
+
+def judgements(folder: Path, task: str) -> dict[str, str]:
+    """By item, from ``folder``, MODEL/TASK, and the folders of judges in it, which are named if they are several."""
+    if task not in _FILES:
+        return {}
+    file, key, says = _FILES[task]
+    paths = sorted(folder.glob(f"**/{file}"))
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        rows: Iterable[Row] = read_json(path) if path.suffix == ".json" else read_jsonl(path)
+        judge = f"{path.parent.name}: " if len(paths) > 1 else ""
+        for row in rows:
+            if text := says(row):
+                found.setdefault(str(row[key]), []).append(judge + text)
+    return {item: "; ".join(texts) for item, texts in found.items()}
