@@ -17,7 +17,7 @@ from openrlhf_sgpo import flags, oracle, ranks
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config, samples
-from openrlhf_sgpo.data.records import Pair, fingerprint
+from openrlhf_sgpo.data.records import Pair, Prompt, fingerprint
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
 from openrlhf_sgpo.data.tokens import Group
@@ -68,6 +68,11 @@ class Run:
         if os.environ.get("RANK", "0") == "0":  # the strategy does not exist yet
             say("\n".join(report.text() for report in self.data.reports))
         require(self.data.reports)
+        if sampling and not oracle.judges_itself(config, algorithm):
+            shown = [
+                Prompt(one.id, one.prompt, template_kwargs=one.template_kwargs) for one in self.data.held_out.pairs
+            ]
+            oracle.get(config.oracle).check_prompts(config, self.data.prompts.prompts + shown)
         self._check_prompts()
         held_out = self._held_out()
 

@@ -79,9 +79,9 @@ def load_chat(
         tokenizer.pad_token = tokenizer.eos_token
     try:
         chat = ChatFormat(tokenizer, max_len, template_kwargs, moment)
-        chat.check_embeddings(settings, f"--{flag} {model}")
     except ValueError as error:
         raise ValueError(f"--{flag}: {error}") from error
+    chat.check_embeddings(settings, f"--{flag} {model}")
     return chat, settings
 
 

@@ -86,6 +86,7 @@ class CrossPlay:
         say(inspected.report.text())
         require([inspected.report])
         self.prompts, self.tokens = inspected.prompts, inspected.tokens
+        oracle.get(settings.oracle).check_prompts(config, self.prompts)
 
         digests = {f"--runs {run.folder}": content_key(run.ledger()) for run in self.runs}
         digests["--prompts"] = fingerprint(self.prompts)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from openrlhf_sgpo.data.records import Messages, Pair
+from openrlhf_sgpo.data.records import Messages, Pair, Prompt
 from openrlhf_sgpo.data.template import today
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
 
@@ -104,6 +104,10 @@ class Oracle:
     @classmethod
     def check(cls, config: Config) -> None:
         """Raises ValueError for what can be known of folders and servers before a model is loaded."""
+
+    @classmethod
+    def check_prompts(cls, config: Config, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for prompts that a model of the oracle cannot read, before one is loaded."""
 
     def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
         """A reward for each answer of each question; only differences within a question mean something. Collective."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from openrlhf_sgpo.oracle.base import Matrix, PreferenceOracle, Question, Resources, antisymmetric, distinct_pairs
-from openrlhf_sgpo.oracle.reward_model import RewardReader, check_reward_model
+from openrlhf_sgpo.oracle.reward_model import RewardReader, check_prompts_of, check_reward_model
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.data.records import Prompt
 
 
 def votes(rewards: Sequence[Sequence[float]], i: int, j: int) -> float:
@@ -46,6 +47,11 @@ class RewardHeads(PreferenceOracle):
     def check(cls, config: Config) -> None:
         for head in config.reward.heads:
             check_reward_model(head, "reward.heads", config)
+
+    @classmethod
+    def check_prompts(cls, config: Config, prompts: Sequence[Prompt]) -> None:
+        for head in config.reward.heads:
+            check_prompts_of(prompts, head, "reward.heads", config)
 
     def matrices(self, questions: Sequence[Question], label: str) -> list[Matrix]:
         heads = [

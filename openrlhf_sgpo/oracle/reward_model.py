@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat
@@ -13,6 +13,7 @@ from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.data.records import Messages, Prompt
 
 
 def weight_names(folder: str) -> set[str]:
@@ -32,6 +33,28 @@ def reading_chat(model: str, flag: str, config: Config, moment: datetime | None 
     variables = template_arguments(data.chat_template_kwargs)
     length, length_flag = (own, "reward.max_len") if own else (data.max_len, "data.max_len")
     return load_chat(model, config.model.trust_remote_code, flag, length, variables, moment, length_flag)[0]
+
+
+def read_prompt(messages: Messages, template_kwargs: Mapping[str, Any], chat: ChatFormat) -> tuple[int, ...]:
+    """Tokens of a prompt for a model that reads it. Variables are the policy's: a template that does not read them says what it
+    says without. Raises ValueError if the template fails or drops a part."""
+    told = {name: value for name, value in template_kwargs.items() if name == "tools" or chat.template.reads(name)}
+    return chat.prompt(messages, told)
+
+
+def check_prompts_of(prompts: Sequence[Prompt], model: str, flag: str, config: Config) -> None:
+    """Raises ValueError if the model's template fails on, or drops a part of, one of the kinds of prompts that there are: with
+    their roles, fields and tools."""
+    chat = reading_chat(model, flag, config)
+    kinds = {
+        (*((message["role"], *message) for message in prompt.messages), "tools" in prompt.template_kwargs): prompt
+        for prompt in prompts
+    }
+    for prompt in kinds.values():
+        try:
+            read_prompt(prompt.messages, prompt.template_kwargs, chat)
+        except ValueError as error:
+            raise ValueError(f"--{flag} {model} cannot read prompt {prompt.id}: {error}") from error
 
 
 def check_reward_model(model: str, flag: str, config: Config) -> None:
@@ -70,13 +93,7 @@ class RewardReader:
         """Collective."""
         groups = []
         for question in questions:
-            # Variables are the policy's: a template that does not read them says what it says.
-            told = {
-                name: value
-                for name, value in question.template_kwargs.items()
-                if name == "tools" or self.chat.template.reads(name)
-            }
-            prompt = self.chat.prompt(question.prompt, told)
+            prompt = read_prompt(question.prompt, question.template_kwargs, self.chat)
             room = self.chat.max_len - 1
             answers = tuple(self.chat.response(one.text, one.truncated, room) for one in question.answers)
             # Where both do not fit, the prompt's end, to which the answers reply, says more than its beginning.
@@ -104,6 +121,10 @@ class RewardModel(RewardOracle):
     @classmethod
     def check(cls, config: Config) -> None:
         check_reward_model(config.reward.model_name_or_path, "reward.model_name_or_path", config)
+
+    @classmethod
+    def check_prompts(cls, config: Config, prompts: Sequence[Prompt]) -> None:
+        check_prompts_of(prompts, config.reward.model_name_or_path, "reward.model_name_or_path", config)
 
     def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:
         found = self.reader.rewards(questions, label and f"{label}, reward model")

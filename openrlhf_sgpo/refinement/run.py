@@ -75,6 +75,8 @@ class Refinement:
         say(inspected.report.text())
         require([inspected.report])
         self.prompts, self.tokens = inspected.prompts, inspected.tokens
+        if settings.oracle:
+            oracle.get(settings.oracle).check_prompts(config, self.prompts)
 
         digests = {"--prompts": fingerprint(records)}
         if self.drafts:

@@ -228,6 +228,28 @@ def test_tools_and_variables_of_a_row(chat_with):
     assert chat.prompt(QUESTION, {"enable_thinking": True}) == chat.prompt(QUESTION)  # a default is read all the same
 
 
+def test_a_reward_model_whose_template_refuses_the_prompts_is_found_before_it_is_loaded(model_with, tiny_model):
+    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.data.records import Prompt
+    from openrlhf_sgpo.oracle.reward_heads import RewardHeads
+    from openrlhf_sgpo.oracle.reward_model import RewardModel
+
+    config, prompts = Config(), [Prompt("a", QUESTION, template_kwargs={"depth": 3}), Prompt("b", SYSTEM)]
+    for oracle, template, said in (
+        (RewardModel, GEMMA, "System role not supported"),
+        (
+            RewardHeads,
+            CHATML.replace("{{ '<|im", "{{ '' if m['role'] == 'system' else '<|im", 1),
+            "does not render the field",
+        ),
+    ):
+        folder = model_with(template)
+        config.reward.model_name_or_path, config.reward.heads = folder, [str(tiny_model), folder]
+        with pytest.raises(ValueError, match=f"{folder} cannot read prompt b: .*{said}"):
+            oracle.check_prompts(config, prompts)
+        oracle.check_prompts(config, prompts[:1])
+
+
 # Variables ---------------------------------------------------------------------------------------------------------------
 
 
