@@ -19,6 +19,16 @@ from openrlhf_sgpo.data.tokens import ChatFormat, Group, PairTokens
 
 NEARLY = 0.95  # share of common words from which responses count as near-identical
 BATCH = 512  # rows per call of the tokenizer
+# With which well-known chat templates begin: a text that does was rendered before.
+_HEADERS = (
+    "<|im_start|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<start_of_turn>",
+    "[INST]",
+    "<s>[INST]",
+    "<|user|>",
+)
 _WORD = re.compile(r"\w+")
 
 
@@ -126,7 +136,8 @@ class _SpecialTokens:
 
     def findings(self, prompt: tuple[int, ...], texts: Sequence[str]) -> Iterator[str]:
         twice = self.bos_id is not None and prompt[:2] == (self.bos_id, self.bos_id)
-        if twice or (self.bos and any(self.bos in text for text in texts)):
+        rendered = any(text.lstrip().startswith(_HEADERS) for text in texts)
+        if twice or rendered or (self.bos and any(self.bos in text for text in texts)):
             yield "double_bos"
         if any(end in text for end in self.ends for text in texts):
             yield "double_eos"

@@ -124,7 +124,7 @@ def _message(message: dict[str, Any], column: str, where: str) -> dict[str, Any]
             f"{where} has 'from' and 'value'; expected {{role, content}}, with the roles user and assistant"
         )
     if role not in ROLES:
-        known = _ROLES.get(role.casefold()) if isinstance(role, str) else None
+        known = {**_ROLES, **dict(zip(ROLES, ROLES, strict=True))}.get(str(role).casefold())
         remedy = f"; write {known!r}" if known else ""
         raise DataError(f"{where} of {{role, content}} has the role {role!r}, none of {', '.join(ROLES)}{remedy}")
     for name in (name for name in (*_FIELDS, *_MEDIA) if _given(message.get(name))):
@@ -269,6 +269,8 @@ def _implicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
                 raise DataError(
                     f"missing column prompt; rename {' or '.join(others)} if it is the prompt, or else remove it"
                 )
+            if "prompt" in row:
+                raise DataError("column prompt is null; fill it, or remove it if both texts begin with their prompt")
             return _shared_text(chosen, rejected)
         chosen, rejected = turns
     (before, text), (before_rejected, text_rejected) = _response(chosen, "chosen"), _response(rejected, "rejected")
@@ -276,6 +278,8 @@ def _implicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
         raise DataError("missing column prompt, and chosen and rejected do not share the messages before the last one")
     if before[-1]["role"] == "assistant":
         raise DataError("two assistant messages end the conversation; the response must be one message")
+    if all(message["role"] in ("system", "developer") for message in before):
+        raise DataError("missing column prompt, and before the response there is no message but the system's")
     return before, text, text_rejected
 
 

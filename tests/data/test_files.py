@@ -215,6 +215,12 @@ def gzipped(content):
         ("deep.json", b"[" * 100_000, "nested too deeply"),
         ("damaged.jsonl.gz", gzipped(json.dumps(GOOD).encode())[:-20], "damaged or not what its name says"),
         ("plain.jsonl.gz", json.dumps(GOOD).encode(), "damaged or not what its name says"),
+        (
+            "digits.jsonl",
+            b'{"id": ' + b"1" * 5000 + b"}",
+            "line 1: not a row: a number has more digits than can be read",
+        ),
+        ("digits.json", b"[" + b"1" * 5000 + b"]", "line 1: not a row: a number has more digits than can be read"),
         ("text.parquet", json.dumps(GOOD).encode(), "damaged, or not a Parquet file"),
         ("empty.jsonl", b"", "no rows, the file is empty"),
         ("empty.parquet", b"", "no rows, the file is empty"),
@@ -250,3 +256,15 @@ def test_file_without_rows(tmp_path, load):
     path = write(tmp_path, b"", b"  ")
     with pytest.raises(DataError, match="rows.jsonl: no rows"):
         load(str(path))
+
+
+def test_a_table_with_a_date_that_python_has_not(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    table = pyarrow.table(
+        {**{name: [text] for name, text in GOOD.items()}, "day": pyarrow.array([10**8], pyarrow.date32())}
+    )
+    write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="rows.parquet: damaged, or not a Parquet file .date value out of range"):
+        load_pairs(str(tmp_path / "rows.parquet"))

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
+from openrlhf_sgpo.data.inspection import repeats_prompt
 from openrlhf_sgpo.data.records import load_run_pairs
 from openrlhf_sgpo.run_folder import write_jsonl
 
@@ -206,6 +207,15 @@ REFUSED = [
     ),
     (without(prompt=[{"role": "human", "content": "Why?"}]), ["has the role 'human', none of system,", "write 'user'"]),
     (without(chosen=[{"role": "gpt", "content": "So."}]), ["column 'chosen', message 1", "write 'assistant'"]),
+    (without(prompt=[{"role": "User", "content": "Why?"}]), ["has the role 'User'", "write 'user'"]),
+    (
+        {"prompt": None, "chosen": "Well, yes", "rejected": "Well, no"},
+        ["column prompt is null; fill it, or remove it"],
+    ),
+    (
+        {name: TALK[:1] + said(text) for name, text in (("chosen", "yes"), ("rejected", "no"))},
+        ["missing column prompt, and before the response there is no message but the system's"],
+    ),
     (without(prompt=[{"role": "narrator", "content": "Why?"}]), ["has the role 'narrator', none of system, user,"]),
     (without(prompt=[{"from": "human", "value": "Why?"}]), ["has 'from' and 'value'; expected {role, content}"]),
     (
@@ -446,3 +456,17 @@ def test_a_context_that_is_not_the_prompt_is_refused(tmp_path):
     path.write_text(json.dumps({"prompt": "question", "chosen": talk, "rejected": "b"}) + "\n")
     with pytest.raises(DataError, match="column 'chosen' before the response are not those of column 'prompt'"):
         load_pairs(str(path))
+
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data, which is not shipped")
+@pytest.mark.parametrize("name", ["ultrafeedback_binarized_train", "ultrafeedback_binarized_eval", "hh_rlhf_heldout"])
+def test_published_preferences_load_as_they_are(name):
+    pairs = load_pairs(str(DATA / f"{name}.jsonl.gz"))
+    prompts = load_prompts(str(DATA / f"{name}.jsonl.gz"))
+    assert len(pairs) == len(prompts) == {"ultrafeedback_binarized_eval": 200, "hh_rlhf_heldout": 928}.get(name, 1000)
+    assert [pair.prompt for pair in pairs] == [prompt.messages for prompt in prompts]
+    repeating = [pair.id for pair in pairs if repeats_prompt(pair)]
+    assert len(repeating) <= 0.01 * len(pairs)

@@ -36,7 +36,11 @@ PLANTED = {
         ("t3", "A cut", "No.", {"chosen_truncated": True}),
         ("t4", "y" * 500, "n" * 500),
     ],
-    "double_bos": [("<|im_start|>user\nb1", "Yes.", "No."), ("b2", "<|im_start|>Yes.", "No.")],
+    "double_bos": [
+        ("<|im_start|>user\nb1", "Yes.", "No."),
+        ("b2", "<|im_start|>Yes.", "No."),
+        ("<|start_header_id|>user<|end_header_id|>\n\nb3", "Yes.", "No."),  # the template of another tokenizer
+    ],
     "double_eos": [("s1", "Yes.<|im_end|>", "No."), ("s2", "Yes.", "No.<|im_end|>"), ("s3<|im_end|>", "Yes.", "No.")],
     "near_identical": [
         ("n1", "Yes, it is.", "yes it is"),
@@ -45,7 +49,7 @@ PLANTED = {
     "repeats_prompt": [
         ("r1: what is it?", "r1: what is it? A cat.", "r1: what is it? A dog."),
         ("r2: what  is it?", "r2: what is\nit? A cat.", "A dog."),
-        ("r3", "<|user|>\nr3</s>\n<|assistant|>\nA cat.", "<|user|>\nr3</s>\n<|assistant|>\nNone."),
+        ("r3", "### User: r3 ### Assistant: A cat.", "### User: r3 ### Assistant: None."),
     ],
     "duplicate": [("d1", "Yes.", "No."), ("d1 ", "Yes.", "No."), ("d1", " Yes.", "No.\n")],
     "contradictory": [("c1", "Yes.", "No."), ("c1", "No.", "Yes.")],

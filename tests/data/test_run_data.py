@@ -127,3 +127,18 @@ def test_the_example_of_the_page_prints_what_the_page_shows():
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout == shown
+
+
+@pytest.mark.slow
+def test_ultrafeedback_passes_at_default_settings_with_a_note(capsys):
+    data, model = ROOT.parent / "shared" / "data", ROOT / "build" / "smollm2"
+    if not data.is_dir():
+        pytest.skip("needs ../shared/data, which is not shipped")
+    if not (model / "tokenizer.json").exists():
+        pytest.skip(f"{model} is absent: make build/smollm2/config.json")
+    pairs = str(data / "ultrafeedback_binarized_train.jsonl.gz")
+    argv = ["--model.model_name_or_path", str(model), "--data.dataset", pairs, "--data.prompt_dataset", pairs]
+    assert main(["data", *argv]) == 0
+    printed = capsys.readouterr().out
+    assert "note: truncated 379 of 1000 (37.9%); raise --data.max_len" in printed
+    assert "note: too_long 288 of 1000 (28.8%); raise --data.max_len" in printed
