@@ -8,7 +8,6 @@ from the checkpoint at which the one before ended, as a resumed run does, so tha
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
@@ -21,9 +20,11 @@ from typing import Any
 
 from torch import Tensor
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.on_policy import Model, OnPolicyAlgorithm, Role
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.records import Prompt
+from openrlhf_sgpo.finite import NotFiniteError, check_figures, in_training
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, Actor, load_actor, save_weights
 from openrlhf_sgpo.oracle.base import Answer, Question
 from openrlhf_sgpo.output import Progress
@@ -32,7 +33,7 @@ from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 from openrlhf_sgpo.rollout.roles import Roles, prompt_room
 from openrlhf_sgpo.run import Run
-from openrlhf_sgpo.run_folder import keep_rows
+from openrlhf_sgpo.run_folder import json_text, keep_rows
 from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.play_trainer import Play, PlayTrainer
 from openrlhf_sgpo.training.scoring import release_memory
@@ -67,6 +68,7 @@ class PlayRun(Run):
         self._synced = 0
         self._mixed: HuggingFaceRollout | None = None
         try:
+            self._reopen()
             rows = [self._evaluate("start", self.config.model.model_name_or_path, None, self.folder.path / "initial")]
             self.evaluator.calibrate(rows[0])
             for number in range(1, 1 + self.config.rounds.count):
@@ -88,6 +90,19 @@ class PlayRun(Run):
 
     def _policy_before(self, number: int) -> str:
         return self.config.model.model_name_or_path if number == 1 else str(self.folder.policy(number - 1))
+
+    def _reopen(self) -> None:
+        """Rounds that ended after the latest whole checkpoint are played again where another follows, which begins with it."""
+        done = sum(self._finished(number, "play") for number in range(1, 1 + self.config.rounds.count))
+        if done in (0, self.config.rounds.count):
+            return
+        for number in range(1 + self.checkpoints.latest() // self.config.rounds.steps, 1 + done):
+            self._say(f"round {number} is played again: round {done + 1} begins with the checkpoint of its last step")
+            self.scorer.discard(str(self.folder.policy(number)))
+            if self.writes:
+                for name in ("manifest.json", "evaluation.json"):
+                    (self.folder.round(number) / name).unlink(missing_ok=True)
+        ranks.barrier()
 
     def _play_round(self, number: int) -> None:
         """round_K/plays.jsonl and policy: ``--rounds.steps`` steps."""
@@ -119,10 +134,6 @@ class PlayRun(Run):
         try:
             state = self.checkpoints.restore(actor.model) or {"step": 0, "cost": {}}
             step = state["step"]
-            if step < first:
-                raise RuntimeError(
-                    f"{self.checkpoints.folder} lacks the checkpoint of step {first}, with which round {number} begins"
-                )
             cost: dict[str, float] = state["cost"] if step > first else {}
             self._rewind(number, step)
             engine = self._engine(before)
@@ -141,8 +152,10 @@ class PlayRun(Run):
                     with _seconds(cost, "sync"):
                         self._sync(actor, roles)
                 if step == last or (config.ckpt.save_steps > 0 and step % config.ckpt.save_steps == 0):
+                    trainer.check_policy(f"round {number}, after step {step}")
                     self.checkpoints.save(actor.model, step, {"step": step, "cost": cost})
-                progress.set_postfix({name.removeprefix("train/"): f"{row[name]:.3f}" for name in SHOWN})
+                shown = {name.removeprefix("train/"): row[name] for name in SHOWN if row[name] is not None}
+                progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
                 progress.update()
             progress.close()
             for role, adapter in (self.play.adapters or {"policy": DEFAULT_ADAPTER}).items():
@@ -158,13 +171,17 @@ class PlayRun(Run):
 
     def _step(
         self, number: int, step: int, roles: Roles, trainer: PlayTrainer, cost: dict[str, float]
-    ) -> dict[str, float]:
+    ) -> dict[str, float | None]:
         """One step and what is recorded of it; returns its metrics."""
+        place, dtype = f"round {number}, step {step}", self.config.ds.param_dtype
         prompts = self._prompts_of(step)
         tokens = [self.data.prompts.tokens_of(prompt) for prompt in prompts]
         loading = roles.seconds_loading
         with _seconds(cost, "generate"):
-            answers = roles.answer(prompts, tokens, prompt_seed(self.config.train.seed, (step,)))
+            try:
+                answers = roles.answer(prompts, tokens, prompt_seed(self.config.train.seed, (step,)))
+            except NotFiniteError as error:
+                raise in_training(place, str(error), dtype) from error
         loading = roles.seconds_loading - loading
         questions = [
             Question(
@@ -184,11 +201,15 @@ class PlayRun(Run):
         learning_rate = trainer.scheduler.get_last_lr()[0]
         with _seconds(cost, "train"):
             losses, own, anchor = trainer.step(step, plays)
-        if not losses.isfinite().all():
-            raise ValueError(
-                f"round {number}, step {step}: the loss is no longer finite; lower --adam.lr, or look at "
-                f"{self._plays(number)} for what was played last"
-            )
+        norm = self.strategy.get_grad_norm(trainer.actor)
+        # In this order: what comes first is the cause of what follows. All ranks have the same figures.
+        figures = {
+            "mean log-probability of the answers": own.mean().item(),
+            f"mean log-probability of the answers under the {self.play.models[0]} model": anchor.mean().item(),
+            "loss": losses.mean().item(),
+            "gradient norm": norm,
+        }
+        check_figures(figures, place, dtype)
         frozen = trainer.seconds_log_probs - frozen
         sizes = [len(group) for play in plays for group in play.groups()]
         for name, amount in {
@@ -205,22 +226,20 @@ class PlayRun(Run):
         }.items():
             cost[name] = cost.get(name, 0) + amount
         row = self._metrics(plays, losses, own, anchor)
-        row["train/grad_norm"] = self.strategy.get_grad_norm(trainer.actor)
+        row["train/grad_norm"] = norm
         row["train/learning_rate"] = learning_rate
         self.metrics.log(f"round {number}", step, row)
         if self.writes:
             with open(self._plays(number), "a", encoding="utf-8") as file:
                 for play, ours, theirs in zip(plays, own.tolist(), anchor.tolist(), strict=True):
-                    file.write(
-                        json.dumps(self._row(step, play, ours, theirs), ensure_ascii=False, allow_nan=False) + "\n"
-                    )
+                    file.write(json_text(self._row(step, play, ours, theirs)) + "\n")
         return row
 
-    def _metrics(self, plays: list[Play], losses: Tensor, own: Tensor, anchor: Tensor) -> dict[str, float]:
+    def _metrics(self, plays: list[Play], losses: Tensor, own: Tensor, anchor: Tensor) -> dict[str, float | None]:
         """wins: mean preference for the first answer over the others. Of each role: kl, the mean log-ratio to the reference
         (to the round's first policy where there is no reference), entropy, minus the mean log-probability, both in nats per
         answer; tokens per answer, and the share that the length limit cut."""
-        row = {
+        row: dict[str, float | None] = {
             "train/loss": losses.mean().item(),
             "train/wins": mean(mean(play.preferences[0][1:]) for play in plays),
         }

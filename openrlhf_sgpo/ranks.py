@@ -124,5 +124,14 @@ def gather(value: Value) -> list[Value]:
     return values
 
 
+def raise_together(problem: Exception | None) -> None:
+    """Raise the first rank's problem on every rank if any rank has one, so that none waits for the others. Collective; without
+    a process group this process is the only one."""
+    for first in filter(None, gather(problem) if distributed.is_initialized() else [problem]):
+        raise type(first)(
+            *first.args
+        )  # a new one: an exception that frames of its traceback refer to would keep them alive
+
+
 def barrier() -> None:
     distributed.barrier(group=_control())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import resource
 import shutil
@@ -48,12 +49,42 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def json_text(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
+    """``value`` as JSON, which has no NaN and no infinity: a figure without a value is None. Raises ValueError, with the place
+    of one that is not finite."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    except ValueError as error:
+        place, figure = next(_not_finite(value), ("", error))
+        raise ValueError(f"{place} is {figure}, which JSON does not have") from None
+
+
+def _not_finite(value: Any, place: str = "the value") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield place, value
+    items = (
+        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    )
+    for key, part in items:
+        yield from _not_finite(part, f"{place}[{key!r}]")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Inverse of ``json_text``. Raises json.JSONDecodeError for what is no JSON, ValueError for NaN and infinity, which Python
+    would read."""
+    return json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is no figure")
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_text(path, "".join(json_text(row) + "\n" for row in rows))
 
 
 def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
@@ -329,12 +360,13 @@ class Metrics:
         # Trackers count on from where the steps that stay end.
         self._step = self.every * len(read_jsonl(path))
 
-    def log(self, stage: str, step: int, row: dict[str, float]) -> None:
-        """step counts within the stage; trackers get a counter over the whole run."""
+    def log(self, stage: str, step: int, row: Mapping[str, float | None]) -> None:
+        """step counts within the stage; trackers get a counter over the whole run. A metric whose value is None is left out."""
         self._step += 1
         if self.file is None or step % self.every:
             return
-        self.file.write(json.dumps({"stage": stage, "step": step, **row}) + "\n")
+        row = {name: value for name, value in row.items() if value is not None}
+        self.file.write(json_text({"stage": stage, "step": step, **row}) + "\n")
         for tracker in self._trackers:
             if hasattr(tracker, "add_scalar"):
                 for name, value in row.items():

@@ -230,7 +230,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(tiny_model, tiny_da
     from openrlhf_sgpo.algorithms.rloo import RLOO
 
     monkeypatch.setattr(RLOO, "loss", lambda self, batch: batch.log_probs.sum((1, 2)) * float("nan"))
-    with pytest.raises(ValueError, match="round 1, step 1: the loss is no longer finite; lower --adam.lr"):
+    with pytest.raises(ValueError, match="round 1, step 1: the loss is nan.*--adam.lr"):
         play(*flags(tiny_model, tiny_data, tmp_path / "run", "rloo"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from openrlhf_sgpo.evaluation.task import Item, Responses
 from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.rollout import Rollout, Sample, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
-from openrlhf_sgpo.run_folder import keep_rows, read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.run_folder import json_text, keep_rows, read_json, read_jsonl, write_json, write_jsonl
 
 # Items that are answered together, and written together: what a kill can lose.
 BLOCK = 64
@@ -151,7 +150,7 @@ class Answerer:
             cost["tokens_generated"] = cost.get("tokens_generated", 0) + sum(sum(one.tokens or ()) for one in made)
             rows = [asdict(one) | {"asked": item_hash(item)} for one, item in zip(made, block, strict=True)]
             with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                file.write("".join(json_text(row) + "\n" for row in rows))
             found |= {one.id: one for one in made}
         return {one.id: found[one.id] for one in items}
 

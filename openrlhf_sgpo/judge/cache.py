@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo.run_folder import json_text, parse_json
+
 
 def content_key(*parts: Any) -> str:
     """A hash of JSON-serialisable parts; the order of a mapping's keys does not matter."""
@@ -26,12 +28,14 @@ class ContentCache:
         self._known: dict[str, Any] = {}
         if path is None or not path.exists():
             return
-        for line in path.read_text(encoding="ascii", errors="replace").split("\n"):
+        for number, line in enumerate(path.read_text(encoding="ascii", errors="replace").split("\n"), start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 self._known[row["key"]] = row["value"]
             except json.JSONDecodeError:
                 continue  # the line that a killed process was writing
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}; delete the line, and it is asked again") from None
 
     def __len__(self) -> int:
         return len(self._known)
@@ -43,10 +47,11 @@ class ContentCache:
         return self._known[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
+        text = json_text({"key": key, "value": value}, ascii_only=True)
         self._known[key] = value
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="ascii") as file:
             # A killed process may have left a line without an end.
-            file.write("\n" + json.dumps({"key": key, "value": value}) + "\n")
+            file.write(f"\n{text}\n")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from openrlhf_sgpo.config import DTYPES, Config
+from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
 
 
@@ -39,7 +40,8 @@ def load_actor(
     trainable: bool,
     adapters: Sequence[str] = (DEFAULT_ADAPTER,),
 ) -> Actor:
-    """An OpenRLHF Actor from a Hugging Face folder or hub name, not yet prepared by the strategy.
+    """An OpenRLHF Actor from a Hugging Face folder or hub name, not yet prepared by the strategy. Collective. Raises ValueError
+    if one of its weights is not finite.
 
     trainable: with gradient checkpointing and LoRA as configured; otherwise a plain frozen model. adapters: names of the LoRA
     adapters, which are all trainable; the first one is active.
@@ -52,6 +54,7 @@ def load_actor(
         trust_remote_code=config.model.trust_remote_code,
     )
     del shards
+    check_loaded(model, folder, config.ds.param_dtype)
     model.config.use_cache = False
     if trainable and config.ds.lora.rank > 0:
         model.enable_input_require_grads()

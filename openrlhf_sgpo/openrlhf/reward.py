@@ -9,6 +9,7 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from openrlhf_sgpo.config import DTYPES, Config
+from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.actor import load_in_shards
 
 
@@ -28,7 +29,8 @@ def load_reward_model(folder: str, config: Config, strategy: DeepspeedStrategy) 
     """A frozen model that maps (tokens, attention_mask) to a reward per row; not yet prepared by the strategy.
 
     The class is OpenRLHF's, with the head, mean and deviation that the folder's config names. OpenRLHF's own loading turns
-    ``trust_remote_code`` on and knows no fp32. Raises ValueError if the folder has no value head.
+    ``trust_remote_code`` on and knows no fp32. Collective. Raises ValueError if the folder has no
+    value head, or weights that are not finite.
     """
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     head = value_head(settings)
@@ -45,6 +47,7 @@ def load_reward_model(folder: str, config: Config, strategy: DeepspeedStrategy) 
         raise no_value_head(
             folder, head, "reward.heads" if folder in config.reward.heads else "reward.model_name_or_path"
         )
+    check_loaded(model, folder, config.ds.param_dtype)
     if settings.normalize_reward:
         # transformers 5 builds a model without memory and then leaves buffers that no file holds, as these, undefined.
         model.mean.fill_(settings.mean)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from datetime import timedelta
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import deepspeed
 import openrlhf.utils.deepspeed.deepspeed as upstream
 import torch
 import transformers
+from deepspeed.runtime.zero import stage3, stage_1_and_2
+from openrlhf.models import Actor
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -52,9 +55,9 @@ def openrlhf_arguments(config: Config) -> SimpleNamespace:
     )
 
 
-class AdapterStrategy(DeepspeedStrategy):
-    """The strategy, for actors too whose LoRA adapters have ``learning_rates`` of their own, by the adapter's name; and for
-    machines that cannot compile DeepSpeed's own Adam."""
+class Strategy(DeepspeedStrategy):
+    """The strategy, with gradient norms that are right or absent; for actors too whose LoRA adapters have ``learning_rates`` of
+    their own, by the adapter's name; and for machines that cannot compile DeepSpeed's own Adam."""
 
     def get_ds_train_config(self, optim_dict: dict | None = None, *, max_norm: float | None = None) -> dict:
         settings = super().get_ds_train_config(optim_dict, max_norm=max_norm)
@@ -69,8 +72,31 @@ class AdapterStrategy(DeepspeedStrategy):
         learning_rates = getattr(model, "learning_rates", None)
         return raw_model, groups_by_adapter(raw_model, groups, learning_rates) if learning_rates else groups
 
+    def _ds_init_train_model(self, model: Any, settings: dict[str, Any]) -> Any:
+        prepared, optimizer, scheduler = super()._ds_init_train_model(model, settings)
+        scaler: Any = getattr(_engine(prepared).optimizer, "loss_scaler", None)
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # whoever reads ``get_grad_norm`` can say where it happened
+        return prepared, optimizer, scheduler
 
-class CpuDeepspeedStrategy(AdapterStrategy):
+    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any, name: str = "model", **kwargs: Any) -> None:
+        engine = _engine(model)
+        if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):
+            # At ZeRO 0 in fp32 DeepSpeed keeps no norm.
+            engine._global_grad_norm = _norm(engine.module)
+        super().optimizer_step(optimizer, model, scheduler, name, **kwargs)
+
+    def get_grad_norm(self, model: Any) -> float | None:
+        """Norm of the gradient of the latest optimiser step before clipping, NaN or infinite where the gradient is not finite.
+        None if DeepSpeed skipped the step to lower the loss scale of fp16, as it does when gradients leave its range."""
+        engine = _engine(model)
+        if engine.was_step_applied():
+            return float(engine.get_global_grad_norm())
+        # At the lowest scale it is not the scale that makes them leave it.
+        return None if engine.fp16_enabled() and engine.optimizer.loss_scale > 1 else math.nan
+
+
+class CpuDeepspeedStrategy(Strategy):
     """The strategy on gloo and CPU tensors; everything that is not overridden is OpenRLHF's."""
 
     def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
@@ -102,6 +128,18 @@ class CpuDeepspeedStrategy(AdapterStrategy):
         return torch.cat(parts)
 
 
+def _engine(model: Any) -> Any:
+    return model.model if isinstance(model, Actor) else model
+
+
+def _norm(model: torch.nn.Module) -> torch.Tensor:
+    """Of all gradients together, in fp32."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+    )
+
+
 def _single_process() -> None:
     """Without the deepspeed launcher this process is the only rank; otherwise DeepSpeed would look for MPI."""
     if "RANK" in os.environ:
@@ -123,8 +161,11 @@ def build_strategy(config: Config) -> DeepspeedStrategy:
             f"{config.train.micro_batch_size} times the number of ranks, {world_size}"
         )
     deepspeed.utils.logger.setLevel(logging.WARNING)  # it reports memory at every engine that is built
+    for module in (stage_1_and_2, stage3):
+        # It puts -1 in place of a norm that is not finite, and trains on.
+        module.mask_nan_or_inf_with_val_inplace = lambda *_, **__: None
     arguments = openrlhf_arguments(config)
-    kind: type[DeepspeedStrategy] = AdapterStrategy
+    kind: type[DeepspeedStrategy] = Strategy
     if not torch.cuda.is_available():
         kind = CpuDeepspeedStrategy
         # g++ again: the shared-memory all-reduce; gloo serves.

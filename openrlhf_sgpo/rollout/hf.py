@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, L
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
 from openrlhf_sgpo.training.scoring import release_memory
@@ -60,6 +61,19 @@ class StopText(StoppingCriteria):
         return torch.tensor([self.stop.reached(row) for row in rows], device=input_ids.device)
 
 
+class Finite(LogitsProcessor):
+    """Notes in ``all``, shape (), whether every distribution that was sampled from was one. What is not is replaced by an even
+    one, so that all ranks come to the point at which they say so together."""
+
+    def __init__(self, device: torch.device):
+        self.all = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        finite = scores.logsumexp(-1, keepdim=True).isfinite()
+        self.all &= finite.all()
+        return scores.where(finite, 0.0)
+
+
 class HuggingFaceRollout:
     """A copy of the policy per rank, on the rank's device. share: of the initial reference in the mixture with the policy
     that answers are drawn from (see ``Mixture``); 0 is the policy itself, and then there is no copy of the reference."""
@@ -104,19 +118,23 @@ class HuggingFaceRollout:
         return model
 
     def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
+        """Raises NotFiniteError on every rank if the model's next-token probabilities are not finite."""
         size = self.config.rollout.batch_size
         rank, world = distributed.get_rank(), distributed.get_world_size()
         # Prompts of similar length share a batch; which ones does not depend on the number of ranks.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
         mine: dict[int, list[Sample]] = {}
+        finite = Finite(self.model.device)
         for batch in Progress(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
-            mine.update(zip(batch, self._sample([prompts[index] for index in batch], n, seed), strict=True))
+            mine.update(zip(batch, self._sample([prompts[index] for index in batch], n, seed, finite), strict=True))
+        problem = NotFiniteError(f"the next-token probabilities of the model {self.folder} are not finite")
+        ranks.raise_together(None if finite.all else problem)
         merged = {index: samples for part in ranks.gather(mine) for index, samples in part.items()}
         return [merged[index] for index in range(len(prompts))]
 
     @torch.no_grad()
-    def _sample(self, prompts: list[tuple[int, ...]], n: int, seed: int) -> list[list[Sample]]:
+    def _sample(self, prompts: list[tuple[int, ...]], n: int, seed: int, finite: Finite) -> list[list[Sample]]:
         """Left-padded batch. The random numbers depend on the batch's first prompt: transformers has one generator."""
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
@@ -124,7 +142,7 @@ class HuggingFaceRollout:
         attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         device = self.model.device
         rows = attention.repeat_interleave(n, dim=0).to(device)
-        processors = [Mixture(self.reference, self.share, rows)] if self.share else []
+        processors = [Mixture(self.reference, self.share, rows), finite] if self.share else [finite]
         rollout = self.config.rollout
         sampling: dict[str, Any] = {"do_sample": False}  # at temperature 0, as in vLLM
         if rollout.temperature > 0:

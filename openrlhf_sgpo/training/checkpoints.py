@@ -1,38 +1,64 @@
-"""DeepSpeed checkpoints of training that may be killed at any moment."""
+"""DeepSpeed checkpoints of training that may be killed at any moment, and whose files may be damaged or exchanged meanwhile."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.run_folder import write_text
+from openrlhf_sgpo.run_folder import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.openrlhf import DeepspeedStrategy
 
 
 RANKS = "ranks"
+DIGESTS = "digests.json"
 
 
 class Checkpoints:
-    """Checkpoints ``step_N`` in ``folder``, written by OpenRLHF's strategy; the latest ``ckpt.max_num`` of them are kept."""
+    """Checkpoints ``step_N`` in ``folder``, written by OpenRLHF's strategy; the latest ``ckpt.max_num + 1`` of them are kept.
+
+    Each has ``digests.json``, the digest of every other file in it, which is written last. DeepSpeed's files are pickles, which
+    run what is in them, so that nothing is read whose digest is another one.
+    """
 
     def __init__(self, folder: Path, strategy: DeepspeedStrategy):
         self.folder = folder
         self.strategy = strategy
+        self._latest: int | None = None  # that was found whole, or written, by this process
+
+    def latest(self) -> int:
+        """The step of the latest checkpoint that is whole, 0 if there is none. Later ones are deleted, and a line says why.
+        Collective.
+
+        Raises ValueError if they were written by another number of ranks: each holds a share of the optimiser.
+        """
+        if self._latest is not None:
+            return self._latest
+        ranks.on_rank_0(self._check_ranks)
+        self._latest, problems = 0, []
+        for step in ranks.from_rank_0(self._steps()):
+            if not (problem := self._problem(step)):
+                self._latest = step
+                break
+            problems.append(problem)
+            # It would count when OpenRLHF makes room, and a whole one would go.
+            if self.strategy.is_rank_0():
+                shutil.rmtree(self.folder / f"step_{step}")
+        if problems and self.strategy.is_rank_0():
+            where = f"from the checkpoint of step {self._latest}" if self._latest else "from the beginning"
+            print(f"{'; '.join(problems)}: training goes on {where}", flush=True)
+        return self._latest
 
     def restore(self, engine: Any) -> dict[str, Any] | None:
-        """Take up the latest whole checkpoint; returns the state that was saved with it, None if there is none. Collective.
-
-        Raises ValueError if it was written by another number of ranks: each holds a share of the optimiser.
-        """
-        ranks.on_rank_0(self._check_ranks)
-        if not ranks.from_rank_0(self.strategy.is_rank_0() and self._drop_half()):
+        """Take up the ``latest`` checkpoint; returns the state that was saved with it, None if there is none. Collective."""
+        if not (step := self.latest()):
             return None
-        path, state = self.strategy.load_ckpt(engine, str(self.folder))
-        return None if path is None else state
+        _, state = self.strategy.load_ckpt(engine, str(self.folder), tag=f"step_{step}")
+        return state
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
         """Collective."""
@@ -41,6 +67,33 @@ class Checkpoints:
         settings = self.strategy.args.ckpt
         # OpenRLHF makes room before it writes: with one more than asked for, the last whole checkpoint stays meanwhile.
         self.strategy.save_ckpt(engine, str(self.folder), f"step_{step}", settings.max_num + 1, settings.max_mem, state)
+        ranks.barrier()
+        digests = self._digests(step)
+        if self.strategy.is_rank_0():
+            write_json(self.folder / f"step_{step}" / DIGESTS, digests)
+        self._latest = step
+        ranks.barrier()
+
+    def _steps(self) -> list[int]:
+        """Of the checkpoints that are there, the latest first."""
+        return sorted((int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*")), reverse=True)
+
+    def _digests(self, step: int) -> dict[str, str]:
+        """By name, for every file but the one with the digests. Collective: each rank reads its share."""
+        folder, share = self.folder / f"step_{step}", slice(self.strategy.get_rank(), None, self.strategy.world_size)
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+        parts = ranks.gather({str(path.relative_to(folder)): _digest(path) for path in files[share]})
+        return {name: digest for part in parts for name, digest in part.items()}
+
+    def _problem(self, step: int) -> str:
+        """Why a checkpoint is not to be read, empty if it is. Collective."""
+        folder = self.folder / f"step_{step}"
+        written = ranks.on_rank_0(lambda: _written(folder / DIGESTS))
+        if written is None:
+            return f"{folder} was not written to its end"
+        there = self._digests(step)
+        wrong = sorted(name for name in written.keys() | there.keys() if written.get(name) != there.get(name))
+        return f"{folder} is damaged ({', '.join(wrong)})" if wrong else ""
 
     def _check_ranks(self) -> None:
         path, now = self.folder / RANKS, self.strategy.world_size
@@ -49,12 +102,19 @@ class Checkpoints:
                 f"--resume on {now} ranks, but {self.folder} was written by {path.read_text()}; start as many again"
             )
 
-    def _drop_half(self) -> bool:
-        """Whether there is a whole checkpoint. One that a killed process was writing is later than the latest whole one; it
-        would count when OpenRLHF makes room, and the whole one would go."""
-        latest = self.folder / "latest"
-        last = int(latest.read_text().removeprefix("step_")) if latest.exists() else -1
-        for folder in self.folder.glob("step_*"):
-            if int(folder.name.removeprefix("step_")) > last:
-                shutil.rmtree(folder)
-        return last >= 0
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _written(path: Path) -> dict[str, str] | None:
+    """The digests that were written with a checkpoint; None if they are not there, or no JSON."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

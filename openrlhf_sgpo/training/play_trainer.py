@@ -15,6 +15,7 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.on_policy import Model, OnPolicyAlgorithm, Plays
 from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.finite import check_trained
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, resting, use_adapter
 from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.training.log_probs import Logits, response_logits, token_divergence, token_log_probs
@@ -68,6 +69,7 @@ class PlayTrainer:
         self.config = config
         self.pad_token_id = pad_token_id
         self.seconds_log_probs = 0.0  # of the frozen models
+        self._latest: list[Play] = []
         self.places: dict[str, list[int]] = {}  # of the answers, by the adapter that gives them
         for place, role in enumerate(algorithm.roles):
             self.places.setdefault(algorithm.adapters.get(role, DEFAULT_ADAPTER), []).append(place)
@@ -81,6 +83,7 @@ class PlayTrainer:
         rank, share = self.strategy.get_rank(), len(plays) // self.strategy.world_size
         mine = plays[rank * share : (rank + 1) * share]
         size = self.config.train.micro_batch_size
+        self._latest = mine[:size]
         # Dropout draws the same numbers in a step, whether or not training was resumed before it.
         seed_generators(self.config.train.seed, "plays", number, rank)
         self.actor.train()
@@ -88,6 +91,19 @@ class PlayTrainer:
         table = torch.cat(ranks.gather(torch.cat(rows).cpu()))
         own, anchor = table[:, 1:].tensor_split(2, dim=1)
         return table[:, 0], own, anchor
+
+    def check_policy(self, place: str) -> None:
+        """Raises NotFiniteError on every rank if a weight of the policy, or a log-probability of the latest step's answers, is
+        not finite: a step may be finite and lead out of the range. Collective."""
+        self.actor.eval()
+        sums = []
+        with torch.no_grad():
+            for adapter, places in self.places.items():
+                groups = [group for play in self._latest for group in play.groups(places)]
+                with use_adapter(self.actor, adapter):
+                    sums.append(self._logits(self.actor, groups).log_probs())
+        self.actor.train()
+        check_trained(self.actor, torch.cat(sums), place, self.config.ds.param_dtype)
 
     def _micro_step(self, number: int, plays: list[Play]) -> Tensor:
         """Forward, backward, and the optimiser at an accumulation boundary. Returns (plays, 1 + 2k), detached."""

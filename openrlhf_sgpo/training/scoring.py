@@ -6,10 +6,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import distributed
@@ -17,8 +18,10 @@ from torch import distributed
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy, load_actor, load_reward_model
 from openrlhf_sgpo.output import Progress
+from openrlhf_sgpo.run_folder import json_text, parse_json
 from openrlhf_sgpo.training.log_probs import padded_rows, response_log_probs, response_logits, sequence_divergence
 
 PART = 64  # batches per rank between two writes
@@ -38,6 +41,8 @@ class Scorer:
     reference is evaluated once whoever asks, and a resumed run sees the very numbers it saw before. resident: models that
     were asked for stay in memory until ``close``, for those that are asked again at every step.
     """
+
+    figure: ClassVar[str] = "log-probability"
 
     def __init__(
         self,
@@ -76,12 +81,12 @@ class Scorer:
 
     def score(self, model: str, groups: list[Group], label: str) -> list[tuple[float, ...]]:
         """Summed log-probability of each response of each group, 0 where there is no ``model``. Collective: every rank calls
-        it with the same groups."""
+        it with the same groups. Raises NotFiniteError on every rank if one is not finite, and keeps none of that part."""
         if not model:
             return [(0.0,) * len(group.responses) for group in groups]
         if model not in self._known:
             # What is on disk is for one rank to say, or ranks could miss different responses.
-            self._known[model] = ranks.from_rank_0(self._read(model) if self.strategy.is_rank_0() else {})
+            self._known[model] = ranks.on_rank_0(lambda: self._read(model))
         known = self._known[model]
         keys = [[content_key(group.prompt, response) for response in group.responses] for group in groups]
         missing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -108,12 +113,16 @@ class Scorer:
     def _read(self, model: str) -> dict[str, float]:
         if self.folder is None or not self._file(model).exists():
             return {}
-        known = {}
-        for line in self._file(model).read_text().splitlines():
+        known: dict[str, float] = {}
+        for number, line in enumerate(self._file(model).read_text().splitlines(), start=1):
             try:
-                known.update(json.loads(line))
+                known.update(parse_json(line))
             except json.JSONDecodeError:
                 continue  # the line that a killed run was writing
+            except ValueError as error:
+                raise ValueError(
+                    f"{self._file(model)}, line {number}: {error}; delete the file, and {model} scores again"
+                ) from None
         return known
 
     def _append(self, model: str, found: dict[str, float]) -> None:
@@ -124,7 +133,7 @@ class Scorer:
             with open(self._file(model), "a") as file:
                 # A killed run may have left a line without an end. A part is one line, so that it is there or not: if some of
                 # its responses were missing, they would be scored in other batches, and differ in the last digit.
-                file.write("\n" + json.dumps(found) + "\n")
+                file.write("\n" + json_text(found) + "\n")
         ranks.barrier()
 
     def divergence(self, policy: str, reference: str, groups: list[Group], label: str) -> list[float]:
@@ -168,7 +177,9 @@ class Scorer:
                     for response in group.responses
                 ]
                 gathered = ranks.gather(dict(zip(keys, torch.cat(figures).tolist(), strict=True)))
-                yield {key: value for one in gathered for key, value in one.items()}
+                scored = {key: value for part in gathered for key, value in part.items()}
+                self._check(scored, models, label)
+                yield scored
         finally:
             progress.close()
             if not self.resident:
@@ -176,6 +187,17 @@ class Scorer:
                     _engine(actor).destroy()
                 del actor, actors  # the loop's name too would keep the last one alive
                 release_memory()
+
+    def _check(self, scored: dict[str, float], models: list[str], label: str) -> None:
+        wrong = [value for value in scored.values() if not math.isfinite(value)]
+        if wrong:
+            what = self.figure if len(models) == 1 else "divergence"
+            precision = ", or the range of fp16 is too small for them (--ds.param_dtype bf16)"
+            raise NotFiniteError(
+                f"{label or 'scoring'}: {what} {wrong[0]} for {len(wrong)} of {len(scored)} responses under "
+                f"{' and '.join(models)}; its weights are damaged or have diverged"
+                f"{precision if self.config.ds.param_dtype == 'fp16' else ''}"
+            )
 
     def _load(self, model: str) -> Any:
         return load_actor(model, self.config, self.strategy, trainable=False)
@@ -191,6 +213,8 @@ class Scorer:
 
 class RewardScorer(Scorer):
     """The same for a reward model as OpenRLHF trains them: a figure is the reward of a response."""
+
+    figure = "reward"
 
     def _load(self, model: str) -> Any:
         return load_reward_model(model, self.config, self.strategy)

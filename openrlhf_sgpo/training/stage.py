@@ -13,6 +13,7 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.finite import NotFiniteError, weight_not_finite
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, Actor, DeepspeedStrategy, load_actor, save_policy
 from openrlhf_sgpo.run_folder import Metrics, whole_folder
 from openrlhf_sgpo.training.checkpoints import Checkpoints
@@ -66,7 +67,12 @@ def write_policy(
     strategy: DeepspeedStrategy,
     adapter: str = DEFAULT_ADAPTER,
 ) -> None:
-    """The policy as a Hugging Face folder that has its name once it is whole. Collective."""
+    """The policy as a Hugging Face folder that has its name once it is whole. Collective. Raises NotFiniteError on every rank
+    if one of its weights is not finite."""
+    name = weight_not_finite(actor)
+    ranks.raise_together(
+        NotFiniteError(f"{destination} is not written: its weight {name} is not finite") if name else None
+    )
     # Rank 0 writes; the others take part in gathering and wait for the final name.
     if strategy.is_rank_0():
         with whole_folder(destination) as folder:

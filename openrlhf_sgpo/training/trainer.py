@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
 from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.finite import check_figures, check_trained
 from openrlhf_sgpo.openrlhf import Actor, DistributedSampler, DPOTrainer
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.training.checkpoints import Checkpoints
@@ -88,10 +89,14 @@ class PairTrainer(DPOTrainer):
         self.tokens_trained = 0
 
     def fit(self, args: Any = None, consumed_samples: int = 0, num_update_steps_per_epoch: int | None = None) -> None:
-        """Train for ``steps``, within ``max_epochs``, from ``consumed_samples`` on; the signature is OpenRLHF's."""
+        """Train for ``steps``, within ``max_epochs``, from ``consumed_samples`` on; the signature is OpenRLHF's. Collective.
+
+        Raises NotFiniteError on every rank at the first step whose loss, log-probabilities or gradient are not finite, and
+        before a checkpoint or the end if the policy's weights or log-probabilities are not.
+        """
         accumulation = self.strategy.accumulated_gradient
         micro_steps = len(self.train_dataloader)  # of an epoch, per rank
-        step = consumed_samples // self.strategy.train_batch_size
+        first_step = step = consumed_samples // self.strategy.train_batch_size
         first_epoch, skipped = divmod(step * accumulation, micro_steps)
         device = next(self.model.parameters()).device
         records: list[Tensor] = []
@@ -117,9 +122,13 @@ class PairTrainer(DPOTrainer):
                 if len(records) == accumulation:
                     step += 1
                     self._finish_step(step, records, progress)
-                    self._save_checkpoint(step)
+                    if self._saves(step):
+                        self._check_policy(step, batch)
+                        self._save_checkpoint(step)
                     records = []
         progress.close()
+        if step > first_step:
+            self._check_policy(step, batch)
 
     def restore(self) -> int:
         """Take up the latest checkpoint, if there is one; returns the samples that it has consumed. Collective."""
@@ -131,10 +140,20 @@ class PairTrainer(DPOTrainer):
         self.tokens_trained = state["tokens_trained"] if self.strategy.is_rank_0() else 0
         return state["consumed_samples"]
 
-    def _save_checkpoint(self, step: int) -> None:
+    def _saves(self, step: int) -> bool:
         every = self.args.ckpt.save_steps
-        if self.checkpoints is None or every < 1 or step % every:
-            return
+        return self.checkpoints is not None and every > 0 and step % every == 0
+
+    def _check_policy(self, step: int, batch: MicroBatch) -> None:
+        """Raises NotFiniteError if what a step has left cannot be used: a step may be finite and lead out of the range."""
+        self.model.eval()
+        with torch.no_grad():
+            log_probs = response_log_probs(self.model, batch.groups, self.layout, self.tokenizer.pad_token_id)
+        self.model.train()
+        check_trained(self.model, log_probs, f"{self.stage}, after step {step}", self.strategy.args.ds.param_dtype)
+
+    def _save_checkpoint(self, step: int) -> None:
+        assert self.checkpoints is not None
         state = {
             "consumed_samples": step * self.strategy.train_batch_size,
             "tokens_trained": int(self.strategy.all_reduce(self.tokens_trained, "sum")),
@@ -176,11 +195,24 @@ class PairTrainer(DPOTrainer):
 
     def _finish_step(self, step: int, records: list[Tensor], progress: Progress) -> None:
         table = self.strategy.all_gather(torch.cat(records))
-        extra = self.algorithm.after_step(table[:, 6])
         accurate = (table[:, 3] > 0).to(table)
         loss, chosen, rejected, margin, logp_chosen, logp_rejected, accuracy = (
             torch.cat([table[:, :6], accurate[:, None]], dim=1).mean(0).tolist()
         )
+        place, dtype = f"{self.stage}, step {step}", self.strategy.args.ds.param_dtype
+        gradient_norm = self.strategy.get_grad_norm(self.model)
+        # In this order: what comes first is the cause of what follows. All ranks have the same figures.
+        figures = {
+            "mean log-probability of the chosen responses": logp_chosen,
+            "mean log-probability of the rejected responses": logp_rejected,
+            "mean reward of the chosen responses, against their reference": chosen,
+            "mean reward of the rejected responses, against their reference": rejected,
+            "loss": loss,
+            "gradient norm": gradient_norm,
+        }
+        check_figures(figures, place, dtype)
+        extra = self.algorithm.after_step(table[:, 6])
+        check_figures({f"metric {name}": value for name, value in extra.items()}, place, dtype)
         row = {
             "train/loss": loss,
             "train/rewards/chosen": chosen,
@@ -189,7 +221,7 @@ class PairTrainer(DPOTrainer):
             "train/rewards/accuracies": accuracy,
             "train/logps/chosen": logp_chosen,
             "train/logps/rejected": logp_rejected,
-            "train/grad_norm": self.strategy.get_grad_norm(self.model),
+            "train/grad_norm": gradient_norm,
             "train/learning_rate": self.scheduler.get_last_lr()[0],
         } | {f"train/{name}": value for name, value in extra.items()}
         self.metrics.log(self.stage, step, row)

@@ -16,7 +16,7 @@ from openrlhf_sgpo.evaluation.report.markup import MISSING, Html, details, numbe
 from openrlhf_sgpo.evaluation.report.page import page
 from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.evaluation.report.verdict import leaderboard_verdict
-from openrlhf_sgpo.run_folder import read_json, read_jsonl
+from openrlhf_sgpo.run_folder import json_text, read_json, read_jsonl
 from openrlhf_sgpo.table import NORMAL_95, plus_minus
 
 _LEAST_CATEGORIES = 3  # of which a radar can be drawn
@@ -158,7 +158,7 @@ def _made(rows: Sequence[dict[str, Any]]) -> list[Html]:
     judge = rows[0].get("judge")
     return [
         *([table(["", *map(words, keys)], made)] if keys else [tag("p", "The decoding was not recorded.")]),
-        *([tag("pre", json.dumps(judge, indent=2, ensure_ascii=False))] if judge else []),
+        *([tag("pre", json_text(judge, indent=2))] if judge else []),
     ]
 
 
