@@ -129,9 +129,17 @@ class Oracle:
             scorer.close()
 
     def _ask_each(
-        self, items: Sequence[tuple[str, tuple[Any, ...]]], ask: Callable[..., float], label: str
+        self,
+        items: Sequence[tuple[str, tuple[Any, ...]]],
+        ask: Callable[..., float],
+        label: str,
+        largest: float = math.inf,
     ) -> list[float]:
-        """``ask(*arguments)`` of each (question id, arguments), on rank 0, once per content. Collective."""
+        """``ask(*arguments)`` of each (question id, arguments), on rank 0, once per content. Collective.
+
+        largest: that is possible; then the least is 0. Raises ValueError for a figure that is not finite or out of this range,
+        and does not keep it.
+        """
         from openrlhf_sgpo import ranks
         from openrlhf_sgpo.output import Progress
 
@@ -143,7 +151,8 @@ class Oracle:
             for question, arguments in Progress(items, desc=label, unit="call", disable=not label):
                 key = content_key(self.name, *arguments)
                 if key not in self._cache:
-                    self._cache[key] = _number(ask, arguments, f"oracle {self.name}, question {question}")
+                    start = f"oracle {self.name}, question {question}"
+                    self._cache[key] = _number(ask, arguments, start, largest)
                     calls += 1
                 found.append(self._cache[key])
             return found, calls
@@ -153,14 +162,14 @@ class Oracle:
         return found
 
 
-def _number(ask: Callable[..., float], arguments: tuple[Any, ...], start: str) -> float:
+def _number(ask: Callable[..., float], arguments: tuple[Any, ...], start: str, largest: float) -> float:
     """What a foreign function returns. Its failure is an error, never a figure."""
     try:
         value = float(ask(*arguments))
     except Exception as error:
         raise ValueError(f"{start}: {ask.__name__} failed ({type(error).__name__}: {error})") from error
-    if not math.isfinite(value):
-        raise ValueError(f"{start}: {ask.__name__} returned {value}")
+    if not math.isfinite(value) or (largest < math.inf and not 0 <= value <= largest):
+        raise ValueError(f"{start}: {ask.__name__} returned {value}{'' if largest == math.inf else ', no probability'}")
     return value
 
 
@@ -181,13 +190,7 @@ class RewardOracle(Oracle):
         return [[next(found) for _ in question.answers] for question in questions]
 
     def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
-        found = [list(row) for row in self.scores(questions, label)]
-        for question, row in zip(questions, found, strict=True):
-            if len(row) != len(question.answers) or not all(map(math.isfinite, row)):
-                raise ValueError(
-                    f"oracle {self.name}, question {question.id}: rewards {row} of {len(question.answers)} answers"
-                )
-        return found
+        return check_rewards(self.name, questions, self.scores(questions, label))
 
     def preferences(self, questions: Sequence[Question], label: str) -> list[Matrix]:
         rows = zip(questions, self.rewards(questions, label), strict=True)
@@ -212,7 +215,7 @@ class PreferenceOracle(Oracle):
     def compare(self, comparisons: Sequence[Comparison], label: str) -> list[float]:
         """The probability of each comparison's first answer. Collective; it adds to ``calls``."""
         items = [(one.question, (one.prompt, one.first.text, one.second.text)) for one in comparisons]
-        return self._ask_each(items, self.prefer, label)
+        return self._ask_each(items, self.prefer, label, largest=1.0)
 
     def orders(self, comparison: Comparison) -> list[Comparison]:
         """The orders in which two answers are shown."""
@@ -227,10 +230,12 @@ class PreferenceOracle(Oracle):
                 for one in self.orders(Comparison(question.id, question.prompt, first, second, tools)):
                     asked.append((number, pair, one, one.first is first))
         said = self.compare([one for _, _, one, _ in asked], label) if asked else []
+        if len(said) != len(asked):
+            raise ValueError(f"oracle {self.name}: {len(said)} preferences for {len(asked)} comparisons")
         shares: list[dict[tuple[int, int], list[float]]] = [{} for _ in questions]
         for (number, pair, one, in_order), share in zip(asked, said, strict=True):
-            if not 0 <= share <= 1:
-                raise ValueError(f"oracle {self.name}, question {one.question}: a preference of {share}")
+            if not (_is_figure(share) and 0 <= share <= 1):
+                raise ValueError(f"oracle {self.name}, question {one.question}: {share!r} is no probability")
             shares[number].setdefault(pair, []).append(share if in_order else 1 - share)
         return [
             antisymmetric(len(question.answers), {pair: fmean(both) for pair, both in found.items()})
@@ -267,6 +272,28 @@ def antisymmetric(size: int, upper: Mapping[tuple[int, int], float]) -> Matrix:
     return matrix
 
 
+def check_rewards(name: str, questions: Sequence[Question], rewards: Sequence[Sequence[float]]) -> list[list[float]]:
+    """The rewards, as they are. Raises ValueError, naming oracle and question, unless there is a finite one for each answer:
+    with NaN it would be the answers' places that say which is preferred."""
+    rows = [list(row) for row in rewards]
+    if len(rows) != len(questions):
+        raise ValueError(f"oracle {name}: rewards of {len(rows)} questions for {len(questions)}")
+    for question, row in zip(questions, rows, strict=True):
+        size = len(question.answers)
+        if len(row) != size or not all(map(_is_figure, row)):
+            raise ValueError(
+                f"oracle {name}, question {question.id}: {row} are not the finite rewards of {size} answers"
+            )
+    return rows
+
+
+def _is_figure(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except (TypeError, ValueError):
+        return False
+
+
 def check_preferences(name: str, questions: Sequence[Question], matrices: Sequence[Matrix]) -> None:
     """Raises ValueError, naming oracle, question and pair, unless every matrix holds probabilities with
     [i][j] + [j][i] = 1, and 1/2 for equal texts."""
@@ -279,6 +306,8 @@ def check_preferences(name: str, questions: Sequence[Question], matrices: Sequen
         for i in range(size):
             for j in range(i, size):
                 p, q = matrix[i][j], matrix[j][i]
+                if not (_is_figure(p) and _is_figure(q)):
+                    raise ValueError(f"{start}: answer {i} is preferred to {j} with {p!r}, {j} to {i} with {q!r}")
                 equal = question.answers[i].text == question.answers[j].text
                 if not (0 <= p <= 1 and abs(p + q - 1) <= TOLERANCE and (not equal or abs(p - 0.5) <= TOLERANCE)):
                     rule = "equal answers must have 1/2" if equal else "they must be probabilities and add up to 1"

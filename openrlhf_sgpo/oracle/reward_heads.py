@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from openrlhf_sgpo.oracle.base import Matrix, PreferenceOracle, Question, Resources, antisymmetric, distinct_pairs
+from openrlhf_sgpo.oracle.base import (
+    Matrix,
+    PreferenceOracle,
+    Question,
+    Resources,
+    antisymmetric,
+    check_rewards,
+    distinct_pairs,
+)
 from openrlhf_sgpo.oracle.reward_model import RewardReader, check_prompts_of, check_reward_model
 
 if TYPE_CHECKING:
@@ -55,7 +63,11 @@ class RewardHeads(PreferenceOracle):
 
     def matrices(self, questions: Sequence[Question], label: str) -> list[Matrix]:
         heads = [
-            reader.rewards(questions, label and f"{label}, head {number}")
+            check_rewards(
+                f"{self.name}, head {number} ({reader.model})",
+                questions,
+                reader.rewards(questions, label and f"{label}, head {number}"),
+            )
             for number, reader in enumerate(self.readers, start=1)
         ]
         self.calls = sum(scorer.responses_scored for scorer in self.scorers)
