@@ -139,7 +139,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_sampled_from(tiny_m
     damaged = str(with_one_nan(tiny_model, tmp_path / "damaged"))
     for temperature in (1.0, 0.0):
         config.rollout.temperature, config.rollout.max_new_tokens = temperature, 4
-        rollout = HuggingFaceRollout(config, tokenizer, damaged)
+        rollout = HuggingFaceRollout(config, resources.chat, damaged)
         with pytest.raises(NotFiniteError, match=f"the next-token probabilities of the model {damaged} are not finite"):
             rollout.generate([(5, 6), (7, 8, 9)], 2, 0, "")
         rollout.close()
@@ -222,6 +222,7 @@ def test_rounds_are_played_again_if_the_checkpoint_with_which_they_ended_is_dama
     """Round 1 ends with step 3; step 2 lies within it."""
     folder, undisturbed = tmp_path / "run", tmp_path / "whole"
     argv = play_flags(tiny_model, tiny_data, folder, "toy_losses:FreshAnswers", "--ckpt.save_steps", "2")
+    argv += ["--ckpt.max_num", "2"]
     monkeypatch.setenv("POISONED_STEP", "5")
     assert run(argv, capsys)[0] == 2
     monkeypatch.delenv("POISONED_STEP")

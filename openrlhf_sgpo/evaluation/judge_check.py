@@ -21,6 +21,7 @@ from openrlhf_sgpo.data.records import Pair, fingerprint, load_pairs
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import Deepspeed, config_of, part, unread
 from openrlhf_sgpo.oracle import Answer, Comparison, Oracle, PreferenceOracle, Question
+from openrlhf_sgpo.oracle.base import check_shares
 from openrlhf_sgpo.output import log_to, other_packages_apart, say
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
 from openrlhf_sgpo.table import aligned, standard_error
@@ -144,10 +145,8 @@ def ask(judge: Oracle, pairs: Sequence[Pair]) -> tuple[list[Said], bool]:
         Comparison(one.id, one.prompt, Answer(one.chosen), Answer(one.rejected), one.template_kwargs.get("tools", ()))
         for one in pairs
     ]
-    shares = judge.compare([order for one in comparisons for order in (one, one.swapped())], name)
-    for number, share in enumerate(shares):
-        if not 0 <= share <= 1:
-            raise ValueError(f"oracle {judge.name}, pair {pairs[number // 2].id}: a preference of {share}")
+    orders = [order for one in comparisons for order in (one, one.swapped())]
+    shares = check_shares(judge.name, orders, judge.compare(orders, name))
     return [Said(*both) for both in zip(shares[::2], shares[1::2], strict=True)], True
 
 

@@ -229,13 +229,10 @@ class PreferenceOracle(Oracle):
                 first, second = (question.answers[place] for place in pair)
                 for one in self.orders(Comparison(question.id, question.prompt, first, second, tools)):
                     asked.append((number, pair, one, one.first is first))
-        said = self.compare([one for _, _, one, _ in asked], label) if asked else []
-        if len(said) != len(asked):
-            raise ValueError(f"oracle {self.name}: {len(said)} preferences for {len(asked)} comparisons")
+        comparisons = [one for _, _, one, _ in asked]
+        said = check_shares(self.name, comparisons, self.compare(comparisons, label) if asked else [])
         shares: list[dict[tuple[int, int], list[float]]] = [{} for _ in questions]
         for (number, pair, one, in_order), share in zip(asked, said, strict=True):
-            if not (_is_figure(share) and 0 <= share <= 1):
-                raise ValueError(f"oracle {self.name}, question {one.question}: {share!r} is no probability")
             shares[number].setdefault(pair, []).append(share if in_order else 1 - share)
         return [
             antisymmetric(len(question.answers), {pair: fmean(both) for pair, both in found.items()})
@@ -285,6 +282,16 @@ def check_rewards(name: str, questions: Sequence[Question], rewards: Sequence[Se
                 f"oracle {name}, question {question.id}: {row} are not the finite rewards of {size} answers"
             )
     return rows
+
+
+def check_shares(name: str, comparisons: Sequence[Comparison], shares: Sequence[float]) -> Sequence[float]:
+    """The shares, as they are. Raises ValueError, naming oracle and question, unless each comparison has a probability."""
+    if len(shares) != len(comparisons):
+        raise ValueError(f"oracle {name}: {len(shares)} preferences for {len(comparisons)} comparisons")
+    for comparison, share in zip(comparisons, shares, strict=True):
+        if not (_is_figure(share) and 0 <= share <= 1):
+            raise ValueError(f"oracle {name}, question {comparison.question}: {share!r} is no probability")
+    return shares
 
 
 def _is_figure(value: Any) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, distributed, nn
 
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
+from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.openrlhf import DPOTrainer
 
 
@@ -45,11 +46,20 @@ class SGPOLoss(nn.Module):
         reference_chosen_logps: Tensor,
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean loss, rewards of chosen (batch,), rewards of rejected (batch,)), the rewards detached, as DPOLoss has it."""
+        """(mean loss, rewards of chosen (batch,), rewards of rejected (batch,)), the rewards detached, as DPOLoss has it.
+
+        Raises NotFiniteError on every rank if a margin in training is not finite: OpenRLHF's trainer would go on, and save it.
+        """
         batch = PairBatch(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
         loss = self.algorithm.loss(batch).mean()
         if torch.is_grad_enabled():  # evaluation must not move the follower
-            self.algorithm.after_step(_over_ranks(batch.margins(self.beta).detach()))
+            margins = _over_ranks(batch.margins(self.beta).detach()).cpu()
+            if not margins.isfinite().all():
+                raise NotFiniteError(
+                    "the margins of a batch are not finite, so that the policy, or its reference, is lost: go on from a "
+                    "checkpoint before, with a lower learning rate, or in bf16 instead of fp16, or without the batch's rows"
+                )
+            self.algorithm.after_step(margins)
         chosen = self.beta * (policy_chosen_logps - reference_chosen_logps).detach()
         rejected = self.beta * (policy_rejected_logps - reference_rejected_logps).detach()
         return loss, chosen, rejected

@@ -119,7 +119,7 @@ def test_calls_are_counted_once_per_content_and_kept(kind, calls, tmp_path):
         ("score", RewardOracle, "nan", "score returned nan"),
         ("prefer", PreferenceOracle, "raise", "oracle odd, question q: prefer failed .ZeroDivisionError"),
         ("prefer", PreferenceOracle, "inf", "prefer returned inf"),
-        ("prefer", PreferenceOracle, "1.5", "oracle odd, question q: a preference of 1.5"),
+        ("prefer", PreferenceOracle, "1.5", "oracle odd, question q: prefer returned 1.5, no probability"),
     ],
 )
 def test_a_foreign_failure_is_an_error_and_no_preference(kind, base, value, message, tmp_path):
@@ -130,13 +130,12 @@ def test_a_foreign_failure_is_an_error_and_no_preference(kind, base, value, mess
     odd = type("Odd", (base,), {"name": "odd", kind: foreign})(resources(tmp_path))
     with pytest.raises(ValueError, match=message):
         odd.preferences([question("a", "b")], "test")
-    if value in ("raise", "None", "nan", "inf"):
-        assert not (tmp_path / "judgements").exists(), "a failure is never kept"
+    assert not (tmp_path / "judgements").exists(), "a failure is never kept"
 
 
 def test_foreign_rewards_of_another_shape():
     odd = type("Odd", (RewardOracle,), {"name": "odd", "scores": lambda self, questions, label: [[1.0]]})()
-    with pytest.raises(ValueError, match=r"oracle odd, question q: rewards \[1.0\] of 2 answers"):
+    with pytest.raises(ValueError, match=r"oracle odd, question q: \[1.0\] are not the finite rewards of 2 answers"):
         odd.preferences([question("a", "b")], "test")
 
 
@@ -215,3 +214,93 @@ def test_the_implicit_reward_is_frozen_where_no_policy_is_given(tmp_path):
     frozen, round_two = ImplicitReward(shared), ImplicitReward(shared, "round_1/policy", "round_0/policy")
     assert (frozen.policy, frozen.reference) == ("seed/policy", "initial")
     assert (round_two.policy, round_two.reference) == ("round_1/policy", "round_0/policy")
+
+
+BAD = [math.nan, math.inf, -math.inf]
+
+
+class SaysReward(RewardOracle):
+    """Foreign code whose figures are what the test wants."""
+
+    name = "says"
+    value: object = 0.5
+
+    def score(self, prompt, answer):
+        return self.value
+
+
+class SaysPreference(PreferenceOracle):
+    name = "says"
+    value: object = 0.5
+
+    def prefer(self, prompt, first, second):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [(SaysReward, [*BAD, None, "much"]), (SaysPreference, [*BAD, None, "much", -0.01, 1.01])]
+)
+def test_what_is_no_figure_is_an_error_and_never_kept(kind, values, tmp_path):
+    asked = [question("a", "b")]
+    for value in values:
+        oracle = kind(resources(tmp_path))
+        oracle.value = value
+        with pytest.raises(ValueError, match="oracle says, question q: "):
+            oracle.preferences(asked, "")
+    assert not (tmp_path / "judgements").exists()
+    oracle = kind(resources(tmp_path))
+    assert oracle.preferences(asked, "") == [[[0.5, 0.5], [0.5, 0.5]]], "once the cause is gone it is asked again"
+
+
+@pytest.mark.parametrize("value", [*BAD, None, "much", -0.01, 1.01])
+def test_what_many_at_once_return_is_checked_too(value):
+    class Rewards(RewardOracle):
+        name = "many"
+
+        def scores(self, questions, label):
+            return [[0.0, value] for _ in questions]
+
+    class Compares(PreferenceOracle):
+        name = "many"
+
+        def compare(self, comparisons, label):
+            return [value for _ in comparisons]
+
+    class Matrices(PreferenceOracle):
+        name = "many"
+
+        def matrices(self, questions, label):
+            return [[[0.5, value], [value, 0.5]] for _ in questions]
+
+    for kind in [Compares, Matrices, *([Rewards] if value not in (-0.01, 1.01) else [])]:
+        for ask in (kind().preferences, kind().rewards):
+            with pytest.raises(ValueError, match="oracle many, question q: "):
+                ask([question("a", "b")], "")
+
+
+def test_results_of_another_number_are_an_error():
+    class Compares(PreferenceOracle):
+        name = "many"
+
+        def compare(self, comparisons, label):
+            return [0.5]
+
+    class Rewards(RewardOracle):
+        name = "many"
+
+        def scores(self, questions, label):
+            return []
+
+    with pytest.raises(ValueError, match="oracle many: 1 preferences for 2 comparisons"):
+        Compares().preferences([question("a", "b")], "")
+    with pytest.raises(ValueError, match="oracle many: rewards of 0 questions for 1"):
+        Rewards().rewards([question("a", "b")], "")
+
+
+def test_a_kept_figure_that_is_not_finite_is_refused_with_its_line(tmp_path):
+    oracle = SaysReward(resources(tmp_path))
+    oracle.rewards([question("a", "b")], "")
+    (file,) = (tmp_path / "judgements").iterdir()
+    file.write_text(file.read_text().replace("0.5", "NaN"))
+    with pytest.raises(ValueError, match=f"{file}, line 2: it holds NaN.*asked again"):
+        SaysReward(resources(tmp_path)).rewards([question("a", "b")], "")

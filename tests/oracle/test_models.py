@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.oracle import Answer, Question
 from openrlhf_sgpo.oracle.comparison import fitted
-from openrlhf_sgpo.oracle.reward_heads import votes
+from openrlhf_sgpo.oracle.reward_heads import RewardHeads, votes
 
 QUESTIONS = [
     Question(
@@ -216,3 +220,23 @@ def test_resident_models_are_loaded_once_and_given_back(tiny_reward_model, make_
     assert len(judge.rewards([new], "")[0]) == 2 and len(loads) == (2 if resident else 4)
     judge.close()
     assert judge.rewards(QUESTIONS, "") == one_by_one, "out of what is kept"
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [("weight", "the model {} has values in score.weight that are not finite"), ("std", "reward .* under {}")],
+)
+def test_one_head_that_is_not_finite_does_not_vote(damage, problem, heads, make_resources, tmp_path):
+    """Two heads, one of them damaged: its votes would go to whatever answer comes later. A deviation of 0 divides by 0."""
+    damaged = Path(shutil.copytree(heads[1], tmp_path / "damaged"))
+    if damage == "weight":
+        state = load_file(damaged / "model.safetensors")
+        state["score.weight"].view(-1)[0] = torch.nan
+        save_file(state, damaged / "model.safetensors", metadata={"format": "pt"})
+    else:
+        settings = json.loads((damaged / "config.json").read_text())
+        (damaged / "config.json").write_text(json.dumps(settings | {"mean": 0.0, "std": 0.0}))
+    oracle = RewardHeads(make_resources(reward__heads=[heads[0], str(damaged)]))
+    with pytest.raises(NotFiniteError, match=problem.format(damaged)):
+        oracle.preferences(QUESTIONS, "round 1: score")
+    assert len(list((tmp_path / "rewards").iterdir())) == 1, "those of the other head"

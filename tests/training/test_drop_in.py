@@ -52,3 +52,15 @@ def test_settings_that_need_rounds_are_refused():
         SGPOLoss(0.1, SGPOSettings(refresh_steps=0))
     with pytest.raises(ValueError, match="prox 0.5"):
         SGPOLoss(0.1, SGPOSettings(prox=0.5))
+
+
+def test_margins_that_are_not_finite_stop_training():
+    """Of a policy that is lost; with radius 0 too, where there is no follower to notice."""
+    from openrlhf_sgpo import SGPOLoss
+    from openrlhf_sgpo.finite import NotFiniteError
+
+    for radius in (0.0, 0.2):
+        loss, lost = SGPOLoss(0.1, SGPOSettings(radius=radius)), log_probs(1)
+        lost[0] = torch.full_like(lost[0], torch.nan)
+        with pytest.raises(NotFiniteError, match="go on from a checkpoint before, with a lower learning rate"):
+            loss(*lost)

@@ -85,3 +85,40 @@ def test_divergence_is_that_of_the_first_responses(make_scorer, groups, tiny_mod
         assert value > 0
     assert len(set(found)) == len(found), "equal figures would hide a wrong order"
     assert scorer.divergence(str(tiny_model), str(tiny_model), spoken[:3], "test") == [0.0] * 3
+
+
+def test_figures_that_are_not_finite_are_neither_kept_nor_read(make_scorer, groups, tiny_model, tmp_path, monkeypatch):
+    from openrlhf_sgpo.finite import NotFiniteError
+    from openrlhf_sgpo.training import scoring
+
+    monkeypatch.setattr(scoring, "PART", 3)
+    folder, model = tmp_path / "log_probs", str(tiny_model)
+    scorer = make_scorer(folder)
+    expected = scorer.score(model, groups, "whole")
+    (file,) = folder.iterdir()
+    text = file.read_text()
+    file.unlink()
+
+    figures = type(scorer)._figures
+    calls = []
+
+    def poisoned(self, actors, batch):
+        calls.append(batch)
+        found = figures(self, actors, batch)
+        return found * torch.nan if len(calls) == 5 else found
+
+    monkeypatch.setattr(type(scorer), "_figures", poisoned)
+    again = make_scorer(folder)
+    with pytest.raises(
+        NotFiniteError, match=f"round 1: policy: log-probability nan for 4 of 12 responses under {model}"
+    ):
+        again.score(model, groups, "round 1: policy")
+    # The part before is kept, and the rest is scored once the cause is gone.
+    assert "NaN" not in file.read_text() and len(file.read_text().split("\n\n")) == 1
+    assert again.score(model, groups, "again") == expected
+
+    key = next(iter(json.loads(text.split("\n")[1])))
+    file.write_text(text + "\n" + json.dumps({key: float("nan")}) + "\n")
+    line = file.read_text().rstrip("\n").count("\n") + 1
+    with pytest.raises(ValueError, match=f"{file}, line {line}: it holds NaN.*delete the file"):
+        make_scorer(folder).score(model, groups, "resumed")
