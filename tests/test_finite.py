@@ -141,7 +141,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_sampled_from(tiny_m
         config.rollout.temperature, config.rollout.max_new_tokens = temperature, 4
         rollout = HuggingFaceRollout(config, resources.chat, damaged)
         with pytest.raises(NotFiniteError, match=f"the next-token probabilities of the model {damaged} are not finite"):
-            rollout.generate([(5, 6), (7, 8, 9)], 2, 0, "")
+            rollout.generate([(5, 6), (7, 8, 9)], 1, 0, "")
         rollout.close()
 
 

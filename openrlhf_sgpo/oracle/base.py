@@ -232,7 +232,7 @@ class PreferenceOracle(Oracle):
         comparisons = [one for _, _, one, _ in asked]
         said = check_shares(self.name, comparisons, self.compare(comparisons, label) if asked else [])
         shares: list[dict[tuple[int, int], list[float]]] = [{} for _ in questions]
-        for (number, pair, one, in_order), share in zip(asked, said, strict=True):
+        for (number, pair, _, in_order), share in zip(asked, said, strict=True):
             shares[number].setdefault(pair, []).append(share if in_order else 1 - share)
         return [
             antisymmetric(len(question.answers), {pair: fmean(both) for pair, both in found.items()})
