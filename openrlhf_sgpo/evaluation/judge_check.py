@@ -146,8 +146,8 @@ def ask(judge: Oracle, pairs: Sequence[Pair]) -> tuple[list[Said], bool]:
         for one in pairs
     ]
     orders = [order for one in comparisons for order in (one, one.swapped())]
-    shares = check_shares(judge.name, orders, judge.compare(orders, name))
-    return [Said(*both) for both in zip(shares[::2], shares[1::2], strict=True)], True
+    said = check_shares(judge.name, orders, judge.compare(orders, name))
+    return [Said(*both) for both in zip(said[::2], said[1::2], strict=True)], True
 
 
 def _point(one: float, other: float) -> float:
