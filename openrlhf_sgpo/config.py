@@ -95,12 +95,12 @@ class ServerSettings:
     model: str = setting("", "the model's name there")
     api_key: str = setting(
         "",
-        "key of the server, `env`: that of the variable OPENAI_API_KEY (never stored; a local server needs none)",
+        "where the server's key is: env (the variable OPENAI_API_KEY), env:NAME or file:PATH; a local server needs none",
         True,
     )
     concurrency: int = setting(16, "requests at a time")
     max_retries: int = setting(6, "how often a request that failed is sent again, each time later")
-    timeout: float = setting(60.0, "seconds after which a request has failed")
+    timeout: float = setting(60.0, "seconds that a request may take from beginning to end; after that it has failed")
 
 
 @dataclass
@@ -201,7 +201,9 @@ class VllmSettings:
 @dataclass
 class WandbSettings:
     key: str = setting(
-        "", "W&B API key (never stored; prefer the environment variable WANDB_API_KEY with `env` here)", secret=True
+        "",
+        "log to W&B, with the key in env (the variable WANDB_API_KEY, or where `wandb login` put it), env:NAME or file:PATH",
+        True,
     )
     org: str = setting("", "W&B entity")
     group: str = setting("", "W&B group")
@@ -220,7 +222,7 @@ class LoggerSettings:
 class Config:
     """Everything a run needs except the algorithm's own group, which the algorithm's file defines."""
 
-    algo: str = setting("sgpo", "algorithm: a registered name, or module:Class")
+    algo: str = setting("sgpo", "algorithm: a registered name, or module:Class, whose code then runs")
     model: ModelSettings = field(default_factory=ModelSettings)
     ref: RefSettings = field(default_factory=RefSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -228,7 +230,8 @@ class Config:
     rounds: RoundsSettings = field(default_factory=RoundsSettings)
     oracle: str = setting(
         "implicit",
-        "who judges sampled answers: implicit, reward_model, reward_heads, preference_model, judge, or module:Class",
+        "who judges sampled answers: implicit, reward_model, reward_heads, preference_model, judge, or module:Class, whose "
+        "code then runs",
     )
     reward: RewardSettings = field(default_factory=RewardSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)

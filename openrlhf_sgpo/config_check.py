@@ -7,7 +7,7 @@ from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
-from openrlhf_sgpo import extras, flags, oracle
+from openrlhf_sgpo import extras, flags, keys, oracle
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config, samples, sections
@@ -154,6 +154,8 @@ def check(
                 f"--rollout.n_samples_per_prompt: {rollout.n_samples_per_prompt} is too few for --algo "
                 f"{algorithm.name}, use at least {algorithm.needs.samples_per_prompt}"
             )
+    if config.logger.wandb.key not in ("", "env"):
+        problems += keys.problems("logger.wandb.key", config.logger.wandb.key, "WANDB_API_KEY")
     problems += algorithm.check(options) or _check_on_policy(config, options, algorithm)
     if problems:
         raise flags.SettingsError(*problems)

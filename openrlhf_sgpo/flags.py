@@ -20,10 +20,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_ori
 
 import yaml
 
+from openrlhf_sgpo import keys, yaml_files
+
 COMMAND_LINE = "command line"
 CONFIG_FLAG = "config"
 RECIPES = Path(__file__).with_name("recipes")
-_NULL_TAG = "tag:yaml.org,2002:null"
 _Sections: TypeAlias = Mapping[str, Callable[[], Any]]
 _Words: TypeAlias = list[tuple[str, list[str]]]  # flags with their texts
 _Entries: TypeAlias = list[tuple[str, Any, str]]  # keys with their values and origins
@@ -52,17 +53,10 @@ class _Flag(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-class _Loader(yaml.BaseLoader):
-    """Leaves scalars as text, so that 1e-6, 010 or 1:30 mean the same in a file as on the command line."""
-
-
-_Loader.add_implicit_resolver(_NULL_TAG, re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-
-
 def setting(default: Any, help: str, secret: bool = False) -> Any:
     """A dataclass field with its help text; lists are copied, so that no two configurations share one.
 
-    secret: the value is never written to the run folder.
+    secret: it says where a key is (``keys.SOURCES``); anything else is refused, and nothing of it is written to the run folder.
     """
     metadata = {"help": help, "secret": secret}
     if isinstance(default, list):
@@ -93,7 +87,13 @@ def parse(
     given: dict[str, str] = {}
     ignored: dict[str, str] = {}
 
+    def refused(name: str, raw: Any) -> str:
+        return keys.refused(name, raw, name in flags and flags[name].metadata.get("secret", False))
+
     def accept(name: str, raw: Any, origin: str) -> None:
+        if problem := refused(name, raw):
+            problems.append(f"--{name} {problem} ({origin})")
+            return
         if name not in flags:
             elsewhere = (known_elsewhere or {}).get(name.partition(".")[0])
             if elsewhere and origin != COMMAND_LINE:
@@ -124,7 +124,8 @@ def parse(
         elif name not in flags and name != CONFIG_FLAG:
             accept(name, texts, COMMAND_LINE)
         elif not texts or (len(texts) > 1 and not several):
-            problems.append(f"--{name} got {_shown(texts)}, expected {_expected(annotation)} ({COMMAND_LINE})")
+            problem = refused(name, texts) or f"got {_shown(texts)}, expected {_expected(annotation)}"
+            problems.append(f"--{name} {problem} ({COMMAND_LINE})")
         elif name != CONFIG_FLAG:
             raw = texts[0] if not several else [] if texts == [""] else texts  # "--flag=" empties a list
             accept(name, None if optional and texts == ["null"] else raw, COMMAND_LINE)
@@ -225,9 +226,9 @@ def _read(words: _Words) -> tuple[_Entries, list[str]]:
     recipe = RECIPES / f"{path}.yaml"
     path = str(recipe) if recipe.is_file() and not Path(path).exists() else path
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        return [], [f"{path} cannot be read: {' '.join(str(error).split())}"]
+        root = yaml_files.compose(Path(path))
+    except ValueError as error:
+        return [], [str(error)]
     if not isinstance(root, yaml.MappingNode):
         return [], [f"{path} is not a mapping of keys to values"]
     entries: _Entries = []
@@ -255,7 +256,7 @@ def _plain(node: yaml.Node) -> Any:
     """Text, None for null, a list, or an empty dict for a mapping."""
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]
-    return {} if isinstance(node, yaml.MappingNode) else None if node.tag == _NULL_TAG else node.value
+    return {} if isinstance(node, yaml.MappingNode) else None if node.tag == yaml_files.NULL_TAG else node.value
 
 
 def _inner(annotation: Any) -> tuple[Any, bool]:

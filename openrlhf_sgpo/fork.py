@@ -8,9 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from openrlhf_sgpo import algorithms
+from openrlhf_sgpo import algorithms, yaml_files
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.run_folder import (
     ADDRESS,
@@ -39,7 +37,7 @@ def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any],
     stored = source.path / "resolved_config.yaml"
     if not stored.exists() or not source.finished(0, "train"):
         raise ValueError(f"{flag} is not a run with a finished seed stage")
-    theirs = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    theirs = yaml_files.load(stored)
     _check_same(flag, theirs, resolved)
     other = [name for name, digest in data.items() if read_json(source.path / "data.json").get(name) != digest]
     if other:

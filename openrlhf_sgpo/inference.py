@@ -12,9 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
-from openrlhf_sgpo import flags, oracle
+from openrlhf_sgpo import flags, oracle, yaml_files
 from openrlhf_sgpo.config import (
     Config,
     DataSettings,
@@ -102,7 +100,7 @@ def policy_of(model: str, number: int | None, flag: str) -> Policy:
 def stored_settings(model: str) -> dict[str, Any] | None:
     """The settings of the run in a folder; None if that is no run."""
     path = Path(model, STORED)
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if model and path.is_file() else None
+    found = yaml_files.load(path) if model and path.is_file() else None
     return found if isinstance(found, dict) and isinstance(found.get("model"), dict) else None
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from openrlhf_sgpo import keys, yaml_files
 from openrlhf_sgpo.data.template import today
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ class RunFolder:
                 f"--{self.flag} {self.path} already holds a run: add --resume to continue it, or choose another folder"
             )
         else:
-            changed = differences(yaml.safe_load(stored.read_text(encoding="utf-8")), yaml.safe_load(resolved_config))
+            changed = differences(yaml_files.load(stored), yaml.safe_load(resolved_config))
             changed = {key: values for key, values in changed.items() if key not in ADDRESS}
             if changed:
                 listed = "\n  ".join(f"--{key}: was {old!r}, now {new!r}" for key, (old, new) in changed.items())
@@ -333,8 +334,8 @@ class Metrics:
         if wandb_settings.key:
             import wandb
 
-            if wandb_settings.key != "env":
-                wandb.login(key=wandb_settings.key)
+            # `env` is W&B's own way. A key from elsewhere is for this process alone; login would write it to ~/.netrc.
+            key = None if wandb_settings.key == "env" else keys.read(wandb_settings.key, "WANDB_API_KEY")
             self._trackers.append(
                 wandb.init(
                     entity=wandb_settings.org or None,
@@ -342,6 +343,7 @@ class Metrics:
                     group=wandb_settings.group or None,
                     name=wandb_settings.run_name,
                     config=resolved,
+                    settings=wandb.Settings(api_key=key) if key else None,
                 )
             )
         if config.logger.tensorboard_dir:

@@ -17,8 +17,10 @@ BIAS = 0.5  # what the first place is worth to the judge, in nats
 
 def shown(text: str) -> tuple[str, str]:
     """The two answers in a comparison."""
-    first, second = re.search(r"\[Answer A\]\n(.*?)\n\n\[Answer B\]\n(.*?)\n\n\[Question\]", text, re.DOTALL).groups()
-    return first, second
+    code = re.search(r"that has the code (\w+)\.", text)[1]
+    return tuple(
+        text.split(f"[Answer {letter} {code}]\n")[1].split(f"\n[End of answer {letter} {code}]")[0] for letter in "AB"
+    )
 
 
 def log_odds(first: str, second: str) -> float:

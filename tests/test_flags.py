@@ -282,9 +282,9 @@ def test_round_trip_is_exact_and_without_secrets(settings_file):
     text = flags.dump(instances)
     assert flags.parse(settings_file(text), SECTIONS).instances == instances
     assert list(flags.to_dict(instances)) == ["algo", "key", "adam", "train", "one"]
-    secret = flags.parse(["--key", "hidden"], SECTIONS).instances
-    assert secret[""].key == "hidden"
-    assert "hidden" not in flags.dump(secret)
+    secret = flags.parse(["--key", "env:HIDDEN"], SECTIONS).instances
+    assert secret[""].key == "env:HIDDEN"
+    assert "HIDDEN" not in flags.dump(secret)
     assert flags.to_dict(secret)["key"] == ""
 
 

@@ -224,11 +224,10 @@ def test_manifests(tmp_path):
 
 
 def test_secrets_are_not_stored(tmp_path, monkeypatch):
-    logins, started = [], []
+    started = []
+    monkeypatch.setenv("MY_KEY", "sesame-123")
     tracker = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
-    wandb = SimpleNamespace(
-        login=lambda key: logins.append(key), init=lambda **keywords: started.append(keywords) or tracker
-    )
+    wandb = SimpleNamespace(Settings=SimpleNamespace, init=lambda **keywords: started.append(keywords) or tracker)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
 
     def resolved(key):
@@ -236,7 +235,7 @@ def test_secrets_are_not_stored(tmp_path, monkeypatch):
         config, _ = load(["--algo", "dpo", *required, "--logger.wandb.key", key])
         return config, {"": config}
 
-    config, tree = resolved("sesame-123")
+    config, tree = resolved("env:MY_KEY")
     run = RunFolder(config.ckpt.output_dir)
     run.prepare(flags.dump(tree), resume=False)
     metrics = Metrics(run.path, config, flags.to_dict(tree), writes=True)
@@ -245,13 +244,13 @@ def test_secrets_are_not_stored(tmp_path, monkeypatch):
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert written.keys() == {"resolved_config.yaml", "metrics.jsonl", "lock"}
     assert not any("sesame" in text for text in written.values())
-    assert logins == ["sesame-123"] and "sesame" not in repr(started)
+    assert started[0].pop("settings").api_key == "sesame-123" and "sesame" not in repr(started)
     assert started[0]["config"]["ckpt"]["output_dir"] == str(tmp_path)
     # Another key is no other configuration, and `env` leaves the key to the environment.
     config, tree = resolved("env")
     run.prepare(flags.dump(tree), resume=True)
     Metrics(run.path, config, flags.to_dict(tree), writes=True).close()
-    assert logins == ["sesame-123"] and len(started) == 2
+    assert len(started) == 2 and started[1]["settings"] is None
 
 
 # The lock -------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from openrlhf_sgpo import yaml_files
+
 HERE = Path(__file__).parent
 ONLY_WITH_ROUNDS = ("rounds", "rollout", "seed", "vllm", "eval")  # groups that a run without rounds does not read
 
@@ -262,7 +264,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time; they share the processor's threads")
     parser.add_argument("--report_only", action="store_true", help="table and figure from the cells that are finished")
     given = parser.parse_args()
-    study, out = yaml.safe_load(given.study.read_text()), given.out.absolute()
+    study, out = yaml_files.load(given.study), given.out.absolute()
     if not given.report_only:
         if not (given.pairs and given.model):
             parser.error("--pairs and --model are needed to run the study")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo import extras, flags
+from openrlhf_sgpo import extras, flags, keys
 
 COMMAND = "OPENRLHF_SGPO_COMMAND"  # what people typed before a command's own flags, where that was not openrlhf-sgpo
 FOLDERS = ("ckpt.output_dir", "out")  # flags that name the folder of a run
@@ -67,7 +67,7 @@ def explain(error: BaseException, argv: list[str]) -> int:
     global _signal
     stopped, _signal = _signal or signal.SIGINT * isinstance(error, KeyboardInterrupt), 0
     if stopped:
-        print(f"stopped: {shlex.join(_typed(argv))}\nto go on: {shlex.join(_continued(argv))}", file=sys.stderr)
+        _say(f"stopped: {shlex.join(_typed(argv))}\nto go on: {shlex.join(_continued(argv))}")
         return 128 + stopped
     together = part()
     # Before the ranks have met, all of them read the same settings and data.
@@ -76,16 +76,20 @@ def explain(error: BaseException, argv: list[str]) -> int:
     who = f"rank {_rank()}: " if _rank() > 0 else ""
     if isinstance(error, ValueError):
         # Settings and data errors are written for the user.
-        print(f"error: {who}{error}", file=sys.stderr)
+        _say(f"error: {who}{error}")
         return 2
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("openrlhf_sgpo"):
-        print(f"error: {who}{extras.how_to_install(error.name)}", file=sys.stderr)
+        _say(f"error: {who}{extras.how_to_install(error.name)}")
         return 2
     if isinstance(error, BrokenPipeError) and not _stdout_is_read():
         return 141  # what a shell reports of a command that ended by SIGPIPE
     what = _os_error(error, argv) or _other(error, argv)
-    print(f"error: {who}{what}{_details(error, argv)}", file=sys.stderr)
+    _say(f"error: {who}{what}{_details(error, argv)}")
     return 1
+
+
+def _say(text: str) -> None:
+    print(keys.redacted(text), file=sys.stderr)
 
 
 def _stdout_is_read() -> bool:
@@ -164,7 +168,7 @@ def _other(error: BaseException, argv: list[str]) -> str:
 
 def _details(error: BaseException, argv: list[str]) -> str:
     """Where the traceback is: the log of the run's folder, or a file for temporary ones where there is no such folder."""
-    text = "".join(traceback.format_exception(error))
+    text = keys.redacted("".join(traceback.format_exception(error)))
     folder = _run_folder(argv)
     try:
         if folder is None:

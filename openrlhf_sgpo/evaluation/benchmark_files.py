@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,7 +66,7 @@ def _in_package(package: Package) -> Path | None:
     return next((path for folder in folders or () if (path := Path(folder) / package.file).is_file()), None)
 
 
-def content_hash(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> str:
+def content_hash(rows: Iterable[Mapping[str, Any]], fields: Collection[str]) -> str:
     """32 hexadecimal digits of BLAKE2b of these fields of the rows, in the order of the rows. What else rows have, and
     whether their file is JSON or JSONL, does not matter. A field that a row lacks is null."""
     content = [[row.get(field) for field in fields] for row in rows]
@@ -74,8 +74,24 @@ def content_hash(rows: Iterable[Mapping[str, Any]], fields: Sequence[str]) -> st
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
 
 
-def read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a JSON or JSONL file (also .gz). Raises DataError if one cannot be read or lacks one of the fields."""
+class Kind(NamedTuple):
+    """What a field may hold. words: how an error says what it is not."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+NUMBER = Kind("integer", lambda value: type(value) in (int, str) and str(value).isdecimal())
+TEXTS = Kind("list of texts", lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value))
+LIST = Kind("list", lambda value: isinstance(value, list))
+OBJECTS = Kind("list of objects", lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value))
+Fields = Mapping[str, Kind]
+
+
+def read(path: Path, fields: Fields) -> list[dict[str, Any]]:
+    """Rows of a JSON or JSONL file (also .gz). Raises DataError if one cannot be read, lacks one of the fields or has something
+    else in it."""
     if path.suffix.lower() == ".parquet":
         raise DataError(f"{path}: a Parquet file; expected .json or .jsonl, either also .gz")
     source = read_rows(str(path))
@@ -87,7 +103,7 @@ def read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def read_checked(
-    flag: str, path: Path, fields: Sequence[str], digest: str, unverified: bool = False
+    flag: str, path: Path, fields: Fields, digest: str, unverified: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """What ``read`` gives of a file whose ``content_hash`` should be ``digest``, and notes for the result.
 
@@ -133,13 +149,16 @@ def upstream(task: str, module: str) -> Any:
         raise ValueError(f"--tasks {task}: {module} cannot be imported ({error})") from error
 
 
-def _problem(row: Any, fields: Sequence[str]) -> str:
+def _problem(row: Any, fields: Fields) -> str:
     if isinstance(row, DataError):
         return str(row)
     if not isinstance(row, dict):
         return f"expected an object, found {type(row).__name__}"
     missing = [field for field in fields if field not in row]
-    return f"no field {' and no field '.join(missing)}" if missing else ""
+    if missing:
+        return f"no field {' and no field '.join(missing)}"
+    wrong = [f"{name} is no {kind.words}" for name, kind in fields.items() if not kind.holds(row[name])]
+    return " and ".join(wrong)
 
 
 def _shown(texts: Sequence[str]) -> str:

@@ -16,7 +16,8 @@ from openrlhf_sgpo import extras, flags, output
 from openrlhf_sgpo.config import ServerSettings
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
-from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Reply, Request, Unanswered, api_key
+from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered, server_problems
+from openrlhf_sgpo.judge.reply import Reply
 from openrlhf_sgpo.judge.server import LocalServer
 
 Value = TypeVar("Value")
@@ -79,9 +80,7 @@ def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:
         found.append(
             f"--judge.model: missing, and nobody judges by default; name a model, or with --judge.preset one of {_presets()}"
         )
-    found += _address_problems(settings) + _range_problems(settings)
-    if settings.api_key == "env" and not api_key(settings):
-        found.append("--judge.api_key: env, but the variable OPENAI_API_KEY is not set")
+    found += server_problems(settings, "judge") + _address_problems(settings) + _range_problems(settings)
     if settings.max_cost > 0 and not settings.price_prompt + settings.price_completion:
         found.append("--judge.max_cost: needs --judge.price_prompt and --judge.price_completion")
     return found
@@ -90,14 +89,11 @@ def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:
 def _address_problems(settings: EvaluationJudgeSettings) -> list[str]:
     address, model = settings.base_url, settings.model
     if address:
-        found = [
+        return [
             f"--judge.{item.name}: only a model that is served here reads it, and there is --judge.base_url; leave it out"
             for item in fields(settings)
             if item.name in _SERVED and getattr(settings, item.name) != item.default
         ]
-        if not address.startswith(("http://", "https://")):
-            found.append(f"--judge.base_url: {address} does not begin with http:// or https://")
-        return found
     if settings.api_version:
         return ["--judge.base_url: missing, --judge.api_version needs the endpoint of the Azure resource"]
     if model and "/" not in model and not Path(model).is_dir():

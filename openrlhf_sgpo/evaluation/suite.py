@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from openrlhf_sgpo import algorithms, config, flags, oracle
+from openrlhf_sgpo import algorithms, config, flags, keys, oracle, yaml_files
 from openrlhf_sgpo.evaluation.compare_settings import read_settings, run_config
 from openrlhf_sgpo.launch import end_with_parent
 from openrlhf_sgpo.run_folder import ADDRESS, differences, write_text
@@ -26,6 +26,8 @@ from openrlhf_sgpo.run_folder import ADDRESS, differences, write_text
 Tree = dict[str, Any]
 
 _KEYS = ("out", "seeds", "algorithms", "common", "compare")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
+_TAKEN = ("start", "comparison", "compare.yaml")
 _ALGORITHM_KEYS = ("name", "settings", "trials", "fork_from")
 
 
@@ -103,10 +105,11 @@ def train_suite(argv: Sequence[str]) -> list[str]:
 def read_suite(path: Path) -> Suite:
     """Raises flags.SettingsError with everything that is wrong with the file's own keys."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise flags.SettingsError(f"--suite {path} cannot be read: {' '.join(str(error).split())}") from error
-    problems = list(_suite_problems(tree))
+        tree = yaml_files.load(path)
+    except ValueError as error:
+        raise flags.SettingsError(f"--suite {error}") from error
+    # Keys first: of a file that holds one nothing is written.
+    problems = list(_refused(tree)) or list(_suite_problems(tree))
     if problems:
         raise flags.SettingsError(*(f"--suite {path}: {problem}" for problem in problems))
     common = nested(tree.get("common") or {})
@@ -195,6 +198,18 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any], keep_null: bool =
     return found
 
 
+def _refused(value: Any, name: str = "") -> Iterator[str]:
+    """Problems with settings that hold a key or an address with a password, wherever they are in the file."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _refused(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _refused(item, name)
+    elif problem := keys.refused(name, value):
+        yield f"{name} {problem}"
+
+
 def _suite_problems(tree: Any) -> Iterator[str]:
     if not isinstance(tree, dict) or not isinstance(tree.get("algorithms"), list):
         yield f"expected a mapping with {', '.join(_KEYS)}, where algorithms is a list"
@@ -216,8 +231,12 @@ def _suite_problems(tree: Any) -> Iterator[str]:
     names: list[str] = []
     for number, one in enumerate(tree["algorithms"], start=1):
         name = one.get("name") if isinstance(one, dict) else None
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name in [*names, "start", "comparison"]:
-            yield f"algorithm {number}: give a name of letters, digits, '_', '.' and '-' of its own (not start or comparison)"
+        # A name is a folder of the suite's, beside its own files.
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in {*map(str.lower, names), *_TAKEN}:
+            yield (
+                f"algorithm {number}: give a name of its own, of at most 100 letters, digits, '_', '.' and '-', which begins "
+                f"with a letter or digit and is none of {', '.join(_TAKEN)}"
+            )
             continue
         yield from (
             f"{name}: {key} is unknown, use {', '.join(_ALGORITHM_KEYS)}" for key in one if key not in _ALGORITHM_KEYS
@@ -237,7 +256,7 @@ def _resolved(words: list[str], folder: Path) -> Tree:
     resolved = flags.to_dict({"": replace(settings, resume=False), algorithms.get(settings.algo).name: options})
     stored = folder / "resolved_config.yaml"
     if stored.exists():
-        changed = differences(yaml.safe_load(stored.read_text(encoding="utf-8")), resolved)
+        changed = differences(yaml_files.load(stored), resolved)
         listed = [f"--{key} {old!r}, now {new!r}" for key, (old, new) in changed.items() if key not in ADDRESS]
         if listed:
             raise flags.SettingsError(

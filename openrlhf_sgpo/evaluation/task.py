@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from openrlhf_sgpo.evaluation.benchmark_files import Fields
     from openrlhf_sgpo.evaluation.judge import EvaluationJudge
 
 
@@ -75,7 +76,7 @@ class Task:
     name: ClassVar[str]
     judged: ClassVar[bool] = True
     reads_logprobs: ClassVar[bool] = False
-    answer_fields: ClassVar[tuple[str, ...]]
+    answer_fields: ClassVar[Fields]
     Settings: ClassVar[type]
     packages: ClassVar[tuple[str, ...]] = ()
 

@@ -32,8 +32,8 @@ class ContentCache:
             try:
                 row = parse_json(line)
                 self._known[row["key"]] = row["value"]
-            except json.JSONDecodeError:
-                continue  # the line that a killed process was writing
+            except (json.JSONDecodeError, LookupError, TypeError, RecursionError):
+                continue  # the line that a killed process was writing, or one that is nothing of ours
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}; delete the line, and it is asked again") from None
 

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from openrlhf_sgpo import keys
 from openrlhf_sgpo.config import ServerSettings
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
+from openrlhf_sgpo.judge.reply import (
+    Elsewhere,
+    NotJson,
+    Reply,
+    Unusable,
+    kept_reply,
+    limited_client,
+    read_completion,
+    read_reply,
+    spent,
+)
 
 if TYPE_CHECKING:
     from openai import APIStatusError, AsyncOpenAI
@@ -29,6 +41,7 @@ LONGEST_REQUESTED = 600.0
 PASSING = (408, 409, 425, 429)  # the client errors that another attempt may not meet
 REFUSING = (400, 413, 422)  # those that are about one request: a content filter, a context that is too long
 NO_CREDIT = "insufficient_quota"
+KEY = "OPENAI_API_KEY"  # the variable of --judge.api_key env
 
 
 class JudgeError(ValueError):
@@ -39,24 +52,11 @@ class Unanswered(JudgeError):
     """A server replied, and to the last attempt with nothing that can be used; or it refused this one request."""
 
 
-class Unusable(ValueError):
-    """What an ``accept`` raises for a reply that is no answer: it is asked for again, and never kept."""
-
-
 class Request(NamedTuple):
     """name: how an error calls it."""
 
     name: str
     messages: Messages
-
-
-@dataclass(frozen=True)
-class Reply:
-    """top: the likeliest first tokens with their log-probabilities; empty where the server did not say."""
-
-    text: str
-    finish_reason: str | None = None
-    top: tuple[tuple[str, float], ...] = ()
 
 
 class ChatClient:
@@ -93,7 +93,7 @@ class ChatClient:
         Raises JudgeError where a request failed for good; what had arrived by then, and what was under way, is kept.
         """
         self._fetch(requests, label, accept, partial=False)
-        return [accept(_reply(self.cache[self._key(one)])) for one in requests]
+        return [accept(reply) for one in requests if (reply := self._kept(one))]
 
     def ask_partially(
         self, requests: Sequence[Request], label: str, accept: Callable[[Reply], Value]
@@ -101,15 +101,18 @@ class ChatClient:
         """The same, but None for a request to which the server replied, and to the last attempt nothing usable, and for one
         that it refused. Nothing is kept of it. Everything else that fails for good raises JudgeError."""
         self._fetch(requests, label, accept, partial=True)
-        keys = [self._key(one) for one in requests]
-        return [accept(_reply(self.cache[key])) if key in self.cache else None for key in keys]
+        return [accept(reply) if (reply := self._kept(one)) else None for one in requests]
 
     def missing(self, requests: Sequence[Request]) -> dict[str, Request]:
         """By their keys the requests that are not answered yet."""
-        return {key: one for one in requests if (key := self._key(one)) not in self.cache}
+        return {self._key(one): one for one in requests if self._kept(one) is None}
 
     def _key(self, request: Request) -> str:
         return content_key(self.settings.model, self.decoding, request.messages)
+
+    def _kept(self, request: Request) -> Reply | None:
+        key = self._key(request)
+        return kept_reply(self.cache[key]) if key in self.cache else None
 
     def _fetch(self, requests: Sequence[Request], label: str, accept: Callable[[Reply], Any], partial: bool) -> None:
         if missing := self.missing(requests):
@@ -150,19 +153,18 @@ class ChatClient:
         if failure.done():
             error = failure.result()
             if isinstance(error, JudgeError):
-                raise type(error)(f"{error}{self._kept()}") from error
+                raise type(error)(f"{error}{self._number_kept()}") from None
             raise error
 
     def _server(self) -> AsyncOpenAI:
         from openai import AsyncAzureOpenAI, AsyncOpenAI
 
-        address, key, patience = self.settings.base_url, api_key(self.settings) or "none", self.settings.timeout
-        # No retries of theirs: what counts as a failure is for this class to say.
+        address, key = self.settings.base_url, keys.read(self.settings.api_key, KEY) or "none"
+        # No retries and no time limits of theirs: what counts as a failure is for this class to say.
+        shared: Any = {"api_key": key, "timeout": None, "max_retries": 0, "http_client": limited_client()}
         if self.api_version:
-            return AsyncAzureOpenAI(
-                azure_endpoint=address, api_version=self.api_version, api_key=key, timeout=patience, max_retries=0
-            )
-        return AsyncOpenAI(base_url=address, api_key=key, timeout=patience, max_retries=0)
+            return AsyncAzureOpenAI(azure_endpoint=address, api_version=self.api_version, **shared)
+        return AsyncOpenAI(base_url=address, **shared)
 
     async def _ask(
         self, server: AsyncOpenAI, request: Request, accept: Callable[[Reply], Any], failure: asyncio.Future[Exception]
@@ -173,54 +175,59 @@ class ChatClient:
 
         attempts = 1 + self.settings.max_retries
         for attempt in range(attempts):
-            requested, reply = 0.0, None
+            requested, unusable = 0.0, False
             try:
-                reply = await self._reply_of(server, request)
+                reply = await asyncio.wait_for(self._reply_of(server, request), self.settings.timeout)
                 accept(reply)
-            except APIStatusError as error:
-                problem = _shortened(error.message)
+            except asyncio.TimeoutError:
+                problem = f"it timed out after {self.settings.timeout:g} seconds, see --{self.group}.timeout"
+            except Elsewhere as error:
                 self.counts["failures"] += 1
+                advice = f"; if key and texts may go there, give that address as --{self.group}.base_url"
+                raise JudgeError(self._failed(request, str(error), advice)) from None
+            except APIStatusError as error:
+                problem = error.message
                 if advice := self._hopeless(error):
+                    self.counts["failures"] += 1
                     refused = error.status_code in REFUSING and error.code != NO_CREDIT
                     kind = Unanswered if refused else JudgeError
-                    raise kind(self._failed(request, f"{problem}; {advice}")) from error
+                    raise kind(self._failed(request, problem, f"; {advice}")) from None
                 requested = _requested_pause(error)
             except APIConnectionError as error:
-                problem = _shortened(f"{error} {error.__cause__ or ''}")
-                self.counts["failures"] += 1
+                problem = f"{error} {error.__cause__ or ''}"
             except Unusable as error:
-                problem = _shortened(str(error))
-                self.counts["failures"] += 1
+                problem, unusable = str(error), not isinstance(error, NotJson)
             else:
                 self.counts["calls"] += 1
                 return reply
+            self.counts["failures"] += 1
             if attempt + 1 < attempts:
                 pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * self._jitter.uniform(0.75, 1)
                 await asyncio.wait([failure], timeout=max(pause, requested))
                 if failure.done():
                     break
                 self.counts["retries"] += 1
-        kind = Unanswered if reply else JudgeError
-        raise kind(
-            self._failed(request, f"{problem} (attempt {attempt + 1} of {attempts}, see --{self.group}.max_retries)")
-        )
+        kind = Unanswered if unusable else JudgeError
+        tried = f" (attempt {attempt + 1} of {attempts}, see --{self.group}.max_retries)"
+        raise kind(self._failed(request, problem, tried))
 
     async def _reply_of(self, server: AsyncOpenAI, request: Request) -> Reply:
-        """What the server says, usable or not."""
+        """What the server says, usable or not. Raises Unusable, Elsewhere, and the errors of the package openai."""
+        from openai import APIConnectionError
+
         messages: Any = request.messages
+        create = server.chat.completions.with_raw_response.create
         try:
-            answer = await server.chat.completions.create(model=self.settings.model, messages=messages, **self.decoding)
-            if answer.usage:
-                self.counts["prompt_tokens"] += answer.usage.prompt_tokens
-                self.counts["completion_tokens"] += answer.usage.completion_tokens
-            choice = answer.choices[0]
-            text = choice.message.content or ""
-            places = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
-            top = tuple((one.token, one.logprob) for one in places[0].top_logprobs) if places else ()
-        # The package raises a JSONDecodeError for half a reply, and takes others for what they are not.
-        except (ValueError, AttributeError, IndexError, TypeError) as error:
-            raise Unusable(f"the server's reply is no chat completion ({type(error).__name__}: {error})") from None
-        return Reply(text, choice.finish_reason, top)
+            answer = await create(model=self.settings.model, messages=messages, **self.decoding)
+        except APIConnectionError as error:
+            if isinstance(error.__cause__, (Elsewhere, Unusable)):  # which some versions of the package wrap
+                raise error.__cause__ from None
+            raise
+        except RecursionError:
+            raise Unusable("the server's reply is nested too deeply") from None
+        completion = read_completion(answer.http_response.content)
+        self.counts.update(spent(completion))
+        return read_reply(completion)
 
     def _hopeless(self, error: APIStatusError) -> str:
         """What to do about an error that every further attempt would meet; empty for any other."""
@@ -233,10 +240,13 @@ class ChatClient:
             return "the server will not answer this, however often it is asked"
         return ""
 
-    def _failed(self, request: Request, what: str) -> str:
-        return f"--{self.group}.base_url {self.settings.base_url}, model {self.settings.model}: {request.name} failed: {what}"
+    def _failed(self, request: Request, problem: str, more: str) -> str:
+        """problem: what a server says may be long, and may have the key in it."""
+        shown = " ".join(keys.redacted(problem).split())[:300]
+        server = f"--{self.group}.base_url {self.settings.base_url}, model {self.settings.model}"
+        return f"{server}: {request.name} failed: {shown}{more}"
 
-    def _kept(self) -> str:
+    def _number_kept(self) -> str:
         if not self.cache.path:
             return ""
         return (
@@ -245,16 +255,14 @@ class ChatClient:
         )
 
 
-def api_key(settings: ServerSettings) -> str:
-    return os.environ.get("OPENAI_API_KEY", "") if settings.api_key == "env" else settings.api_key
-
-
-def _reply(value: dict[str, Any]) -> Reply:
-    return Reply(value["text"], value["finish_reason"], tuple((token, logprob) for token, logprob in value["top"]))
-
-
-def _shortened(text: str) -> str:
-    return " ".join(text.split())[:300]
+def server_problems(settings: ServerSettings, group: str) -> list[str]:
+    """What is wrong with a server's address and key, each problem naming its flag in the group."""
+    found = []
+    address = settings.base_url
+    if address and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", address):
+        # The address is not repeated: who forgot its beginning may still have written a password.
+        found.append(f"--{group}.base_url: not an address such as http://localhost:8000/v1, without ? and #")
+    return found + keys.problems(f"{group}.api_key", settings.api_key, KEY)
 
 
 def _requested_pause(error: APIStatusError) -> float:

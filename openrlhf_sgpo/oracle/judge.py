@@ -10,14 +10,21 @@ from typing import TYPE_CHECKING, ClassVar
 
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.judge.cache import content_key
-from openrlhf_sgpo.judge.client import ChatClient, Reply, Request, Unusable, api_key
+from openrlhf_sgpo.judge.client import ChatClient, Request, server_problems
+from openrlhf_sgpo.judge.reply import Reply, Unusable
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
-from openrlhf_sgpo.oracle.comparison import JUDGE, LETTERS, comparison, transcript
+from openrlhf_sgpo.oracle.comparison import LETTERS, judged, transcript
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.config import Config
 
 TOP = 20  # the most that OpenAI's servers say, and vLLM's without further settings
+
+
+def log_total(values: Sequence[float]) -> float:
+    """log sum_i exp(values_i), also where every exp is 0 in floating point; -inf for none."""
+    top = max(values, default=-math.inf)
+    return top + math.log(sum(math.exp(value - top) for value in values)) if values else top
 
 
 def letter_share(reply: Reply, temperature: float) -> float:
@@ -27,8 +34,7 @@ def letter_share(reply: Reply, temperature: float) -> float:
     (Arena-style pairwise judges read as in the released SLHF, arXiv 2512.16626, which knows no variants with a space and
     takes a reply without either letter for a preference.) Raises Unusable if neither letter is there.
     """
-    found = [[value for token, value in reply.top if token.strip() == letter] for letter in LETTERS]
-    a, b = (math.log(sum(map(math.exp, values))) if values else -math.inf for values in found)
+    a, b = (log_total([value for token, value in reply.top if token.strip() == letter]) for letter in LETTERS)
     if a == b == -math.inf:
         shown = ", ".join(repr(token) for token, _ in reply.top[:5])
         raise Unusable(
@@ -67,16 +73,12 @@ class Judge(PreferenceOracle):
         judge = config.judge
         needed = {"base_url": judge.base_url, "model": judge.model}
         problems = [f"--judge.{name}: missing, --oracle judge needs it" for name, value in needed.items() if not value]
-        if judge.base_url and not judge.base_url.startswith(("http://", "https://")):
-            problems.append(f"--judge.base_url: {judge.base_url} does not begin with http:// or https://")
-        if judge.api_key == "env" and not api_key(judge):
-            problems.append("--judge.api_key: env, but the variable OPENAI_API_KEY is not set")
-        return problems
+        return problems + server_problems(judge, "judge")
 
     @classmethod
     def check(cls, config: Config) -> None:
         """Asks the server one question: address, key, model and log-probabilities show before anything is loaded."""
-        messages = comparison(JUDGE, "User: How much is two and two?", "Four.", "Five.")
+        messages = judged("User: How much is two and two?", "Four.", "Five.", config.train.seed)
         _client(config).ask([Request("a first question", messages)], "judge: trial", _reader(config))
 
     def orders(self, comparison: Comparison) -> list[Comparison]:
@@ -96,7 +98,7 @@ class Judge(PreferenceOracle):
             requests = [
                 Request(
                     f"the comparison of two answers to {one.question}",
-                    comparison(JUDGE, transcript(one.prompt, one.tools), one.first.text, one.second.text),
+                    judged(transcript(one.prompt, one.tools), one.first.text, one.second.text, self.config.train.seed),
                 )
                 for one in comparisons
             ]

@@ -10,6 +10,8 @@ import pytest
 
 from openrlhf_sgpo.data.files import DataError
 from openrlhf_sgpo.evaluation.benchmark_files import (
+    NUMBER,
+    TEXT,
     Hub,
     Package,
     check_once,
@@ -21,7 +23,7 @@ from openrlhf_sgpo.evaluation.benchmark_files import (
 )
 
 ROWS = [{"id": 1, "text": "naïve\u2028text", "more": 0}, {"id": 2, "text": 'a "quote"', "more": 1}]
-FIELDS = ("id", "text")
+FIELDS = {"id": NUMBER, "text": TEXT}
 HUB = Hub("nobody/nothing", "dataset", "folder/rows.json")
 
 
@@ -109,7 +111,7 @@ def test_the_hash_sees_content_only(tmp_path):
         [{**row, "id": str(row["id"])} for row in ROWS],
     ]
     assert len({digest, *(content_hash(rows, FIELDS) for rows in others)}) == 1 + len(others)
-    assert content_hash(ROWS, FIELDS[::-1]) != digest
+    assert content_hash(ROWS, tuple(FIELDS)[::-1]) != digest
 
 
 def test_other_content_is_an_error_or_a_note(tmp_path):
@@ -124,13 +126,14 @@ def test_other_content_is_an_error_or_a_note(tmp_path):
 
 def test_every_bad_row_is_named_with_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"id": 1, "text": "a"}\nnonsense\n{"id": 2}\n[1]\n')
+    path.write_text('{"id": 1, "text": "a"}\nnonsense\n{"id": 2}\n[1]\n{"id": null, "text": ["a"]}\n')
     with pytest.raises(DataError) as caught:
         read(path, FIELDS)
     assert [line.partition(": ")[0].rpartition(", ")[2] for line in str(caught.value).splitlines()] == [
         "line 2",
         "line 3",
         "line 4",
+        "line 5",
     ]
     with pytest.raises(ValueError, match=r"(?s)--task\.file: .*no field text"):
         read_checked("task.file", path, FIELDS, "0" * 32)

@@ -19,7 +19,8 @@ from openrlhf_sgpo import flags
 from openrlhf_sgpo.evaluation import judge as module
 from openrlhf_sgpo.evaluation.judge import EvaluationJudge, EvaluationJudgeSettings, judge_problems, with_preset
 from openrlhf_sgpo.judge import client
-from openrlhf_sgpo.judge.client import JudgeError, Reply, Request, Unusable
+from openrlhf_sgpo.judge.client import JudgeError, Request
+from openrlhf_sgpo.judge.reply import Reply, Unusable
 
 ROOT = Path(__file__).parents[2]
 LETTERS = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 2}
@@ -277,7 +278,7 @@ def test_presets_of_this_checkout(path, monkeypatch, tmp_path):
     [
         ("", "--judge.model: missing, and nobody judges by default"),
         ("--judge.model gpt-4.1", "--judge.base_url: missing, and --judge.model gpt-4.1 is neither a folder nor a hub name"),
-        ("--judge.model m --judge.base_url localhost:8000", "does not begin with http"),
+        ("--judge.model m --judge.base_url localhost:8000", "--judge.base_url: not an address such as"),
         ("--judge.model m --judge.base_url http://x/v1 --judge.max_len 9", "--judge.max_len: only a model that is served"),
         ("--judge.model org/m --judge.api_version 2024-10-21", "--judge.base_url: missing, --judge.api_version needs"),
         ("--judge.model org/m --judge.max_cost 3", "--judge.max_cost: needs --judge.price_prompt"),
@@ -293,9 +294,10 @@ def test_settings_that_cannot_work(argv, problem, monkeypatch):
     assert problem in found
 
 
-def test_the_key_is_written_nowhere(tmp_path):
+def test_the_key_is_written_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "sk-secret")
     with JudgeServer(judge=by_number) as server:
-        judge = make(tmp_path, server.url, api_key="sk-secret")
+        judge = make(tmp_path, server.url, api_key="env:JUDGE_KEY")
         judge.ask("test", LETTERS, requests(1), share_of_m, "")
         assert server.keys == ["Bearer sk-secret"]
     written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
@@ -312,10 +314,11 @@ class AzureServer(JudgeServer):
         super()._handle(request)
 
 
-def test_azure_is_asked_in_its_own_way(tmp_path):
+def test_azure_is_asked_in_its_own_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "azure-key")
     with AzureServer(judge=by_number) as server:
         endpoint = server.url.removesuffix("/v1")
-        judge = make(tmp_path, endpoint, model="deployment", api_version="2024-10-21", api_key="azure-key")
+        judge = make(tmp_path, endpoint, model="deployment", api_version="2024-10-21", api_key="env")
         assert judge.ask("test", LETTERS, requests(1), share_of_m, "") == UNDISTURBED[:1]
         assert server.path == "/openai/deployments/deployment/chat/completions?api-version=2024-10-21"
         assert server.api_key == "azure-key" and server.keys == [None]

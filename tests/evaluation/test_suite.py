@@ -58,6 +58,41 @@ def test_dotted_keys_are_groups():
     assert nested({"a.b.c": 1, "a": {"b.d": 2}, "e": None}) == {"a": {"b": {"c": 1, "d": 2}}, "e": None}
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "..",
+        ".",
+        "../up",
+        "/tmp/up",
+        "a/b",
+        "",
+        ".hidden",
+        "start",
+        "comparison",
+        "Compare.yaml",
+        "a\n",
+        "é",
+        "a" * 101,
+        7,
+    ],
+)
+def test_names_stay_in_the_folder_of_the_suite(name, tmp_path):
+    suite = small(tmp_path / "inner")
+    suite["algorithms"][0]["name"] = name
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(SettingsError, match="algorithm 1: give a name of its own"):
+        train_suite(["--suite", str(write(tmp_path / "inner", suite))])
+    assert [path.name for path in tmp_path.rglob("*")] == ["inner", "suite.yaml"]
+
+
+def test_names_that_one_folder_would_serve_are_one(tmp_path):
+    suite = small(tmp_path)
+    suite["algorithms"][1]["name"] = "SELF"
+    with pytest.raises(SettingsError, match="algorithm 2: give a name of its own"):
+        read_suite(write(tmp_path, suite))
+
+
 def test_settings_of_an_algorithm_win_and_null_takes_away():
     base = {"a": {"b": 1, "c": 2}, "d": 3, "e": {"f": 4}}
     assert merged(base, {"a": {"b": None, "g": 5}, "d": {"h": 6}, "e": None, "i": {"j": None}}) == {

@@ -34,7 +34,8 @@ from openrlhf_sgpo.evaluation.tasks.alpaca_eval import (
     win_rates,
 )
 from openrlhf_sgpo.judge import client
-from openrlhf_sgpo.judge.client import JudgeError, Reply, Unusable
+from openrlhf_sgpo.judge.client import JudgeError
+from openrlhf_sgpo.judge.reply import Reply, Unusable
 
 pytestmark = pytest.mark.skipif(not find_spec("alpaca_eval"), reason="needs the package alpaca-eval")
 
@@ -307,7 +308,9 @@ def test_outputs_that_do_not_fit_are_named(tmp_path):
     for bad, message in (
         ({"instruction": "Something else?", "output": "text"}, "unknown instruction .*'Something else"),
         (fine, "answered twice .*'Say something about number 0"),
-        ({"instruction": "Say something about number 1.", "output": None}, "number 1.' is no text"),
+        ({"instruction": "Say something about number 1.", "output": None}, "outputs.json, line 1: output is no text"),
+        ({"instruction": None, "output": "text"}, "line 1: instruction is no text"),
+        ({"instruction": ["a"], "output": {}}, "line 1: instruction is no text and output is no text"),
         ({"instruction": "Say something about number 1."}, "no field output"),
     ):
         path.write_text(json.dumps([fine, bad]))

@@ -14,7 +14,8 @@ from judge_server import JudgeServer
 from openrlhf_sgpo.config import ServerSettings
 from openrlhf_sgpo.judge import client
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
-from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered, Unusable
+from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered
+from openrlhf_sgpo.judge.reply import Unusable
 
 DECODING = {"max_tokens": 1, "temperature": 0}
 
@@ -299,10 +300,17 @@ def test_a_date_as_retry_after():
 
 def test_the_key_is_sent_and_written_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "from-the-environment")
+    monkeypatch.setenv("OTHER", "another-secret")
+    file = tmp_path / "key"
+    file.write_text("a-secret-in-a-file\n")
+    sources = {
+        "env:OTHER": "another-secret",
+        f"file:{file}": "a-secret-in-a-file",
+        "env": "from-the-environment",
+        "": "none",
+    }
     with JudgeServer(judge=echo) as server:
-        for number, (key, sent) in enumerate(
-            {"a-secret": "a-secret", "env": "from-the-environment", "": "none"}.items()
-        ):
+        for number, (key, sent) in enumerate(sources.items()):
             path = tmp_path / f"{number}.jsonl"
             ChatClient(settings(server, api_key=key), DECODING, path).ask(requests(1), "test", text_of)
             assert server.keys[-1] == f"Bearer {sent}"

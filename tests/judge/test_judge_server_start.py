@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from openrlhf_sgpo.evaluation.judge import EvaluationJudge, EvaluationJudgeSettings
-from openrlhf_sgpo.judge.client import JudgeError, Reply, Request, Unusable
+from openrlhf_sgpo.judge.client import JudgeError, Request
+from openrlhf_sgpo.judge.reply import Reply, Unusable
 from openrlhf_sgpo.judge.server import LocalServer, served_name
 
 ROOT = Path(__file__).parents[2]

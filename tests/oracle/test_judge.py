@@ -23,7 +23,8 @@ from running import free_port
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.judge import client
 from openrlhf_sgpo.judge.cache import ContentCache
-from openrlhf_sgpo.judge.client import JudgeError, Reply, Unusable
+from openrlhf_sgpo.judge.client import JudgeError
+from openrlhf_sgpo.judge.reply import Reply, Unusable
 from openrlhf_sgpo.oracle import Answer, Question
 from openrlhf_sgpo.oracle.judge import Judge, letter_share, letter_written
 

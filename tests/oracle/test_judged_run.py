@@ -22,13 +22,14 @@ def by_worth(text: str) -> list[tuple[str, float]]:
 
 
 @pytest.mark.slow
-def test_a_run_whose_judge_breaks_off_goes_on_where_it_was(tiny_model, tiny_data, tmp_path):
+def test_a_run_whose_judge_breaks_off_goes_on_where_it_was(tiny_model, tiny_data, tmp_path, monkeypatch):
     folder = tmp_path / "run"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
 
     def argv(server, *more):
         base = arguments(tiny_model, tiny_data, folder, *more, "--oracle", "judge", "--judge.model", "rule")
         base[base.index("--rounds.count") + 1] = "1"
-        return [*base, "--judge.base_url", server.url, "--judge.api_key", "sk-secret", "--judge.concurrency", "1"]
+        return [*base, "--judge.base_url", server.url, "--judge.api_key", "env", "--judge.concurrency", "1"]
 
     with JudgeServer(lambda *_: "404") as server:
         early = train(*argv(server))

@@ -100,10 +100,11 @@ def test_the_implicit_reward_is_the_policys_own_in_rounds_and_frozen_in_plays():
     assert found.startswith("--rounds.judge_reference: --oracle implicit is not the one")
 
 
-def test_the_key_is_in_no_dump(tmp_path):
-    config, options = load([*ROUNDS, *JUDGE, "--judge.api_key", "sk-secret"])
+def test_the_key_is_in_no_dump(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-secret")
+    config, options = load([*ROUNDS, *JUDGE, "--judge.api_key", "env:MY_KEY"])
     text = flags.dump({"": config, "sgpo": options})
-    assert config.judge.api_key == "sk-secret" and "secret" not in text
+    assert config.judge.api_key == "env:MY_KEY" and "secret" not in text and "MY_KEY" not in text
     (tmp_path / "dump.yaml").write_text(text)
     again, _ = load(["--config", str(tmp_path / "dump.yaml")])
     assert again.judge.model == "j" and again.judge.api_key == yaml.safe_load(text)["judge"]["api_key"] == ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from openrlhf_sgpo import yaml_files
 from openrlhf_sgpo.evaluation.report.figures import Series, bars, plot, plots
 from openrlhf_sgpo.evaluation.report.follower import FIGURES as CERTIFICATE
 from openrlhf_sgpo.evaluation.report.follower import follower_plot
@@ -40,7 +41,7 @@ class Moment:
 
 def run_page(folder: Path) -> Html:
     """Raises ValueError if the settings are not those of a run."""
-    settings = yaml.safe_load((folder / "resolved_config.yaml").read_text(encoding="utf-8"))
+    settings = yaml_files.load(folder / "resolved_config.yaml")
     if "algo" not in settings:  # refinements, comparisons and leaderboards have such a file too
         raise ValueError(
             f"{folder} is not a training run, and has neither comparison.json nor leaderboard.json: a comparison or a "

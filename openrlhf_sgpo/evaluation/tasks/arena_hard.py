@@ -16,7 +16,17 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from openrlhf_sgpo.data.records import Messages
-from openrlhf_sgpo.evaluation.benchmark_files import Hub, Package, check_once, locate, read, read_checked, upstream
+from openrlhf_sgpo.evaluation.benchmark_files import (
+    LIST,
+    TEXT,
+    Hub,
+    Package,
+    check_once,
+    locate,
+    read,
+    read_checked,
+    upstream,
+)
 from openrlhf_sgpo.evaluation.ratios import linearised
 from openrlhf_sgpo.evaluation.statistics import bootstrap_interval
 from openrlhf_sgpo.evaluation.task import Item, Responses, Result, Task
@@ -31,9 +41,9 @@ if TYPE_CHECKING:
 
 FLAG = "arena_hard.folder"
 PLACE = "data/arena-hard-v2.0"
-QUESTION_FIELDS = ("uid", "category", "prompt")
+QUESTION_FIELDS = dict.fromkeys(("uid", "category", "prompt"), TEXT)
 QUESTION_DIGEST = "4108d04854e611ce558b67cb6859a456"
-ANSWER_FIELDS = ("uid", "messages")
+ANSWER_FIELDS = {"uid": TEXT, "messages": LIST}
 ANSWER_DIGESTS = {
     "o3-mini-2025-01-31": "95b07bf64857f10b3e76ebe35b740788",
     "gemini-2.0-flash-001": "5354e81471fcaa34ca03bba3f122ff4d",

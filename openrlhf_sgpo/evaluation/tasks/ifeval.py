@@ -16,7 +16,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from openrlhf_sgpo.evaluation.benchmark_files import Hub, Package, check_once, locate, read, read_checked, upstream
+from openrlhf_sgpo.evaluation.benchmark_files import (
+    NUMBER,
+    OBJECTS,
+    TEXT,
+    TEXTS,
+    Hub,
+    Package,
+    check_once,
+    locate,
+    read,
+    read_checked,
+    upstream,
+)
 from openrlhf_sgpo.evaluation.ratios import linearised
 from openrlhf_sgpo.evaluation.task import Item, Responses, Result, Task
 from openrlhf_sgpo.flags import setting
@@ -26,7 +38,7 @@ from openrlhf_sgpo.table import standard_error
 if TYPE_CHECKING:
     from openrlhf_sgpo.evaluation.judge import EvaluationJudge
 
-FIELDS = ("key", "prompt", "instruction_id_list", "kwargs")
+FIELDS = {"key": NUMBER, "prompt": TEXT, "instruction_id_list": TEXTS, "kwargs": OBJECTS}
 DIGEST = "0dc2de92ff0a7dac2f79ffda46cc966c"
 HUB_DIGEST = "215184461c972b2a58dac539ce0f67df"
 HUB = Hub("google/IFEval", "dataset", "ifeval_input_data.jsonl")
@@ -55,7 +67,7 @@ class IFEval(Task):
     name = "ifeval"
     packages = ("eval_framework", "nltk", "langdetect")
     judged = False
-    answer_fields = ("prompt", "response")
+    answer_fields: ClassVar = {"prompt": TEXT, "response": TEXT}
     Settings: ClassVar[type] = IFEvalSettings
 
     @cached_property
@@ -88,9 +100,6 @@ class IFEval(Task):
     def read_responses(self, path: Path) -> list[Responses]:
         """Of rows {"prompt", "response"}, as Google's script takes them. Responses beyond the limit are left out."""
         rows = read(path, self.answer_fields)
-        silent = [row["prompt"] for row in rows if not isinstance(row["response"], str)]
-        if silent:
-            raise ValueError(f"{path}: the response to {silent[0]!r} is no text")
         check_once(path, "prompt", [row["prompt"] for row in rows], [row["prompt"] for row in self._file[0]])
         ids = {item.turns[0]: item.id for item in self.items()}
         return [Responses(ids[row["prompt"]], (row["response"],)) for row in rows if row["prompt"] in ids]
@@ -134,7 +143,7 @@ def _check_instructions(items: Sequence[Item]) -> None:
         try:
             for name, arguments in zip(item.facts["instructions"], item.facts["arguments"], strict=True):
                 checkers[name](name).build_description(**arguments)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"--ifeval.file: the instructions of prompt {item.id} cannot be checked ({type(error).__name__}: {error})"
             ) from error

@@ -16,12 +16,25 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from openrlhf_sgpo.data.records import Messages
-from openrlhf_sgpo.evaluation.benchmark_files import Hub, check_once, locate, read, read_checked, upstream
+from openrlhf_sgpo.evaluation.benchmark_files import (
+    NUMBER,
+    TEXT,
+    TEXTS,
+    Fields,
+    Hub,
+    Kind,
+    check_once,
+    locate,
+    read,
+    read_checked,
+    upstream,
+)
 from openrlhf_sgpo.evaluation.statistics import bootstrap_interval
 from openrlhf_sgpo.evaluation.task import Item, Responses, Result, Task
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.cache import content_key
-from openrlhf_sgpo.judge.client import Reply, Request, Unusable
+from openrlhf_sgpo.judge.client import Request
+from openrlhf_sgpo.judge.reply import Reply, Unusable
 from openrlhf_sgpo.run_folder import write_jsonl
 
 if TYPE_CHECKING:
@@ -32,31 +45,45 @@ PROMPT_NAMES = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-m
 FIGURES = ("turn_1", "turn_2", "average")
 
 
+INTEGER = Kind("integer", lambda value: type(value) is int)
+TWO_TEXTS = Kind("list of two texts", lambda value: TEXTS.holds(value) and len(value) == 2)
+
+
+def _turns(choices: Any) -> list[str]:
+    """The texts of FastChat's first choice; empty where there are none."""
+    first = choices[0] if isinstance(choices, list) and choices else None
+    turns = first.get("turns") if isinstance(first, dict) else None
+    return turns if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns) else []
+
+
 class BenchmarkFile(NamedTuple):
     """places: below --mt_bench.folder, in FastChat's layout and others. hub: in the Space lmsys/mt-bench."""
 
     places: tuple[str, ...]
     hub: str
-    fields: tuple[str, ...]
+    fields: Fields
     digest: str
 
 
 QUESTIONS = BenchmarkFile(
     ("question.jsonl",),
     "data/mt_bench/question.jsonl",
-    ("question_id", "category", "turns"),
+    {"question_id": INTEGER, "category": TEXT, "turns": TWO_TEXTS},
     "a6cbf8e3cefe366d13bc0a0f9b3326bd",
 )
 PROMPTS = BenchmarkFile(
     ("judge_prompts.jsonl", "../judge_prompts.jsonl"),
     "data/judge_prompts.jsonl",
-    ("name", "type", "system_prompt", "prompt_template", "output_format"),
+    dict.fromkeys(("name", "type", "system_prompt", "prompt_template", "output_format"), TEXT),
     "da2529c6b000840d27576bd56bbf82fd",
 )
 REFERENCES = BenchmarkFile(
     ("reference_answer/gpt-4.jsonl", "reference_answer_gpt-4.jsonl"),
     "data/mt_bench/reference_answer/gpt-4.jsonl",
-    ("question_id", "choices"),
+    {
+        "question_id": INTEGER,
+        "choices": Kind("list with two texts in [0].turns", lambda value: len(_turns(value)) == 2),
+    },
     "c60658387b59a4d6e8c2b44be3ce0838",
 )
 
@@ -95,7 +122,7 @@ class MTBench(Task):
 
     name = "mt_bench"
     packages = ("fastchat",)
-    answer_fields = ("question_id",)
+    answer_fields: ClassVar = {"question_id": NUMBER}
     Settings: ClassVar[type] = MTBenchSettings
 
     @cached_property
@@ -104,7 +131,15 @@ class MTBench(Task):
         prompts = {row["name"]: row for row in rows}
         if missing := [name for name in PROMPT_NAMES if name not in prompts]:
             raise ValueError(f"--mt_bench.folder: judge_prompts.jsonl has no prompt {', '.join(missing)}")
-        turns = {row["question_id"]: row["choices"][0]["turns"] for row in references}
+        trial = Item("0", ("", ""), facts={"reference": ("", "")})
+        for name in PROMPT_NAMES:
+            try:
+                grading(prompts[name], trial, ("", ""))
+            except (LookupError, ValueError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"--mt_bench.folder: judge_prompts.jsonl, prompt {name}: the template cannot be filled in ({error})"
+                ) from error
+        turns = {row["question_id"]: _turns(row["choices"]) for row in references}
         return Files(questions, prompts, turns, [*noted, *also, *last])
 
     def _rows(self, file: BenchmarkFile) -> tuple[list[dict[str, Any]], list[str]]:
@@ -137,12 +172,13 @@ class MTBench(Task):
     def read_responses(self, path: Path) -> list[Responses]:
         """Of FastChat's model answers, {"question_id", "choices": [{"turns"}]}, or of {"question_id", "turns"}. Answers beyond
         the limit are left out."""
-        answers = [(str(row["question_id"]), _turns(row)) for row in read(path, self.answer_fields)]
+        rows = read(path, self.answer_fields)
+        answers = [(str(row["question_id"]), _turns(row.get("choices") or [row])) for row in rows]
         check_once(
             path, "question", [key for key, _ in answers], [str(row["question_id"]) for row in self._files.questions]
         )
         for key, turns in answers:
-            if len(turns) != 2 or not all(isinstance(turn, str) for turn in turns):
+            if len(turns) != 2:
                 raise ValueError(
                     f"{path}: question {key} needs the texts of two answers in choices[0].turns, or in turns"
                 )
@@ -227,11 +263,6 @@ def spread(questions: Sequence[dict[str, Any]], limit: int) -> list[dict[str, An
 
 def _fastchat() -> Any:
     return upstream("mt_bench", "fastchat.llm_judge.common")
-
-
-def _turns(row: Mapping[str, Any]) -> Sequence[Any]:
-    choices = row.get("choices") or [row]
-    return choices[0].get("turns") or []
 
 
 def prompt_name(item: Item, turn: int) -> str:

@@ -1,0 +1,171 @@
+"""What a server may send: how much of it, from where, and which of it is an answer. Nothing that it sends is trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from openrlhf_sgpo import keys
+
+LONGEST = 2**23  # bytes of a reply, unpacked
+_ROUNDING = 1e-3  # by which a log-probability may exceed 0
+
+
+class Unusable(ValueError):
+    """A reply that is no answer: it is asked for again, and never kept."""
+
+
+class NotJson(Unusable):
+    """What came is not even JSON: it is the server that is broken, not its answer."""
+
+
+class Elsewhere(ValueError):
+    """The server sends the request to another one."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """top: the likeliest first tokens with their log-probabilities; empty where the server did not say."""
+
+    text: str
+    finish_reason: str | None = None
+    top: tuple[tuple[str, float], ...] = ()
+
+
+def read_completion(content: bytes) -> dict[str, Any]:
+    """The JSON object that a server sent. Raises Unusable."""
+    try:
+        completion = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise NotJson(f"the server's reply is no chat completion, it is not JSON ({error})") from None
+    return _object(completion, "it")
+
+
+def spent(completion: Mapping[str, Any]) -> dict[str, int]:
+    """prompt_tokens and completion_tokens, as far as the server says."""
+    usage = completion.get("usage")
+    counts = (
+        {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")} if isinstance(usage, dict) else {}
+    )
+    return {name: count for name, count in counts.items() if type(count) is int and 0 <= count < 2**53}
+
+
+def read_reply(completion: Mapping[str, Any]) -> Reply:
+    """The answer in a chat completion, without keys, which a server may send back. Raises Unusable."""
+    choices = _list(completion.get("choices"), "choices")
+    choice = _object(choices[0] if choices else None, "choices[0]")
+    message = _object(choice.get("message"), "message")
+    reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
+    places = None if logprobs is None else _object(logprobs, "logprobs").get("content")
+    first = [] if places is None else _list(places, "logprobs.content")[:1]
+    top = [
+        (keys.redacted(_text(entry.get("token"), "token")), _log_probability(entry.get("logprob")))
+        for place in first
+        for one in _list(_object(place, "logprobs.content[0]").get("top_logprobs"), "top_logprobs")
+        for entry in [_object(one, "top_logprobs[]")]
+    ]
+    return Reply(
+        keys.redacted(_text(message.get("content"), "content")),
+        None if reason is None else _text(reason, "finish_reason"),
+        tuple(top),
+    )
+
+
+def kept_reply(value: Any) -> Reply | None:
+    """A reply that was kept as a mapping of its fields; None if it is not one that would be kept today."""
+    try:
+        top = [(_text(token, "token"), _log_probability(number)) for token, number in value["top"]]
+        return Reply(_text(value["text"], "text"), value["finish_reason"], tuple(top))
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def limited_client() -> Any:
+    """The HTTP client of the package openai with limits: redirects stay on the server, replies have ``LONGEST`` bytes at
+    most."""
+    from openai import DefaultAsyncHttpxClient
+
+    # Unpacked is what is not packed; a server that packs all the same is read with the same limit.
+    return DefaultAsyncHttpxClient(event_hooks={"response": [_limit]}, headers={"Accept-Encoding": "identity"})
+
+
+async def _limit(response: Any) -> None:
+    """Before any of the body is read. Raises Elsewhere, or Unusable."""
+    if response.has_redirect_location:
+        try:
+            target = response.url.join(response.headers["location"])
+        except Exception as error:  # the HTTP package has kinds of its own for addresses that are none
+            raise Elsewhere(f"the server redirects to an address that is none ({type(error).__name__})") from None
+        if _origin(target) != _origin(response.url):
+            raise Elsewhere(f"the server redirects to {target.host}, which may be anybody's")
+    packing = response.headers.pop("content-encoding", "identity").strip().lower()
+    if packing not in ("", "identity", "gzip"):
+        raise Unusable(f"the server's reply is packed as {packing[:40]}, which was not asked for")
+    response.stream = _limited(response.stream, packing == "gzip")
+
+
+def _origin(address: Any) -> tuple[Any, ...]:
+    ports = {"http": 80, "https": 443}
+    return address.scheme, address.host, address.port or ports.get(address.scheme)
+
+
+def _limited(stream: Any, packed: bool) -> Any:
+    """The stream of bytes, unpacked, which raises Unusable where there are more than ``LONGEST``."""
+    # Of the HTTP package that openai has, which knows its own streams only.
+    base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "AsyncByteStream")
+
+    class Limited(base):  # type: ignore[misc, valid-type]
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            unpack = zlib.decompressobj(wbits=31) if packed else None
+            room = LONGEST
+            async for part in stream:
+                try:
+                    part = unpack.decompress(part, room + 1) if unpack else part
+                except zlib.error as error:
+                    raise Unusable(f"the server's reply cannot be unpacked ({error})") from None
+                room -= len(part)
+                if room < 0:
+                    raise Unusable(f"the server's reply has more than {LONGEST // 2**20} MiB")
+                yield part
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    return Limited()
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _strange(name, value)
+    return value
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _strange(name, value)
+    return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _strange(name, value)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which no file can hold
+        raise Unusable(f"the server's reply is no chat completion: {name} is no Unicode text") from None
+    return value
+
+
+def _log_probability(value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value) or value > _ROUNDING:
+        raise _strange("logprob", value)
+    return float(value)
+
+
+def _strange(name: str, value: Any) -> Unusable:
+    said = repr(value) if value is None or isinstance(value, float) else f"of the type {type(value).__name__}"
+    return Unusable(f"the server's reply is no chat completion: {name} is {said}")

@@ -1,0 +1,92 @@
+"""Keys of servers: settings say where a key is and never hold one, and what is written or printed does not show one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+SOURCES = "env, env:NAME or file:PATH"
+HIDDEN = "[hidden]"
+SHORTEST = 8  # characters: what is shorter is a placeholder such as "none", and may be any word of a text
+
+_SOURCE = re.compile(r"|env|env:[A-Za-z_]\w*|file:.+", re.ASCII)
+# Not pad_token or prompt_key, which are no secrets.
+_SECRET_NAME = re.compile(r"(?:api_?key|secret|password|(?:^|\.)(?:key|token))$", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(r"(?:API_?KEY|ACCESS_?KEY|TOKEN|SECRET|PASSWORD)$")
+_WITH_USER = re.compile(r"(\w://)[^/\s]+@")
+_read: set[str] = set()  # every key that this process has read
+
+
+def refused(name: str, value: object, secret: bool = False) -> str:
+    """Why this value of a setting is not accepted; empty if it is. The text does not repeat the value.
+
+    secret: the setting is a key, also if its name does not say so.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    texts = [str(one) for one in values if one is not None]
+    if secret or _SECRET_NAME.search(name):
+        if not all(_SOURCE.fullmatch(text) for text in texts):
+            return (
+                "takes no key itself, which would end up in logs and in the history of your shell (not repeated here): put "
+                f"the key into {_variable(name)} and give env, or use env:NAME or file:PATH"
+            )
+    elif any(_WITH_USER.search(text) for text in texts):
+        return (
+            "is an address with a user's name or password before the @ (not repeated here): leave them out, and give a key "
+            "in the environment"
+        )
+    return ""
+
+
+def read(source: str, variable: str) -> str:
+    """The key that ``source`` points to; empty for an empty source. variable: which ``env`` stands for.
+
+    Raises ValueError if there is no key, or what is there cannot be one; the message does not repeat it.
+    """
+    if not source:
+        return ""
+    kind, _, place = source.partition(":")
+    place = place or variable
+    if not _SOURCE.fullmatch(source):
+        raise ValueError(f"expected {SOURCES}")
+    if kind == "env":
+        key, where = os.environ.get(place, ""), f"the variable {place}"
+    else:
+        where = f"the file {place}"
+        try:
+            key = Path(place).read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise ValueError(f"{where} cannot be read ({type(error).__name__})") from None
+    key = key.strip()
+    if not key:
+        raise ValueError(f"{where} is {'not set' if kind == 'env' else 'empty'}")
+    _read.add(key)
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise ValueError(f"{where} holds no key: there is a space, a line break or a special character in it")
+    return key
+
+
+def problems(name: str, source: str, variable: str) -> list[str]:
+    """What is wrong with a setting of a key, which it names; see ``read``."""
+    try:
+        read(source, variable)
+    except ValueError as error:
+        return [f"--{name}: {error}"]
+    return []
+
+
+def redacted(text: str) -> str:
+    """The text without the keys that this process has read, without those in variables named like keys, and without names
+    and passwords in addresses."""
+    known = _read | {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    parts = {part for key in known for part in key.split() if len(part) >= SHORTEST}
+    for part in sorted(parts, key=len, reverse=True):
+        text = text.replace(part, HIDDEN)
+    return _WITH_USER.sub(rf"\1{HIDDEN}@", text)
+
+
+def _variable(name: str) -> str:
+    if "wandb" in name:
+        return "the variable WANDB_API_KEY"
+    return "the variable OPENAI_API_KEY" if name.endswith("api_key") else "a variable of the environment"

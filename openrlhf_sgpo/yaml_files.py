@@ -1,0 +1,94 @@
+"""YAML files that people write, within limits of size, depth and aliases, and with errors that quote no line."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LONGEST = 2**16  # bytes
+DEEPEST = 32  # levels
+MOST = 5_000  # values
+NULL_TAG = "tag:yaml.org,2002:null"
+
+
+class _Limited:
+    """Mixed into a loader: what grows without end while it is read is an error where it begins."""
+
+    depth = 0
+    values = 0  # composed so far, where an alias counts for all that it stands for
+
+    def compose_node(self: Any, parent: Any, index: Any) -> yaml.Node:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in self.anchors and event.anchor not in self.sizes:
+                raise _problem(f"*{event.anchor} stands within what it stands for", event)
+            self.values += self.sizes.get(event.anchor, 0)
+        self.values += 1
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise _problem(f"more than {DEEPEST} levels of nesting", event)
+        if self.values > MOST:
+            raise _problem(f"more than {MOST} values, with those that aliases stand for", event)
+        before = self.values
+        node = super().compose_node(parent, index)  # type: ignore[misc]
+        if not isinstance(event, yaml.AliasEvent) and event.anchor:
+            self.sizes[event.anchor] = 1 + self.values - before
+        self.depth -= 1
+        return node
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Values by anchor, of those that are complete."""
+        return {}
+
+
+def _problem(what: str, event: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+
+
+class _Values(_Limited, yaml.SafeLoader):
+    pass
+
+
+class _Texts(_Limited, yaml.BaseLoader):
+    """Leaves scalars as text, so that 1e-6, 010 or 1:30 mean the same in a file as on the command line."""
+
+
+_Texts.add_implicit_resolver(NULL_TAG, re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+
+
+def load(path: Path) -> Any:
+    """The file's value. Raises ValueError."""
+    return _read(path, yaml.load, _Values)
+
+
+def compose(path: Path) -> yaml.Node | None:
+    """The file's nodes, whose scalars are texts or null; None for an empty file. Raises ValueError."""
+    return _read(path, yaml.compose, _Texts)
+
+
+def _read(path: Path, how: Any, loader: Any) -> Any:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LONGEST + 1)
+        if len(content) > LONGEST:
+            raise yaml.YAMLError(f"more than {LONGEST // 1024} KiB")
+        return how(content.decode("utf-8"), loader)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start} is not UTF-8; convert the file"
+    except yaml.MarkedYAMLError as error:
+        # Without the line itself, which may hold a key.
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        reason = f"{line}{error.problem or error.context}"
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+    # What the values of tags raise that a text does not fit, such as !!int x.
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
+        reason = "a value does not fit its type"
+    raise ValueError(f"{path} cannot be read: {reason}")
