@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import toy_benchmarks
 import yaml
-from judge_server import JudgeServer
+from judge_server import JudgeServer, shown
 from running import ROOT, SCRIPT, arguments, forked
 
 from openrlhf_sgpo import flags, keys
@@ -201,7 +201,8 @@ def test_a_run_and_a_suite_leave_no_key_behind(planted, tiny_model, tiny_data, t
     """With W&B, which writes down the command line, the settings and the output."""
 
     def rule(text):
-        share = 1 / (1 + math.exp(sum(map(ord, text)) % 7 - 3))
+        first, second = (sum(map(ord, answer)) % 97 / 30 for answer in shown(text))
+        share = 1 / (1 + math.exp(second - first))
         return [("A", math.log(share)), ("B", math.log(1 - share)), (server.key, -20.0)]
 
     with Echo(judge=rule) as server:
