@@ -12,11 +12,6 @@ while [ $# -gt 0 ]; do
     *) rest+=("$1"); shift ;;
   esac
 done
-case " ${rest[*]} " in
-  *" --help "*|*" -h "*|*" --dry_run"*) exec python "$0" "${rest[@]}" ;;
-esac
-# What is wrong with the settings is said once, and before the launcher prints its command line: somebody may write a key there.
-python "$0" "${rest[@]}" --dry_run > /dev/null
 exec python -m openrlhf_sgpo.launch "$ranks" "$0" "${rest[@]}"
 : <<'# end of the Python half'
 ":"""
