@@ -1,8 +1,10 @@
 """What the chat template needs beside role and content: read from rows, kept in a run's files, shown to every oracle."""
 
 import json
+import shutil
 
 import pytest
+import running
 
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
 from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts
@@ -132,3 +134,28 @@ def test_a_judge_reads_tools_and_calls():
     )
     assert f"[tool_calls: {json.dumps([CALL])}]" in said and said.endswith("[name: clock]\n12:00")
     assert transcript(CALLED[:1]) == "User: What time is it?"
+
+
+@pytest.mark.slow
+def test_they_go_through_rounds(tiny_model, tiny_data, tmp_path):
+    """A run whose prompts have tools and a system column: its files have both."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    prompts = [{"prompt": f"What time is it at {n}?", "system": "Be brief.", "tools": TOOLS} for n in range(8)]
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+    pairs = [{"prompt": f"Say {n}", "chosen": "yes" * (n + 1), "rejected": "no", **kwargs} for n in range(8)]
+    data = {**tiny_data, "prompts": tmp_path / "prompts.jsonl", "pairs": tmp_path / "pairs.jsonl"}
+    write_jsonl(data["prompts"], prompts)
+    write_jsonl(data["pairs"], pairs)
+    argv = running.arguments(model, data, tmp_path / "run")
+    argv[argv.index("--data.max_len") + 1] = "400"
+    process = running.train(*argv)
+    assert process.returncode == 0, process.stderr
+    round_1 = tmp_path / "run" / "round_1"
+    asked = running.read_jsonl(round_1 / "prompts.jsonl")
+    ranked = running.read_jsonl(round_1 / "pairs.jsonl")
+    assert len(asked) == 4 and ranked
+    for row in asked + ranked:
+        assert row["tools"] == TOOLS and row["prompt"][0] == {"role": "system", "content": "Be brief."}
+    for row in running.read_jsonl(tmp_path / "run" / "round_0" / "pairs.jsonl"):
+        assert row["chat_template_kwargs"] == {"enable_thinking": False}
