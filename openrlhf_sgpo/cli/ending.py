@@ -10,15 +10,19 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from openrlhf_sgpo import extras, flags, keys
 
 COMMAND = "OPENRLHF_SGPO_COMMAND"  # what people typed before a command's own flags, where that was not openrlhf-sgpo
 FOLDERS = ("ckpt.output_dir", "out")  # flags that name the folder of a run
+TIDYING = 60.0  # seconds after a signal in which a command may close what it has open
+RETRY = 0.1  # seconds after which a signal comes again that was not heard
 FULL = 16 * 2**20  # bytes; with less free space writing fails
 
 _REMEDIES = {
@@ -35,13 +39,35 @@ _signal = 0  # that asked this process to stop
 
 
 @contextlib.contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Within the block SIGTERM ends the command as Ctrl-C does, and a second signal ends it at once.
+def stopped_by_signals(argv: list[str]) -> Iterator[None]:
+    """Within the block, which is the command ``argv``, SIGTERM ends it as Ctrl-C does. It has ``TIDYING`` seconds to end; a
+    second signal ends it at once.
 
     Ranks other than the first have nothing to finish: they end at once, even while they wait for another rank, where Python
     would not hear a signal.
     """
-    handler: Any = _stop if _rank() == 0 else signal.SIG_DFL
+    done = threading.Event()
+
+    def end_at_once(number: int) -> None:
+        _say_stopped(argv)
+        os._exit(128 + number)
+
+    def end_late(number: int) -> None:
+        if not done.wait(TIDYING):
+            end_at_once(number)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        global _signal
+        if _signal:
+            end_at_once(number)
+        if _is_unheard(frame):
+            threading.Timer(RETRY, os.kill, (os.getpid(), number)).start()
+            return
+        _signal = number
+        threading.Thread(target=end_late, args=(number,), daemon=True).start()
+        raise KeyboardInterrupt
+
+    handler: Any = stop if _rank() == 0 else signal.SIG_DFL
     try:
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread, which alone hears signals
@@ -49,16 +75,22 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        done.set()
         for number, old in before.items():
             signal.signal(number, old)
 
 
-def _stop(number: int, frame: Any) -> None:
-    global _signal
-    if _signal:
-        os._exit(128 + number)
-    _signal = number
-    raise KeyboardInterrupt
+def _is_unheard(frame: FrameType | None) -> bool:
+    """Whether Python is about to drop whatever is raised here, as it does in finalisers."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename.endswith("/weakref.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _say_stopped(argv: list[str]) -> None:
+    _say(f"stopped: {shlex.join(_typed(argv))}\nto go on: {shlex.join(_continued(argv))}")
 
 
 def explain(error: BaseException, argv: list[str]) -> int:
@@ -67,7 +99,7 @@ def explain(error: BaseException, argv: list[str]) -> int:
     global _signal
     stopped, _signal = _signal or signal.SIGINT * isinstance(error, KeyboardInterrupt), 0
     if stopped:
-        _say(f"stopped: {shlex.join(_typed(argv))}\nto go on: {shlex.join(_continued(argv))}")
+        _say_stopped(argv)
         return 128 + stopped
     together = part()
     # Before the ranks have met, all of them read the same settings and data.

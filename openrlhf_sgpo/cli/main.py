@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"openrlhf-sgpo {__version__}")
         return 0
     command, rest = argv[0], argv[1:]
-    with ending.stopped_by_signals():
+    with ending.stopped_by_signals(argv):
         try:
             if "RANK" in os.environ and ending.COMMAND not in os.environ:
                 from openrlhf_sgpo.launch import follow_deepspeed

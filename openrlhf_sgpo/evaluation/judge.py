@@ -18,7 +18,7 @@ from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
 from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered, server_problems
 from openrlhf_sgpo.judge.reply import Reply
-from openrlhf_sgpo.judge.server import LocalServer
+from openrlhf_sgpo.judge.server import KEY, LocalServer
 
 Value = TypeVar("Value")
 
@@ -191,7 +191,7 @@ class EvaluationJudge:
         say(f"{len(missing)} of {len(requests)} answers are missing; {self._estimate(missing, decoding)}")
         if self.server and not self.server.base_url:
             self.server.start()
-            self.settings.base_url = self.server.base_url
+            self.settings.base_url, self.settings.api_key = self.server.base_url, f"env:{KEY}"
         before = self.usage()
         try:
             return list((client.ask_partially if self.partial else client.ask)(requests, label, accept))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_sgpo.judge.client import JudgeError
+from openrlhf_sgpo.ray_session import LOOPBACK, without_keys
 
+KEY = "OPENRLHF_SGPO_JUDGE_KEY"
 START_LIMIT = 1800  # seconds; a large model may have to be downloaded first
 STOP_LIMIT = 20.0  # seconds that the server has to end by itself
 SHOWN = 30  # lines of its log in an error
@@ -41,7 +44,7 @@ class LocalServer:
     """Serves ``model``, a Hugging Face folder or hub name, to this machine only. It is not started yet.
 
     arguments: further ones of vLLM's server. log: file for what it says. name: the model's, see ``served_name``. base_url:
-    its address while it runs.
+    its address while it runs. Its key, a new one for every server, is in the variable ``KEY`` of this process.
     """
 
     def __init__(self, model: str, arguments: Mapping[str, Any], log: Path):
@@ -50,6 +53,7 @@ class LocalServer:
         self.log = log
         self.name = served_name(model)
         self.base_url = ""
+        self._key = secrets.token_urlsafe(32)  # others on this machine could ask the server, too
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -73,6 +77,7 @@ class LocalServer:
             self.stop()
             raise
         self.base_url = f"http://127.0.0.1:{port}/v1"
+        os.environ[KEY] = self._key
 
     def stop(self) -> None:
         """Ends the server and all that it started."""
@@ -85,10 +90,11 @@ class LocalServer:
         """What starts the server, and its environment."""
         import torch
 
+        from openrlhf_sgpo.rollout.vllm import local_folder
         from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENVIRONMENT, PLAIN_WEIGHTS
 
         arguments: dict[str, Any] = {
-            "model": self.model,
+            "model": local_folder(self.model),  # the server has no key for the hub
             "served-model-name": self.name,
             "host": "127.0.0.1",
             "port": port,
@@ -98,7 +104,7 @@ class LocalServer:
         }
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
         command += [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
-        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+        environment = {**without_keys(os.environ), **LOOPBACK, "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": self._key}
         if not torch.cuda.is_available():
             command.append("--enforce-eager")
             environment |= {**CPU_ENVIRONMENT, PLAIN_WEIGHTS: "0"}  # these weights stay as they are

@@ -19,18 +19,26 @@ from openrlhf_sgpo.cli.main import main
 WORKING = """
 import sys, time
 from openrlhf_sgpo.cli import main
+class Finalised:
+    def __del__(self):  # drops every exception
+        print("working", flush=True)
+        time.sleep(1)
 def work(argv):
-    print("working", flush=True)
+    if "finalised" in sys.argv:
+        Finalised()
+    else:
+        print("working", flush=True)
     time.sleep(60)
 main.COMMANDS["games"] = work
 sys.exit(main.main(["games", "--out", "a folder"]))
 """
 
 
+@pytest.mark.parametrize("where", ["", "finalised"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_two_lines_say_what_was_stopped_and_how_to_go_on(number, code):
+def test_two_lines_say_what_was_stopped_and_how_to_go_on(number, code, where):
     process = subprocess.Popen(
-        [sys.executable, "-c", WORKING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-c", WORKING, where], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert process.stdout is not None and process.stdout.readline() == "working\n"
     process.send_signal(number)

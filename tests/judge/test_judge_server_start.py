@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,8 @@ def test_a_model_is_served_asked_and_gone(tiny_model, tmp_path):
     try:
         found = judge.ask("letters", DECODING, requests(*texts), likeliest, "test")
         assert judge.ask("verdicts", DECODING | {"max_tokens": 2}, requests(*texts), refuse, "test") == [None] * 3
+        with pytest.raises(urllib.error.HTTPError, match="401"):  # a stranger, without the key
+            urllib.request.urlopen(f"{judge.server.base_url}/models", timeout=10)
         group = judge.server._keeper.pid
         assert len(living(group)) >= 2
     finally:
