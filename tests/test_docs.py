@@ -60,7 +60,7 @@ def test_settings_of_evaluating_commands_are_right(command, tmp_path, monkeypatc
     from openrlhf_sgpo.evaluation import compare_settings, judge_check, settings
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     for name in ("their_outputs.json", "pairs.jsonl"):
         Path(name).write_text("")
     program, name, *argv = shlex.split(command)
