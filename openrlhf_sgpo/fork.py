@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo import algorithms, yaml_files
+from openrlhf_sgpo import algorithms
 from openrlhf_sgpo.algorithms.dpo import DPO
+from openrlhf_sgpo.ledger import read_ledger, write_ledger
 from openrlhf_sgpo.run_folder import (
     ADDRESS,
+    MANIFEST,
+    METRICS,
     RunFolder,
     differences,
-    read_json,
-    read_ledger,
+    read_configuration,
+    read_growing,
     whole_folder,
-    write_json,
-    write_text,
+    write_jsonl,
+    write_sealed,
 )
 
 # What may differ, because neither the seed stage nor the first round's samples and labels depend on it.
@@ -37,11 +39,15 @@ def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any],
     stored = source.path / "resolved_config.yaml"
     if not stored.exists() or not source.finished(0, "train"):
         raise ValueError(f"{flag} is not a run with a finished seed stage")
-    theirs = yaml_files.load(stored)
-    _check_same(flag, theirs, resolved)
-    other = [name for name, digest in data.items() if read_json(source.path / "data.json").get(name) != digest]
+    _check_same(flag, read_configuration(stored), resolved)
+    known = source.data()
+    other = [name for name, digest in data.items() if known.get(name) != digest]
     if other:
         raise ValueError(f"{flag}: {' and '.join(other)} held other rows in that run")
+    source.check_ended()
+    for number, stages in ((None, ()), (0, ()), (1, _SHARED_STAGES)):
+        source.check_round(number, stages)
+    source.check_metrics([0])
 
 
 def take_over(source: RunFolder, folder: RunFolder) -> None:
@@ -58,7 +64,7 @@ def take_over(source: RunFolder, folder: RunFolder) -> None:
         with whole_folder(folder.round(1)) as partial:
             for name in ("prompts.jsonl", "responses.jsonl", "pairs.jsonl"):
                 _link(source.round(1) / name, partial / name)
-            write_json(partial / "manifest.json", first | {"stages": kept})
+            write_sealed(partial / MANIFEST, first | {"stages": kept})
     # Scores are appended to: they need a copy of their own. Those of later policies are dropped when those are trained.
     for name in ("log_probs", "rewards", "judgements"):
         if (source.path / name).exists() and not (folder.path / name).exists():
@@ -67,10 +73,10 @@ def take_over(source: RunFolder, folder: RunFolder) -> None:
     stages = read_ledger(source.path / "ledger.json")["stages"]
     prefixes = ("initial/", "round_0/", *(f"round_1/{name}" for name in ("generate", "annotate") if "pairs" in kept))
     shared = {name: cost for name, cost in stages.items() if name.startswith(prefixes)}
-    write_json(folder.path / "ledger.json", {"total": {}, "stages": shared})
-    rows = (source.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = (row for row in rows if row.endswith("\n"))  # the other run may have been killed, or be writing
-    write_text(folder.path / "metrics.jsonl", "".join(row for row in whole if json.loads(row)["stage"] == "round 0"))
+    write_ledger(folder.path / "ledger.json", shared)
+    write_jsonl(
+        folder.path / METRICS, (row for row in read_growing(source.path / METRICS) if row["stage"] == "round 0")
+    )
     # The seed stage comes last: where it is, everything is, and a resumed run asks no further.
     for name in ("initial", "round_0"):
         with whole_folder(folder.path / name) as partial:

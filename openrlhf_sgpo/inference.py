@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from openrlhf_sgpo import flags, oracle, yaml_files
+from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.config import (
     Config,
     DataSettings,
@@ -22,9 +22,7 @@ from openrlhf_sgpo.config import (
     VllmSettings,
 )
 from openrlhf_sgpo.data.limits import DataLimits
-from openrlhf_sgpo.run_folder import RunFolder
-
-STORED = "resolved_config.yaml"
+from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
 
 
 def part(group: type, *names: str, **others: type) -> type:
@@ -72,18 +70,16 @@ class Policy:
 def policy_of(model: str, number: int | None, flag: str) -> Policy:
     """The policy of a run folder after round ``number`` (None: its last finished one), or of a Hugging Face folder or hub name.
 
-    flag: that names ``model``, for messages. Raises ValueError if the folder holds no such policy.
+    flag: that names ``model``, for messages. Raises ValueError if the folder holds no such policy, or one that is no
+    longer what was written.
     """
     if stored_settings(model) is None:
         if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
             raise ValueError(f"--{flag} {model} is neither a run folder ({STORED}) nor a model (config.json)")
         return Policy(model, model, os.path.basename(os.path.abspath(model)))
     folder = RunFolder(model)
-    finished = sorted(
-        number
-        for number in (int(path.name[6:]) for path in folder.path.glob("round_*") if path.name[6:].isdecimal())
-        if folder.policy(number).is_dir() and {"play", "train"} & folder.manifest(number)["stages"].keys()
-    )
+    folder.check_ended()
+    finished = [one for one in folder.rounds() if {"play", "train"} & folder.manifest(one)["stages"].keys()]
     if not finished:
         raise ValueError(
             f"--{flag} {model} is a run that has finished no round yet, so that it has no policy to answer"
@@ -92,6 +88,7 @@ def policy_of(model: str, number: int | None, flag: str) -> Policy:
     if number not in finished:
         numbers = ", ".join(map(str, finished))
         raise ValueError(f"--round: {number} is not finished in the run {model}; finished: {numbers}")
+    folder.check_round(number, ("play", "train"))
     policy, follower = folder.policy(number), folder.round(number) / "follower"
     name = f"{folder.path.name}-round-{number}"
     return Policy(str(policy), str(follower if follower.is_dir() else policy), name, number)
@@ -100,8 +97,8 @@ def policy_of(model: str, number: int | None, flag: str) -> Policy:
 def stored_settings(model: str) -> dict[str, Any] | None:
     """The settings of the run in a folder; None if that is no run."""
     path = Path(model, STORED)
-    found = yaml_files.load(path) if model and path.is_file() else None
-    return found if isinstance(found, dict) and isinstance(found.get("model"), dict) else None
+    found = read_configuration(path) if model and path.is_file() else {}
+    return found if isinstance(found.get("model"), dict) else None
 
 
 def config_of(settings: Any, groups: Iterable[str], policy: str) -> Config:

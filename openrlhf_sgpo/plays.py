@@ -8,6 +8,7 @@ from the checkpoint at which the one before ended, as a resumed run does, so tha
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -33,10 +34,11 @@ from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 from openrlhf_sgpo.rollout.roles import Roles, prompt_room
 from openrlhf_sgpo.run import Run
-from openrlhf_sgpo.run_folder import json_text, keep_rows
+from openrlhf_sgpo.run_folder import json_text, keep_rows, read_jsonl
 from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.play_trainer import Play, PlayTrainer
 from openrlhf_sgpo.training.scoring import release_memory
+from openrlhf_sgpo.training.sizes import check_sizes
 from openrlhf_sgpo.training.stage import load_trained, write_policy
 
 SHOWN = ("train/loss", "train/wins", "train/grad_norm")  # beside the progress bar
@@ -48,13 +50,9 @@ class PlayRun(Run):
     play: OnPolicyAlgorithm
 
     def _check_prompts(self) -> None:
-        taken = {prompt_key(pair.prompt) for pair in self.data.held_out.pairs}
+        taken = self.data.held_out_prompts
         self.prompts = [one for one in self.data.prompts.prompts if prompt_key(one.messages) not in taken]
-        if len(self.prompts) < self.config.train.batch_size:
-            raise ValueError(
-                f"--data.prompt_dataset holds {len(self.prompts)} usable prompts, fewer than --train.batch_size "
-                f"{self.config.train.batch_size}: give more, or lower it"
-            )
+        check_sizes(self.config, self.algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
 
     def _room(self) -> int:
         self.play = self.algorithm(self.options, self.config.model.beta)  # type: ignore[assignment]
@@ -69,12 +67,11 @@ class PlayRun(Run):
         self._mixed: HuggingFaceRollout | None = None
         try:
             self._reopen()
-            rows = [self._evaluate("start", self.config.model.model_name_or_path, None, self.folder.path / "initial")]
+            rows = [self._evaluate(None)]
             self.evaluator.calibrate(rows[0])
             for number in range(1, 1 + self.config.rounds.count):
                 self._play_round(number)
-                policy, path = str(self.folder.policy(number)), self.folder.round(number)
-                rows.append(self._evaluate(f"round {number}", policy, self._policy_before(number), path))
+                rows.append(self._evaluate(number))
             self._write_results(rows)
             if self.writes:
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
@@ -110,9 +107,10 @@ class PlayRun(Run):
             return
         with self._stage(f"round_{number}/play") as entry:
             entry |= self._play(number)
-        self._finish(
-            number, "play", {"policy": self._name(self._policy_before(number)), "steps": self.config.rounds.steps}
-        )
+        facts: dict[str, Any] = {"policy": self._name(self._policy_before(number)), "steps": self.config.rounds.steps}
+        if self.writes:
+            facts["metrics"] = self.folder.metrics_digest(number)
+        self._finish(number, "play", facts, ["plays.jsonl", *(self.play.adapters or ("policy",))])
 
     def _play(self, number: int) -> dict[str, float]:
         """Returns what it cost, in all processes that took part in the round."""
@@ -283,6 +281,12 @@ class PlayRun(Run):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
             keep_rows(path, lambda row: row["step"] <= step)
+            count = (step - (number - 1) * self.config.rounds.steps) * self.config.train.batch_size
+            if (there := len(read_jsonl(path))) != count:
+                raise ValueError(
+                    f"{path}: {there} rows are there up to step {step}, {count} were written; restore it from a copy, or "
+                    "start again in another --ckpt.output_dir"
+                )
 
     def _folders(self, number: int) -> dict[Role, str]:
         """With the weights of each role when the round begins."""

@@ -7,6 +7,7 @@ Each stage starts from what is on disk and leaves its result on disk; that is al
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -19,7 +20,6 @@ from torch import distributed
 
 from openrlhf_sgpo.algorithms.base import NoSettings, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
-from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.messages import template_columns, template_kwargs
 from openrlhf_sgpo.data.records import Pair, Prompt, load_run_pairs
@@ -37,15 +37,18 @@ from openrlhf_sgpo.run_folder import (
     write_jsonl,
 )
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
-from openrlhf_sgpo.training.stage import optimiser_steps, train_stage
+from openrlhf_sgpo.training.sizes import check_sizes, prompt_counts, stage_epochs
+from openrlhf_sgpo.training.stage import check_enough, train_stage
 
 
 class Rounds(Run):
     """A seed stage and rounds. ``execute`` is the loop; the other methods are its stages."""
 
     def _check_prompts(self) -> None:
-        samples = self.config.rounds.count > 0
-        self.prompt_counts = _prompt_counts(self.config, len(self.data.prompts.prompts)) if samples else []
+        samples, available = self.config.rounds.count > 0, len(self.data.prompts.prompts)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))  # there is no process group yet
+        check_sizes(self.config, self.algorithm, len(self.data.human.pairs), available, world_size)
+        self.prompt_counts = prompt_counts(self.config, available) if samples else []
         self._shuffled: list[Prompt] | None = None
 
     # The loop -------------------------------------------------------------------------------------------------------
@@ -53,7 +56,7 @@ class Rounds(Run):
     def execute(self) -> list[dict[str, Any]]:
         """All stages that are not finished yet; returns the rows of the results table, start first."""
         try:
-            rows = [self._evaluate("start", self.config.model.model_name_or_path, None, self.folder.path / "initial")]
+            rows = [self._evaluate(None)]
             self.evaluator.calibrate(rows[0])
             for number in range(1 + len(self.prompt_counts)):
                 if number == 0:
@@ -64,8 +67,7 @@ class Rounds(Run):
                     self._generate(number)
                     self._annotate(number)
                 certificate = self._train(number)
-                policy, path = str(self.folder.policy(number)), self.folder.round(number)
-                row = self._evaluate(f"round {number}", policy, self._policy_before(number), path)
+                row = self._evaluate(number)
                 labels = self.folder.manifest(number)["stages"]["pairs"].get("label_accuracy")
                 rows.append(row | {"value": certificate.get("value"), "label_accuracy": labels})
             self._write_results(rows)
@@ -122,13 +124,14 @@ class Rounds(Run):
                 path / "responses.jsonl",
                 ({"id": prompt.id, "responses": [one.to_row() for one in group]} for prompt, group in rows),
             )
-        self._finish(number, "generate", {"prompts": len(prompts)})
+        self._finish(number, "generate", {"prompts": len(prompts)}, ["prompts.jsonl", "responses.jsonl"])
 
     def _annotate(self, number: int) -> None:
         """round_K/pairs.jsonl: best and worst response of each prompt, as the oracle ranks them."""
         if self._finished(number, "pairs"):
             return
         path = self.folder.round(number)
+        self.folder.check_round(number, ("generate",))
         prompts = {row["id"]: row for row in read_jsonl(path / "prompts.jsonl")}
         questions, gold = [], []
         skipped = 0
@@ -146,7 +149,10 @@ class Rounds(Run):
                 labelled = (Answer(prompt["chosen"]), Answer(prompt["rejected"]))
                 gold.append(Question(row["id"], prompt["prompt"], labelled, told))
         if not questions:
-            raise RuntimeError(f"round {number}: no prompt got two different answers, so there is nothing to rank")
+            raise ValueError(
+                f"round {number}: no prompt got two different answers, so that there is nothing to rank: raise "
+                f"--rollout.temperature or --rollout.n_samples_per_prompt, in another --{self.folder.flag}"
+            )
         oracle = self._oracle(number)
         before = oracle.usage()
         with self._stage(f"round_{number}/annotate") as cost:
@@ -154,6 +160,8 @@ class Rounds(Run):
             cost |= {name: total - before[name] for name, total in oracle.usage().items()}
         # Equal rewards are no preference; a label would only say which answer came first.
         ranked = [row for row in zip(questions, rewards, strict=False) if max(row[1]) > min(row[1])]
+        if not ranked:
+            raise ValueError(self._no_preference(number, rewards))
         pairs = [rank(question, scores, oracle.name, number) for question, scores in ranked]
         facts: dict[str, Any] = {
             "oracle": oracle.name,
@@ -167,6 +175,19 @@ class Rounds(Run):
             facts |= {"label_accuracy": agreement(rewards[len(questions) :]), "gold_pairs": len(gold)}
         self._write_pairs(number, pairs, facts)
 
+    def _no_preference(self, number: int, rewards: Sequence[Sequence[float]]) -> str:
+        """Why all rewards are equal, and what to do."""
+        start = f"round {number}: all answers to a prompt got the same reward, so that there is nothing to learn"
+        if any(any(row) for row in rewards) or not judges_itself(self.config, self.algorithm):
+            return f"{start}: --oracle {self.config.oracle} does not tell such answers apart; choose another"
+        flags = "--seed.lr or --seed.max_epochs" if number == 1 else "--adam.lr or --train.max_epochs"
+        before = self.folder.round(number - 1)
+        return (
+            f"{start}: the policy {self._name(str(self.folder.policy(number - 1)))} has not moved from "
+            f"{self._name(self._judge_reference(number))}. Raise {flags}: in another --{self.folder.flag}"
+            + (f", or delete {before} and {self.folder.round(number)} and add --resume" if number == 1 else "")
+        )
+
     def _train(self, number: int) -> dict[str, Any]:
         """round_K/policy and worst_case.json: the follower's answer, then the leader's steps. Returns the certificate."""
         path, config = self.folder.round(number), self.config
@@ -178,14 +199,14 @@ class Rounds(Run):
         is_seed = number == 0 and config.rounds.count > 0
         own = not (is_seed and self.algorithm.needs.rounds)
         algorithm = self.algorithm(self.options, config.model.beta) if own else DPO(NoSettings(), config.model.beta)
-        epochs = config.seed.max_epochs if is_seed else config.train.max_epochs
+        epochs = stage_epochs(number, config)
         learning_rate = config.seed.lr if is_seed else config.adam.lr
 
         first = 0 if config.rounds.data == "all" else number
         pairs = [pair for k in range(first, number + 1) for pair in self._read_pairs(k)]
         pairs, groups = self._tokenize(self.algorithm.pairs(pairs, self.chat))
         label, by_itself = f"round {number}", judges_itself(self.config, self.algorithm)
-        steps = optimiser_steps(len(groups), epochs, config, distributed.get_world_size())
+        steps = check_enough(label, len(groups), epochs, config)
         self._say(
             f"{label}: {len(pairs)} pairs, {steps} optimiser steps, policy {self._name(start)}, "
             f"loss reference {self._name(loss_reference) or 'none'}"
@@ -235,7 +256,9 @@ class Rounds(Run):
             "ranks": distributed.get_world_size(),
             "versions": {name: version(name) for name in ("openrlhf", "torch", "transformers", "deepspeed")},
         }
-        self._finish(number, "train", facts)
+        if self.writes:
+            facts["metrics"] = self.folder.metrics_digest(number)
+        self._finish(number, "train", facts, ["policy", *(["worst_case.json"] if certificate else [])])
         if self.writes:
             # Only now have the checkpoints served: a kill before would otherwise cost the whole stage.
             shutil.rmtree(path / "checkpoints", ignore_errors=True)
@@ -262,10 +285,10 @@ class Rounds(Run):
     def _round_prompts(self, number: int) -> list[Prompt]:
         """This round's share of the prompts, which are shuffled once; those of seed and held-out pairs are left out."""
         if self._shuffled is None:
-            taken = {prompt_key(pair.prompt) for pair in [*self._read_pairs(0), *self.data.held_out.pairs]}
+            taken = {prompt_key(pair.prompt) for pair in self._read_pairs(0)} | self.data.held_out_prompts
             self._shuffled = [one for one in self.data.prompts.prompts if prompt_key(one.messages) not in taken]
             random.Random(self.config.train.seed).shuffle(self._shuffled)
-            self.prompt_counts = _prompt_counts(self.config, len(self._shuffled))
+            self.prompt_counts = prompt_counts(self.config, len(self._shuffled))
         first = sum(self.prompt_counts[: number - 1])
         return self._shuffled[first : first + self.prompt_counts[number - 1]]
 
@@ -281,24 +304,13 @@ class Rounds(Run):
     def _write_pairs(self, number: int, pairs: list[Pair], facts: dict[str, Any]) -> None:
         if self.writes:
             write_jsonl(self.folder.round(number) / "pairs.jsonl", (pair.to_row() for pair in pairs))
-        self._finish(number, "pairs", {"pairs": len(pairs), **facts})
+        self._finish(number, "pairs", {"pairs": len(pairs), **facts}, ["pairs.jsonl"])
 
     def _read_pairs(self, number: int) -> list[Pair]:
+        self.folder.check_round(number, ("pairs",))
         return load_run_pairs(str(self.folder.round(number) / "pairs.jsonl"))
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:
     gold = {} if prompt.chosen is None else {"chosen": prompt.chosen, "rejected": prompt.rejected}
     return {"id": prompt.id, "prompt": prompt.messages, **template_columns(prompt.template_kwargs), **gold}
-
-
-def _prompt_counts(config: Config, available: int) -> list[int]:
-    """Prompts of each round. Raises ValueError if there are too few."""
-    rounds = config.rounds
-    counts = list(rounds.prompts) or [available // rounds.count] * rounds.count
-    if sum(counts) > available or 0 in counts:
-        raise ValueError(
-            f"--data.prompt_dataset holds {available} usable prompts, {rounds.count} rounds need "
-            f"{counts or 'at least one each'}: lower --rounds.prompts or --rounds.count"
-        )
-    return counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +24,13 @@ from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.evaluation.between_rounds import Evaluator
 from openrlhf_sgpo.evaluation.report import write_report
 from openrlhf_sgpo.fork import check_source, take_over
+from openrlhf_sgpo.ledger import Ledger
+from openrlhf_sgpo.metrics import Metrics
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.output import log_to, say, stage_line
+from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
-from openrlhf_sgpo.run_folder import Ledger, Metrics, RunFolder, write_json, write_text
+from openrlhf_sgpo.run_folder import METRICS, RunFolder, read_json, write_json, write_text
 from openrlhf_sgpo.table import results_table
 from openrlhf_sgpo.training.log_probs import check_layout
 from openrlhf_sgpo.training.scoring import Scorer
@@ -68,6 +71,11 @@ class Run:
         if os.environ.get("RANK", "0") == "0":  # the strategy does not exist yet
             say("\n".join(report.text() for report in self.data.reports))
         require(self.data.reports)
+        self.digests = {
+            "--data.dataset": fingerprint(self.data.human.pairs),
+            "--eval.dataset": fingerprint(records.held_out),  # those beyond --eval.max_samples too, which may change
+            "--data.prompt_dataset": fingerprint(self.data.prompts.prompts),
+        }
         if sampling and not oracle.judges_itself(config, algorithm):
             shown = [
                 Prompt(one.id, one.prompt, template_kwargs=one.template_kwargs) for one in self.data.held_out.pairs
@@ -102,16 +110,24 @@ class Run:
         )
 
     def _prepare_folder(self, resolved: dict[str, Any]) -> None:
-        data = {"data.dataset": self.data.human.pairs, "eval.dataset": self.data.held_out.pairs}
-        digests = {f"--{name}": fingerprint(rows) for name, rows in data.items()}
-        digests["--data.prompt_dataset"] = fingerprint(self.data.prompts.prompts)
         source = RunFolder(self.config.ckpt.fork_from) if self.config.ckpt.fork_from else None
         if source:
-            check_source(source, self.folder, flags.to_dict(resolved), digests)
-        self.folder.prepare(flags.dump(resolved), self.config.resume, digests, self.chat.template)
+            check_source(source, self.folder, flags.to_dict(resolved), self.digests)
+        accepted = accepted_changes(self.folder, self.config, self.algorithm, flags.dump(resolved))
+        self.folder.prepare(flags.dump(resolved), self.config.resume, self.digests, self.chat.template, list(accepted))
+        for key, (old, new) in accepted.items():
+            say(f"--{key}: was {old!r}, from now on {new!r}")
         write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
         if source:
             take_over(source, self.folder)
+        self.folder.check(policies=2 if self.config.rounds.judge_reference == "previous" else 1)
+        for lost, known in {
+            METRICS: not self.folder.forget_metrics(),
+            "ledger.json": self.folder.path.joinpath("ledger.json").exists()
+            or not self.folder.finished(None, "evaluate"),
+        }.items():
+            if not known:
+                say(f"{lost} is missing: what it said of finished stages is lost")
 
     def _check_prompts(self) -> None:
         """Raises ValueError if the prompts are too few for the run; called when data is known and nothing else is."""
@@ -151,12 +167,19 @@ class Run:
         if self.oracle:
             self.oracle.close()
 
-    def _evaluate(self, name: str, policy: str, previous: str | None, path: Path) -> dict[str, Any]:
-        """evaluation.json of a policy; also the moment at which the engines take it over."""
-        row = self.evaluator.read(path)
-        if row is None:
-            with self._stage(f"{path.name}/evaluate") as cost:
-                row = self.evaluator.evaluate(name, policy, previous, path, cost)
+    def _evaluate(self, number: int | None) -> dict[str, Any]:
+        """evaluation.json of the policy after a round, or of the start (None); also the moment at which the engines take it
+        over."""
+        path = self.folder.round(number)
+        if self._finished(number, "evaluate"):
+            return ranks.from_rank_0(read_json(path / "evaluation.json") if self.writes else None)
+        with self._stage(f"{path.name}/evaluate") as cost:
+            if number is None:
+                row = self.evaluator.evaluate("start", self.config.model.model_name_or_path, None, path, cost)
+            else:
+                policy, previous = str(self.folder.policy(number)), self._policy_before(number)
+                row = self.evaluator.evaluate(f"round {number}", policy, previous, path, cost)
+        self._finish(number, "evaluate", {}, ["evaluation.json", "held_out.jsonl", "samples.jsonl"])
         return row
 
     def _policy_before(self, number: int) -> str:
@@ -195,12 +218,12 @@ class Run:
             )
         return self.oracle
 
-    def _finished(self, number: int, stage: str) -> bool:
+    def _finished(self, number: int | None, stage: str) -> bool:
         return ranks.from_rank_0(self.folder.finished(number, stage))
 
-    def _finish(self, number: int, stage: str, facts: dict[str, Any]) -> None:
+    def _finish(self, number: int | None, stage: str, facts: dict[str, Any], files: Iterable[str] = ()) -> None:
         if self.writes:
-            self.folder.finish(number, stage, facts)
+            self.folder.finish(number, stage, facts, files)
         ranks.barrier()
 
     def _plan(self) -> list[str]:

@@ -16,28 +16,47 @@ import fcntl
 import json
 import math
 import os
-import resource
 import shutil
 import socket
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from openrlhf_sgpo import keys, yaml_files
 from openrlhf_sgpo.data.template import today
+from openrlhf_sgpo.integrity import (
+    SEAL,
+    check_digest,
+    check_file,
+    file_digest,
+    files_in,
+    hash_of,
+    sealed,
+    signed,
+    unsealed,
+    unsigned,
+)
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.data.template import Template
 
 LOCK = "lock"
 MOMENT = "moment.json"
+STORED = "resolved_config.yaml"
+DATA = "data.json"
+METRICS = "metrics.jsonl"
+MANIFEST = "manifest.json"
+TABLE = "table.txt"
+KEEP = "restore it from a copy, or start again in another folder"
 # How a server is reached, which says nothing about its answers; a resumed run may find it elsewhere.
 ADDRESS = ("judge.base_url", "judge.concurrency", "judge.max_retries", "judge.timeout")
+# What a resumed run may have otherwise, because what is trained does not depend on it.
+FREE = (
+    *(*ADDRESS, "vllm.", "logger.", "data.limits.", "eval.max_samples", "eval.max_prompts"),
+    *("ckpt.output_dir", "ckpt.save_steps", "ckpt.max_num", "out"),
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,7 +104,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json_text(row) + "\n" for row in rows))
+    write_text(path, jsonl(rows))
+
+
+def jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(json_text(row) + "\n" for row in rows)
 
 
 def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
@@ -94,19 +117,60 @@ def keep_rows(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> bool:
     # Not splitlines: it also splits at U+2028 and U+0085, which JSON leaves as they are inside a string.
     # Bytes: the half row may end within a character.
     *rows, half = path.read_bytes().split(b"\n")
-    kept = [text for text in (row.decode("utf-8") for row in rows) if wanted(json.loads(text))]
+    try:
+        kept = [row for number, row in enumerate(rows, start=1) if wanted(_row(path, number, row))]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: a row has no usable {error}; restore the file from a copy") from error
     changed = bool(half) or len(kept) < len(rows)
     if changed:
-        write_text(path, "".join(f"{row}\n" for row in kept))
+        write_text(path, "".join(f"{row.decode('utf-8')}\n" for row in kept))
     return changed
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises ValueError, naming the file, if it cannot be read or is not JSON."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it from a copy") from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """Raises ValueError, naming file and line, if it cannot be read or a line is not a JSON object."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); restore it from a copy") from error
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1) if line]
+
+
+def read_growing(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file to which a run may be writing, without a last line that is not whole; none if there is no file. Raises
+    ValueError as ``read_jsonl`` does."""
+    if not path.is_file():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [_row(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = parse_json(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, line {number} cannot be read ({error}); restore the file from a copy") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, line {number} is not a JSON object; restore the file from a copy")
+    return row
+
+
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object with a hash of its content, by which ``read_sealed`` knows it."""
+    write_json(path, sealed(value))
+
+
+def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
+    """Raises ValueError, which ends with ``remedy``, if the file is not what ``write_sealed`` wrote."""
+    return unsealed(path, read_json(path), remedy)
 
 
 @contextlib.contextmanager
@@ -146,7 +210,7 @@ class RunFolder:
         of the day (UTC). source: a run that this one goes on from, whose moment it takes."""
         for folder in (self, source):
             if folder and (folder.path / MOMENT).exists():
-                return datetime.fromisoformat(read_json(folder.path / MOMENT)["moment"])
+                return datetime.fromisoformat(read_sealed(folder.path / MOMENT, KEEP)["moment"])
         return today()
 
     def keep_moment(self, template: Template, begun: bool) -> None:
@@ -160,7 +224,46 @@ class RunFolder:
                 f"{self.path} has no {MOMENT}, and {template.name} writes the date into prompts: which one is not known; begin "
                 "again in another folder"
             )
-        write_json(path, {"moment": template.moment.isoformat()})
+        write_sealed(path, {"moment": template.moment.isoformat()})
+
+    def check_free(self) -> None:
+        """Raises ValueError if another process holds the folder, or something that is not a run lies in it."""
+        self._check_foreign()
+        if (self.path / LOCK).exists():
+            self.lock()
+            self._lock.close()
+
+    def _check_foreign(self) -> None:
+        if not self.path.is_dir() or (self.path / STORED).exists():
+            return
+        if self.rounds():
+            raise ValueError(
+                f"{self.path / STORED} is missing; restore it from a copy, or choose another --{self.flag}"
+            )
+        # A process that was killed before the configuration was stored left no more than the beginning of these.
+        own = (LOCK, MOMENT, DATA, STORED)
+        if any(entry.name.removesuffix(".partial") not in own for entry in self.path.iterdir()):
+            raise ValueError(f"--{self.flag} {self.path} is not empty and not a run: choose another folder")
+
+    def changes(self, resolved_config: str, resume: bool) -> dict[str, tuple[Any, Any]]:
+        """(old, new) value of every setting that differs from the run that is there, without those of ``FREE``.
+
+        Raises ValueError if there is a run and ``resume`` is off.
+        """
+        if not (self.path / STORED).exists():
+            return {}
+        if not resume:
+            raise ValueError(
+                f"--{self.flag} {self.path} already holds a run: add --resume to continue it, or choose another folder"
+            )
+        found = differences(read_configuration(self.path / STORED), yaml.safe_load(resolved_config))
+        return {key: values for key, values in found.items() if not key.startswith(FREE)}
+
+    def refuse(self, changed: Mapping[str, tuple[Any, Any]], why: str = "") -> None:
+        """Raises ValueError, naming each, if there are changes. why: more of it."""
+        if changed:
+            listed = "\n  ".join(f"--{key}: was {old!r}, now {new!r}" for key, (old, new) in changed.items())
+            raise ValueError(f"--resume with another configuration than the run in {self.path} has:\n  {listed}{why}")
 
     def prepare(
         self,
@@ -168,59 +271,151 @@ class RunFolder:
         resume: bool,
         data: dict[str, str] | None = None,
         template: Template | None = None,
+        accepted: Sequence[str] = (),
     ) -> None:
         """Lock and create the run folder, or take up the one that is there.
 
-        data: a hash of each data set that was read. template: that is told the moment, see ``keep_moment``.
-        Raises ValueError if the folder is in use, or holds a run and ``resume`` is off, or if ``resume`` is on and the
-        configuration or the data differ from that run's.
+        data: a hash of each data set that was read. template: that is told the moment, see ``keep_moment``. accepted:
+        settings that may differ beside those of ``FREE``. Raises ValueError if the folder is in use, or holds a run and
+        ``resume`` is off, or if ``resume`` is on and the configuration or the data differ from that run's.
         """
+        self._check_foreign()
         self.lock()
-        stored = self.path / "resolved_config.yaml"
-        if not stored.exists():
-            # A process that was killed at this point left no more than the beginning of these.
-            own = (LOCK, MOMENT, "data.json", stored.name)
-            if any(entry.name.removesuffix(".partial") not in own for entry in self.path.iterdir()):
-                (self.path / LOCK).unlink()  # somebody else's folder stays as it was
-                raise ValueError(f"--{self.flag} {self.path} is not empty and not a run: choose another folder")
-        elif not resume:
-            raise ValueError(
-                f"--{self.flag} {self.path} already holds a run: add --resume to continue it, or choose another folder"
-            )
-        else:
-            changed = differences(yaml_files.load(stored), yaml.safe_load(resolved_config))
-            changed = {key: values for key, values in changed.items() if key not in ADDRESS}
-            if changed:
-                listed = "\n  ".join(f"--{key}: was {old!r}, now {new!r}" for key, (old, new) in changed.items())
-                raise ValueError(f"--resume with another configuration than the run in {self.path} has:\n  {listed}")
-            known = read_json(self.path / "data.json") if data else {}
+        if (self.path / STORED).exists():
+            changed = self.changes(resolved_config, resume)
+            self.refuse({key: values for key, values in changed.items() if key not in accepted})
+            known = self.data() if data else {}
             other = [name for name, digest in (data or {}).items() if known.get(name, digest) != digest]
             if other:
                 raise ValueError(f"--resume, but {' and '.join(other)} changed since the run in {self.path} began")
+            if changed:  # the results are those of the run before
+                (self.path / TABLE).unlink(missing_ok=True)
         if template:
-            self.keep_moment(template, begun=stored.exists())
+            self.keep_moment(template, begun=(self.path / STORED).exists())
         if data:
-            write_json(self.path / "data.json", data)
-        write_text(stored, resolved_config)
+            write_sealed(self.path / DATA, data)
+        write_text(self.path / STORED, signed(resolved_config))
 
-    def round(self, number: int) -> Path:
-        return self.path / f"round_{number}"
+    def data(self) -> dict[str, str]:
+        """A hash of each data set, by flag. Raises ValueError if it cannot be read."""
+        return read_sealed(self.path / DATA, KEEP)
+
+    # Rounds, and the start, whose number is None --------------------------------------------------------------------
+
+    def round(self, number: int | None) -> Path:
+        return self.path / ("initial" if number is None else f"round_{number}")
 
     def policy(self, number: int) -> Path:
         return self.round(number) / "policy"
 
-    def finished(self, number: int, stage: str) -> bool:
+    def finished(self, number: int | None, stage: str) -> bool:
         return stage in self.manifest(number)["stages"]
 
-    def manifest(self, number: int) -> dict[str, Any]:
-        path = self.round(number) / "manifest.json"
-        return read_json(path) if path.exists() else {"round": number, "stages": {}}
+    def manifest(self, number: int | None) -> dict[str, Any]:
+        """Raises ValueError if there is one that is not what was written."""
+        path = self.round(number) / MANIFEST
+        found = read_sealed(path, self._remedy(number)) if path.exists() else {"round": number, "stages": {}}
+        if found["round"] != number:
+            raise ValueError(f"{path} is that of round {found['round']}; {self._remedy(number)}")
+        return found
 
-    def finish(self, number: int, stage: str, facts: dict[str, Any]) -> None:
-        """Record that a stage is done; its results must have their final names by now."""
+    def finish(self, number: int | None, stage: str, facts: dict[str, Any], files: Iterable[str] = ()) -> None:
+        """Record that a stage is done; its results must have their final names by now. files: these results, with which
+        ``check_round`` compares what is there when it is read again; a folder stands for the files in it."""
+        path = self.round(number)
+        kept = [one for name in files for one in files_in(path / name)]
+        digests = {str(one.relative_to(path)): file_digest(one) for one in kept}
+        self._record(number, stage, facts | ({"files": digests} if digests else {}))
+
+    def _record(self, number: int | None, stage: str, facts: dict[str, Any]) -> None:
         manifest = self.manifest(number)
         manifest["stages"][stage] = facts
-        write_json(self.round(number) / "manifest.json", manifest)
+        write_sealed(self.round(number) / MANIFEST, manifest)
+
+    def check_round(self, number: int | None, stages: Sequence[str] = (), policy: bool = True) -> None:
+        """Raises ValueError, naming file and remedy, unless what the finished stages left is as it was written.
+
+        stages: only these. policy: False allows that the weights are not there at all, which may have been deleted to make
+        room; a folder of weights that is there must be whole.
+        """
+        path = self.round(number)
+        for name, facts in self.manifest(number)["stages"].items():
+            for file, expected in facts.get("files", {}).items() if not stages or name in stages else ():
+                folder, slash, _ = file.partition("/")
+                if policy or not slash or (path / folder).is_dir():
+                    check_file(path / file, expected, self._remedy(number))
+
+    def check(self, policies: int = 1) -> None:
+        """``check_round`` of the start and of all rounds, which follow one another without a gap, and of their metrics.
+
+        policies: of how many rounds before the one that is to be worked on the weights must be there.
+        """
+        self.check_round(None)
+        begun = [number for number in self.rounds() if self.manifest(number)["stages"]]
+        if not begun:
+            return
+        last = begun[-1]
+        following = last + self.finished(last, "evaluate")
+        for number in range(1 if self.finished(last, "play") else 0, last + 1):
+            if number < last and not self.finished(number, "evaluate"):
+                raise ValueError(
+                    f"{self.round(number)} is missing or has lost its {MANIFEST}, but round {last} has begun; "
+                    f"{self._remedy(number)}"
+                )
+            self.check_round(number, policy=number >= following - policies)
+        self.check_metrics(begun)
+
+    def check_ended(self) -> None:
+        """Raises ValueError if there is a table of results, but not all that it was made of."""
+        if not (self.path / TABLE).exists():
+            return
+        plays = self.finished(1, "play")
+        for number in (None, *range(1 if plays else 0, 1 + read_configuration(self.path / STORED)["rounds"]["count"])):
+            if not self.finished(number, "evaluate"):
+                path = self.round(number) / MANIFEST
+                raise ValueError(
+                    f"{path} is missing or not finished, although the run has ended; {self._remedy(number)}"
+                )
+
+    def metrics_digest(self, number: int) -> dict[str, Any]:
+        """Of the rows of metrics.jsonl that belong to a round."""
+        path = self.path / METRICS
+        rows = [row for row in read_growing(path) if row.get("stage") == f"round {number}"]
+        return {"rows": len(rows), SEAL: hash_of(json.dumps(row, sort_keys=True).encode() for row in rows)}
+
+    def check_metrics(self, numbers: Iterable[int]) -> None:
+        """Raises ValueError if metrics.jsonl is there and rows of finished stages are not what was written."""
+        path = self.path / METRICS
+        remedy = "restore it from a copy, or delete it: the curves of finished stages are then lost, and nothing else"
+        for number in numbers if path.exists() else ():
+            for facts in self.manifest(number)["stages"].values():
+                if "metrics" in facts:
+                    found = self.metrics_digest(number)
+                    check_digest(f"{path}, round {number}", found, facts["metrics"], remedy)
+
+    def forget_metrics(self) -> bool:
+        """Where metrics.jsonl is gone, expect no rows of the finished stages; returns whether there were such stages."""
+        lost = False
+        for number in [] if (self.path / METRICS).exists() else self.rounds():
+            for stage, facts in self.manifest(number)["stages"].items():
+                if facts.pop("metrics", None):
+                    lost = True
+                    self._record(number, stage, facts)
+        return lost
+
+    def rounds(self) -> list[int]:
+        names = [path.name[6:] for path in self.path.glob("round_*") if path.is_dir()]
+        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+    def _remedy(self, number: int | None) -> str:
+        later = [one for one in self.rounds() if number is not None and one > number]
+        folders = f"{self.round(number)} and the rounds after it" if later else str(self.round(number))
+        return f"restore it from a copy, or delete {folders}, which train --resume then makes again"
+
+
+def read_configuration(path: Path) -> dict[str, Any]:
+    """A resolved_config.yaml. Raises ValueError if it is not what was written."""
+    return yaml.safe_load(unsigned(path))
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -233,151 +428,3 @@ def differences(old: dict, new: dict, prefix: str = "") -> dict[str, tuple[Any, 
         elif before != after:
             found[prefix + key] = (before, after)
     return found
-
-
-class Ledger:
-    """What each stage cost: wall seconds and peak memory, and whatever the stage adds (samples, tokens, calls)."""
-
-    def __init__(self, path: Path, writes: bool):
-        self.path = path
-        self.writes = writes
-        self.stages: dict[str, dict[str, float]] = read_ledger(path)["stages"]
-
-    @contextlib.contextmanager
-    def stage(self, name: str, add: bool = False) -> Iterator[dict[str, float]]:
-        """The entry of a stage, to which the block adds what it costs. Entries of blocks that fail are dropped. add: to what
-        the stage has cost before, and also if the block fails: of stages whose parts are kept."""
-        entry: dict[str, float] = {}
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        try:
-            yield entry
-        except BaseException:
-            if add:
-                self.book(name, entry, start, add)
-            raise
-        self.book(name, entry, start, add)
-
-    def book(self, name: str, entry: dict[str, float], start: float, add: bool = False) -> None:
-        """A stage that began at ``start`` of time.perf_counter and is over."""
-        entry["seconds"] = round(time.perf_counter() - start, 2)
-        entry["peak_memory_gib"] = round(_peak_memory_gib(), 2)
-        self.stages[name] = _sum([self.stages[name], entry]) if add and name in self.stages else entry
-        if self.writes:
-            write_json(self.path, {"total": _sum(self.stages.values()), "stages": self.stages})
-
-
-def read_ledger(path: Path) -> dict[str, Any]:
-    """``total`` and ``stages`` of ledger.json, both empty if there is none. In folders of versions up to 0.1 the entry of the
-    follower was that of scoring, with the follower's milliseconds."""
-    if not path.exists():
-        return {"total": {}, "stages": {}}
-    ledger = read_json(path)
-    stages = {
-        name.replace("/follower", "/score") if "tokens_scored" in entry else name: entry
-        for name, entry in ledger["stages"].items()
-    }
-    return ledger | {"stages": stages}
-
-
-def _sum(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for one in costs:
-        for key, value in one.items():
-            totals[key] = max(totals.get(key, 0), value) if "peak" in key else totals.get(key, 0) + value
-    return totals
-
-
-def stage_rows(
-    folder: Path,
-    ledger: Ledger,
-    name: str,
-    work: Callable[[dict[str, float]], list[dict[str, Any]]],
-    usage: Callable[[], Mapping[str, float]] = dict,
-) -> list[dict[str, Any]]:
-    """The rows of ``folder``/stages/NAME.jsonl, which ``work`` makes if it is not there. usage: running totals of what it
-    costs, which the ledger gets beside what ``work`` adds."""
-    path = folder / "stages" / f"{name}.jsonl"
-    if not path.exists():
-        before = usage()
-        with ledger.stage(name) as cost:
-            rows = work(cost)
-            cost |= {key: total - before[key] for key, total in usage().items()}
-        write_jsonl(path, rows)
-    return read_jsonl(path)
-
-
-def _peak_memory_gib() -> float:
-    """Of this process: GPU memory where there is one, else resident memory."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class Metrics:
-    """metrics.jsonl, and W&B or TensorBoard where asked for; one run for all rounds."""
-
-    def __init__(self, folder: Path, config: Any, resolved: dict[str, Any], writes: bool):
-        self.every = config.logger.logging_steps
-        self.file = None
-        self._trackers: list[Any] = []
-        self._step = 0
-        if not writes:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open for the run
-        wandb_settings = config.logger.wandb
-        if wandb_settings.key:
-            import wandb
-
-            # `env` is W&B's own way. A key from elsewhere is for this process alone; login would write it to ~/.netrc.
-            key = None if wandb_settings.key == "env" else keys.read(wandb_settings.key, "WANDB_API_KEY")
-            self._trackers.append(
-                wandb.init(
-                    entity=wandb_settings.org or None,
-                    project=wandb_settings.project,
-                    group=wandb_settings.group or None,
-                    name=wandb_settings.run_name,
-                    config=resolved,
-                    settings=wandb.Settings(api_key=key) if key else None,
-                )
-            )
-        if config.logger.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._trackers.append(SummaryWriter(os.path.join(config.logger.tensorboard_dir, wandb_settings.run_name)))
-
-    def rewind(self, stage: str, step: int) -> None:
-        """Drop what a killed process logged of this stage after ``step``: those steps are taken again."""
-        if self.file is None:
-            return
-        path = Path(self.file.name)
-        if keep_rows(path, lambda row: row["stage"] != stage or row["step"] <= step):
-            self.file.close()  # it is another file now
-            self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        # Trackers count on from where the steps that stay end.
-        self._step = self.every * len(read_jsonl(path))
-
-    def log(self, stage: str, step: int, row: Mapping[str, float | None]) -> None:
-        """step counts within the stage; trackers get a counter over the whole run. A metric whose value is None is left out."""
-        self._step += 1
-        if self.file is None or step % self.every:
-            return
-        row = {name: value for name, value in row.items() if value is not None}
-        self.file.write(json_text({"stage": stage, "step": step, **row}) + "\n")
-        for tracker in self._trackers:
-            if hasattr(tracker, "add_scalar"):
-                for name, value in row.items():
-                    tracker.add_scalar(name, value, self._step)
-            else:
-                tracker.log(row, step=self._step)
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
-        for tracker in self._trackers:
-            (tracker.close if hasattr(tracker, "add_scalar") else tracker.finish)()

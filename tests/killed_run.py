@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo import fork, plays, rounds, run, run_folder
+from openrlhf_sgpo import fork, metrics, plays, rounds, run, run_folder
 from openrlhf_sgpo.algorithms.sgpo import SGPO
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.evaluation import between_rounds
@@ -38,7 +38,7 @@ def after_step(label: str, number: int) -> None:
 
         return wrapped
 
-    replace(run_folder.Metrics, "log", make)
+    replace(metrics.Metrics, "log", make)
 
 
 def half_checkpoint(label: str, number: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from openrlhf_sgpo.algorithms.slhf import SLHF
 from openrlhf_sgpo.config import load
 from openrlhf_sgpo.flags import dump
+from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.oracle import RewardOracle
 from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.run_folder import RunFolder
@@ -61,7 +62,7 @@ def make_run(folder: Path, model: Path, *flags: str, rounds: int = 2) -> Path:
     config, options = load([*argv, "--ckpt.output_dir", str(folder), "--oracle", "refining:Marks", *flags])
     run = RunFolder(str(folder))
     folder.mkdir()
-    (folder / "resolved_config.yaml").write_text(dump({"": config, SLHF.name: options}))
+    (folder / "resolved_config.yaml").write_text(signed(dump({"": config, SLHF.name: options})))
     for one in range(1, rounds + 1):
         shutil.copytree(model, run.policy(one))
         if one < rounds:

@@ -14,7 +14,9 @@ import torch
 from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.evaluation.task import Result
-from openrlhf_sgpo.run_folder import write_json, write_jsonl, write_text
+from openrlhf_sgpo.integrity import signed
+from openrlhf_sgpo.ledger import write_ledger
+from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
 from openrlhf_sgpo.table import scores
 
 # Written by a model, this must be read as what it is.
@@ -26,7 +28,7 @@ JUDGE = {"model": "judge-a", "logprobs": True}
 def write_settings(folder: Path, algo: str, options: object, rounds: int) -> None:
     config = Config(algo=algo)
     config.model.model_name_or_path, config.rounds.count = "models/tiny", rounds
-    write_text(folder / "resolved_config.yaml", flags.dump({"": config, algo: options}))
+    write_text(folder / "resolved_config.yaml", signed(flags.dump({"": config, algo: options})))
 
 
 def write_moment(path: Path, name: str, seed: int, answers: dict[str, str], **more: float) -> None:
@@ -45,6 +47,9 @@ def write_moment(path: Path, name: str, seed: int, answers: dict[str, str], **mo
     prompt = [{"role": "user", "content": f"Why? {EVIL}"}]
     rows = [{"id": key, "prompt": prompt, "text": text, "truncated": False} for key, text in answers.items()]
     write_jsonl(path / "samples.jsonl", [row | {"tokens": 7, "kl": 0.25 * seed} for row in rows])
+    number = None if name == "start" else int(name.removeprefix("round "))
+    files = ("evaluation.json", "held_out.jsonl", "samples.jsonl")
+    RunFolder(str(path.parent)).finish(number, "evaluate", {}, files)
 
 
 def metrics_row(stage: str, step: int, draw: random.Random) -> dict:
@@ -64,7 +69,7 @@ def make_run(folder: Path, steps: int = 6, algo: str = "sgpo", **options) -> Pat
         path, name = folder / f"round_{number}", f"round {number}"
         write_moment(path, name, number + 1, {"q1": f"{EVIL} in {name}", "q2": "Well."})
         pairs = {"pairs": 40} | ({"label_accuracy": 0.6} if number else {})
-        write_json(path / "manifest.json", {"round": number, "stages": {"pairs": pairs}})
+        RunFolder(str(folder)).finish(number, "pairs", pairs)
         ledger[f"round_{number}/train"] = {
             "pairs": 40,
             "tokens_trained": 1234,
@@ -76,9 +81,9 @@ def make_run(folder: Path, steps: int = 6, algo: str = "sgpo", **options) -> Pat
             margins = torch.tensor([draw.gauss(0.2, 0.6) for _ in range(40)])
             certificate = algorithm(settings, beta=0.1).begin_stage(margins)
             write_json(path / "worst_case.json", certificate | {"margins": margins.tolist()})
+            RunFolder(str(folder)).finish(number, "train", {}, ["worst_case.json"])
     write_jsonl(folder / "metrics.jsonl", rows)
-    total = {"samples": 2, "pairs": 120, "tokens_trained": 3702, "seconds": 34.5, "peak_memory_gib": 2.0}
-    write_json(folder / "ledger.json", {"total": total, "stages": ledger})
+    write_ledger(folder / "ledger.json", ledger)
     write_text(folder / "table.txt", "the table\n")
     return folder
 
@@ -101,9 +106,7 @@ def make_play_run(folder: Path) -> Path:
         parts = {"seconds_generate": 3.0, "seconds_train": 6.0, "seconds": 9.5, "peak_memory_gib": 1.0}
         ledger[f"round_{number}/play"] = {"steps": 4} | parts
     write_jsonl(folder / "metrics.jsonl", rows)
-    write_json(
-        folder / "ledger.json", {"total": {"steps": 8, "seconds": 19.0, "peak_memory_gib": 1.0}, "stages": ledger}
-    )
+    write_ledger(folder / "ledger.json", ledger)
     return folder
 
 

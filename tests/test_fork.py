@@ -13,7 +13,9 @@ from running import arguments, losses, read_jsonl, train
 from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.config import load
 from openrlhf_sgpo.fork import check_source, take_over
-from openrlhf_sgpo.run_folder import RunFolder, read_json, write_json, write_jsonl, write_text
+from openrlhf_sgpo.integrity import signed
+from openrlhf_sgpo.ledger import read_ledger, write_ledger
+from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_sealed, write_text
 
 DATA = {"--data.dataset": "a", "--eval.dataset": "b", "--data.prompt_dataset": "c"}
 STAGES = {
@@ -31,7 +33,14 @@ STAGES = {
 }
 # Of the source's three rounds, what every fork of it is to have.
 TAKEN = [
-    *("initial/evaluation.json", "ledger.json", "log_probs/0123.jsonl", "log_probs/4567.jsonl", "metrics.jsonl"),
+    *(
+        "initial/evaluation.json",
+        "initial/manifest.json",
+        "ledger.json",
+        "log_probs/0123.jsonl",
+        "log_probs/4567.jsonl",
+        "metrics.jsonl",
+    ),
     *("round_0/evaluation.json", "round_0/held_out.jsonl", "round_0/manifest.json", "round_0/pairs.jsonl"),
     *("round_0/policy/config.json", "round_0/policy/model.safetensors"),
     *("round_1/manifest.json", "round_1/pairs.jsonl", "round_1/prompts.jsonl", "round_1/responses.jsonl"),
@@ -59,9 +68,14 @@ def source(tmp_path) -> RunFolder:
 
 def make_source(path: Path, *more: str, algo: str = "sgpo") -> RunFolder:
     run = RunFolder(str(path))
-    write_text(path / "resolved_config.yaml", flags.dump(settings(path, *more, algo=algo)))
-    write_json(path / "data.json", DATA)
+    write_text(path / "resolved_config.yaml", signed(flags.dump(settings(path, *more, algo=algo))))
+    write_sealed(path / "data.json", DATA)
     write_json(path / "initial/evaluation.json", {"name": "start"})
+    run.finish(None, "evaluate", {}, ["evaluation.json"])
+    write_jsonl(
+        path / "metrics.jsonl",
+        [{"stage": f"round {number}", "step": step, "train/loss": 0.5} for number in (0, 1, 2, 10) for step in (1, 2)],
+    )
     for number in range(3):
         folder = run.round(number)
         write_jsonl(folder / "pairs.jsonl", [{"id": f"pair of {number}"}])
@@ -73,16 +87,13 @@ def make_source(path: Path, *more: str, algo: str = "sgpo") -> RunFolder:
             write_jsonl(folder / "prompts.jsonl", [{"id": f"prompt of {number}"}])
             write_jsonl(folder / "responses.jsonl", [{"id": f"responses of {number}"}])
             write_json(folder / "worst_case.json", {"value": number})
-            run.finish(number, "generate", {"prompts": 12})
-        run.finish(number, "pairs", {"pairs": 1, "oracle": "implicit"})
-        run.finish(number, "train", {"epochs": 1})
+            run.finish(number, "generate", {"prompts": 12}, ["prompts.jsonl", "responses.jsonl"])
+        run.finish(number, "pairs", {"pairs": 1, "oracle": "implicit"}, ["pairs.jsonl"])
+        run.finish(number, "train", {"epochs": 1, "metrics": run.metrics_digest(number)}, ["policy"])
+        run.finish(number, "evaluate", {}, ["evaluation.json", "held_out.jsonl"])
     for name in ("0123", "4567"):
         write_text(path / f"log_probs/{name}.jsonl", f'\n{{"{name}": -1.5}}\n')
-    write_json(path / "ledger.json", {"total": {"seconds": 99}, "stages": STAGES})
-    write_jsonl(
-        path / "metrics.jsonl",
-        [{"stage": f"round {number}", "step": step, "train/loss": 0.5} for number in (0, 1, 2, 10) for step in (1, 2)],
-    )
+    write_ledger(path / "ledger.json", STAGES)
     write_text(path / "table.txt", "the table of the source")
     return run
 
@@ -109,11 +120,11 @@ def test_seed_stage_and_first_labels_come_along(source, tmp_path):
         name: before[name] for name in TAKEN if name not in changed
     }
     # The first round goes on behind its labels: no policy, no certificate, no stage of training.
-    assert list(folder.manifest(0)["stages"]) == ["pairs", "train"]
+    assert list(folder.manifest(0)["stages"]) == ["pairs", "train", "evaluate"]
     assert folder.manifest(1)["stages"] == {name: source.manifest(1)["stages"][name] for name in ("generate", "pairs")}
     paid = [name for name in STAGES if name.startswith(("initial/", "round_0/"))]
     paid += ["round_1/generate", "round_1/annotate"]
-    assert read_json(folder.path / "ledger.json")["stages"] == {name: STAGES[name] for name in paid}
+    assert read_ledger(folder.path / "ledger.json")["stages"] == {name: STAGES[name] for name in paid}
     rows = read_jsonl(folder.path / "metrics.jsonl")
     assert [(row["stage"], row["step"]) for row in rows] == [("round 0", 1), ("round 0", 2)]
     assert contents(source.path) == before
@@ -157,12 +168,13 @@ def test_rewards_come_along_where_a_reward_model_ranks(source, tmp_path):
 
 def test_from_a_run_whose_first_round_has_no_labels_yet_only_the_seed_comes(source, tmp_path):
     manifest = source.manifest(1)
-    del manifest["stages"]["pairs"], manifest["stages"]["train"]
-    write_json(source.round(1) / "manifest.json", manifest)
+    del manifest["stages"]["pairs"], manifest["stages"]["train"], manifest["stages"]["evaluate"]
+    write_sealed(source.round(1) / "manifest.json", manifest)
     (source.round(1) / "pairs.jsonl").unlink()
+    (source.path / "table.txt").unlink()
     folder = fork(source, tmp_path / "fork")
     assert sorted(contents(folder.path)) == [name for name in TAKEN if not name.startswith("round_1/")]
-    stages = read_json(folder.path / "ledger.json")["stages"]
+    stages = read_ledger(folder.path / "ledger.json")["stages"]
     assert stages == {name: STAGES[name] for name in STAGES if name.startswith(("initial/", "round_0/"))}
 
 
@@ -237,7 +249,7 @@ def test_unfinished_seed_stage(source, tmp_path, unfinished):
     if unfinished == "configuration":
         (source.path / "resolved_config.yaml").unlink()
     else:
-        write_json(source.round(0) / "manifest.json", {"round": 0, "stages": {"pairs": {}}})
+        write_sealed(source.round(0) / "manifest.json", {"round": 0, "stages": {"pairs": {}}})
     assert "is not a run with a finished seed stage" in refusal(source, tmp_path / "fork")
 
 

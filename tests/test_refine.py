@@ -23,6 +23,7 @@ from running import ROOT, launch, read_jsonl
 
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
 from openrlhf_sgpo.games import GAMES, nash, stackelberg
+from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.oracle.base import antisymmetric, sigmoid
 from openrlhf_sgpo.refinement.budget import affordable, further
 from openrlhf_sgpo.refinement.comparison import best_of
@@ -488,7 +489,7 @@ def test_folders_without_a_policy(tiny_model, tiny_data, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is neither a run folder .* nor a model"):
         load(flags(tmp_path / "empty", tiny_data, tmp_path / "out"))
-    (tmp_path / "empty/resolved_config.yaml").write_text("model: tiny\n")  # of a refinement
+    (tmp_path / "empty/resolved_config.yaml").write_text(signed("model: tiny\n"))  # of a refinement
     with pytest.raises(ValueError, match="is neither a run folder .* nor a model"):
         load(flags(tmp_path / "empty", tiny_data, tmp_path / "out"))
     run = make_run(tmp_path / "begun", tiny_model, rounds=1)

@@ -30,7 +30,7 @@ def test_a_run_leaves_what_the_layout_says(run, tiny_model):
     assert not list(folder.rglob("*.partial"))
     for number in range(3):
         stages = json.loads((folder / f"round_{number}/manifest.json").read_text())["stages"]
-        assert list(stages) == (["pairs", "train"] if number == 0 else ["generate", "pairs", "train"])
+        assert list(stages) == ["generate", "pairs", "train", "evaluate"][number == 0 :]
         assert (folder / f"round_{number}/policy/model.safetensors").exists()
     certificate = json.loads((folder / "round_2/worst_case.json").read_text())
     assert certificate["empirical"] <= certificate["value"] <= certificate["bound"] + 1e-12

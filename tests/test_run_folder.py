@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.config import Config, load
+from openrlhf_sgpo.integrity import signed
+from openrlhf_sgpo.ledger import Ledger
+from openrlhf_sgpo.metrics import Metrics
 from openrlhf_sgpo.run_folder import (
-    Ledger,
-    Metrics,
     RunFolder,
     keep_rows,
     read_json,
@@ -146,7 +147,7 @@ def test_new_run(tmp_path, resume, exists):
     if exists:
         path.mkdir(parents=True)
     RunFolder(str(path)).prepare(CONFIG, resume)
-    assert (path / "resolved_config.yaml").read_text(encoding="utf-8") == CONFIG and names(path) == [
+    assert (path / "resolved_config.yaml").read_text(encoding="utf-8") == signed(CONFIG) and names(path) == [
         "lock",
         "resolved_config.yaml",
     ]
@@ -159,7 +160,7 @@ def test_existing_run_needs_resume(tmp_path):
         run.prepare(CONFIG, resume=False)
     assert f"--ckpt.output_dir {tmp_path}" in str(caught.value)
     run.prepare(CONFIG, resume=True)
-    assert (tmp_path / "resolved_config.yaml").read_text(encoding="utf-8") == CONFIG
+    assert (tmp_path / "resolved_config.yaml").read_text(encoding="utf-8") == signed(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +185,7 @@ def test_resume_with_another_configuration(tmp_path, old, new, said):
         run.prepare(changed, resume=True)
     head, *listed = str(caught.value).splitlines()
     assert str(tmp_path) in head and [line.strip() for line in listed] == said
-    assert (tmp_path / "resolved_config.yaml").read_text(encoding="utf-8") == CONFIG
+    assert (tmp_path / "resolved_config.yaml").read_text(encoding="utf-8") == signed(CONFIG)
 
 
 def test_order_and_layout_of_the_configuration_do_not_count(tmp_path):
@@ -361,7 +362,7 @@ def test_killed_before_the_configuration_was_stored(tmp_path, write, left, resum
     killed = subprocess.run([sys.executable, "-c", DIE_IN_WRITE, str(path), CONFIG, str(write)], cwd=ROOT)
     assert killed.returncode == -signal.SIGKILL and names(path) == sorted([*left, "lock"])
     RunFolder(str(path)).prepare(CONFIG, resume, {"--data.dataset": "b"})
-    assert read_json(path / "data.json") == {"--data.dataset": "b"}
+    assert RunFolder(str(path)).data() == {"--data.dataset": "b"}
     assert names(path) == ["data.json", "lock", "resolved_config.yaml"]
 
 
@@ -389,7 +390,7 @@ def test_totals_add_up_and_peaks_take_the_maximum(tmp_path):
 
 def test_seconds_are_those_of_the_stage(tmp_path, monkeypatch):
     clock = iter([100.0, 102.5])
-    monkeypatch.setattr("openrlhf_sgpo.run_folder.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("openrlhf_sgpo.ledger.time.perf_counter", lambda: next(clock))
     ledger = Ledger(tmp_path / "ledger.json", writes=True)
     with ledger.stage("round_0/train"):
         pass

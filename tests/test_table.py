@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from openrlhf_sgpo.run_folder import Ledger, read_ledger, write_json
+from openrlhf_sgpo.ledger import Ledger, read_ledger, write_ledger
 from openrlhf_sgpo.table import results_table
 
 FIGURE_NAMES = ["accuracy", "margin", "kl", "length", "wins", "labels", "value"]
@@ -87,18 +87,11 @@ def test_a_measured_zero_is_no_dash():
     assert [cell.strip() for cell in line[1:8]] == ["0.000", "-", "-", "-", "-", "-", "0.0000"]
 
 
-def test_old_folders_have_their_scoring_in_the_column_of_scores(tmp_path):
-    """Up to version 0.1 the ledger's follower was the scoring before it."""
-    old = {"round_1/follower": {"seconds": 7.0, "tokens_scored": 99}, "round_1/train": {"seconds": 2.0}}
-    write_json(tmp_path / "ledger.json", {"total": {"seconds": 9.0}, "stages": old})
-    stages = read_ledger(tmp_path / "ledger.json")["stages"]
+def test_scoring_is_not_the_follower(tmp_path):
+    stages = {"round_1/score": {"seconds": 6.5, "tokens_scored": 99}, "round_1/follower": {"seconds": 0.25}}
+    write_ledger(tmp_path / "ledger.json", stages)
+    assert read_ledger(tmp_path / "ledger.json")["stages"] == stages
     assert Ledger(tmp_path / "ledger.json", writes=False).stages == stages
-    (header, one), _ = cells(results_table([{"name": "round 1"}], stages))
-    found = {name.strip(): cell.strip() for name, cell in zip(header, one, strict=True)}
-    assert found["score"] == "7.0" and "follower" not in found
-    new = old | {"round_1/score": {"seconds": 6.5, "tokens_scored": 99}, "round_1/follower": {"seconds": 0.25}}
-    write_json(tmp_path / "ledger.json", {"total": {}, "stages": new})
-    assert read_ledger(tmp_path / "ledger.json")["stages"] == new
     assert read_ledger(tmp_path / "none.json") == {"total": {}, "stages": {}}
 
 

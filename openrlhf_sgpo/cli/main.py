@@ -13,6 +13,7 @@ from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.cli import ending
 from openrlhf_sgpo.config_check import check_data
 from openrlhf_sgpo.output import other_packages_apart, say
+from openrlhf_sgpo.preflight import check_run
 
 USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
@@ -60,6 +61,7 @@ def run(settings: config.Config, algorithm: type[algorithms.Algorithm], options:
     Raises ValueError if a package is missing, before the others are loaded."""
     if problem := extras.missing("transformers", "deepspeed", "peft", "openrlhf"):
         raise ValueError(problem)
+    check_run(settings, algorithm, options)
     if issubclass(algorithm, OnPolicyAlgorithm):
         from openrlhf_sgpo.plays import PlayRun
 

@@ -7,6 +7,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 TRAIN_SPLITS = ("train", "train_prefs")
 TEST_SPLITS = ("test", "test_prefs")
 KINDS = (".jsonl", ".json", ".parquet")
+EXPECTED = "expected .jsonl, .json (either also .gz), .parquet, or the name of a hub dataset"
 _SHOWN = 20  # different reasons that a message spells out
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -49,23 +51,43 @@ def is_file(source: str) -> bool:
     return _kind(source) in KINDS or Path(source).is_file()
 
 
-def read_rows(source: str, split: str = "", splits: Sequence[str] = TRAIN_SPLITS) -> Rows:
-    """Rows of a JSONL or JSON file (also .gz), a Parquet file, or a hub dataset's ``split`` (default: first of splits).
-
-    Raises DataError if there is no such source or split, or if a file is not what its name says.
-    """
-    path, kind = Path(source), _kind(source)
-    expected = "expected .jsonl, .json (either also .gz), .parquet, or the name of a hub dataset"
+def check_source(source: str, split: str = "") -> None:
+    """Raises DataError if the source is meant as a file and there is no such file, or one of an unknown kind."""
     if not is_file(source):
-        return Rows("row", _hub(source, split, splits, expected), published=True)
+        return
+    path, kind = Path(source), _kind(source)
     if not path.is_file():
         raise DataError(f"{source}: no such file")
     if split:
         raise DataError(f"{source}: a file has no splits, leave the split {split!r} out")
     if kind not in KINDS or (kind == ".parquet" and path.suffix.lower() != ".parquet"):
-        raise DataError(f"{source}: unknown kind of file; {expected}")
+        raise DataError(f"{source}: unknown kind of file; {EXPECTED}")
     if not path.stat().st_size:
         raise DataError(f"{source}: no rows, the file is empty")
+
+
+def count_rows(source: str) -> int | None:
+    """Rows of a JSONL or Parquet file, usable or not; None where counting them means to read the whole source. Raises
+    DataError as ``read_rows`` does."""
+    if not is_file(source):
+        return None
+    check_source(source)
+    path, kind = Path(source), _kind(source)
+    if kind == ".parquet":
+        with _parquet_file(path) as file:
+            return file.metadata.num_rows
+    return sum(1 for line in _bytes(path) if line.strip()) if kind == ".jsonl" else None
+
+
+def read_rows(source: str, split: str = "", splits: Sequence[str] = TRAIN_SPLITS) -> Rows:
+    """Rows of a JSONL or JSON file (also .gz), a Parquet file, or a hub dataset's ``split`` (default: first of splits).
+
+    Raises DataError if there is no such source or split, or if a file is not what its name says.
+    """
+    check_source(source, split)
+    path, kind = Path(source), _kind(source)
+    if not is_file(source):
+        return Rows("row", _hub(source, split, splits, EXPECTED), published=True)
     if kind == ".parquet":
         return Rows("row", _parquet(path))
     return Rows("line", _lines(path) if kind == ".jsonl" else _json(path))
@@ -188,16 +210,22 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
             return
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
+    """Raises DataError where the file cannot be read."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
-        batches = ParquetFile(path).iter_batches()
-        yield from enumerate(row for batch in batches for row in batch.to_pylist())
+        yield ParquetFile(path)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # dates beyond the year 9999, say
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: damaged, or not a Parquet file ({reason}); fetch or write it again") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    with _parquet_file(path) as file:
+        yield from enumerate(row for batch in file.iter_batches() for row in batch.to_pylist())
 
 
 def _hub(source: str, split: str, splits: Sequence[str], expected: str) -> Iterator[tuple[int, Any]]:

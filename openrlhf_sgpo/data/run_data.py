@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo.data.files import TEST_SPLITS, DataError
-from openrlhf_sgpo.data.inspection import InspectedPairs, InspectedPrompts, inspect_pairs, inspect_prompts
+from openrlhf_sgpo.data.inspection import InspectedPairs, InspectedPrompts, inspect_pairs, inspect_prompts, prompt_key
 from openrlhf_sgpo.data.records import Pair, Prompt, Records, load_pairs, load_prompts
 from openrlhf_sgpo.data.report import DataReport
 from openrlhf_sgpo.data.template import refuse_unread, template_arguments
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What --data.dataset, --eval.dataset and --data.prompt_dataset hold; empty where a flag is not given."""
+    """What --data.dataset, --eval.dataset and --data.prompt_dataset hold; empty where a flag is not given. held_out: all of it,
+    because no more than --eval.max_samples are evaluated, but none is trained on."""
 
     human: Records[Pair]
     held_out: Records[Pair]
@@ -32,11 +33,12 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class RunData:
-    """The same, as far as it is used, with tokens and reports."""
+    """The same, as far as it is used, with tokens and reports. held_out_prompts: ``prompt_key`` of all held-out prompts."""
 
     human: InspectedPairs
     held_out: InspectedPairs
     prompts: InspectedPrompts
+    held_out_prompts: frozenset[bytes]
 
     @property
     def reports(self) -> list[DataReport]:
@@ -78,7 +80,7 @@ def load_run(config: Config, with_prompts: bool) -> RunRecords:
 
     records = RunRecords(
         attempt(load_pairs, data.dataset, data.dataset_split, data.max_samples),
-        attempt(load_pairs, held_out.dataset, held_out.split, held_out.max_samples, splits=TEST_SPLITS),
+        attempt(load_pairs, held_out.dataset, held_out.split, splits=TEST_SPLITS),
         attempt(load_prompts, data.prompt_dataset if with_prompts else "", data.prompt_split),
     )
     if errors:
@@ -92,10 +94,9 @@ def inspect_run(records: RunRecords, chat: ChatFormat, config: Config, room: int
     room: tokens that a prompt must leave for answers.
     """
     limits = config.data.limits
-    held_out = inspect_pairs(
-        records.held_out, chat, limits, name=f"--eval.dataset {config.eval.dataset}", trained_on=False
-    )
-    questions = [pair.prompt for pair in held_out.pairs] if records.held_out else None
+    questions = [pair.prompt for pair in records.held_out] if records.held_out else None
+    evaluated = Records(records.held_out[: config.eval.max_samples or None], records.held_out.left_out)
+    held_out = inspect_pairs(evaluated, chat, limits, name=f"--eval.dataset {config.eval.dataset}", trained_on=False)
     human = inspect_pairs(records.human, chat, limits, name=f"--data.dataset {config.data.dataset}", held_out=questions)
     prompts = inspect_prompts(
         records.prompts,
@@ -105,4 +106,4 @@ def inspect_run(records: RunRecords, chat: ChatFormat, config: Config, room: int
         room=room,
         held_out=questions,
     )
-    return RunData(human, held_out, prompts)
+    return RunData(human, held_out, prompts, frozenset(map(prompt_key, questions or [])))

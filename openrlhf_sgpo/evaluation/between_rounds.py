@@ -16,7 +16,7 @@ from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.rollout import Rollout, Sample
-from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.run_folder import read_jsonl, write_json, write_jsonl
 from openrlhf_sgpo.table import scores, share_error, standard_error
 from openrlhf_sgpo.training.probe import check_weights_arrived
 from openrlhf_sgpo.training.scoring import Scorer
@@ -83,11 +83,6 @@ class Evaluator:
             write_json(path / "evaluation.json", row)
         ranks.barrier()
         return row
-
-    def read(self, path: Path) -> dict[str, Any] | None:
-        """What ``evaluate`` wrote there, None if it did not yet. Collective."""
-        result = path / "evaluation.json"
-        return ranks.from_rank_0(read_json(result) if result.exists() else None)
 
     def calibrate(self, start: dict[str, Any]) -> None:
         """How far engine and trainer are apart on the same weights, from the row of the start, before there is a sync."""

@@ -15,8 +15,10 @@ from typing import Any
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.flags import SettingsError
-from openrlhf_sgpo.inference import STORED, Policy, policy_of, set_fields, stored_settings
-from openrlhf_sgpo.run_folder import ADDRESS, RunFolder, differences, read_json
+from openrlhf_sgpo.inference import Policy, policy_of, set_fields, stored_settings
+from openrlhf_sgpo.ledger import read_ledger
+from openrlhf_sgpo.run_folder import ADDRESS, STORED, RunFolder, differences, read_json
+from openrlhf_sgpo.training.sizes import optimiser_steps
 
 START = "start"  # how files call the model from which all runs started
 BUDGET = ("samples", "judge_calls", "tokens_generated", "tokens_trained", "tokens_scored")
@@ -52,7 +54,7 @@ class ComparedRun:
 
     def digests(self) -> dict[str, str]:
         """A hash of each data set, by flag."""
-        return read_json(Path(self.folder, "data.json"))
+        return RunFolder(self.folder).data()
 
     def evaluation(self) -> dict[str, Any]:
         """The figures of the last round."""
@@ -60,15 +62,13 @@ class ComparedRun:
 
     def ledger(self) -> dict[str, float]:
         """What training cost, evaluation between rounds left out: ``BUDGET``, seconds and optimiser steps."""
-        stages = read_json(Path(self.folder, "ledger.json"))["stages"]
+        stages = read_ledger(Path(self.folder, "ledger.json"))["stages"]
         costs = [cost for name, cost in stages.items() if not name.endswith("/evaluate")]
         return {name: sum(cost.get(name, 0) for cost in costs) for name in (*BUDGET, "seconds")} | {
             "steps": self._steps()
         }
 
     def _steps(self) -> int:
-        from openrlhf_sgpo.training.stage import optimiser_steps
-
         config, folder, steps = Config(), RunFolder(self.folder), 0
         set_fields(config.train, self.settings["train"])
         for number in range((self.policy.round or 0) + 1):
@@ -168,8 +168,28 @@ def _read(folder: str, problems: list[str]) -> ComparedRun | None:
     elif not Path(folder, "table.txt").exists():
         problems.append(f"--runs {folder} is a run that is not finished; finish it with train --resume")
     else:
-        return ComparedRun(folder, settings, policy_of(folder, None, "runs"))
+        try:
+            run = RunFolder(folder)
+            run.check()
+            _check_costs(run)
+            return ComparedRun(folder, settings, policy_of(folder, None, "runs"))
+        except ValueError as error:
+            problems.append(f"--runs {folder}: {error}")
     return None
+
+
+def _check_costs(run: RunFolder) -> None:
+    """Raises ValueError if the ledger lacks a finished stage: who lost it would seem to have cost less."""
+    path = run.path / "ledger.json"
+    known = read_ledger(path)["stages"]
+    for number in run.rounds():
+        for stage in run.manifest(number)["stages"]:
+            name = f"round_{number}/{'annotate' if number and stage == 'pairs' else stage}"
+            if name not in known and stage != "evaluate":
+                raise ValueError(
+                    f"{path} does not know what {name} cost, so that budgets cannot be compared; restore it from a copy, or "
+                    "train the run again"
+                )
 
 
 def _place(model: str) -> str:

@@ -44,12 +44,13 @@ from openrlhf_sgpo.evaluation.head_to_head import (
     with_holm,
 )
 from openrlhf_sgpo.judge.cache import content_key
+from openrlhf_sgpo.ledger import Ledger, stage_rows
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources
 from openrlhf_sgpo.oracle.comparison import transcript
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
-from openrlhf_sgpo.run_folder import ADDRESS, Ledger, RunFolder, stage_rows, write_json, write_text
+from openrlhf_sgpo.run_folder import ADDRESS, RunFolder, write_json, write_text
 from openrlhf_sgpo.training.scoring import Scorer
 
 Row = dict[str, Any]

@@ -23,9 +23,10 @@ from openrlhf_sgpo.evaluation.judge import EvaluationJudge
 from openrlhf_sgpo.evaluation.leaderboard import judge_name, write_leaderboard, write_result
 from openrlhf_sgpo.evaluation.settings import Contestant, Loaded, run_config
 from openrlhf_sgpo.evaluation.task import Responses, Result, Task
+from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import check_rollout
-from openrlhf_sgpo.run_folder import LOCK, MOMENT, Ledger, RunFolder, read_json, write_jsonl
+from openrlhf_sgpo.run_folder import LOCK, MOMENT, RunFolder, read_json, write_jsonl
 
 
 class Evaluation:

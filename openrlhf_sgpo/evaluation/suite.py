@@ -21,7 +21,7 @@ import yaml
 from openrlhf_sgpo import algorithms, config, flags, keys, oracle, yaml_files
 from openrlhf_sgpo.evaluation.compare_settings import read_settings, run_config
 from openrlhf_sgpo.launch import end_with_parent
-from openrlhf_sgpo.run_folder import ADDRESS, differences, write_text
+from openrlhf_sgpo.run_folder import ADDRESS, differences, read_configuration, write_text
 
 Tree = dict[str, Any]
 
@@ -256,7 +256,7 @@ def _resolved(words: list[str], folder: Path) -> Tree:
     resolved = flags.to_dict({"": replace(settings, resume=False), algorithms.get(settings.algo).name: options})
     stored = folder / "resolved_config.yaml"
     if stored.exists():
-        changed = differences(yaml_files.load(stored), resolved)
+        changed = differences(read_configuration(stored), resolved)
         listed = [f"--{key} {old!r}, now {new!r}" for key, (old, new) in changed.items() if key not in ADDRESS]
         if listed:
             raise flags.SettingsError(

@@ -24,6 +24,7 @@ from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.template import refuse_unread, template_arguments
 from openrlhf_sgpo.data.tokens import load_chat
 from openrlhf_sgpo.inference import Policy
+from openrlhf_sgpo.ledger import Ledger, stage_rows
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.refinement.budget import affordable, further
@@ -34,7 +35,7 @@ from openrlhf_sgpo.refinement.settings import RefineSettings, run_config
 from openrlhf_sgpo.rollout import Rollout, Sample, check_rollout, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room
-from openrlhf_sgpo.run_folder import Ledger, RunFolder, stage_rows, write_json, write_jsonl, write_text
+from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
 from openrlhf_sgpo.training.scoring import Scorer
 
 WHOLE = 2**31  # tokens, more than any text has

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
 from transformers import PreTrainedTokenizerBase
 
 from openrlhf_sgpo import ranks
@@ -14,20 +15,21 @@ from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.finite import NotFiniteError, weight_not_finite
+from openrlhf_sgpo.metrics import Metrics
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, Actor, DeepspeedStrategy, load_actor, save_policy
-from openrlhf_sgpo.run_folder import Metrics, whole_folder
+from openrlhf_sgpo.run_folder import whole_folder
 from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.scoring import release_memory
+from openrlhf_sgpo.training.sizes import optimiser_steps, too_few, warmup_ratio
 from openrlhf_sgpo.training.trainer import PairDataset, PairTrainer, seed_generators
 
 
-def optimiser_steps(pairs: int, epochs: int, config: Config, world_size: int) -> int:
-    """Steps that a stage takes: ``--train.max_steps``, or those of its epochs, in which each rank has its share of the pairs
-    in whole micro-batches, which go on over epochs."""
-    if config.train.max_steps:
-        return config.train.max_steps
-    size = config.train.micro_batch_size
-    return epochs * (pairs // world_size // size) // (config.train.batch_size // size // world_size)
+def check_enough(label: str, pairs: int, epochs: int, config: Config) -> int:
+    """Steps of a stage with so many pairs. Raises ValueError if they train nothing."""
+    world_size = distributed.get_world_size()
+    if reason := too_few(pairs, epochs, config, world_size):
+        raise ValueError(f"{label}: {reason}, and add --resume")
+    return optimiser_steps(pairs, epochs, config, world_size)
 
 
 def load_trained(
@@ -52,7 +54,7 @@ def load_trained(
         "optim": "adam",
         "adam": vars(config.adam) | {"lr": learning_rate},
         "lr_scheduler": config.lr_scheduler,
-        "lr_warmup_ratio": config.lr_warmup_ratio,
+        "lr_warmup_ratio": warmup_ratio(steps, config),
         "min_lr_ratio": config.min_lr_ratio,
         "max_norm": config.max_norm,
         "scheduler_steps": steps,
@@ -104,12 +106,7 @@ def train_stage(
     extrapolates logits. Goes on from the checkpoints beside ``destination`` if an earlier process left some. Collective.
     Raises ValueError if the pairs are too few for one optimiser step.
     """
-    if len(groups) < config.train.batch_size:
-        raise ValueError(
-            f"{label}: {len(groups)} pairs are fewer than --train.batch_size {config.train.batch_size}, so that no "
-            "optimiser step would be taken: lower --train.batch_size"
-        )
-    steps = optimiser_steps(len(groups), epochs, config, strategy.world_size)
+    steps = check_enough(label, len(groups), epochs, config)
     actor, optimizer, scheduler = load_trained(start, config, strategy, learning_rate, steps, label)
     held = None
     if algorithm.extrapolation:

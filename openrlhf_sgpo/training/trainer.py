@@ -20,7 +20,7 @@ from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.run_folder import Metrics
+    from openrlhf_sgpo.metrics import Metrics
 
 
 @dataclass(frozen=True)

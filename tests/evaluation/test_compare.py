@@ -21,7 +21,9 @@ from openrlhf_sgpo.config import load as load_run
 from openrlhf_sgpo.evaluation.compare_settings import load
 from openrlhf_sgpo.evaluation.compared_runs import group_warnings, oracle_warnings, read_groups
 from openrlhf_sgpo.flags import SettingsError, dump
-from openrlhf_sgpo.run_folder import RunFolder
+from openrlhf_sgpo.integrity import signed
+from openrlhf_sgpo.ledger import write_ledger
+from openrlhf_sgpo.run_folder import RunFolder, write_sealed, write_text
 
 SCRIPT = ROOT / "tests" / "comparing.py"
 ORACLE = ("--oracle", "toy_oracles:Letters")
@@ -34,10 +36,16 @@ def finished(folder: Path, *more: str, algo: str = "sgpo", seed: int = 1, model:
     words = ["--algo", algo, *arguments(Path(model), {"held_out": "h.jsonl", "prompts": "p.jsonl"}, folder, seed), *own]
     config, options = load_run([*words, *more])
     run = RunFolder(str(folder))
-    run.policy(1).mkdir(parents=True)
-    run.finish(1, "train", {})
-    (folder / "resolved_config.yaml").write_text(dump({"": config, algo: options}))
-    (folder / "data.json").write_text(json.dumps({"--data.dataset": "1", "--eval.dataset": "2"} | data))
+    stage = "play" if algo == "nash_md" else "train"
+    for number in (1,) if stage == "play" else (0, 1):
+        write_text(run.policy(number) / "config.json", "{}")
+        run.finish(number, stage, {}, ["policy"])
+        run.finish(number, "evaluate", {})
+    run.finish(None, "evaluate", {})
+    (folder / "resolved_config.yaml").write_text(signed(dump({"": config, algo: options})))
+    write_sealed(folder / "data.json", {"--data.dataset": "1", "--eval.dataset": "2"} | data)
+    names = [f"round_{number}/{name}" for number in (0, 1) for name in ("train", "play", "evaluate")]
+    write_ledger(folder / "ledger.json", {name: {"seconds": 1.0} for name in names})
     (folder / "table.txt").write_text("")
     return folder
 
@@ -81,7 +89,7 @@ def test_how_answers_are_drawn_is_the_first_run_s(tmp_path):
     ("spoil", "expected"),
     [
         (lambda run: shutil.rmtree(run), "is no run folder: there is no resolved_config.yaml"),
-        (lambda run: (run / "resolved_config.yaml").write_text("out: x"), "is no run folder"),
+        (lambda run: (run / "resolved_config.yaml").write_text(signed("out: x\n")), "is no run folder"),
         (lambda run: (run / "table.txt").unlink(), "is a run that is not finished; finish it with train --resume"),
     ],
 )

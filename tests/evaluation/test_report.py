@@ -17,6 +17,7 @@ from openrlhf_sgpo.evaluation.report.follower import solve_again
 from openrlhf_sgpo.evaluation.report.judged import judgements
 from openrlhf_sgpo.evaluation.report.markup import Html, join, tag
 from openrlhf_sgpo.evaluation.report.run_curves import MOST_POINTS, step_plots, thinned
+from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
 from openrlhf_sgpo.table import FIGURES, results_table, scores, share_error, standard_error
 
@@ -57,7 +58,7 @@ def test_a_folder_that_is_nothing_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} has none of resolved_config.yaml, comparison.json"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "resolved_config.yaml").write_text("model: before\n")  # of a leaderboard that has not ended
+    (tmp_path / "resolved_config.yaml").write_text(signed("model: before\n"))  # of a leaderboard that has not ended
     with pytest.raises(ValueError, match=f"{tmp_path} is not a training run"):
         write_report(tmp_path)
     assert not (tmp_path / REPORT).exists()
@@ -149,7 +150,7 @@ def test_the_table_of_rounds_is_that_of_the_run(folders, pages):
     for place in ("initial", "round_0", "round_1", "round_2"):
         row = read_json(folder / place / "evaluation.json")
         worst, manifest = folder / place / "worst_case.json", folder / place / "manifest.json"
-        labels = read_json(manifest)["stages"]["pairs"].get("label_accuracy") if manifest.exists() else None
+        labels = read_json(manifest)["stages"].get("pairs", {}).get("label_accuracy") if manifest.exists() else None
         value = read_json(worst)["value"] if worst.exists() else None
         margins = [one["margin"] for one in read_jsonl(folder / place / "held_out.jsonl")]
         errors = {"accuracy_error": share_error(scores(margins)), "margin_error": standard_error(margins)}

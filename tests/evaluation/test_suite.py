@@ -19,6 +19,7 @@ from openrlhf_sgpo.evaluation import suite as module
 from openrlhf_sgpo.evaluation.compare_settings import read_settings
 from openrlhf_sgpo.evaluation.suite import merged, nested, read_suite, suite_runs, train_suite
 from openrlhf_sgpo.flags import SettingsError
+from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.judge.client import JudgeError
 
 SCRIPT = ROOT / "tests" / "comparing.py"
@@ -223,7 +224,7 @@ def test_a_finished_run_with_other_settings_is_not_taken(tmp_path):
     suite = small(tmp_path)
     first = suite_runs(read_suite(write(tmp_path, suite)))[0]
     first.folder.mkdir(parents=True)
-    (first.folder / "resolved_config.yaml").write_text(yaml.safe_dump(first.resolved))
+    (first.folder / "resolved_config.yaml").write_text(signed(yaml.safe_dump(first.resolved)))
     suite_runs(read_suite(write(tmp_path, suite)))
     suite["common"]["adam.lr"] = "0.5"
     with pytest.raises(SettingsError, match=r"self: .*seed_1 holds a run with --adam.lr 0.01, now 0.5"):

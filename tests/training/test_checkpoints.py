@@ -17,8 +17,8 @@ from openrlhf_sgpo.finite import NotFiniteError
 @pytest.fixture
 def train(make_config, groups, tokenizer, tmp_path):
     """Six steps of DPO with a checkpoint after each into a folder of this name."""
+    from openrlhf_sgpo.metrics import Metrics
     from openrlhf_sgpo.openrlhf import build_strategy
-    from openrlhf_sgpo.run_folder import Metrics
     from openrlhf_sgpo.training.stage import train_stage
 
     config = make_config(ckpt__save_steps=1, ckpt__max_num=2)

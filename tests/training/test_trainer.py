@@ -67,8 +67,8 @@ def our_losses(config, groups, tokenizer, tmp_path, algorithm):
     """Losses per optimiser step of train_stage, and the saved weights."""
     from safetensors.torch import load_file
 
+    from openrlhf_sgpo.metrics import Metrics
     from openrlhf_sgpo.openrlhf import build_strategy
-    from openrlhf_sgpo.run_folder import Metrics
     from openrlhf_sgpo.training.scoring import Scorer
     from openrlhf_sgpo.training.stage import train_stage
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from openrlhf_sgpo import yaml_files
 from openrlhf_sgpo.evaluation.report.figures import Series, bars, plot, plots
 from openrlhf_sgpo.evaluation.report.follower import FIGURES as CERTIFICATE
 from openrlhf_sgpo.evaluation.report.follower import follower_plot
@@ -21,7 +18,8 @@ from openrlhf_sgpo.evaluation.report.page import page
 from openrlhf_sgpo.evaluation.report.run_curves import held_out_plot, round_plots, step_plots
 from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.evaluation.report.verdict import run_verdict
-from openrlhf_sgpo.run_folder import read_json, read_jsonl, read_ledger
+from openrlhf_sgpo.ledger import read_ledger
+from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json, read_jsonl
 from openrlhf_sgpo.table import FIGURES, STAGES, half_of, plus_minus, scores, share_error, standard_error
 
 PLAYS_SHOWN = 4
@@ -41,7 +39,7 @@ class Moment:
 
 def run_page(folder: Path) -> Html:
     """Raises ValueError if the settings are not those of a run."""
-    settings = yaml_files.load(folder / "resolved_config.yaml")
+    settings = read_configuration(folder / STORED)
     if "algo" not in settings:  # refinements, comparisons and leaderboards have such a file too
         raise ValueError(
             f"{folder} is not a training run, and has neither comparison.json nor leaderboard.json: a comparison or a "
@@ -71,7 +69,7 @@ def run_page(folder: Path) -> Html:
         {
             "Rounds": _rounds(moments),
             "Margins": _margins(moments, settings),
-            "Training": step_plots(read_growing(folder / "metrics.jsonl")),
+            "Training": step_plots(read_growing(folder / METRICS)),
             "Answers": _answers(moments),
             "Plays": _plays(folder),
             "Cost": _cost(ledger),
@@ -85,34 +83,33 @@ def run_page(folder: Path) -> Html:
 
 
 def read_moments(folder: Path) -> list[Moment]:
-    """The start and the rounds, in their order, as far as the run has come."""
-    found = {int(match[1]): path for path in folder.iterdir() if (match := re.fullmatch(r"round_(\d+)", path.name))}
-    places = {"start": folder / "initial"} | {f"round {number}": found[number] for number in sorted(found)}
-    return [_moment(name, path) for name, path in places.items() if path.is_dir()]
+    """The start and the rounds, in their order, as far as the run has come. Raises ValueError, naming the file, if one is no
+    longer what a finished stage wrote."""
+    run = RunFolder(str(folder))
+    run.check_ended()
+    run.check_metrics(run.rounds())
+    return [_moment(run, number) for number in (None, *run.rounds()) if run.round(number).is_dir()]
 
 
-def _moment(name: str, path: Path) -> Moment:
+def _moment(run: RunFolder, number: int | None) -> Moment:
+    run.check_round(number, policy=False)
+    path, stages = run.round(number), run.manifest(number)["stages"]
+    written = {file for facts in stages.values() for file in facts.get("files", {})}
+
     def read(file: str) -> dict[str, Any]:
-        return read_json(path / file) if (path / file).is_file() else {}
+        return read_json(path / file) if file in written else {}
 
     def rows(file: str) -> list[dict[str, Any]]:
-        return read_jsonl(path / file) if (path / file).is_file() else []
+        return read_jsonl(path / file) if file in written else []
 
     certificate = read("worst_case.json")
-    labels = read("manifest.json").get("stages", {}).get("pairs", {}).get("label_accuracy")
+    labels = stages.get("pairs", {}).get("label_accuracy")
     row = read("evaluation.json") | {"value": certificate.get("value"), "label_accuracy": labels}
     margins = [one["margin"] for one in rows("held_out.jsonl")]
     if margins and "accuracy_error" not in row:  # of an older version
         row |= {"accuracy_error": share_error(scores(margins)), "margin_error": standard_error(margins)}
+    name = "start" if number is None else f"round {number}"
     return Moment(name, row, certificate, margins, rows("samples.jsonl"))
-
-
-def read_growing(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file to which a run may be writing, without a last line that is not whole; none if there is no file."""
-    if not path.is_file():
-        return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
 
 
 # Sections -----------------------------------------------------------------------------------------------------------
@@ -196,8 +193,10 @@ def _measured(row: dict[str, Any]) -> str:
 
 def _plays(folder: Path) -> list[Html]:
     """What the roles said in the last step of an on-policy run."""
-    paths = sorted(folder.glob("round_*/plays.jsonl"), key=lambda path: int(path.parent.name.removeprefix("round_")))
-    rows = read_growing(paths[-1]) if paths else []
+    run = RunFolder(str(folder))
+    rows = next(
+        (rows for number in reversed(run.rounds()) if (rows := read_growing(run.round(number) / "plays.jsonl"))), []
+    )
     if not rows:
         return []
     last = [row for row in rows if row["step"] == rows[-1]["step"]]

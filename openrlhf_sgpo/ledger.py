@@ -1,0 +1,101 @@
+"""What a run, a comparison or an evaluation cost, stage by stage."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo.integrity import check_file, rows_digest
+from openrlhf_sgpo.run_folder import MANIFEST, jsonl, read_jsonl, read_sealed, write_jsonl, write_sealed
+
+
+class Ledger:
+    """What each stage cost: wall seconds and peak memory, and whatever the stage adds (samples, tokens, calls)."""
+
+    def __init__(self, path: Path, writes: bool):
+        self.path = path
+        self.writes = writes
+        self.stages: dict[str, dict[str, float]] = read_ledger(path)["stages"]
+
+    @contextlib.contextmanager
+    def stage(self, name: str, add: bool = False) -> Iterator[dict[str, float]]:
+        """The entry of a stage, to which the block adds what it costs. Entries of blocks that fail are dropped. add: to what
+        the stage has cost before, and also if the block fails: of stages whose parts are kept."""
+        entry: dict[str, float] = {}
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        try:
+            yield entry
+        except BaseException:
+            if add:
+                self.book(name, entry, start, add)
+            raise
+        self.book(name, entry, start, add)
+
+    def book(self, name: str, entry: dict[str, float], start: float, add: bool = False) -> None:
+        """A stage that began at ``start`` of time.perf_counter and is over."""
+        entry["seconds"] = round(time.perf_counter() - start, 2)
+        entry["peak_memory_gib"] = round(_peak_memory_gib(), 2)
+        self.stages[name] = _sum([self.stages[name], entry]) if add and name in self.stages else entry
+        if self.writes:
+            write_ledger(self.path, self.stages)
+
+
+def write_ledger(path: Path, stages: Mapping[str, Mapping[str, float]]) -> None:
+    write_sealed(path, {"total": _sum(stages.values()), "stages": stages})
+
+
+def read_ledger(path: Path) -> dict[str, Any]:
+    """``total`` and ``stages`` of ledger.json, both empty if there is none. Raises ValueError if it is not what was written."""
+    if not path.exists():
+        return {"total": {}, "stages": {}}
+    return read_sealed(path, "restore it from a copy, or delete it: what finished stages cost is then unknown")
+
+
+def _sum(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for one in costs:
+        for key, value in one.items():
+            totals[key] = max(totals.get(key, 0), value) if "peak" in key else totals.get(key, 0) + value
+    return totals
+
+
+def stage_rows(
+    folder: Path,
+    ledger: Ledger,
+    name: str,
+    work: Callable[[dict[str, float]], list[dict[str, Any]]],
+    usage: Callable[[], Mapping[str, float]] = dict,
+) -> list[dict[str, Any]]:
+    """The rows of ``folder``/stages/NAME.jsonl, which ``work`` makes if it is not there. usage: running totals of what it
+    costs, which the ledger gets beside what ``work`` adds. Raises ValueError if the file is no longer what was written."""
+    path = folder / "stages" / f"{name}.jsonl"
+    remedy = "restore it from a copy, or delete it and add --resume: then it is made again"
+    digests = read_sealed(path.with_name(MANIFEST), remedy) if path.with_name(MANIFEST).exists() else {}
+    if path.exists():
+        check_file(path, digests.get(path.name, {}), remedy)
+    else:
+        before = usage()
+        with ledger.stage(name) as cost:
+            rows = work(cost)
+            cost |= {key: total - before[key] for key, total in usage().items()}
+        # Its digest comes first: where a process is killed in between, the rows are made again.
+        write_sealed(path.with_name(MANIFEST), digests | {path.name: rows_digest(jsonl(rows).encode())})
+        write_jsonl(path, rows)
+    return read_jsonl(path)
+
+
+def _peak_memory_gib() -> float:
+    """Of this process: GPU memory where there is one, else resident memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,75 @@
+"""What can be wrong with a run that files and their sizes tell, found before torch is imported and a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo import flags
+from openrlhf_sgpo.algorithms import Algorithm
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.data.files import check_source, count_rows
+from openrlhf_sgpo.fork import check_source as check_fork
+from openrlhf_sgpo.resume import accepted_changes
+from openrlhf_sgpo.run_folder import RunFolder
+from openrlhf_sgpo.training.sizes import check_sizes
+
+
+def check_run(config: Config, algorithm: type[Algorithm], options: Any) -> None:
+    """Raises ValueError if data files are missing or of an unknown kind, hold too few rows for a stage, if a prompt and its
+    answer do not fit into the model, or the run folder cannot be used. Rows of hub datasets and JSON arrays are not counted."""
+    data = config.data
+    prompts = data.prompt_dataset if config.rounds.count else ""
+    for source, split in (
+        (data.dataset, data.dataset_split),
+        (config.eval.dataset, config.eval.split),
+        (prompts, data.prompt_split),
+    ):
+        if source:
+            check_source(source, split)
+    pairs = None if issubclass(algorithm, OnPolicyAlgorithm) else count_rows(data.dataset)
+    if pairs is not None and data.max_samples:
+        pairs = min(pairs, data.max_samples)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_sizes(config, algorithm, pairs, count_rows(prompts) if prompts else None, world_size)
+    _check_positions(config)
+    if os.environ.get("RANK", "0") == "0":  # the others would meet rank 0 in the folder
+        _check_folder(config, algorithm, options)
+
+
+def _check_positions(config: Config) -> None:
+    """As ``load_chat`` does, where the model's config.json lies here."""
+    model = config.model.model_name_or_path
+    try:
+        settings = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
+        longest = settings.get("text_config", settings).get("max_position_embeddings", config.data.max_len)
+    except (OSError, ValueError, AttributeError):
+        return  # a hub name, or what loading it will tell
+    if isinstance(longest, int) and config.data.max_len > longest:
+        raise ValueError(
+            f"--data.max_len {config.data.max_len} exceeds the {longest} positions of --model.model_name_or_path {model}; "
+            "lower it"
+        )
+
+
+def _check_folder(config: Config, algorithm: type[Algorithm], options: Any) -> None:
+    folder = RunFolder(config.ckpt.output_dir)
+    existing = next(parent for parent in (folder.path, *folder.path.parents) if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--ckpt.output_dir {folder.path}: {existing} cannot be written to ({error.strerror}); choose another folder, or "
+            "change its permissions"
+        ) from error
+    resolved = {"": replace(config, resume=False), algorithm.name: options}
+    folder.check_free()
+    accepted_changes(folder, config, algorithm, flags.dump(resolved))
+    if config.ckpt.fork_from:
+        check_fork(RunFolder(config.ckpt.fork_from), folder, flags.to_dict(resolved), {})

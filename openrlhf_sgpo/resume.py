@@ -1,0 +1,107 @@
+"""Which settings a resumed run may change: those on which nothing depends that is already there.
+
+Some are free at any time (``run_folder.FREE``). Others are read by the stages to come alone: more rounds, the settings of
+training before anything was trained, and a smaller batch for a round that has too few pairs. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from openrlhf_sgpo.algorithms import Algorithm
+from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
+from openrlhf_sgpo.training.sizes import stage_epochs, too_few
+
+_SEED = ("seed.lr", "seed.max_epochs")
+_ROUND = ("adam.lr", "train.max_epochs")
+_TRAINING = (
+    "adam.",
+    "train.batch_size",
+    "train.micro_batch_size",
+    "train.max_steps",
+    "lr_",
+    "min_lr_ratio",
+    "max_norm",
+    *_SEED,
+    *_ROUND,
+)
+_COUNT = ("rounds.count", "rounds.prompts")
+
+
+def accepted_changes(
+    folder: RunFolder, config: Config, algorithm: type[Algorithm], resolved_config: str
+) -> dict[str, tuple[Any, Any]]:
+    """(old, new) value of the settings that differ from the run in the folder and are accepted.
+
+    Raises ValueError if it holds a run and ``config.resume`` is off, or naming every setting that is not accepted.
+    """
+    changed = folder.changes(resolved_config, config.resume)
+    trained = [
+        number
+        for number in folder.rounds()
+        if {"train", "play"} & folder.manifest(number)["stages"].keys()
+        or (folder.round(number) / "checkpoints").exists()
+        or (folder.path / "checkpoints").exists()
+    ]
+    why = ""
+    accepted = {key for key in changed if not any(_reads(key, number, config, algorithm) for number in trained)}
+    if changed.keys() & set(_COUNT):
+        why = _other_rounds(folder, config, algorithm, trained)
+        accepted |= set() if why else set(_COUNT)
+    if "train.batch_size" in changed and not issubclass(algorithm, OnPolicyAlgorithm):
+        old, _ = changed["train.batch_size"]
+        accepted |= {"train.batch_size"} if _stands_still(folder, config, old) else set()
+    folder.refuse({key: values for key, values in changed.items() if key not in accepted}, why)
+    return changed
+
+
+def _reads(key: str, number: int, config: Config, algorithm: type[Algorithm]) -> bool:
+    """Whether the training of this round depends on the setting, as that of all rounds does on most."""
+    own = key.startswith(f"{algorithm.name}.") and not issubclass(algorithm, OnPolicyAlgorithm)
+    if not (own or key.startswith(_TRAINING)):
+        return True
+    if config.rounds.count == 0 or issubclass(algorithm, OnPolicyAlgorithm):
+        return True
+    if own:
+        return number > 0 or not algorithm.needs.rounds
+    return number == 0 if key in _SEED else number > 0 if key in _ROUND else True
+
+
+def _other_rounds(folder: RunFolder, config: Config, algorithm: type[Algorithm], trained: list[int]) -> str:
+    """Why the rounds cannot be others than those that were planned; empty if they can."""
+    count, prompts = config.rounds.count, config.rounds.prompts
+    old = read_configuration(folder.path / STORED).get("rounds", {}).get("count")
+    if (count == 0) != (old == 0):
+        return "\nWithout rounds the human pairs are trained on with other settings: choose another --ckpt.output_dir"
+    if issubclass(algorithm, OnPolicyAlgorithm):
+        if not trained or (config.lr_scheduler == "constant" and (folder.path / "checkpoints").exists()):
+            return ""
+        return (
+            f"\nThe learning rate of --algo {algorithm.name} follows one schedule over all rounds (but for --lr_scheduler "
+            "constant), and a run that has ended has dropped its optimiser: choose another --ckpt.output_dir"
+        )
+    stages = {number: folder.manifest(number)["stages"] for number in folder.rounds()}
+    had = [found["generate"]["prompts"] for number, found in sorted(stages.items()) if "generate" in found]
+    if not had or prompts[: len(had)] == had:
+        return ""
+    listed = " ".join(map(str, had))
+    return (
+        f"\nThe rounds so far had {listed} prompts, which an even split over --rounds.count {count} or other --rounds.prompts "
+        f"would change: give --rounds.prompts {listed}, followed by the numbers for the rounds to come"
+    )
+
+
+def _stands_still(folder: RunFolder, config: Config, old: int) -> bool:
+    """Whether a round has too few pairs for the old batch, so that the run cannot go on, and enough for the new one."""
+    if config.rounds.data == "all":
+        return False
+    before = replace(config, train=replace(config.train, batch_size=old))
+    for number in folder.rounds():
+        stages = folder.manifest(number)["stages"]
+        if "pairs" in stages and "train" not in stages:
+            size = stages["pairs"]["pairs"], stage_epochs(number, config)
+            return bool(too_few(*size, before, 1)) and not too_few(*size, config, 1)
+    return False
