@@ -307,7 +307,7 @@ def test_without_nvcc_a_gpu_trains_with_the_optimiser_of_torch(monkeypatch, cuda
     from openrlhf_sgpo.openrlhf import strategy as module
 
     config = Config()
-    kind = module.AdapterStrategy(
+    kind = module.Strategy(
         seed=1, max_norm=1.0, micro_train_batch_size=1, train_batch_size=1, args=module.openrlhf_arguments(config)
     )
     monkeypatch.setattr(module, "CUDA_HOME", cuda_home)
