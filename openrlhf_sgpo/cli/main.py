@@ -177,9 +177,10 @@ def list_algorithms(argv: list[str]) -> int:
         return 0
     if argv:
         raise ValueError(f"algorithms takes no arguments, got {' '.join(argv)}")
-    indent = " " * 13
+    width = max(map(len, algorithms.names())) + 1
+    indent = " " * width
     for name in algorithms.names():
-        head = f"{name:12} "
+        head = name.ljust(width)
         try:
             summary, paper, *settings = _described(algorithms.get(name))
         except Exception as error:  # foreign code: one bad package must not hide the others

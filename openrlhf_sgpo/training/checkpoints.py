@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo import ranks
+from openrlhf_sgpo.output import say
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Checkpoints:
                 shutil.rmtree(self.folder / f"step_{step}")
         if problems and self.strategy.is_rank_0():
             where = f"from the checkpoint of step {self._latest}" if self._latest else "from the beginning"
-            print(f"{'; '.join(problems)}: training goes on {where}", flush=True)
+            say(f"{'; '.join(problems)}: training goes on {where}")
         return self._latest
 
     def restore(self, engine: Any) -> dict[str, Any] | None:
