@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from running import arguments, read_jsonl
+from running import ROOT, SCRIPT, arguments, launch, read_jsonl
 from safetensors.torch import load_file, save_file
 from test_plays import flags as play_flags
 
 from openrlhf_sgpo.cli.main import main
+from openrlhf_sgpo.run_folder import Metrics, json_text, parse_json
 
 
 def pair_flags(tiny_model, tiny_data, folder, *more: str) -> list[str]:
@@ -238,3 +240,35 @@ def test_rounds_are_played_again_if_the_checkpoint_with_which_they_ended_is_dama
     assert main(["train", *argv]) == 0
     for name in ("round_1/plays.jsonl", "round_2/policy/model.safetensors", "round_2/plays.jsonl", "metrics.jsonl"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(tiny_model, tiny_data, tmp_path):
+    """A NaN that one rank alone meets: each has a half of every batch."""
+    folder = tmp_path / "run"
+    argv = pair_flags(tiny_model, tiny_data, folder)
+    environment = {"POISONED_STEP": "3", "POISONED_RANK": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = launch(["bash", str(SCRIPT), "--num_gpus", "2", *argv], **environment)
+    assert done.returncode != 0
+    assert "round 0, step 3: the loss is nan" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "round_0/policy").exists() and "train" not in stages(folder, 0)
+    assert [row["step"] for row in read_jsonl(folder / "metrics.jsonl")] == [1, 2]
+
+
+def test_json_has_no_nan():
+    assert json_text({"figures": [1.5, None], "text": "é"}) == '{"figures": [1.5, null], "text": "é"}'
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(
+            ValueError, match=rf"the value\['figures'\]\[1\]\['x'\] is {value}, which JSON does not have"
+        ):
+            json_text({"figures": [1.0, {"x": value}]})
+        with pytest.raises(ValueError, match="which is no figure"):
+            parse_json(json.dumps([value]))
+
+
+def test_a_metric_without_a_value_is_left_out(make_resources, tmp_path):
+    metrics = Metrics(tmp_path, make_resources().config, {}, writes=True)
+    metrics.log("round 1", 1, {"train/loss": 0.5, "train/grad_norm": None})
+    metrics.close()
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"stage": "round 1", "step": 1, "train/loss": 0.5}]

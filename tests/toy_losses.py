@@ -1,7 +1,7 @@
 """Losses that turn into NaN at a step, for --algo toy_losses:Pairs and toy_losses:FreshAnswers.
 
 POISONED_STEP in the environment is that step; without it the losses are DPO's and online IPO's. POISONED is what is not finite:
-the loss, or, with ``gradient``, only its gradient.
+the loss, or, with ``gradient``, only its gradient. POISONED_RANK is the only rank that meets it; without it all do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
 
 
 def poisoned(losses, step: int):
-    if step != int(os.environ.get("POISONED_STEP", "0")):
+    rank = os.environ.get("RANK", "0")
+    if step != int(os.environ.get("POISONED_STEP", "0")) or rank != os.environ.get("POISONED_RANK", rank):
         return losses
     if os.environ.get("POISONED") == "gradient":
         zero = (losses - losses).clamp(min=0)
