@@ -28,7 +28,7 @@ class _Apart:
     """Descriptors 1 and 2 lead to a log; ``out`` and ``err`` are what they were."""
 
     def __init__(self) -> None:
-        self.log: Path | None = None  # not known until there is a run folder
+        # Until there is a run folder.
         self._early = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the descriptors lead to it
         self._standard = sys.stdout, sys.stderr
         self._real = os.dup(1), os.dup(2)
@@ -70,7 +70,6 @@ class _Apart:
             self._lead_to(file.fileno())
             self._early.seek(0)
             shutil.copyfileobj(self._early, file)
-        self.log = path
 
     def end(self) -> None:
         self._lead_to(*self._real)
@@ -85,12 +84,13 @@ class _Apart:
 
 
 _apart: _Apart | None = None
+last_log: Path | None = None  # of the command that runs, or has just ended
 
 
 @contextlib.contextmanager
 def other_packages_apart() -> Iterator[None]:
     """Within the block only ``say`` and ``Progress`` reach stdout and stderr. What else is written there goes to the file of
-    ``log_to``, and is dropped if that is never called. If the block fails, the file is named on stderr."""
+    ``log_to``, and is dropped if that is never called."""
     global _apart
     if _apart is not None:  # a command within a command
         yield
@@ -98,24 +98,18 @@ def other_packages_apart() -> Iterator[None]:
     _apart = _Apart()
     try:
         yield
-    except Exception:
-        log = _apart.log
+    finally:
         _apart.end()
         _apart = None
-        if log is not None:
-            print(f"what other packages said is in {log}", file=sys.stderr)
-        raise
-    finally:
-        if _apart is not None:
-            _apart.end()
-            _apart = None
 
 
 def log_to(folder: Path) -> None:
     """From now on, and what was said before: other packages to ``folder``/log.txt. Outside of ``other_packages_apart``, as in a
     notebook, nothing is changed."""
+    global last_log
     if _apart is not None:
         _apart.log_to(folder / LOG)
+        last_log = folder / LOG
 
 
 def say(text: object = "", end: str = "\n") -> None:

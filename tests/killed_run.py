@@ -120,7 +120,7 @@ def in_vllm_generation() -> None:
     class Progress(vllm.Progress):
         def __iter__(self):
             for number, item in enumerate(super().__iter__()):
-                if number == 1 and "generate" in str(self.desc):
+                if number == 1 and "generate" in str(getattr(self, "desc", "")):
                     die()
                 yield item
 

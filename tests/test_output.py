@@ -55,19 +55,27 @@ print("after", file=sys.stderr)
     assert log.index("early child") < log.index("late print")
 
 
-def test_a_failure_names_the_log_and_is_told_on_stderr(tmp_path):
-    code = """
-with other_packages_apart():
-    {}
-    noise("late")
-    raise RuntimeError("it broke")
+@pytest.mark.parametrize(("error", "code"), [("ValueError", 2), ("RuntimeError", 1)])
+def test_a_failure_is_told_on_stderr_and_names_the_log(error, code, tmp_path):
+    program = """
+from openrlhf_sgpo.cli import ending, main
+
+def train(argv):
+    with other_packages_apart():
+        {}
+        noise("late")
+        raise {}("it broke")
+
+main.COMMANDS["train"] = train
+(Path(sys.argv[1]) / "resolved_config.yaml").touch()
+sys.exit(main.main(["train", "--ckpt.output_dir", sys.argv[1]]))
 """
-    process = run(code.format("log_to(Path(sys.argv[1]))"), tmp_path)
-    assert process.returncode == 1 and process.stdout == ""
-    assert f"what other packages said is in {tmp_path / 'log.txt'}" in process.stderr
-    assert process.stderr.endswith("RuntimeError: it broke\n") and "late" not in process.stderr.replace('"late"', "")
-    process = run(code.format("pass"), tmp_path / "none")  # it broke before there was a folder
-    assert "log.txt" not in process.stderr and process.stderr.endswith("RuntimeError: it broke\n")
+    process = run(program.format("log_to(Path(sys.argv[1]))", error), tmp_path)
+    assert (process.returncode, process.stdout) == (code, "")
+    assert process.stderr.startswith("error: it broke (") and process.stderr.endswith(f": {tmp_path / 'log.txt'})\n")
+    assert "late child" in (tmp_path / "log.txt").read_text()
+    if code == 2:  # wrong settings, before there is a run
+        assert run(program.format("pass", error), tmp_path).stderr == "error: it broke\n"
 
 
 def test_a_sudden_death_is_told_on_stderr(tmp_path):

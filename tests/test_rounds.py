@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from statistics import mean
 
@@ -128,9 +129,12 @@ def test_evaluations_say_what_their_files_say(run):
     assert len({row["kl"] for row in rows.values()}) == 4
     header, _, *lines = process.stdout.split("  accuracy")[-1].splitlines()
     assert header.split()[:5] == ["margin", "kl", "length", "wins", "labels"]
-    table = {line[:7].strip(): line[7:].split() for line in lines[:4]}
+    table = {line[:7].strip(): re.split(" {2,}", line[7:].strip()) for line in lines[:4]}
     for name, row in zip(("start", "round 0", "round 1", "round 2"), rows.values(), strict=True):
-        assert table[name][:3] == [f"{row['accuracy']:.3f}", f"{row['margin']:.4f}", f"{row['kl']:.2f}"]
+        figures = [f"{row['accuracy']:.3f}", f"{row['margin']:.4f}", f"{row['kl']:.2f}"]
+        assert [cell.partition(" ")[0] for cell in table[name][:3]] == figures
+        if name != "start":  # which is the reference itself
+            assert f"{1.96 * row['accuracy_error']:.3f}" in table[name][0] and row["accuracy_error"] > 0
         assert table[name][4:6] == ["-", "-"], "the judge changes with every round, and no prompt has human labels"
 
 

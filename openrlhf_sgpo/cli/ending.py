@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from openrlhf_sgpo import extras, flags, keys
+from openrlhf_sgpo import extras, flags, keys, output
 
 COMMAND = "OPENRLHF_SGPO_COMMAND"  # what people typed before a command's own flags, where that was not openrlhf-sgpo
 FOLDERS = ("ckpt.output_dir", "out")  # flags that name the folder of a run
@@ -108,7 +108,8 @@ def explain(error: BaseException, argv: list[str]) -> int:
     who = f"rank {_rank()}: " if _rank() > 0 else ""
     if isinstance(error, ValueError):
         # Settings and data errors are written for the user.
-        _say(f"error: {who}{error}")
+        log = f" (what other packages said: {output.last_log})" if output.last_log else ""
+        _say(f"error: {who}{error}{log}")
         return 2
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("openrlhf_sgpo"):
         _say(f"error: {who}{extras.how_to_install(error.name)}")
