@@ -162,7 +162,7 @@ class CkptSettings:
     save_steps: int = setting(-1, "save a DeepSpeed checkpoint every so many steps of a stage, for --resume (-1: none)")
     max_num: int = setting(1, "how many checkpoints to keep")
     fork_from: str = setting(
-        "", "run folder whose seed stage and first samples are taken over where they would be made again just so"
+        "", "run folder whose seed stage and first samples are taken over where they would be identical"
     )
 
 

@@ -102,7 +102,7 @@ def listing(source: str, unit: str, problems: Sequence[tuple[int, str]]) -> tupl
     lines = [f"{source}, {_places(unit, places[reason])}: {reason}" for reason in reasons[:_SHOWN]]
     others = sorted(place for reason in reasons[_SHOWN:] for place in places[reason])
     if others:
-        lines.append(f"{source}, {_places(unit, others)}: other reasons, told once these rows are mended")
+        lines.append(f"{source}, {_places(unit, others)}: other reasons, shown after these rows are fixed")
     return lines, [f"{source}, {unit} {place}: {reason}" for place, reason in problems]
 
 

@@ -38,7 +38,7 @@ class Package(NamedTuple):
 
 def locate(flag: str, given: str, hub: Hub, package: Package | None = None) -> Path:
     """The file that the user gives, else that of the package if it is installed, else that of the hub. The package is not
-    imported. Raises ValueError if the file is not to be had."""
+    imported. Raises ValueError if the file is unavailable."""
     if given:
         path = Path(given)
         if not path.is_file():

@@ -202,7 +202,7 @@ def _changed(one: ComparedRun, other: ComparedRun) -> list[str]:
 
 
 def _not_seeds(name: str, runs: Sequence[ComparedRun], explicit: bool) -> list[str]:
-    """Why runs are no seeds of one algorithm. Those that were given one name may have other settings."""
+    """Why runs are not seeds of the same algorithm. Those that were given one name may have other settings."""
     problems = []
     for one, other in combinations(runs, 2):
         if os.path.realpath(one.folder) == os.path.realpath(other.folder):

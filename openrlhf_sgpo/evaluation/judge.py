@@ -188,7 +188,7 @@ class EvaluationJudge:
         if not missing:
             say(f"all {len(requests)} answers are kept")
             return list(client.ask(requests, label, accept))
-        say(f"{len(missing)} of {len(requests)} answers are missing; {self._estimate(missing, decoding)}")
+        say(f"{len(missing)} of {len(requests)} answers to judge; {self._estimate(missing, decoding)}")
         if self.server and not self.server.base_url:
             self.server.start()
             self.settings.base_url, self.settings.api_key = self.server.base_url, f"env:{KEY}"

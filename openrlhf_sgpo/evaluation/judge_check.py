@@ -224,7 +224,7 @@ def _config(settings: JudgeCheckSettings) -> Config:
 
 
 def _make(config: Config, folder: Path) -> Oracle:
-    """The oracle, without a policy: ``implicit`` is not to be had, and an own one finds no chat and no scorer."""
+    """The oracle, without a policy: ``implicit`` is unavailable, and one of the user's has neither chat nor scorer."""
     strategy: Any = None
     if config.oracle != "judge":  # which needs none, and this takes a while
         from openrlhf_sgpo.openrlhf import build_strategy

@@ -85,7 +85,7 @@ class Task:
 
     def items(self) -> list[Item]:
         """All items in their canonical order, or ``settings.limit`` of them. Raises ValueError if the benchmark's
-        files are not to be had, or are not what they should be; the message names the flag."""
+        files are unavailable, or not what they should be; the message names the flag."""
         raise NotImplementedError
 
     def read_responses(self, path: Path) -> list[Responses]:

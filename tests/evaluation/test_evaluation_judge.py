@@ -194,7 +194,7 @@ def test_what_it_may_cost_is_said_before_and_what_it_did_after(tmp_path, capsys)
         assert capsys.readouterr().out == "judge org/rule, loud: all 4 answers are kept\n"
     # "m or M, item 0" has 14 characters, and 5 words, which the server counts as tokens.
     assert before == (
-        "judge org/rule, loud: 4 of 4 answers are missing; estimate: 14 prompt tokens (4 characters each), up to 32 others, "
+        "judge org/rule, loud: 4 of 4 answers to judge; estimate: 14 prompt tokens (4 characters each), up to 32 others, "
         f"up to {14 * 0.003 + 32 * 0.005:.2f} USD"
     )
     assert after == (
