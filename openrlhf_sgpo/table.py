@@ -87,6 +87,22 @@ def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return [text[0], "  ".join("-" * width for width in widths), *text[1:]]
 
 
+def measured_differently(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence on the numbers of held-out pairs and of prompts, where a resumed run was told others and evaluation rows
+    differ in them; else empty."""
+    parts = []
+    for key, what in (("pairs", "held-out pairs"), ("prompts", "prompts")):
+        names: dict[int, list[str]] = {}
+        for row in rows:
+            if key in row:
+                names.setdefault(row[key], []).append(row["name"])
+        if len(names) > 1:
+            parts.append(f"{what}: " + ", ".join(f"{count} ({', '.join(some)})" for count, some in names.items()))
+    if not parts:
+        return ""
+    return f"rows were measured on different numbers of {'; of '.join(parts)}; wins: of the prompts that the start answered"
+
+
 def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]]) -> str:
     """rows: evaluation rows with ``name``, and what was measured of accuracy, margin, kl, response_length, label_accuracy and
     value; stages: the ledger's entries, from which the seconds of each stage are taken. Missing figures are a dash."""
@@ -105,7 +121,7 @@ def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]
         "labels: agreement of the oracle with human pairs of the round's prompts\n"
         f"value: the follower's problem before the round's steps; the rest: seconds; {PLUS_MINUS}"
     )
-    return "\n".join([*text, note]) + "\n"
+    return "\n".join([*text, note, *filter(None, [measured_differently(rows)])]) + "\n"
 
 
 def _seconds(name: str, stages: dict[str, dict[str, float]]) -> dict[str, float | None]:

@@ -17,7 +17,7 @@ from openrlhf_sgpo.evaluation.task import Result
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import write_ledger
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
-from openrlhf_sgpo.table import scores
+from openrlhf_sgpo.table import scores, share_error, standard_error
 
 # Written by a model, this must be read as what it is.
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"> a & b <b>c"
@@ -38,7 +38,9 @@ def write_moment(path: Path, name: str, seed: int, answers: dict[str, str], **mo
     row = {
         "name": name,
         "accuracy": fmean(scores(margins)),
+        "accuracy_error": share_error(scores(margins)),
         "margin": sum(margins) / 20,
+        "margin_error": standard_error(margins),
         "pairs": 20,
         "response_length": 20.0,
     }

@@ -87,6 +87,16 @@ def test_a_measured_zero_is_no_dash():
     assert [cell.strip() for cell in line[1:8]] == ["0.000", "-", "-", "-", "-", "-", "0.0000"]
 
 
+def test_rows_of_other_sizes_are_told():
+    rows = [
+        {"name": name, "pairs": pairs, "prompts": 3} for name, pairs in (("start", 4), ("round 0", 4), ("round 1", 8))
+    ]
+    note = "measured on different numbers of held-out pairs: 4 (start, round 0), 8 (round 1); wins"
+    assert note in results_table(rows, {}) and "different numbers" not in results_table(rows[:2], {})
+    rows[2] |= {"prompts": 6}
+    assert "8 (round 1); of prompts: 3 (start, round 0), 6 (round 1); wins" in results_table(rows, {})
+
+
 def test_scoring_is_not_the_follower(tmp_path):
     stages = {"round_1/score": {"seconds": 6.5, "tokens_scored": 99}, "round_1/follower": {"seconds": 0.25}}
     write_ledger(tmp_path / "ledger.json", stages)

@@ -156,6 +156,7 @@ class Evaluator:
                 ),
             )
         return {
+            "prompts": len(samples),
             "response_length": mean(one.tokens for one in samples),
             "truncated": mean(one.truncated for one in samples),
             "kl": mean(divergences),
@@ -166,18 +167,24 @@ class Evaluator:
     def _wins(
         self, pairs: list[Pair], samples: list[Sample], start: Path, name: str, cost: dict[str, float]
     ) -> dict[str, Any]:
-        """How often the oracle prefers these samples to those of the start, each prompt's preference counting."""
+        """How often the oracle prefers these samples to those of the start, each prompt's preference counting. Over the prompts
+        that the start answered too, which may be others since a run was resumed; nothing if there are none."""
         assert self.oracle is not None
-        rows = ranks.from_rank_0(read_jsonl(start / "samples.jsonl") if self.writes else None)
+        path = start / "samples.jsonl"
+        rows = ranks.from_rank_0(read_jsonl(path) if self.writes and path.is_file() else [])
+        before_training = {row["id"]: Answer(row["text"], row["truncated"]) for row in rows}
         questions = [
             Question(
                 pair.id,
                 pair.prompt,
-                (Answer(one.text, one.truncated), Answer(row["text"], row["truncated"])),
+                (Answer(one.text, one.truncated), before_training[pair.id]),
                 pair.template_kwargs,
             )
-            for pair, one, row in zip(pairs, samples, rows, strict=True)
+            for pair, one in zip(pairs, samples, strict=True)
+            if pair.id in before_training
         ]
+        if not questions:
+            return {}
         oracle = self.oracle()
         before = oracle.usage()
         found = [matrix[0][1] for matrix in oracle.preferences(questions, f"{name}: compare")]

@@ -7,26 +7,24 @@ from report_folders import Page, make_comparison, make_leaderboard, make_run
 
 from openrlhf_sgpo.evaluation.report import write_report
 from openrlhf_sgpo.evaluation.report.verdict import comparison_verdict, leaderboard_verdict, run_verdict
-from openrlhf_sgpo.table import change, scores, share_error, student_95
+from openrlhf_sgpo.table import change, share_error, student_95
 
 PM = "\N{PLUS-MINUS SIGN}"
-START = {"name": "start", "accuracy": 0.5}
 
 
 def margins(right, count):
-    return [1.0] * right + [-1.0] * (count - right)
+    return by_id([1.0] * right + [-1.0] * (count - right))
 
 
-def row(values, **more):
-    found = scores(values)
-    return {"accuracy": sum(found) / len(found), "accuracy_error": share_error(found), **more}
+def by_id(values):
+    return {f"pair {number}": value for number, value in enumerate(values)}
 
 
 def said(*rights, count=200, **more):
     """Of a start that equals its reference, and moments at which so many held-out pairs are right."""
-    law = [[0.0] * count, *(margins(right, count) for right in rights)]
+    law = [by_id([0.0] * count), *(margins(right, count) for right in rights)]
     names = ["start", *(f"round {number}" for number in range(len(rights)))]
-    return run_verdict(names, law, [START, *(row(values, **more) for values in law[1:])])
+    return run_verdict(names, law, [{}, *(more for _ in rights)])
 
 
 def test_a_seed_stage_that_helps_and_rounds_that_do_not():
@@ -56,9 +54,9 @@ def test_a_win_rate_is_told_and_doubted():
 
 
 def test_nothing_measured_is_said():
-    (sentence,) = run_verdict(["start", "round 0"], [[], []], [{}, {}])
+    (sentence,) = run_verdict(["start", "round 0"], [{}, {}], [{}, {}])
     assert sentence.startswith("Whether the policy is better is not known: neither held-out pairs")
-    assert run_verdict(["start"], [[0.0]], [START]) == []
+    assert run_verdict(["start"], [{"a": 0.0}], [{}]) == []
 
 
 def test_a_change_is_measured_over_the_same_pairs():
@@ -69,6 +67,15 @@ def test_a_change_is_measured_over_the_same_pairs():
     assert change(before, before) == (0.0, pytest.approx(1.96 / 22))
     assert share_error([0.5] * 8) is None and share_error([]) is None
     assert share_error([1.0] * 8) > 0.1  # that eight are right does not make it certain
+
+
+def test_other_numbers_of_pairs_are_compared_over_those_of_both():
+    """A resumed run was evaluated with more pairs: 15 of the first 20 stay right, and so are all others."""
+    start, seed = by_id([0.0] * 20), margins(15, 20)
+    more = {f"more {number}": 1.0 for number in range(80)}
+    first, second = run_verdict(["start", "round 0", "round 1"], [start, seed, seed | more], [{}] * 3)
+    assert first.startswith("Held-out accuracy rose from 0.500 to 0.750 ") and "(20 held-out pairs)" in first
+    assert f"changed it by 0.000 {PM}" in second and f"to 0.750 {PM}" in second and "which 20 held-out pairs" in second
 
 
 @pytest.mark.parametrize(("count", "expected"), [(2, 12.71), (5, 2.78), (11, 2.228), (31, 2.042), (10_000, 1.96)])

@@ -20,7 +20,7 @@ from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, si
 from openrlhf_sgpo.evaluation.report.verdict import run_verdict
 from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json, read_jsonl
-from openrlhf_sgpo.table import FIGURES, STAGES, half_of, plus_minus, scores, share_error, standard_error
+from openrlhf_sgpo.table import FIGURES, STAGES, half_of, measured_differently, plus_minus
 
 PLAYS_SHOWN = 4
 
@@ -28,12 +28,13 @@ PLAYS_SHOWN = 4
 @dataclass(frozen=True)
 class Moment:
     """The policy at the start or after a round. row: what was measured of it, as in the table at the end of a run.
-    certificate: of the round's follower, empty where there is none. margins: of held-out pairs. samples: held-out answers."""
+    certificate: of the round's follower, empty where there is none. margins: of held-out pairs, by id. samples: held-out
+    answers."""
 
     name: str
     row: dict[str, Any]
     certificate: dict[str, Any]
-    margins: list[float]
+    margins: dict[str, float]
     samples: list[dict[str, Any]]
 
 
@@ -105,9 +106,7 @@ def _moment(run: RunFolder, number: int | None) -> Moment:
     certificate = read("worst_case.json")
     labels = stages.get("pairs", {}).get("label_accuracy")
     row = read("evaluation.json") | {"value": certificate.get("value"), "label_accuracy": labels}
-    margins = [one["margin"] for one in rows("held_out.jsonl")]
-    if margins and "accuracy_error" not in row:  # of an older version
-        row |= {"accuracy_error": share_error(scores(margins)), "margin_error": standard_error(margins)}
+    margins = {one["id"]: one["margin"] for one in rows("held_out.jsonl")}
     name = "start" if number is None else f"round {number}"
     return Moment(name, row, certificate, margins, rows("samples.jsonl"))
 
@@ -132,9 +131,12 @@ def _rounds(moments: Sequence[Moment]) -> list[Html]:
         "per fresh answer, wins the oracle's mean preference for it over the start's, labels the oracle's agreement with human "
         "pairs of the round's prompts, value the follower's problem before the round's steps."
     )
+    notes = [note, *([f" Not measured: {', '.join(missing)}."] if missing else [])]
+    if different := measured_differently([moment.row for moment in moments]):
+        notes.append(f" {different[0].upper()}{different[1:]}.")
     return [
         table(["", *(title for title, _, _ in shown)], rows),
-        tag("p", note, *([f" Not measured: {', '.join(missing)}."] if missing else []), class_="quiet"),
+        tag("p", *notes, class_="quiet"),
         plots(
             *round_plots([moment.name for moment in moments], [moment.row | moment.certificate for moment in moments])
         ),
@@ -143,7 +145,7 @@ def _rounds(moments: Sequence[Moment]) -> list[Html]:
 
 def _margins(moments: Sequence[Moment], settings: dict[str, Any]) -> list[Html]:
     solved = [moment for moment in moments if moment.certificate]
-    held_out = held_out_plot({moment.name: moment.margins for moment in moments})
+    held_out = held_out_plot({moment.name: list(moment.margins.values()) for moment in moments})
     shown = [follower_plot(moment.name, moment.certificate) for moment in solved]
     parts = [plots(*shown, *held_out)] if shown or held_out else []
     if solved:

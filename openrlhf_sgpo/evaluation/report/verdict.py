@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from openrlhf_sgpo.evaluation.leaderboard import half_width
 from openrlhf_sgpo.evaluation.report.markup import words
-from openrlhf_sgpo.table import change, half_of, plus_minus, scores, share_error
+from openrlhf_sgpo.table import NORMAL_95, change, half_of, plus_minus, scores, share_error
 
 SIGNIFICANT = 0.05
 _MINUS = "\N{MINUS SIGN}"
 
 
 def run_verdict(
-    names: Sequence[str], margins: Sequence[Sequence[float]], rows: Sequence[Mapping[str, Any]]
+    names: Sequence[str], margins: Sequence[Mapping[str, float]], rows: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Of the start and the rounds by their names: margins of the held-out pairs, and evaluations as in the table of a run."""
-    known = [(name, scores(values), row) for name, values, row in zip(names, margins, rows, strict=True) if values]
+    """Of the start and the rounds by their names: margins of the held-out pairs, by id, and evaluations as in the table of a
+    run. Accuracies are compared over the pairs of both moments."""
+    known = [(name, values) for name, values in zip(names, margins, strict=True) if values]
     said = []
     if len(known) > 1:
-        (_, start, _), (first, after, row), (last, end, end_row) = known[0], known[1], known[-1]
+        (_, start), (first, after), (last, end) = known[0], known[1], known[-1]
         where = "in the seed stage" if first == "round 0" else f"in {first}"
-        pairs = f"{len(start):,} held-out pairs"
-        moved, half = change(start, after)
-        if share_error(start) is None:  # no policy has moved yet: what is uncertain is the new one's accuracy
-            half = half_of(row, "accuracy") or half
+        before, now, pairs = _of_both(start, after)
+        moved, half = change(before, now)
+        if share_error(before) is None:  # no policy has moved yet: what is uncertain is the new one's accuracy
+            half = _half(now) or half
         verb = "rose" if moved > half else "fell" if moved < -half else "went"
         said.append(
-            f"Held-out accuracy {verb} from {_share(start)} to {_figure(row, 'accuracy')} {where}"
-            f"{_doubt(moved, half, pairs)}."
+            f"Held-out accuracy {verb} from {_share(before)} to {_accuracy(now)} {where}{_doubt(moved, half, pairs)}."
         )
         if last != first:
-            moved, half = change(after, end)
+            before, now, pairs = _of_both(after, end)
+            moved, half = change(before, now)
             which = "the round after it" if len(known) == 3 else f"the {len(known) - 2} rounds after it"
             by = f"changed it by {_signed(moved, half)}"
             if abs(moved) > half:
                 by = f"{'raised' if moved > 0 else 'lowered'} it by {plus_minus(abs(moved), half, 3)}"
-            said.append(f"{which.capitalize()} {by}, to {_figure(end_row, 'accuracy')}{_doubt(moved, half, pairs)}.")
+            said.append(f"{which.capitalize()} {by}, to {_accuracy(now)}{_doubt(moved, half, pairs)}.")
     if len(rows) > 1 and rows[-1].get("win_rate") is not None:
         rate, error = rows[-1]["win_rate"], half_of(rows[-1], "win_rate")
         doubt = ", which cannot be told from one half" if error is not None and abs(rate - 0.5) <= error else ""
@@ -116,8 +118,19 @@ def _share(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.3f}"
 
 
-def _figure(row: Mapping[str, Any], key: str) -> str:
-    return plus_minus(row[key], half_of(row, key), 3)
+def _of_both(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[float], list[float], str]:
+    """Scores of the pairs that both have, and their number in words."""
+    both = [key for key in before if key in after]
+    return scores([before[key] for key in both]), scores([after[key] for key in both]), f"{len(both):,} held-out pairs"
+
+
+def _half(values: Sequence[float]) -> float | None:
+    error = share_error(values)
+    return None if error is None else NORMAL_95 * error
+
+
+def _accuracy(values: Sequence[float]) -> str:
+    return plus_minus(fmean(values), _half(values), 3)
 
 
 def _signed(value: float, half: float) -> str:
