@@ -40,25 +40,31 @@ def accepted_changes(
         or (folder.path / "checkpoints").exists()
     ]
     why = ""
-    accepted = {key for key in changed if not any(_reads(key, number, config, algorithm) for number in trained)}
+    of_training = (*_TRAINING, f"{algorithm.name}.")
+    accepted = {
+        key
+        for key in changed
+        if key.startswith(of_training) and not any(_reads(key, number, config, algorithm) for number in trained)
+    }
     if changed.keys() & set(_COUNT):
         why = _other_rounds(folder, config, algorithm, trained)
         accepted |= set() if why else set(_COUNT)
     if "train.batch_size" in changed and not issubclass(algorithm, OnPolicyAlgorithm):
         old, _ = changed["train.batch_size"]
         accepted |= {"train.batch_size"} if _stands_still(folder, config, old) else set()
+    if "seed.lr" in changed.keys() - accepted and "adam.lr" in changed:
+        why += (
+            f"\nWithout --seed.lr the seed stage follows --adam.lr: add --seed.lr {changed['seed.lr'][0]}, which it had"
+        )
     folder.refuse({key: values for key, values in changed.items() if key not in accepted}, why)
     return changed
 
 
 def _reads(key: str, number: int, config: Config, algorithm: type[Algorithm]) -> bool:
-    """Whether the training of this round depends on the setting, as that of all rounds does on most."""
-    own = key.startswith(f"{algorithm.name}.") and not issubclass(algorithm, OnPolicyAlgorithm)
-    if not (own or key.startswith(_TRAINING)):
-        return True
+    """Whether the training of this round depends on the setting, which is one of training."""
     if config.rounds.count == 0 or issubclass(algorithm, OnPolicyAlgorithm):
         return True
-    if own:
+    if key.startswith(f"{algorithm.name}."):
         return number > 0 or not algorithm.needs.rounds
     return number == 0 if key in _SEED else number > 0 if key in _ROUND else True
 
