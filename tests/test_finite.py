@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_plays import flags as play_flags
 
 from openrlhf_sgpo.cli.main import main
-from openrlhf_sgpo.run_folder import Metrics, json_text, parse_json
+from openrlhf_sgpo.metrics import Metrics
+from openrlhf_sgpo.run_folder import json_text, parse_json
 
 
 def pair_flags(tiny_model, tiny_data, folder, *more: str) -> list[str]:

@@ -15,6 +15,8 @@ from running import ROOT, launch
 
 from openrlhf_sgpo.config import load
 
+pytestmark = pytest.mark.slow
+
 FOLDER = ROOT / "examples" / "noise_study"
 specification = importlib.util.spec_from_file_location("study", FOLDER / "study.py")
 study_module = importlib.util.module_from_spec(specification)
@@ -54,7 +56,6 @@ def test_every_cell_resolves_and_takes_over_what_exists(name, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_a_small_study(tiny_model, tmp_path):
     def pair(index: int) -> dict:
         return {"id": f"p{index}", "prompt": f"Say {index}", "chosen": "yes" + "!" * (index % 5), "rejected": "no no"}

@@ -23,7 +23,7 @@ from openrlhf_sgpo.algorithms.slhf import IMPROVE
 from openrlhf_sgpo.cli.main import main, run
 
 ON_POLICY = [name for name in algorithms.BUILT_INS if issubclass(algorithms.get(name), OnPolicyAlgorithm)]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 def flags(tiny_model, tiny_data, folder: Path, algo: str, *more: str) -> list[str]:
@@ -101,9 +101,7 @@ def test_win_rate_is_the_oracles_mean_preference_over_the_start(played):
     assert "win_rate" not in rows[0]
 
 
-@pytest.mark.parametrize(
-    "algo", [one if one in ("nash_md", "sppo") else pytest.param(one, marks=pytest.mark.slow) for one in ON_POLICY]
-)
+@pytest.mark.parametrize("algo", ON_POLICY)
 def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
     folder = tmp_path / algo
     rows = play(*flags(tiny_model, tiny_data, folder, algo, "--rounds.steps", "2"))
@@ -268,7 +266,6 @@ def test_more_settings_that_cannot_be(tiny_model, tiny_data, tmp_path):
         play(*flags(tiny_model, tiny_data, tmp_path / "none", "rloo", "--train.batch_size", "32"))
 
 
-@pytest.mark.slow
 def test_policies_learn_what_a_transitive_oracle_likes(tiny_model, tiny_data, tmp_path):
     """SLHF: later answers win against the start's, in both roles."""
     more = ["--rounds.count", "1", "--rounds.steps", "40", "--train.batch_size", "16", "--train.micro_batch_size", "4"]
@@ -282,7 +279,6 @@ def test_policies_learn_what_a_transitive_oracle_likes(tiny_model, tiny_data, tm
         assert mean(letters[-64:]) > mean(letters[:64]) + 1.5
 
 
-@pytest.mark.slow
 def test_self_play_reaches_the_regularised_nash_equilibrium(tiny_model, tiny_data, tmp_path):
     """Answers of one token, whose preferences go round in a circle: every prompt is a game over the vocabulary, whose
     equilibrium is computed from the reference's distribution."""
@@ -321,7 +317,6 @@ def test_self_play_reaches_the_regularised_nash_equilibrium(tiny_model, tiny_dat
     assert abs(np.mean(found, 0) - np.mean(nash, 0)).max() < 0.05
 
 
-@pytest.mark.slow
 def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
     """Adapters, dropout, a mixture and a checkpoint in the middle of rounds; all files as of a run that nothing disturbed."""
     more = ["--ckpt.save_steps", "2", "--ds.lora.rank", "4", "--ds.lora.dropout", "0.2"]
@@ -340,7 +335,6 @@ def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
     assert contents(tmp_path / "killed") == expected
 
 
-@pytest.mark.slow
 def test_vllm_engines_follow_every_step(tiny_model, tiny_data, tmp_path):
     """Answers are drawn from the policy as it is: for those the mean log-ratio to the reference is a divergence, above 0;
     for answers of the start it would be below."""
@@ -353,7 +347,6 @@ def test_vllm_engines_follow_every_step(tiny_model, tiny_data, tmp_path):
     assert rows[-1]["train/policy/kl"] > 1 and rows[-1]["train/follower/kl"] > 1
 
 
-@pytest.mark.slow
 def test_two_ranks_do_what_one_does(tiny_model, tiny_data, tmp_path):
     more = ["--rounds.count", "1", "--ds.zero_stage", "3", "--ds.lora.rank", "4"]
     environment = {"PYTHONPATH": str(ROOT / "tests")}

@@ -29,6 +29,8 @@ from openrlhf_sgpo.refinement.budget import affordable, further
 from openrlhf_sgpo.refinement.comparison import best_of
 from openrlhf_sgpo.refinement.settings import load
 
+pytestmark = pytest.mark.slow
+
 
 def flags(model, data, folder, *more: str) -> list[str]:
     """For the tiny model; later flags replace earlier ones. Without a value a flag is left out; `nothing` is an empty list."""
@@ -392,7 +394,6 @@ def contents(folder) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.slow
 def test_killed_and_resumed_it_leaves_the_same_bytes(tiny_model, tiny_data, tiny_reward_model, tmp_path):
     more = ("--oracle", "reward_model", "--reward.model_name_or_path", str(tiny_reward_model))
     refine(flags(tiny_model, tiny_data, tmp_path / "whole", *more))

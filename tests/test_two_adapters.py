@@ -17,7 +17,7 @@ from test_resume import contents
 from openrlhf_sgpo import config
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 TWO = ["--slhf.sharing", "two_adapters", "--slhf.kappa_mode", "learning_rate", "--ds.lora.rank", "4"]
 SCALING = 16 / 4  # --ds.lora.alpha over the rank
 
@@ -311,7 +311,6 @@ def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path)
         config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *more))
 
 
-@pytest.mark.slow
 def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
     more = [*TWO, "--ckpt.save_steps", "2", "--ds.lora.dropout", "0.2"]
     environment = {"PYTHONPATH": str(ROOT / "tests")}

@@ -98,7 +98,7 @@ def our_losses(config, groups, tokenizer, tmp_path, algorithm):
     return [row["train/loss"] for row in rows], load_file(tmp_path / "policy" / "model.safetensors")
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", [pytest.param("padded", marks=pytest.mark.slow), "shared_prefix"])
 def test_dpo_follows_openrlhf_step_by_step(make_config, groups, tokenizer, tiny_data, tmp_path, layout):
     config = make_config(train__layout=layout)
     expected, expected_weights = upstream_losses(config, tiny_data, tokenizer)
@@ -110,6 +110,7 @@ def test_dpo_follows_openrlhf_step_by_step(make_config, groups, tokenizer, tiny_
         torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_sgpo_with_radius_0_is_dpo_exactly(make_config, groups, tokenizer, tmp_path):
     config = make_config()
     dpo, dpo_weights = our_losses(config, groups, tokenizer, tmp_path / "dpo", DPO(NoSettings(), 0.1))
@@ -120,6 +121,7 @@ def test_sgpo_with_radius_0_is_dpo_exactly(make_config, groups, tokenizer, tmp_p
     assert other != dpo
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_equals_one_large_batch(make_config, groups, tokenizer, tmp_path):
     small = make_config(train__micro_batch_size=1)
     large = make_config(train__micro_batch_size=4)
@@ -136,6 +138,7 @@ def test_too_few_pairs_are_an_error_before_the_model_is_loaded(make_config, grou
         our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), 0.1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [5, 15])
 def test_max_steps_ends_a_stage_with_a_schedule_of_its_own(make_config, groups, tokenizer, tmp_path, steps):
     """Two epochs are 12 steps: fewer, and more, which go on into further epochs. Warm-up and decay are over those steps."""
@@ -151,6 +154,7 @@ def test_max_steps_ends_a_stage_with_a_schedule_of_its_own(make_config, groups, 
     assert found[0] == whole[0] and len(whole) == 12
 
 
+@pytest.mark.slow
 def test_max_steps_survives_a_kill(make_config, groups, tokenizer, tmp_path, monkeypatch):
     """Killed in its last step, and killed when all steps are done and the policy is not yet written: the same bytes."""
     from openrlhf_sgpo.training import stage, trainer
@@ -181,6 +185,7 @@ def test_max_steps_survives_a_kill(make_config, groups, tokenizer, tmp_path, mon
         assert all(torch.equal(again[key], weight) for key, weight in weights.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "dtype", "rank"), [(0, "fp32", 0), (1, "bf16", 0), (2, "fp32", 4), (3, "fp32", 0), (3, "fp32", 4)]
 )
