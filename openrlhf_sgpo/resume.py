@@ -17,11 +17,11 @@ from openrlhf_sgpo.training.sizes import stage_epochs, too_few
 
 _SEED = ("seed.lr", "seed.max_epochs")
 _ROUND = ("adam.lr", "train.max_epochs")
-_TRAINING = (
+TRAINING = (
     *("adam.", "train.batch_size", "train.micro_batch_size", "train.max_steps", "lr_", "min_lr_ratio", "max_norm"),
     *(*_SEED, *_ROUND),
 )
-_COUNT = ("rounds.count", "rounds.prompts")
+COUNT = ("rounds.count", "rounds.prompts")
 
 
 def accepted_changes(
@@ -40,15 +40,15 @@ def accepted_changes(
         or (folder.path / "checkpoints").exists()
     ]
     why = ""
-    of_training = (*_TRAINING, f"{algorithm.name}.")
+    of_training = (*TRAINING, f"{algorithm.name}.")
     accepted = {
         key
         for key in changed
         if key.startswith(of_training) and not any(_reads(key, number, config, algorithm) for number in trained)
     }
-    if changed.keys() & set(_COUNT):
+    if changed.keys() & set(COUNT):
         why = _other_rounds(folder, config, algorithm, trained)
-        accepted |= set() if why else set(_COUNT)
+        accepted |= set() if why else set(COUNT)
     if "train.batch_size" in changed and not issubclass(algorithm, OnPolicyAlgorithm):
         old, _ = changed["train.batch_size"]
         accepted |= {"train.batch_size"} if _stands_still(folder, config, old) else set()

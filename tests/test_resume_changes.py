@@ -15,10 +15,10 @@ from running import ROOT, arguments, killed, read_jsonl, train
 from test_resume import contents
 from toy_oracles import Letters
 
-from openrlhf_sgpo import algorithms, flags
+from openrlhf_sgpo import algorithms, flags, resume
 from openrlhf_sgpo.config import load
 from openrlhf_sgpo.resume import accepted_changes
-from openrlhf_sgpo.run_folder import RunFolder
+from openrlhf_sgpo.run_folder import FREE, RunFolder
 
 SEED = {None: ("evaluate",), 0: ("pairs", "train", "evaluate")}  # stages that are finished, by round
 FIRST = SEED | {1: ("generate", "pairs", "train", "evaluate")}
@@ -143,6 +143,14 @@ def test_human_pairs_alone_do_not_become_a_seed_stage(tmp_path):
     with pytest.raises(ValueError, match="--rounds.count: was 0, now 2") as caught:
         accepted(folder, {"rounds.count": "2"}, "dpo")
     assert "Without rounds the human pairs are trained on with other settings" in str(caught.value)
+
+
+def test_the_page_of_runs_lists_what_may_change():
+    section = (ROOT / "docs/runs.md").read_text(encoding="utf-8").split("## Other settings")[1].split("\n## ")[0]
+    settings = (*FREE, *resume.TRAINING, *resume.COUNT)
+    assert [
+        name for name in settings if f"--{name}" not in section and name != "out"
+    ] == []  # --out is of other commands
 
 
 def test_plays_go_on_while_their_optimiser_is_there(tmp_path):
