@@ -10,6 +10,7 @@ from typing import Any
 from openrlhf_sgpo import algorithms
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.ledger import read_ledger, write_ledger
+from openrlhf_sgpo.run_check import check_ended, check_metrics, check_round
 from openrlhf_sgpo.run_folder import (
     ADDRESS,
     MANIFEST,
@@ -44,10 +45,10 @@ def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any],
     other = [name for name, digest in data.items() if known.get(name) != digest]
     if other:
         raise ValueError(f"{flag}: {' and '.join(other)} held other rows in that run")
-    source.check_ended()
+    check_ended(source)
     for number, stages in ((None, ()), (0, ()), (1, _SHARED_STAGES)):
-        source.check_round(number, stages)
-    source.check_metrics([0])
+        check_round(source, number, stages)
+    check_metrics(source, [0])
 
 
 def take_over(source: RunFolder, folder: RunFolder) -> None:

@@ -22,6 +22,7 @@ from openrlhf_sgpo.config import (
     VllmSettings,
 )
 from openrlhf_sgpo.data.limits import DataLimits
+from openrlhf_sgpo.run_check import check_ended, check_round
 from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
 
 
@@ -78,7 +79,7 @@ def policy_of(model: str, number: int | None, flag: str) -> Policy:
             raise ValueError(f"--{flag} {model} is neither a run folder ({STORED}) nor a model (config.json)")
         return Policy(model, model, os.path.basename(os.path.abspath(model)))
     folder = RunFolder(model)
-    folder.check_ended()
+    check_ended(folder)
     finished = [one for one in folder.rounds() if {"play", "train"} & folder.manifest(one)["stages"].keys()]
     if not finished:
         raise ValueError(
@@ -88,7 +89,7 @@ def policy_of(model: str, number: int | None, flag: str) -> Policy:
     if number not in finished:
         numbers = ", ".join(map(str, finished))
         raise ValueError(f"--round: {number} is not finished in the run {model}; finished: {numbers}")
-    folder.check_round(number, ("play", "train"))
+    check_round(folder, number, ("play", "train"))
     policy, follower = folder.policy(number), folder.round(number) / "follower"
     name = f"{folder.path.name}-round-{number}"
     return Policy(str(policy), str(follower if follower.is_dir() else policy), name, number)

@@ -34,6 +34,7 @@ from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 from openrlhf_sgpo.rollout.roles import Roles, prompt_room
 from openrlhf_sgpo.run import Run
+from openrlhf_sgpo.run_check import metrics_digest
 from openrlhf_sgpo.run_folder import json_text, keep_rows, read_jsonl
 from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.play_trainer import Play, PlayTrainer
@@ -109,7 +110,7 @@ class PlayRun(Run):
             entry |= self._play(number)
         facts: dict[str, Any] = {"policy": self._name(self._policy_before(number)), "steps": self.config.rounds.steps}
         if self.writes:
-            facts["metrics"] = self.folder.metrics_digest(number)
+            facts["metrics"] = metrics_digest(self.folder, number)
         self._finish(number, "play", facts, ["plays.jsonl", *(self.play.adapters or ("policy",))])
 
     def _play(self, number: int) -> dict[str, float]:

@@ -30,6 +30,7 @@ from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources, judges_its
 from openrlhf_sgpo.oracle.base import agreement, rank
 from openrlhf_sgpo.oracle.implicit import ImplicitReward
 from openrlhf_sgpo.run import Run
+from openrlhf_sgpo.run_check import check_round, metrics_digest
 from openrlhf_sgpo.run_folder import (
     read_json,
     read_jsonl,
@@ -131,7 +132,7 @@ class Rounds(Run):
         if self._finished(number, "pairs"):
             return
         path = self.folder.round(number)
-        self.folder.check_round(number, ("generate",))
+        check_round(self.folder, number, ("generate",))
         prompts = {row["id"]: row for row in read_jsonl(path / "prompts.jsonl")}
         questions, gold = [], []
         skipped = 0
@@ -257,7 +258,7 @@ class Rounds(Run):
             "versions": {name: version(name) for name in ("openrlhf", "torch", "transformers", "deepspeed")},
         }
         if self.writes:
-            facts["metrics"] = self.folder.metrics_digest(number)
+            facts["metrics"] = metrics_digest(self.folder, number)
         self._finish(number, "train", facts, ["policy", *(["worst_case.json"] if certificate else [])])
         if self.writes:
             # Only now have the checkpoints served: a kill before would otherwise cost the whole stage.
@@ -307,7 +308,7 @@ class Rounds(Run):
         self._finish(number, "pairs", {"pairs": len(pairs), **facts}, ["pairs.jsonl"])
 
     def _read_pairs(self, number: int) -> list[Pair]:
-        self.folder.check_round(number, ("pairs",))
+        check_round(self.folder, number, ("pairs",))
         return load_run_pairs(str(self.folder.round(number) / "pairs.jsonl"))
 
 

@@ -30,6 +30,7 @@ from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.output import log_to, say, stage_line
 from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
+from openrlhf_sgpo.run_check import check_rounds, forget_metrics
 from openrlhf_sgpo.run_folder import METRICS, RunFolder, read_json, write_json, write_text
 from openrlhf_sgpo.table import results_table
 from openrlhf_sgpo.training.log_probs import check_layout
@@ -120,9 +121,9 @@ class Run:
         write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
         if source:
             take_over(source, self.folder)
-        self.folder.check(policies=2 if self.config.rounds.judge_reference == "previous" else 1)
+        check_rounds(self.folder, policies=2 if self.config.rounds.judge_reference == "previous" else 1)
         for lost, known in {
-            METRICS: not self.folder.forget_metrics(),
+            METRICS: not forget_metrics(self.folder),
             "ledger.json": self.folder.path.joinpath("ledger.json").exists()
             or not self.folder.finished(None, "evaluate"),
         }.items():

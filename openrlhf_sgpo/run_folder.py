@@ -26,18 +26,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from openrlhf_sgpo.data.template import today
-from openrlhf_sgpo.integrity import (
-    SEAL,
-    check_digest,
-    check_file,
-    file_digest,
-    files_in,
-    hash_of,
-    sealed,
-    signed,
-    unsealed,
-    unsigned,
-)
+from openrlhf_sgpo.integrity import file_digest, files_in, sealed, signed, unsealed, unsigned
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.data.template import Template
@@ -314,100 +303,31 @@ class RunFolder:
     def manifest(self, number: int | None) -> dict[str, Any]:
         """Raises ValueError if there is one that is not what was written."""
         path = self.round(number) / MANIFEST
-        found = read_sealed(path, self._remedy(number)) if path.exists() else {"round": number, "stages": {}}
+        found = read_sealed(path, self.remedy(number)) if path.exists() else {"round": number, "stages": {}}
         if found["round"] != number:
-            raise ValueError(f"{path} is that of round {found['round']}; {self._remedy(number)}")
+            raise ValueError(f"{path} is that of round {found['round']}; {self.remedy(number)}")
         return found
 
     def finish(self, number: int | None, stage: str, facts: dict[str, Any], files: Iterable[str] = ()) -> None:
         """Record that a stage is done; its results must have their final names by now. files: these results, with which
-        ``check_round`` compares what is there when it is read again; a folder stands for the files in it."""
+        ``run_check`` compares what is there when it is read again; a folder stands for the files in it."""
         path = self.round(number)
         kept = [one for name in files for one in files_in(path / name)]
         digests = {str(one.relative_to(path)): file_digest(one) for one in kept}
-        self._record(number, stage, facts | ({"files": digests} if digests else {}))
+        self.record(number, stage, facts | ({"files": digests} if digests else {}))
 
-    def _record(self, number: int | None, stage: str, facts: dict[str, Any]) -> None:
+    def record(self, number: int | None, stage: str, facts: dict[str, Any]) -> None:
+        """Write these facts of a stage, and no others, into the manifest."""
         manifest = self.manifest(number)
         manifest["stages"][stage] = facts
         write_sealed(self.round(number) / MANIFEST, manifest)
-
-    def check_round(self, number: int | None, stages: Sequence[str] = (), policy: bool = True) -> None:
-        """Raises ValueError, naming file and remedy, unless what the finished stages left is as it was written.
-
-        stages: only these. policy: False allows that the weights are not there at all, which may have been deleted to make
-        room; a folder of weights that is there must be whole.
-        """
-        path = self.round(number)
-        for name, facts in self.manifest(number)["stages"].items():
-            for file, expected in facts.get("files", {}).items() if not stages or name in stages else ():
-                folder, slash, _ = file.partition("/")
-                if policy or not slash or (path / folder).is_dir():
-                    check_file(path / file, expected, self._remedy(number))
-
-    def check(self, policies: int = 1) -> None:
-        """``check_round`` of the start and of all rounds, which follow one another without a gap, and of their metrics.
-
-        policies: of how many rounds before the one that is to be worked on the weights must be there.
-        """
-        self.check_round(None)
-        begun = [number for number in self.rounds() if self.manifest(number)["stages"]]
-        if not begun:
-            return
-        last = begun[-1]
-        following = last + self.finished(last, "evaluate")
-        for number in range(1 if self.finished(last, "play") else 0, last + 1):
-            if number < last and not self.finished(number, "evaluate"):
-                raise ValueError(
-                    f"{self.round(number)} is missing or has lost its {MANIFEST}, but round {last} has begun; "
-                    f"{self._remedy(number)}"
-                )
-            self.check_round(number, policy=number >= following - policies)
-        self.check_metrics(begun)
-
-    def check_ended(self) -> None:
-        """Raises ValueError if there is a table of results, but not all that it was made of."""
-        if not (self.path / TABLE).exists():
-            return
-        plays = self.finished(1, "play")
-        for number in (None, *range(1 if plays else 0, 1 + read_configuration(self.path / STORED)["rounds"]["count"])):
-            if not self.finished(number, "evaluate"):
-                path = self.round(number) / MANIFEST
-                raise ValueError(
-                    f"{path} is missing or not finished, although the run has ended; {self._remedy(number)}"
-                )
-
-    def metrics_digest(self, number: int) -> dict[str, Any]:
-        """Of the rows of metrics.jsonl that belong to a round."""
-        path = self.path / METRICS
-        rows = [row for row in read_growing(path) if row.get("stage") == f"round {number}"]
-        return {"rows": len(rows), SEAL: hash_of(json.dumps(row, sort_keys=True).encode() for row in rows)}
-
-    def check_metrics(self, numbers: Iterable[int]) -> None:
-        """Raises ValueError if metrics.jsonl is there and rows of finished stages are not what was written."""
-        path = self.path / METRICS
-        remedy = "restore it from a copy, or delete it: the curves of finished stages are then lost, and nothing else"
-        for number in numbers if path.exists() else ():
-            for facts in self.manifest(number)["stages"].values():
-                if "metrics" in facts:
-                    found = self.metrics_digest(number)
-                    check_digest(f"{path}, round {number}", found, facts["metrics"], remedy)
-
-    def forget_metrics(self) -> bool:
-        """Where metrics.jsonl is gone, expect no rows of the finished stages; returns whether there were such stages."""
-        lost = False
-        for number in [] if (self.path / METRICS).exists() else self.rounds():
-            for stage, facts in self.manifest(number)["stages"].items():
-                if facts.pop("metrics", None):
-                    lost = True
-                    self._record(number, stage, facts)
-        return lost
 
     def rounds(self) -> list[int]:
         names = [path.name[6:] for path in self.path.glob("round_*") if path.is_dir()]
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
-    def _remedy(self, number: int | None) -> str:
+    def remedy(self, number: int | None) -> str:
+        """What to do if files of a round are not what was written."""
         later = [one for one in self.rounds() if number is not None and one > number]
         folders = f"{self.round(number)} and the rounds after it" if later else str(self.round(number))
         return f"restore it from a copy, or delete {folders}, which train --resume then makes again"

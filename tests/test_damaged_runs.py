@@ -28,6 +28,7 @@ from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.inference import policy_of
 from openrlhf_sgpo.integrity import file_digest
 from openrlhf_sgpo.ledger import read_ledger, write_ledger
+from openrlhf_sgpo.run_check import check_rounds, forget_metrics, metrics_digest
 from openrlhf_sgpo.run_folder import RunFolder, read_growing, write_jsonl
 
 
@@ -39,7 +40,7 @@ def make(path: Path) -> Path:
         pairs = [Pair(f"{number}/{i}", prompt, f"yes {i}", "no", round=number).to_row() for i in range(6)]
         write_jsonl(run.round(number) / "pairs.jsonl", pairs)
         run.finish(number, "pairs", {"pairs": len(pairs), "oracle": "implicit"}, ["pairs.jsonl"])
-        facts = {"pairs": 6, "epochs": 1, "ranks": 1, "metrics": run.metrics_digest(number)}
+        facts = {"pairs": 6, "epochs": 1, "ranks": 1, "metrics": metrics_digest(run, number)}
         run.finish(number, "train", facts, ["policy"])
         write_moment(run.round(number), f"round {number}", number, {"q": "Well."})
     write_moment(run.path / "initial", "start", 0, {"q": "Well."})
@@ -69,8 +70,8 @@ def resumed(path: Path) -> dict[str, Any]:
 def what_is_resumed(run: RunFolder) -> dict[str, Any]:
     path = run.path
     run.prepare(flags.dump(configuration("sgpo")), True, DATA)
-    run.check()
-    lost = run.forget_metrics()
+    check_rounds(run)
+    lost = forget_metrics(run)
     found: dict[str, Any] = {}
     for number in run.rounds():
         stages = run.manifest(number)["stages"]
@@ -87,7 +88,7 @@ def forked(path: Path) -> dict[str, Any]:
         source, into = RunFolder(str(path)), RunFolder(folder)
         check_source(source, into, flags.to_dict(configuration("dpo")), DATA)
         take_over(source, into)
-        into.check()
+        check_rounds(into)
         files = (one for one in sorted(into.path.rglob("*")) if one.is_file())
         return {str(one.relative_to(folder)): one.read_bytes() for one in files}
 

@@ -15,6 +15,7 @@ from openrlhf_sgpo.config import load
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import read_ledger, write_ledger
+from openrlhf_sgpo.run_check import metrics_digest
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_sealed, write_text
 
 DATA = {"--data.dataset": "a", "--eval.dataset": "b", "--data.prompt_dataset": "c"}
@@ -89,7 +90,7 @@ def make_source(path: Path, *more: str, algo: str = "sgpo") -> RunFolder:
             write_json(folder / "worst_case.json", {"value": number})
             run.finish(number, "generate", {"prompts": 12}, ["prompts.jsonl", "responses.jsonl"])
         run.finish(number, "pairs", {"pairs": 1, "oracle": "implicit"}, ["pairs.jsonl"])
-        run.finish(number, "train", {"epochs": 1, "metrics": run.metrics_digest(number)}, ["policy"])
+        run.finish(number, "train", {"epochs": 1, "metrics": metrics_digest(run, number)}, ["policy"])
         run.finish(number, "evaluate", {}, ["evaluation.json", "held_out.jsonl"])
     for name in ("0123", "4567"):
         write_text(path / f"log_probs/{name}.jsonl", f'\n{{"{name}": -1.5}}\n')

@@ -17,6 +17,7 @@ from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.flags import SettingsError
 from openrlhf_sgpo.inference import Policy, policy_of, set_fields, stored_settings
 from openrlhf_sgpo.ledger import read_ledger
+from openrlhf_sgpo.run_check import check_rounds
 from openrlhf_sgpo.run_folder import ADDRESS, STORED, RunFolder, differences, read_json
 from openrlhf_sgpo.training.sizes import optimiser_steps
 
@@ -170,7 +171,7 @@ def _read(folder: str, problems: list[str]) -> ComparedRun | None:
     else:
         try:
             run = RunFolder(folder)
-            run.check()
+            check_rounds(run)
             _check_costs(run)
             return ComparedRun(folder, settings, policy_of(folder, None, "runs"))
         except ValueError as error:

@@ -19,6 +19,7 @@ from openrlhf_sgpo.evaluation.report.run_curves import held_out_plot, round_plot
 from openrlhf_sgpo.evaluation.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.evaluation.report.verdict import run_verdict
 from openrlhf_sgpo.ledger import read_ledger
+from openrlhf_sgpo.run_check import check_ended, check_metrics, check_round
 from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json, read_jsonl
 from openrlhf_sgpo.table import FIGURES, STAGES, half_of, measured_differently, plus_minus
 
@@ -87,13 +88,13 @@ def read_moments(folder: Path) -> list[Moment]:
     """The start and the rounds, in their order, as far as the run has come. Raises ValueError, naming the file, if one is no
     longer what a finished stage wrote."""
     run = RunFolder(str(folder))
-    run.check_ended()
-    run.check_metrics(run.rounds())
+    check_ended(run)
+    check_metrics(run, run.rounds())
     return [_moment(run, number) for number in (None, *run.rounds()) if run.round(number).is_dir()]
 
 
 def _moment(run: RunFolder, number: int | None) -> Moment:
-    run.check_round(number, policy=False)
+    check_round(run, number, policy=False)
     path, stages = run.round(number), run.manifest(number)["stages"]
     written = {file for facts in stages.values() for file in facts.get("files", {})}
 
