@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from running import ROOT, arguments, killed, read_jsonl, train
+from test_plays import flags as plays
 from test_resume import contents
 from toy_oracles import Letters
 
@@ -217,3 +218,19 @@ def test_a_round_more_is_the_round_of_a_longer_run(tiny_model, tiny_data, tmp_pa
         f"round_2/{name}" for name in ("pairs.jsonl", "worst_case.json", "policy/model.safetensors")
     } <= expected.keys()
     assert contents(tmp_path / "short") == expected
+
+
+@pytest.mark.slow
+def test_a_round_of_plays_more_is_the_round_of_a_longer_run(tiny_model, tiny_data, tmp_path):
+    where, constant = {"PYTHONPATH": str(ROOT / "tests")}, ("--lr_scheduler", "constant")
+    three = (*constant, "--rounds.count", "3")
+    whole = train(*plays(tiny_model, tiny_data, tmp_path / "long", "online_ipo", *three), **where)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    dead = killed(
+        "manifest of plays", plays(tiny_model, tiny_data, tmp_path / "short", "online_ipo", *constant), **where
+    )
+    assert dead.returncode == -signal.SIGKILL, dead.stderr[-3000:]
+    process = train(*plays(tiny_model, tiny_data, tmp_path / "short", "online_ipo", *three), "--resume", **where)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "--rounds.count: was 2, from now on 3" in process.stdout
+    assert contents(tmp_path / "short") == contents(tmp_path / "long")
