@@ -140,6 +140,12 @@ def group_warnings(groups: Sequence[RunGroup]) -> list[str]:
     runs = [run for group in groups for run in group.runs]
     digests = [run.digests() for run in runs]
     warnings += [f"the runs {what}" for name, what in _DATA.items() if len({one.get(name) for one in digests}) > 1]
+    if len(sizes := {run.evaluation().get("pairs", 0) for run in runs}) > 1:
+        numbers = ", ".join(map(str, sorted(sizes)))
+        warnings.append(
+            f"the runs were measured on different numbers of held-out pairs ({numbers}), so that accuracy and margin cannot be "
+            "compared"
+        )
     betas = {group.name: group.runs[0].settings["model"]["beta"] for group in groups}
     if len(set(betas.values())) > 1:
         warnings.append(f"--model.beta, the unit of margins, differs: {_listed(betas)}")

@@ -23,14 +23,16 @@ from openrlhf_sgpo.evaluation.compared_runs import group_warnings, oracle_warnin
 from openrlhf_sgpo.flags import SettingsError, dump
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import write_ledger
-from openrlhf_sgpo.run_folder import RunFolder, write_sealed, write_text
+from openrlhf_sgpo.run_folder import RunFolder, write_json, write_sealed, write_text
 
 SCRIPT = ROOT / "tests" / "comparing.py"
 ORACLE = ("--oracle", "toy_oracles:Letters")
 PATH = {"PYTHONPATH": str(ROOT / "tests")}
 
 
-def finished(folder: Path, *more: str, algo: str = "sgpo", seed: int = 1, model: str = "model", **data: str) -> Path:
+def finished(
+    folder: Path, *more: str, algo: str = "sgpo", seed: int = 1, model: str = "model", pairs: int = 8, **data: str
+) -> Path:
     """What a run of ``algo`` leaves, as far as settings and folders are looked at."""
     own = ORACLE if algo == "nash_md" else ("--data.dataset", "pairs.jsonl")
     words = ["--algo", algo, *arguments(Path(model), {"held_out": "h.jsonl", "prompts": "p.jsonl"}, folder, seed), *own]
@@ -42,6 +44,7 @@ def finished(folder: Path, *more: str, algo: str = "sgpo", seed: int = 1, model:
         run.finish(number, stage, {}, ["policy"])
         run.finish(number, "evaluate", {})
     run.finish(None, "evaluate", {})
+    write_json(run.round(1) / "evaluation.json", {"name": "round 1", "pairs": pairs})
     (folder / "resolved_config.yaml").write_text(signed(dump({"": config, algo: options})))
     write_sealed(folder / "data.json", {"--data.dataset": "1", "--eval.dataset": "2"} | data)
     names = [f"round_{number}/{name}" for number in (0, 1) for name in ("train", "play", "evaluate")]
@@ -137,13 +140,14 @@ def test_warnings_where_the_conditions_were_not_equal(tmp_path):
     data = {"--data.dataset": "other"}
     texts = [
         *(str(finished(tmp_path / f"s{seed}", seed=seed)) for seed in (1, 2)),
-        str(finished(tmp_path / "n", algo="nash_md", **data)),
+        str(finished(tmp_path / "n", algo="nash_md", pairs=4, **data)),
     ]
     groups = read_groups(texts, [])
     assert group_warnings(groups) == [
         "the numbers of seeds differ: sgpo 2, nash_md 1",
         "nash_md has one seed: intervals say nothing of what another seed would give",
         "the runs were trained on different human pairs",
+        "the runs were measured on different numbers of held-out pairs (4, 8), so that accuracy and margin cannot be compared",
         "--model.beta, the unit of margins, differs: sgpo 0.1, nash_md 0.008",
     ]
     assert oracle_warnings(groups, ORACLE[1], "", "") == [
