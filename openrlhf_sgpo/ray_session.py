@@ -44,7 +44,8 @@ def _keys_put_aside() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.update(keys)
+        for name, value in keys.items():
+            os.environ.setdefault(name, value)  # not Ray's, which is that of this session by now
 
 
 def start(environment: Mapping[str, str]) -> None:

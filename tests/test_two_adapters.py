@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
     def answers_of(self, folder: str) -> list[list[Any]]:
         """What a fresh engine with the weights in this folder says to the same."""
-        fresh = type(self.engine)(self.engine.config, self.engine.tokenizer, folder)
+        fresh = type(self.engine)(self.engine.config, self.engine.stop.chat, folder)
         return fresh.generate(self.contexts, self.n, self.seed, label="")
 
 

@@ -17,7 +17,7 @@ from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.data.messages import ROLES
 from openrlhf_sgpo.data.records import fingerprint, load_run_pairs
 from openrlhf_sgpo.data.tokens import ChatFormat
-from openrlhf_sgpo.evaluation.benchmark_files import content_hash, read
+from openrlhf_sgpo.evaluation.benchmark_files import TEXT, content_hash, read
 from openrlhf_sgpo.oracle.comparison import transcript
 from openrlhf_sgpo.refinement.drafts import load_drafts
 from openrlhf_sgpo.run_folder import write_jsonl
@@ -105,7 +105,7 @@ def check(path, chat):
         with suppress(DataError):
             sound(reader(str(path)), path.parent, chat)
     with suppress(DataError):
-        content_hash(read(path, ["prompt"]), ["prompt"])
+        content_hash(read(path, {"prompt": TEXT}), ["prompt"])
 
 
 def sound(records, folder, chat):

@@ -324,14 +324,17 @@ def test_a_run_is_told_the_moment_of_its_beginning(model_with, tiny_data, tmp_pa
     """Also after it is resumed; and a run that does not say which moment it was cannot be resumed."""
     from running import arguments, train
 
+    from openrlhf_sgpo.run_folder import write_sealed
+
     folder = tmp_path / "run"
     argv = arguments(model_with(DATED), tiny_data, folder, algo="dpo")
     assert train(*argv).returncode == 0
     stored = json.loads((folder / "moment.json").read_text())
     assert stored["moment"].endswith("T00:00:00")
-    (folder / "moment.json").write_text(json.dumps({"moment": "2020-01-01T00:00:00"}))
+    write_sealed(folder / "moment.json", {"moment": "2020-01-01T00:00:00"})
+    kept = (folder / "moment.json").read_bytes()
     assert train(*argv, "--resume").returncode == 0
-    assert json.loads((folder / "moment.json").read_text()) == {"moment": "2020-01-01T00:00:00"}
+    assert (folder / "moment.json").read_bytes() == kept
     (folder / "moment.json").unlink()
     ended = train(*argv, "--resume")
     assert ended.returncode == 2 and "has no moment.json" in ended.stderr
