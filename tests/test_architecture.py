@@ -52,6 +52,7 @@ def test_light_modules_stay_light(module, absent):
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 def test_flash_attention_stand_in_leaves_no_trace():
     """After OpenRLHF is imported without flash_attn, others still see that it is absent."""
     code = """

@@ -250,6 +250,7 @@ def test_the_quickstart_s_file_serves_every_algorithm(algo):
     assert config.rounds.count == (0 if algo == "preference_model" else 2)
 
 
+@pytest.mark.slow
 def test_names_of_trl_are_answered_with_ours():
     """Every one of them, with names that exist here; none is an alias."""
     known = set(every_flag(flags.to_dict({"": Config()})))

@@ -202,6 +202,7 @@ def _without_waiting_for_the_disk():
         yield
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(data=st.data())
 def test_a_damaged_run_is_refused_or_read_right(whole, readers, expected, data):

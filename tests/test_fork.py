@@ -179,6 +179,7 @@ def test_from_a_run_whose_first_round_has_no_labels_yet_only_the_seed_comes(sour
     assert stages == {name: STAGES[name] for name in STAGES if name.startswith(("initial/", "round_0/"))}
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_write_and_repeated(source, tmp_path, monkeypatch):
     """Every file or folder gets its final name by one renaming; the process ends at the first, then at the second, ..."""
     expected = contents(fork(source, tmp_path / "undisturbed").path)

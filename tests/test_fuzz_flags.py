@@ -104,6 +104,7 @@ TREE = st.recursive(
 )
 
 
+@pytest.mark.slow
 @FIXED
 @given(tree=st.dictionaries(NAME, TREE, max_size=6), algo=st.sampled_from(ALGORITHMS))
 def test_random_files(tree, algo, tmp_path):
@@ -120,6 +121,7 @@ def test_random_bytes_as_a_file(tmp_path, content):
     load_or_settings_error(["--config", str(path), *REQUIRED])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["-1", "1e30"])
 def test_every_flag_answers_for_itself(value):
     for name in NAMES[:: 1 if value == "-1" else 3]:

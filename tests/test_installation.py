@@ -248,6 +248,7 @@ def test_the_oracles_of_the_examples_are_found(console_script):
     assert process.returncode == 0, process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "argv", "command"),
     [

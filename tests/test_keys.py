@@ -166,6 +166,7 @@ def planted(tmp_path, monkeypatch):
     (tmp_path / "home").mkdir()
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_no_key_behind(planted, tmp_path, monkeypatch):
     answers, file, out = tmp_path / "answers.jsonl", tmp_path / "key", tmp_path / "out"
     rows = [{"question_id": 81 + number, "turns": ["an answer", "more"]} for number in range(3)]

@@ -88,6 +88,7 @@ def test_what_it_has_not(more, message, tiny_data, tmp_path, capsys):
 # Learning -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_circle_can_be_learned(tiny_model, make_resources, tmp_path):
     """Rock, paper, scissors: no reward says it, six comparisons teach it, and the oracle repeats it."""
     from transformers import AutoModelForCausalLM

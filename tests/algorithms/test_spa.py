@@ -352,6 +352,7 @@ def self_annotated_rounds(seed_log_ratio: float, smoothing: float, rounds: int, 
     return history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("favourite", [1, -1])
 def test_certain_labels_confirm_whatever_the_seed_believed(favourite):
     """Without smoothing the seed model's slight preference, right or wrong, becomes certainty, the more so the longer the

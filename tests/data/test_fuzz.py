@@ -202,6 +202,7 @@ def columns():
     )
 
 
+@pytest.mark.slow
 @BUDGET
 @given(st.data())
 def test_any_table(chat, data):

@@ -113,6 +113,7 @@ def test_a_run_without_rounds_or_evaluation_has_one_report(tmp_path, tiny_model)
     assert "held_out" not in {finding.name for finding in data.human.report.findings}
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_prints_what_the_page_shows():
     model = ROOT / "build" / "smollm2"
     if not (model / "tokenizer.json").exists():

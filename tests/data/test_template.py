@@ -370,6 +370,7 @@ def test_a_token_without_an_embedding_is_an_error_where_it_occurs(model_with, co
     assert f"token id 258 ({last})" in (said := capsys.readouterr().err) and f"{text!r}"[1:-1] in said
 
 
+@pytest.mark.slow
 def test_padding_beyond_the_embedding_is_an_error_for_every_model(tiny_model, tmp_path, tiny_data):
     import shutil
 

@@ -36,6 +36,7 @@ def instances(draw):
     return margins, radius, keywords
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(instances())
 def test_value_equals_the_program_and_transport_solves_it(instance):
@@ -87,12 +88,14 @@ def run_python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_importing_the_room_loads_neither_cvxpy_nor_scipy():
     code = "import sys, openrlhf_sgpo.dro; assert not {'cvxpy', 'scipy'} & set(sys.modules), 'loaded'"
     result = run_python(code)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["pass", "import openrlhf_sgpo.dro.program, openrlhf_sgpo.dro.slsqp"])
 def test_lazy_names_are_functions_even_after_their_files_were_imported(first):
     result = run_python(

@@ -75,6 +75,7 @@ def test_turns_see_the_answers_before_them_and_temperature_0_is_greedy(config, t
     assert config.rollout.temperature == 0.5  # an item's own temperature is its own only
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(config, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "BLOCK", 2)
     whole, _ = ask(config, tiny_model, tmp_path / "whole/toy.jsonl")
@@ -112,6 +113,7 @@ def test_answers_of_another_model_or_decoding_are_not_mixed(config, tiny_model, 
     assert json.loads(path.with_suffix(".settings.json").read_text())["decoding"]["max_new_tokens"] == 6
 
 
+@pytest.mark.slow
 def test_engines_are_kept_for_models_of_one_kind_only(config, tiny_model, other_tiny_model, tmp_path):
     larger = make_tiny_model(tmp_path / "larger", layers=3)
     answerer, found, engines = Answerer(config), {}, []

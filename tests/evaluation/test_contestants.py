@@ -40,6 +40,7 @@ def outputs(path, rows=OUTPUTS):
     return path
 
 
+@pytest.mark.slow
 def test_another_file_under_the_same_name_does_not_replace_the_row(evaluation, tmp_path):
     path = outputs(tmp_path / "theirs.json")
     with JudgeServer(judge=toy_benchmarks.rule) as server:
@@ -58,6 +59,7 @@ def test_another_file_under_the_same_name_does_not_replace_the_row(evaluation, t
     assert sorted(row["model"] for row in rows) == ["second", "theirs"]
 
 
+@pytest.mark.slow
 def test_a_policy_does_not_take_the_name_of_a_file_nor_of_another_policy(
     evaluation, tiny_model, other_tiny_model, tmp_path
 ):

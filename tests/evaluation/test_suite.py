@@ -102,6 +102,7 @@ def test_settings_of_an_algorithm_win_and_null_takes_away():
     assert base == {"a": {"b": 1, "c": 2}, "d": 3, "e": {"f": 4}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_the_examples_resolve_at_equal_budgets(name, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
@@ -203,6 +204,7 @@ def test_a_suite_beside_or_within_a_config_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_judge_of_the_example_leaves_the_gpu_room_for_engines(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (EXAMPLES / "gpu.yaml").read_text()

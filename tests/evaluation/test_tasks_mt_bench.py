@@ -119,6 +119,7 @@ def judge_of(tmp_path: Path, url: str, partial: bool = False) -> EvaluationJudge
 # Against a server -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_rule(tmp_path):
     task = task_of(tmp_path)
     items = task.items()
@@ -192,6 +193,7 @@ def test_a_judgement_without_a_score_is_kept_and_counted(tmp_path):
     assert (row["question_id"], row["turn"], row["judgment"]) == (84, 1, "I cannot say.")
 
 
+@pytest.mark.slow
 def test_empty_judgements_are_failures(tmp_path):
     task = task_of(tmp_path)
     items = task.items()

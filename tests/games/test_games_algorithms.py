@@ -19,6 +19,8 @@ from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings
 from openrlhf_sgpo.games.drive import drive, expected_loss, start
 
+pytestmark = pytest.mark.slow
+
 TAU = 0.1
 GAME = games.GAMES["condorcet"]()
 SKEWED = (0.1, 0.2, 0.7)

@@ -69,6 +69,7 @@ def test_its_policy_has_the_least_worst_case_nearby(dpo):
     assert value(dpo, 0.05) > reached + 1e-6
 
 
+@pytest.mark.slow
 def test_dpo_is_its_limit_as_the_window_grows_so_that_dpo_has_no_regret_there(dpo):
     """Lemma 3.1: without a bound on the support V is DPO's loss plus the radius, whatever the policy."""
     distances = [float((train(radius=0.05, window_pad=pad)[-1] - dpo).abs().max()) for pad in (8.0, 1e2, 1e4)]

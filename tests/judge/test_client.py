@@ -89,6 +89,7 @@ def test_a_failure_that_passes_is_asked_again(mode, tmp_path):
     assert len(ContentCache(tmp_path / "cache.jsonl")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "reason"), PASSING.items())
 def test_a_failure_that_stays_is_an_error_and_the_rest_is_kept(mode, reason, tmp_path):
     def plan(text, times):

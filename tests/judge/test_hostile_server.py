@@ -277,6 +277,7 @@ def replies(draw) -> bytes:
     return json.dumps(whole[""]).encode()
 
 
+@pytest.mark.slow
 @given(replies())
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_reply_is_an_answer_or_unusable(content):
@@ -296,6 +297,7 @@ def test_any_reply_is_an_answer_or_unusable(content):
             assert isinstance(accept(reply), (float, str))
 
 
+@pytest.mark.slow
 @given(
     st.binary(max_size=200),
     st.sampled_from([200, 204, 304, 400, 401, 429, 500]),

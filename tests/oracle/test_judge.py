@@ -254,6 +254,7 @@ def run_script(folder: Path, url: str, **environment: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_after_a_kill_only_what_is_missing_is_asked(tmp_path):
     """SIGKILL in the middle: what had arrived is not asked again, what was under way once more, the rest once; and the
     figures are those of a run that nothing disturbed."""

@@ -19,6 +19,8 @@ from openrlhf_sgpo.oracle import Answer, Question
 from openrlhf_sgpo.oracle.comparison import fitted
 from openrlhf_sgpo.oracle.reward_heads import RewardHeads, votes
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     Question(
         f"q-{number}",

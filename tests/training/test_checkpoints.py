@@ -79,6 +79,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(train, tmp_path, monkeypatch, capsys):
     from openrlhf_sgpo.training.checkpoints import Checkpoints
 

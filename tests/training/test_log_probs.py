@@ -81,6 +81,7 @@ def test_figures_by_token_are_rows_that_sum_to_those_of_the_response(make_config
     assert token_divergence(logits, logits).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_scorer_scores_each_response_once(make_config, groups):
     from openrlhf_sgpo.openrlhf import build_strategy
     from openrlhf_sgpo.training.scoring import Scorer

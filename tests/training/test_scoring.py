@@ -9,6 +9,8 @@ import torch
 
 from openrlhf_sgpo.data.tokens import Group
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def make_scorer(make_config):
