@@ -94,10 +94,11 @@ class Run(NamedTuple):
     calls: dict[int, list[Call]]
 
 
-SLOW_CASE = pytest.param(["--train.layout", "padded", "--ds.zero_stage", "3"], marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=[[], SLOW_CASE], ids=["shared_prefix, ZeRO 2", "padded, ZeRO 3"])
+@pytest.fixture(
+    scope="module",
+    params=[[], ["--train.layout", "padded", "--ds.zero_stage", "3"]],
+    ids=["shared_prefix, ZeRO 2", "padded, ZeRO 3"],
+)
 def spread_run(request, tiny_model, tiny_data, tmp_path_factory):
     """Two rounds of two steps with adapters that are far apart from the beginning."""
     from openrlhf_sgpo import plays

@@ -20,7 +20,21 @@ class SaturatedBallError(ValueError):
 
 
 @dataclass
-class SGPOSettings:
+class FollowerSettings:
+    """When the follower answers again, and what holds the leader back meanwhile."""
+
+    refresh_steps: int = setting(
+        1, "solve the follower again every so many optimiser steps on the latest margins (0: once per stage)"
+    )
+    refresh_window: int = setting(1024, "how many of the latest margins the refreshed follower sees")
+    prox: float = setting(
+        0.0,
+        "weight of a proximal term: the squared distance of each margin from where it was at the start of the stage",
+    )
+
+
+@dataclass
+class SGPOSettings(FollowerSettings):
     radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo.space (0: no follower)")
     space: Literal["margin", "probability"] = setting(
         "margin", "where the ball lives: on margins (the paper), or on win probabilities sigmoid(margin) (its code)"
@@ -31,14 +45,6 @@ class SGPOSettings:
     )
     window_pad: float = setting(
         1.0, "margin space: the support reaches this far beyond the smallest and largest margin at the start of a stage"
-    )
-    refresh_steps: int = setting(
-        1, "solve the follower again every so many optimiser steps on the latest margins (0: once per stage)"
-    )
-    refresh_window: int = setting(1024, "how many of the latest margins the refreshed follower sees")
-    prox: float = setting(
-        0.0,
-        "weight of a proximal term: the squared distance of each margin from where it was at the start of the stage",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from openrlhf_sgpo.algorithms.sgpo import SGPO, saturated_ball
+from openrlhf_sgpo.algorithms.sgpo import SGPO, FollowerSettings, saturated_ball
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -15,18 +15,10 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SGPOBestSettings:
+class SGPOBestSettings(FollowerSettings):
     radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo_best.space (0: DPO)")
     space: Literal["margin", "probability"] = setting(
         "margin", "where the ball lives: on margins, or on win probabilities sigmoid(margin)"
-    )
-    refresh_steps: int = setting(
-        1, "solve the follower again every so many optimiser steps on the latest margins (0: once per stage)"
-    )
-    refresh_window: int = setting(1024, "how many of the latest margins the refreshed follower sees")
-    prox: float = setting(
-        0.0,
-        "weight of a proximal term: the squared distance of each margin from where it was at the start of the stage",
     )
 
 

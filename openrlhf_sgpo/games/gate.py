@@ -176,7 +176,7 @@ CHECKS = (
     Check(
         "sgpo",
         "condorcet",
-        SGPO(SGPOSettings(RADIUS, refresh_window=driver.PAIRS), TAU),
+        SGPO(SGPOSettings(radius=RADIUS, refresh_window=driver.PAIRS), TAU),
         "least worst case",
         _sgpo,
         500,
@@ -185,7 +185,7 @@ CHECKS = (
     Check(
         "sgpo, wide window",
         "condorcet",
-        SGPO(SGPOSettings(RADIUS, window_pad=1e5, refresh_window=driver.PAIRS), TAU),
+        SGPO(SGPOSettings(radius=RADIUS, window_pad=1e5, refresh_window=driver.PAIRS), TAU),
         "Bradley-Terry",
         _dpo,
         500,
