@@ -58,7 +58,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 benchmark: .venv/.dev
-	$(BIN)/python benchmarks/worst_case.py
+	$(BIN)/python measurements/worst_case.py
 
 clean:
 	rm -rf .venv build runs

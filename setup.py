@@ -38,7 +38,7 @@ setup(
     package_data={
         "openrlhf_sgpo": ["py.typed", "recipes/*.yaml"],
         "openrlhf_sgpo.data": ["benchmark_prompts.json"],
-        "openrlhf_sgpo.evaluation": ["judges/*.yaml"],
+        "openrlhf_sgpo.benchmarks": ["judges/*.yaml"],
     },
     # Enough for settings, the registry, the follower and reports; training needs the extra gpu, or the locked CPU stack.
     install_requires=["PyYAML>=6.0", "numpy>=1.26", "plotly>=6.0", "torch>=2.4", "tqdm>=4.66"],

@@ -22,12 +22,12 @@ from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.evaluation.between_rounds import Evaluator
-from openrlhf_sgpo.evaluation.report import write_report
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.metrics import Metrics
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.output import log_to, say, stage_line
+from openrlhf_sgpo.report import write_report
 from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.run_check import check_rounds, forget_metrics

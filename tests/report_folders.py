@@ -12,8 +12,8 @@ from statistics import fmean
 import torch
 
 from openrlhf_sgpo import algorithms, flags
+from openrlhf_sgpo.benchmarks.task import Result
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.evaluation.task import Result
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import write_ledger
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text

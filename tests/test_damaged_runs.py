@@ -20,14 +20,14 @@ from test_fork import DATA, make_source
 from test_fork import settings as settings_of
 
 from openrlhf_sgpo import flags
+from openrlhf_sgpo.comparison.compared_runs import read_groups
 from openrlhf_sgpo.data.files import DataError
 from openrlhf_sgpo.data.records import Pair, load_run_pairs
-from openrlhf_sgpo.evaluation.compared_runs import read_groups
-from openrlhf_sgpo.evaluation.report.run import read_moments
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.inference import policy_of
 from openrlhf_sgpo.integrity import file_digest
 from openrlhf_sgpo.ledger import read_ledger, write_ledger
+from openrlhf_sgpo.report.run_page import read_moments
 from openrlhf_sgpo.run_check import check_rounds, forget_metrics, metrics_digest
 from openrlhf_sgpo.run_folder import RunFolder, read_growing, write_jsonl
 

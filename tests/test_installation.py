@@ -85,7 +85,7 @@ def test_presets_and_recipes_are_found_by_name_far_from_the_checkout(wheel, tmp_
     assert process.returncode == 0, process.stderr
     assert "alignment-handbook/zephyr-7b-sft-full" in process.stdout
     code = (
-        "import openrlhf_sgpo.evaluation.settings as s; "
+        "import openrlhf_sgpo.benchmarks.settings as s; "
         "print(s.load(['--models', 'a/b', '--judge.preset', 'gpt-4.1', '--out', 'o']).settings.judge.model, s.__file__)"
     )
     process = run("-c", code, path=wheel, cwd=tmp_path, command=[sys.executable], OPENAI_API_KEY="a-key")

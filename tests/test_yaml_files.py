@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo import flags, yaml_files
+from openrlhf_sgpo.benchmarks.judge import EvaluationJudgeSettings, with_preset
+from openrlhf_sgpo.comparison.suite import read_suite
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.evaluation.judge import EvaluationJudgeSettings, with_preset
-from openrlhf_sgpo.evaluation.suite import read_suite
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)

@@ -111,50 +111,50 @@ def refine(argv: list[str]) -> int:
 
 
 def evaluate(argv: list[str]) -> int:
-    """Benchmarks and their leaderboard, see ``openrlhf_sgpo.evaluation.evaluate``."""
-    from openrlhf_sgpo.evaluation.settings import load, sections
+    """Benchmarks and their leaderboard, see ``openrlhf_sgpo.benchmarks.evaluate``."""
+    from openrlhf_sgpo.benchmarks.settings import load, sections
 
     if "--help" in argv or "-h" in argv:
         print(flags.help_text(sections()))
         return 0
     loaded = load(argv)
     with other_packages_apart():
-        from openrlhf_sgpo.evaluation.evaluate import Evaluation
+        from openrlhf_sgpo.benchmarks.evaluate import Evaluation
 
         Evaluation(loaded).execute()
     return 0
 
 
 def compare(argv: list[str]) -> int:
-    """Runs head to head, see ``openrlhf_sgpo.evaluation.cross_play``; with --suite they are trained first."""
-    from openrlhf_sgpo.evaluation.compare_settings import CompareSettings, load
+    """Runs head to head, see ``openrlhf_sgpo.comparison.cross_play``; with --suite they are trained first."""
+    from openrlhf_sgpo.comparison.settings import CompareSettings, load
 
     argv = argv if not argv or argv[0].startswith("-") else ["--runs", *argv]
     if "--help" in argv or "-h" in argv:
         print(flags.help_text({"": CompareSettings}))
         return 0
     if flags.peek(argv, "suite"):
-        from openrlhf_sgpo.evaluation.suite import train_suite
+        from openrlhf_sgpo.comparison.suite import train_suite
 
         argv = train_suite(argv)
     settings, groups = load(argv)
     with other_packages_apart():
-        from openrlhf_sgpo.evaluation.cross_play import CrossPlay
+        from openrlhf_sgpo.comparison.cross_play import CrossPlay
 
         CrossPlay(settings, groups).execute()
     return 0
 
 
 def report(argv: list[str]) -> int:
-    """Pages to look at, see ``openrlhf_sgpo.evaluation.report``."""
-    from openrlhf_sgpo.evaluation.report import main
+    """Pages to look at, see ``openrlhf_sgpo.report``."""
+    from openrlhf_sgpo.report import main
 
     return main(argv)
 
 
 def judge_check(argv: list[str]) -> int:
-    """What a judge is worth, see ``openrlhf_sgpo.evaluation.judge_check``."""
-    from openrlhf_sgpo.evaluation.judge_check import main
+    """What a judge is worth, see ``openrlhf_sgpo.comparison.judge_check``."""
+    from openrlhf_sgpo.comparison.judge_check import main
 
     return main(argv)
 

@@ -1,1 +1,1 @@
-"""What policies are worth: between the rounds of a run, on benchmarks, against each other; and pages that show it."""
+"""What is measured of a policy between the rounds of a run."""

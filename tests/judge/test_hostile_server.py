@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import JudgeServer
 
+from openrlhf_sgpo.benchmarks.tasks import mt_bench
 from openrlhf_sgpo.config import ServerSettings
-from openrlhf_sgpo.evaluation.tasks import mt_bench
 from openrlhf_sgpo.judge import client
 from openrlhf_sgpo.judge.cache import ContentCache
 from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from openrlhf_sgpo.evaluation.judge import EvaluationJudge, EvaluationJudgeSettings
+from openrlhf_sgpo.benchmarks.judge import EvaluationJudge, EvaluationJudgeSettings
 from openrlhf_sgpo.judge.client import JudgeError, Request
 from openrlhf_sgpo.judge.reply import Reply, Unusable
 from openrlhf_sgpo.judge.server import LocalServer, served_name

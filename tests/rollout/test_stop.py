@@ -131,7 +131,7 @@ def test_a_decoder_that_tidies_spaces_changes_no_answer(tokenizer):
 def test_engines_are_not_shared_by_models_that_end_their_answers_differently(tiny_model, tmp_path):
     import shutil
 
-    from openrlhf_sgpo.evaluation.answers import kind_of
+    from openrlhf_sgpo.benchmarks.answers import kind_of
 
     def changed(name, file, old, new):
         folder = shutil.copytree(tiny_model, tmp_path / name)

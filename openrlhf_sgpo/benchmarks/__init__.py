@@ -1,0 +1,1 @@
+"""The command evaluate: benchmarks, who judges them, and the leaderboard."""

@@ -1,0 +1,74 @@
+"""The length-controlled win rate of AlpacaEval 2.0 (Dubois et al., arXiv 2404.04475), by alpaca-eval's own model.
+
+The win probability of answer to instruction i is sigmoid(a tanh((l_baseline - l_model) / std) + b d_i + c), with lengths l in
+characters and d_i the instruction's difficulty; the rate is its mean without the first term. Difficulties and judgements of
+the baseline told to be concise or verbose, which keep a from being fitted to the model alone, are in df_gamed.csv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo.benchmarks.benchmark_files import upstream
+
+INSTRUCTIONS = 805
+_COLUMNS = ("model", "index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
+
+
+def check_gamed(flag: str, path: Path) -> None:
+    """Raises ValueError unless the file can be what alpaca-eval means by df_gamed.csv."""
+    import pandas
+
+    remedy = "expected df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval"
+    try:
+        table = pandas.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--{flag}: {path} cannot be read ({error}); {remedy}") from error
+    missing = [name for name in _COLUMNS if name not in table]
+    if missing:
+        raise ValueError(f"--{flag}: {path} has no column {', '.join(missing)}; {remedy}")
+    # Upstream takes the difficulty of instruction i from row i.
+    if table["index"].head(INSTRUCTIONS).tolist() != list(range(INSTRUCTIONS)):
+        raise ValueError(f"--{flag}: {path} does not begin with the {INSTRUCTIONS} instructions in order; {remedy}")
+    if table["not_gamed_baseline"].dtype != bool:
+        raise ValueError(f"--{flag}: {path}: not_gamed_baseline is not True or False in each row; {remedy}")
+
+
+def obstacle(annotations: Sequence[Mapping[str, Any]]) -> str:
+    """Why these annotations have no length-controlled win rate; empty if they have one.
+
+    Upstream fits whatever it is given, with difficulties joined by row: to too few rows, or to others, it gives a wrong figure.
+    """
+    if sorted(row["index"] for row in annotations) != list(range(INSTRUCTIONS)):
+        return f"it is defined for all {INSTRUCTIONS} instructions only"
+    if all(row["preference"] is None for row in annotations):
+        return "there is no usable judgement"
+    if len({len(row["output_1"]) - len(row["output_2"]) for row in annotations}) == 1:
+        return "all answers differ from the baseline's by the same length"
+    return ""
+
+
+def length_controlled_win_rate(annotations: Sequence[Mapping[str, Any]], gamed: Path) -> tuple[float, float]:
+    """(rate, its standard error) in percent. annotations: as alpaca-eval has them, without an ``obstacle``, in any order; those
+    whose preference is None are not fitted, but predicted. gamed: path of df_gamed.csv."""
+    metrics = upstream("alpaca_eval", "alpaca_eval.metrics")
+    sklearn = upstream("alpaca_eval", "sklearn")
+    rows = sorted(annotations, key=lambda row: row["index"])  # folds of the cross-validation depend on the order
+    with _download_gives(gamed), sklearn.config_context():  # upstream changes the configuration of scikit-learn
+        found = metrics.get_length_controlled_winrate(rows, save_weights_dir=None)
+    return float(found["length_controlled_winrate"]), float(found["lc_standard_error"])
+
+
+@contextmanager
+def _download_gives(gamed: Path) -> Iterator[None]:
+    """Within it, upstream's download of df_gamed.csv, which every fit repeats, gives this file: it takes no path."""
+    module = upstream("alpaca_eval", "alpaca_eval.metrics.glm_winrate")
+    download = module.hf_hub_download
+    module.hf_hub_download = lambda **_: str(gamed)
+    try:
+        yield
+    finally:
+        module.hf_hub_download = download

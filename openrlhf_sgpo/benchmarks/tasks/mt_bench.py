@@ -1,0 +1,353 @@
+"""MT-Bench (Zheng et al., arXiv 2306.05685): a judge grades each of two answers to 80 questions from 1 to 10.
+
+Temperatures, the categories with reference answers and the reading of scores are those of FastChat's ``llm_judge``; asking is
+not, because its judge calls do not run with openai 1 or later, and a second run of them is averaged with the first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from openrlhf_sgpo.benchmarks.benchmark_files import (
+    NUMBER,
+    TEXT,
+    TEXTS,
+    Fields,
+    Hub,
+    Kind,
+    check_once,
+    locate,
+    read,
+    read_checked,
+    upstream,
+)
+from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
+from openrlhf_sgpo.comparison.statistics import bootstrap_interval
+from openrlhf_sgpo.data.records import Messages
+from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.judge.cache import content_key
+from openrlhf_sgpo.judge.client import Request
+from openrlhf_sgpo.judge.reply import Reply, Unusable
+from openrlhf_sgpo.run_folder import write_jsonl
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
+
+DECODING = {"temperature": 0, "max_tokens": 2048}  # as in run_judge_single of fastchat.llm_judge.common
+PROMPT_NAMES = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+FIGURES = ("turn_1", "turn_2", "average")
+
+
+INTEGER = Kind("integer", lambda value: type(value) is int)
+TWO_TEXTS = Kind("list of two texts", lambda value: TEXTS.holds(value) and len(value) == 2)
+
+
+def _turns(choices: Any) -> list[str]:
+    """The texts of FastChat's first choice; empty where there are none."""
+    first = choices[0] if isinstance(choices, list) and choices else None
+    turns = first.get("turns") if isinstance(first, dict) else None
+    return turns if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns) else []
+
+
+class BenchmarkFile(NamedTuple):
+    """places: below --mt_bench.folder, in FastChat's layout and others. hub: in the Space lmsys/mt-bench."""
+
+    places: tuple[str, ...]
+    hub: str
+    fields: Fields
+    digest: str
+
+
+QUESTIONS = BenchmarkFile(
+    ("question.jsonl",),
+    "data/mt_bench/question.jsonl",
+    {"question_id": INTEGER, "category": TEXT, "turns": TWO_TEXTS},
+    "a6cbf8e3cefe366d13bc0a0f9b3326bd",
+)
+PROMPTS = BenchmarkFile(
+    ("judge_prompts.jsonl", "../judge_prompts.jsonl"),
+    "data/judge_prompts.jsonl",
+    dict.fromkeys(("name", "type", "system_prompt", "prompt_template", "output_format"), TEXT),
+    "da2529c6b000840d27576bd56bbf82fd",
+)
+REFERENCES = BenchmarkFile(
+    ("reference_answer/gpt-4.jsonl", "reference_answer_gpt-4.jsonl"),
+    "data/mt_bench/reference_answer/gpt-4.jsonl",
+    {
+        "question_id": INTEGER,
+        "choices": Kind("list with two texts in [0].turns", lambda value: len(_turns(value)) == 2),
+    },
+    "c60658387b59a4d6e8c2b44be3ce0838",
+)
+
+
+@dataclass
+class MTBenchSettings:
+    folder: str = setting(
+        "",
+        "folder with question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.jsonl, such as FastChat's data/mt_bench "
+        "(default: the files of the hub's Space lmsys/mt-bench)",
+    )
+    limit: int = setting(0, "only so many questions, taken from each category in turn (0: all)")
+    unverified: bool = setting(False, "take files although their content is not the published one")
+
+
+class Files(NamedTuple):
+    """prompts: the judge's, by name. references: both turns of answers by GPT-4, by question. notes: for the result."""
+
+    questions: list[dict[str, Any]]
+    prompts: dict[str, dict[str, Any]]
+    references: dict[int, list[str]]
+    notes: list[str]
+
+
+class Judgement(NamedTuple):
+    """Of the answer to one turn, 1 or 2. score: None where the judge gave none."""
+
+    question: str
+    category: str
+    turn: int
+    score: float | None
+
+
+class MTBench(Task):
+    """Scores from 1 to 10. n and expected of the result count judgements, of which there are two per question."""
+
+    name = "mt_bench"
+    packages = ("fastchat",)
+    answer_fields: ClassVar = {"question_id": NUMBER}
+    Settings: ClassVar[type] = MTBenchSettings
+
+    @cached_property
+    def _files(self) -> Files:
+        (questions, noted), (rows, also), (references, last) = map(self._rows, (QUESTIONS, PROMPTS, REFERENCES))
+        prompts = {row["name"]: row for row in rows}
+        if missing := [name for name in PROMPT_NAMES if name not in prompts]:
+            raise ValueError(f"--mt_bench.folder: judge_prompts.jsonl has no prompt {', '.join(missing)}")
+        trial = Item("0", ("", ""), facts={"reference": ("", "")})
+        for name in PROMPT_NAMES:
+            try:
+                grading(prompts[name], trial, ("", ""))
+            except (LookupError, ValueError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"--mt_bench.folder: judge_prompts.jsonl, prompt {name}: the template cannot be filled in ({error})"
+                ) from error
+        turns = {row["question_id"]: _turns(row["choices"]) for row in references}
+        return Files(questions, prompts, turns, [*noted, *also, *last])
+
+    def _rows(self, file: BenchmarkFile) -> tuple[list[dict[str, Any]], list[str]]:
+        given = ""
+        if self.settings.folder:
+            places = [Path(self.settings.folder) / place for place in file.places]
+            given = str(next((place for place in places if place.is_file()), places[0]))
+        path = locate("mt_bench.folder", given, Hub("lmsys/mt-bench", "space", file.hub))
+        return read_checked("mt_bench.folder", path, file.fields, file.digest, self.settings.unverified)
+
+    def items(self) -> list[Item]:
+        """Ids are FastChat's, from 81 to 160."""
+        if self.settings.limit < 0:
+            raise ValueError(f"--mt_bench.limit: {self.settings.limit} is negative; 0 takes all questions")
+        references, common = self._files.references, _fastchat()
+        found = []
+        for row in spread(self._files.questions, self.settings.limit):
+            number, category = row["question_id"], row["category"]
+            referenced = category in common.NEED_REF_CATS
+            if referenced and number not in references:
+                raise ValueError(
+                    f"--mt_bench.folder: the reference answers have none to question {number} ({category})"
+                )
+            facts = {"reference": tuple(references[number]) if referenced else ()}
+            found.append(
+                Item(str(number), tuple(row["turns"]), category, common.temperature_config.get(category, 0.7), facts)
+            )
+        return found
+
+    def read_responses(self, path: Path) -> list[Responses]:
+        """Of FastChat's model answers, {"question_id", "choices": [{"turns"}]}, or of {"question_id", "turns"}. Answers beyond
+        the limit are left out."""
+        rows = read(path, self.answer_fields)
+        answers = [(str(row["question_id"]), _turns(row.get("choices") or [row])) for row in rows]
+        check_once(
+            path, "question", [key for key, _ in answers], [str(row["question_id"]) for row in self._files.questions]
+        )
+        for key, turns in answers:
+            if len(turns) != 2:
+                raise ValueError(
+                    f"{path}: question {key} needs the texts of two answers in choices[0].turns, or in turns"
+                )
+        asked = {item.id for item in self.items()}
+        return [Responses(key, tuple(turns)) for key, turns in answers if key in asked]
+
+    def preflight(self, judge: EvaluationJudge) -> list[str]:
+        item = Item("0", ("How much is two and two?",), facts={"reference": ()})
+        request = Request("a first question", grading(self._files.prompts["single-v1"], item, ("Four.",)))
+        (text,) = judge.ask(self.name, DECODING, [request], written, "")
+        if text is None:
+            raise ValueError("--judge: the judge writes nothing where MT-Bench asks for a judgement")
+        found = score(text)
+        return [
+            f"the judge's first MT-Bench judgement has no score as [[5]]: {text[:80]!r}"
+            if found is None
+            else f"the judge's first MT-Bench score is {found:g}"
+        ]
+
+    def evaluate(
+        self,
+        model: str,
+        items: Sequence[Item],
+        responses: Mapping[str, Responses],
+        judge: EvaluationJudge | None,
+        folder: Path,
+    ) -> Result:
+        assert judge is not None
+        prompts, notes = self._files.prompts, list(self._files.notes)
+        asked = [(item, turn) for item in items for turn in (1, 2)]
+        names = [prompt_name(item, turn) for item, turn in asked]
+        requests = [
+            Request(
+                f"the judgement of turn {turn} of question {item.id}",
+                grading(prompts[name], item, responses[item.id].turns),
+            )
+            for (item, turn), name in zip(asked, names, strict=True)
+        ]
+        texts = judge.ask(self.name, DECODING, requests, written, f"{model}: MT-Bench")
+        judgements = [
+            Judgement(item.id, item.category, turn, None if text is None else score(text))
+            for (item, turn), text in zip(asked, texts, strict=True)
+        ]
+        write_jsonl(folder / "model_answer.jsonl", (answer_row(model, responses[item.id]) for item in items))
+        write_jsonl(
+            folder / "judgments.jsonl",
+            (
+                judgement_row(model, (str(judge.identity["model"]), name), one, request, text)
+                for name, one, request, text in zip(names, judgements, requests, texts, strict=True)
+                if text is not None
+            ),
+        )
+        strange = sum(one.score is not None and not 1 <= one.score <= 10 for one in judgements)
+        if strange:
+            notes.append(f"{strange} scores are not between 1 and 10, and count as they are")
+        parts = {name: of_figure(judgements, name) for name in FIGURES}
+        failures = sum(one.score is None for one in judgements)
+        return Result(
+            self.name,
+            model,
+            n=len(judgements) - failures,
+            expected=len(judgements),
+            figures={name: mean_score(part) for name, part in parts.items()},
+            intervals={name: interval for name, part in parts.items() if (interval := score_interval(part))},
+            categories=category_scores(judgements),
+            average_length=fmean(len(turn) for item in items for turn in responses[item.id].turns),
+            parse_failures=failures,
+            notes=notes,
+            judge=judge.identity,
+        )
+
+
+def spread(questions: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
+    """``limit`` of the questions, in their order: the first of each category, then the second, and so on. All for 0."""
+    rounds: Counter[str] = Counter()
+    places = []
+    for place, row in enumerate(questions):
+        places.append((rounds[row["category"]], place))
+        rounds[row["category"]] += 1
+    return [questions[place] for place in sorted(place for _, place in sorted(places)[: limit or None])]
+
+
+def _fastchat() -> Any:
+    return upstream("mt_bench", "fastchat.llm_judge.common")
+
+
+def prompt_name(item: Item, turn: int) -> str:
+    """As make_judge_single of fastchat.llm_judge.gen_judgment chooses."""
+    return f"single{'-math' if item.facts['reference'] else ''}-v1{'-multi-turn' if turn == 2 else ''}"
+
+
+def grading(prompt: Mapping[str, Any], item: Item, turns: Sequence[str]) -> Messages:
+    """What the judge is asked, as run_judge_single of fastchat.llm_judge.common has it. The prompt of turn 1 knows question,
+    answer and ref_answer_1, that of turn 2 both of each."""
+    texts = {"question": item.turns[0], "answer": turns[0]}
+    for name, both in (("question", item.turns), ("answer", turns), ("ref_answer", item.facts["reference"])):
+        texts |= {f"{name}_{turn}": text for turn, text in enumerate(both, start=1)}
+    return [
+        {"role": "system", "content": prompt["system_prompt"]},
+        {"role": "user", "content": prompt["prompt_template"].format(**texts)},
+    ]
+
+
+def written(reply: Reply) -> str:
+    """A judgement without a score is the judge's answer, too; none at all is Unusable."""
+    if not reply.text.strip():
+        raise Unusable("the judge wrote nothing")
+    return reply.text
+
+
+def score(text: str) -> float | None:
+    """The first [[n]] of a judgement, else the first [n]; None if there is neither."""
+    common = _fastchat()
+    match = common.one_score_pattern.search(text) or common.one_score_pattern_backup.search(text)
+    return float(match[1]) if match else None
+
+
+def of_figure(judgements: Sequence[Judgement], name: str) -> list[Judgement]:
+    """Those of turn_1, of turn_2, or for the average all."""
+    return [one for one in judgements if name in (f"turn_{one.turn}", "average")]
+
+
+def mean_score(judgements: Sequence[Judgement]) -> float | None:
+    """Over the judgements that have a score, as display_result_single of fastchat.llm_judge.show_result; None if none has."""
+    scores = [one.score for one in judgements if one.score is not None]
+    return fmean(scores) if scores else None
+
+
+def score_interval(judgements: Sequence[Judgement]) -> tuple[float, float] | None:
+    """95% bootstrap interval of the mean over questions of their mean scores: the judgements of one question, which are not
+    independent, are drawn together. None if no judgement has a score."""
+    means = _means(judgements, lambda one: one.question)
+    return bootstrap_interval(list(means.values()), seed=0, draws=2000, level=0.95) if means else None
+
+
+def category_scores(judgements: Sequence[Judgement]) -> dict[str, float]:
+    """Mean score over both turns by category."""
+    return _means(judgements, lambda one: one.category)
+
+
+def _means(judgements: Sequence[Judgement], key: Callable[[Judgement], str]) -> dict[str, float]:
+    groups: dict[str, list[Judgement]] = {}
+    for one in judgements:
+        groups.setdefault(key(one), []).append(one)
+    return {name: mean for name, group in groups.items() if (mean := mean_score(group)) is not None}
+
+
+def answer_row(model: str, responses: Responses) -> dict[str, Any]:
+    """A row of FastChat's model answers."""
+    return {
+        "question_id": int(responses.id),
+        "answer_id": content_key(model, responses.id, responses.turns),
+        "model_id": model,
+        "choices": [{"index": 0, "turns": list(responses.turns)}],
+        "tstamp": time.time(),
+    }
+
+
+def judgement_row(
+    model: str, judge: tuple[str, str], judgement: Judgement, request: Request, text: str
+) -> dict[str, Any]:
+    """A row of FastChat's single-answer judgements, in which the score -1 means none. judge: model and prompt."""
+    return {
+        "question_id": int(judgement.question),
+        "model": model,
+        "judge": list(judge),
+        "user_prompt": request.messages[-1]["content"],
+        "judgment": text,
+        "score": -1 if judgement.score is None else judgement.score,
+        "turn": judgement.turn,
+        "tstamp": time.time(),
+    }

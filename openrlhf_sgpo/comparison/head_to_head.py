@@ -1,0 +1,121 @@
+"""Figures of a comparison: who is preferred to whom, with what certainty, and at what cost. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from openrlhf_sgpo.comparison.compared_runs import BUDGET
+from openrlhf_sgpo.comparison.statistics import TwoLevelMean, holm, two_level_mean
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus, standard_error, student_95
+
+Row = dict[str, Any]
+
+TOLERANCE = 0.05  # budgets that differ by less are called equal: answers have lengths of their own
+_FIGURES = (("accuracy", 3), ("margin", 4), ("kl", 2), ("response_length", 1))
+_NOTE = f"""{PLUS_MINUS}, over seeds or prompts; accuracy, margin: held-out pairs
+kl: nats per fresh answer, to the initial reference
+length: tokens per answer; over start: the oracle's mean preference over the answers of the model from which all runs started
+costs of training, mean over seeds; tokens in thousands"""
+
+
+def figure(values: Sequence[float]) -> Row:
+    """Mean over seeds and its standard error (None for one seed); all None where nothing was measured."""
+    return {
+        "mean": fmean(values) if values else None,
+        "error": standard_error(values),
+        "values": list(values),
+    }
+
+
+def cross_play(names: tuple[str, str], preferences: npt.ArrayLike) -> Row:
+    """The first group against the second. preferences[i, j, p]: for the answer of the first's seed i over that of the second's
+    seed j to prompt p, a tie one half. Interval, p-value and degrees of freedom: see ``statistics.two_level_mean``."""
+    values = np.asarray(preferences, dtype=np.float64)
+    estimate = two_level_mean(values)
+    return {
+        "first": names[0],
+        "second": names[1],
+        **_win_rate(estimate),
+        "degrees_of_freedom": estimate.degrees_of_freedom,
+        "p_value": estimate.p_value(0.5),
+        "comparisons": values.size,
+    }
+
+
+def with_holm(rows: Sequence[Row]) -> list[Row]:
+    """The same rows with ``p_holm``: their p-values adjusted for all pairs of the comparison."""
+    adjusted = holm([row["p_value"] for row in rows])
+    return [row | {"p_holm": value} for row, value in zip(rows, adjusted, strict=True)]
+
+
+def versus_start(name: str, preferences: npt.ArrayLike, divergences: npt.ArrayLike) -> Row:
+    """A group against the model from which it started. preferences: shape (seeds, 1, prompts); divergences: nats, shape (seeds,
+    prompts), with the error of their mean over seeds and prompts."""
+    nats = two_level_mean(np.asarray(divergences, dtype=np.float64)[:, None, :])
+    return {"name": name, **_win_rate(two_level_mean(preferences)), "kl": nats.mean, "kl_error": nats.error}
+
+
+def _win_rate(estimate: TwoLevelMean) -> Row:
+    low, high = estimate.interval()
+    return {"win_rate": estimate.mean, "low": max(0.0, low), "high": min(1.0, high)}
+
+
+def mean_ledger(ledgers: Sequence[Mapping[str, float]], trials: int) -> dict[str, float]:
+    """Mean over the runs of a group."""
+    return {name: fmean(one[name] for one in ledgers) for name in ledgers[0]} | {"trials": trials}
+
+
+def budget_warnings(ledgers: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A warning for every budget of which the groups, by name, did not spend the same within ``TOLERANCE``."""
+    warnings = []
+    for budget in (*BUDGET, "steps", "trials"):
+        spent = {name: ledger[budget] for name, ledger in ledgers.items()}
+        if max(spent.values()) > (1 + TOLERANCE) * min(spent.values()):
+            listed = ", ".join(f"{name} {amount:g}" for name, amount in spent.items())
+            warnings.append(f"the budgets of {budget.replace('_', ' ')} differ: {listed}")
+    return warnings
+
+
+def table(comparison: Row) -> str:
+    """A line per group, a line per pair, and the warnings."""
+    over_start = {row["name"]: row for row in comparison["versus_start"]}
+    header = ["", "seeds", "accuracy", "margin", "kl", "length", "over start", "samples", "judge calls"]
+    lines = [[*header, "generated", "trained", "scored", "steps", "trials"]]
+    for group in comparison["groups"]:
+        ledger = group["ledger"]
+        lines.append(
+            [
+                group["name"],
+                str(len(group["runs"])),
+                *(_cell(group["figures"][name], digits) for name, digits in _FIGURES),
+                _share(over_start[group["name"]]),
+                *(f"{ledger[name]:.0f}" for name in ("samples", "judge_calls")),
+                *(f"{ledger[f'tokens_{name}'] / 1000:.1f}" for name in ("generated", "trained", "scored")),
+                *(f"{ledger[name]:.0f}" for name in ("steps", "trials")),
+            ]
+        )
+    pairs = [["", "preferred", "p", "p (Holm)", "comparisons"]]
+    for row in comparison["cross_play"]:
+        values = [f"{row[name]:.4f}" for name in ("p_value", "p_holm")]
+        pairs.append([f"{row['first']} over {row['second']}", _share(row), *values, str(row["comparisons"])])
+    judged = f"preferences of {comparison['oracle']['name']} on {comparison['prompts']} prompts"
+    warnings = [f"warning: {text}" for text in comparison["warnings"]]
+    return "\n".join([*aligned(lines), _NOTE, "", *aligned(pairs), judged, *warnings]) + "\n"
+
+
+def _share(row: Row) -> str:
+    return plus_minus(row["win_rate"], (row["high"] - row["low"]) / 2, 3)
+
+
+def _cell(value: Row, digits: int) -> str:
+    return plus_minus(value["mean"], half_width(value), digits)
+
+
+def half_width(value: Row) -> float | None:
+    """Half of the 95% interval of a ``figure`` over seeds, of which there are few: by Student's law. None for one seed."""
+    return None if value.get("error") is None else student_95(len(value["values"])) * value["error"]

@@ -1,0 +1,170 @@
+"""The page of a comparison, from comparison.json. Whatever that file lacks is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo.comparison.head_to_head import half_width
+from openrlhf_sgpo.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points
+from openrlhf_sgpo.report.markup import MISSING, Html, details, number, table, tag, words
+from openrlhf_sgpo.report.page import page
+from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
+from openrlhf_sgpo.report.verdict import SIGNIFICANT, comparison_verdict, is_significant
+from openrlhf_sgpo.run_folder import read_json
+from openrlhf_sgpo.table import half_of, plus_minus
+
+# Title, note, key and digits.
+_FIGURES = (
+    ("Held-out accuracy", "share of held-out pairs with a positive margin", "accuracy", 3),
+    ("Margin", "mean of the held-out pairs", "margin", 4),
+    ("Divergence from the reference", "nats per fresh answer", "kl", 2),
+    ("Response length", "tokens per fresh answer", "response_length", 1),
+)
+
+
+def comparison_page(folder: Path) -> Html:
+    found = {key: value for key, value in read_json(folder / "comparison.json").items() if value is not None}
+    groups, cross_play = found.get("groups", []), found.get("cross_play", [])
+    runs = sum(len(group.get("runs") or []) for group in groups)
+    facts = {
+        "Compared": f"{len(groups)} groups, {runs} runs",
+        "Prompts": number(found.get("prompts"), 0),
+        "Oracle": found.get("oracle", {}).get("name") or MISSING,
+    }
+    return page(
+        *("Comparison", folder.name, facts, comparison_verdict(cross_play, found.get("prompts"))),
+        found.get("warnings", []),
+        {
+            "Cross-play": _cross_play([group["name"] for group in groups], cross_play),
+            "Win rate against divergence": _versus_start(found.get("versus_start", [])),
+            "Figures": _figures(groups),
+            "Cost": _cost(groups),
+            "Answers": _answers(found.get("samples", [])),
+            "Runs": _runs(groups, found.get("oracle", {})),
+        },
+    )
+
+
+def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Html]:
+    if not rows:
+        return []
+    names = list(dict.fromkeys([*names, *(row[side] for row in rows for side in ("first", "second"))]))
+    place = {name: number for number, name in enumerate(names)}
+    values: list[list[float | None]] = [[None] * len(names) for _ in names]
+    cells, hover = ([[""] * len(names) for _ in names] for _ in range(2))
+    for row in rows:
+        reverse = {"win_rate": 1 - row["win_rate"], "low": 1 - row["high"], "high": 1 - row["low"]}
+        for ours, theirs, one in ((row["first"], row["second"], row), (row["second"], row["first"], reverse)):
+            at, over = place[ours], place[theirs]
+            values[at][over] = one["win_rate"]
+            cells[at][over] = f"{one['win_rate']:.3f}" if is_significant(row) else f"({one['win_rate']:.3f})"
+            hover[at][over] = (
+                f"{ours} over {theirs}: {one['win_rate']:.3f}, 95% interval {one['low']:.3f} to {one['high']:.3f}, "
+                f"p {_p_value(row.get('p_holm'))} after Holm"
+            )
+    table_rows = [
+        [
+            f"{row['first']} over {row['second']}",
+            _rate(row),
+            _p_value(row.get("p_value")),
+            _p_value(row.get("p_holm")),
+            number(row.get("comparisons"), 0),
+        ]
+        for row in rows
+    ]
+    note = f"of the row over the column; in brackets where p is {SIGNIFICANT} or more after Holm's correction"
+    figure = heat_map(names, values, cells, hover)
+    return [
+        plot("Win rate", figure, note, height=120 + 64 * len(names)),
+        table(["", "win rate", "p", "p (Holm)", "comparisons"], table_rows),
+    ]
+
+
+def _rate(row: dict[str, Any]) -> str:
+    return plus_minus(row["win_rate"], (row["high"] - row["low"]) / 2, 3)
+
+
+def _p_value(value: float | None) -> str:
+    return "<0.0001" if value is not None and value < 0.0001 else number(value, 4)
+
+
+def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Html]:
+    if not rows:
+        return []
+    placed = [row for row in rows if row.get("kl") is not None]
+    shown = [
+        Series(
+            row["name"], [row["kl"]], [row["win_rate"]], [row["win_rate"] - row["low"]], [row["high"] - row["win_rate"]]
+        )
+        for row in placed
+    ]
+    errors = [half_of(row, "kl") for row in placed]
+    note = "bars: 95% intervals"
+    header = ["", "win rate over the start", "divergence, nats per answer"]
+    cells = [[row["name"], _rate(row), plus_minus(row.get("kl"), half_of(row, "kl"), 2, MISSING)] for row in rows]
+    figure = points(shown, errors, "nats per answer from the reference", "win rate over the start")
+    figure.add_hline(y=0.5)
+    return [
+        *([plot("Win rate over the start", figure, note, height=380)] if placed else []),
+        table(header, cells),
+    ]
+
+
+def _figures(groups: Sequence[dict[str, Any]]) -> list[Html]:
+    shown, columns = [], []
+    for title, note, key, digits in _FIGURES:
+        known = {group["name"]: figure for group in groups if (figure := (group.get("figures") or {}).get(key))}
+        if not known:
+            continue
+        names = list(known)
+        errors = [half_width(figure) for figure in known.values()]
+        means = Series("mean, 95% interval", names, [figure["mean"] for figure in known.values()], errors, errors)
+        seeds = {name: figure.get("values") or [] for name, figure in known.items()}
+        figure = groups_with_seeds(names, means, seeds, share=key == "accuracy")
+        shown.append(plot(title, figure, note, height=110 + 34 * len(names)))
+        columns.append((title.lower(), key, digits))
+    if not shown:
+        return []
+    rows = [[group["name"], *(_mean(group, key, digits) for _, key, digits in columns)] for group in groups]
+    note = "Means over seeds, with intervals of Student's law, because seeds are few."
+    return [plots(*shown), table(["", *(title for title, _, _ in columns)], rows), tag("p", note, class_="quiet")]
+
+
+def _mean(group: dict[str, Any], key: str, digits: int) -> str:
+    figure = (group.get("figures") or {}).get(key)
+    if not figure:
+        return MISSING
+    return plus_minus(figure["mean"], half_width(figure), digits, MISSING)
+
+
+def _cost(groups: Sequence[dict[str, Any]]) -> list[Html]:
+    ledgers = {group["name"]: group["ledger"] for group in groups if group.get("ledger")}
+    if not ledgers:
+        return []
+    kinds = list(dict.fromkeys(kind for ledger in ledgers.values() for kind in ledger))
+    rows = [[words(kind), *(number(ledger.get(kind), 0) for ledger in ledgers.values())] for kind in kinds]
+    note = "Means over the seeds of each group."
+    return [table(["", *ledgers], rows), tag("p", note, class_="quiet")]
+
+
+def _answers(samples: Sequence[dict[str, Any]]) -> list[Html]:
+    if not samples:
+        return []
+    articles = [
+        side_by_side(sample["prompt"], [Written(name, [text]) for name, text in sample["answers"].items()])
+        for sample in samples[:SHOWN]
+    ]
+    return [how_many(len(articles), len(samples), "prompts"), *articles]
+
+
+def _runs(groups: Sequence[dict[str, Any]], oracle: dict[str, Any]) -> list[Html]:
+    runs = [(group["name"], run) for group in groups for run in group.get("runs") or []]
+    rows = [[name, MISSING if run.get("seed") is None else run["seed"], run["folder"]] for name, run in runs]
+    parts = [details("Folders and seeds", table(["group", "seed", "folder"], rows))] if rows else []
+    if oracle:
+        parts.append(
+            details("The oracle", table(["", "value"], [[words(key), value] for key, value in oracle.items()]))
+        )
+    return parts

@@ -1,0 +1,92 @@
+"""The margins that a round's follower saw, and what it moved: solved again from what the round stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from openrlhf_sgpo.dro import solve_best_case, solve_worst_case
+from openrlhf_sgpo.report.figures import histogram, plot
+from openrlhf_sgpo.report.markup import Html, signed, tiny
+
+# Of the certificate, in the order of docs/algorithms/sgpo.md.
+FIGURES = (
+    *("value", "dual_value", "gap", "empirical", "bound", "slope", "edge", "level", "threshold"),
+    *("fraction_moved", "budget_used", "radius", "delta_K", "grouping_loss", "groups", "pairs"),
+)
+BINS = 40
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The follower's answer in the variable of its space, margin or probability.
+
+    places: (N,) where the pairs are. share: (N,) of each pair's mass that moves. target: where it goes. threshold: the place
+    of the pair at the margin of moving."""
+
+    places: np.ndarray
+    share: np.ndarray
+    target: float
+    threshold: float
+
+
+def solve_again(certificate: dict[str, Any]) -> Moved | None:
+    """The answer with which the round began; None at radius 0, and for followers that were solved in groups, whose members are
+    not stored."""
+    if certificate.get("groups", 1) != 1 or not certificate.get("radius"):
+        return None
+    margins = torch.tensor(certificate["margins"], dtype=torch.float32)  # as the follower had them
+    space = certificate["space"]
+    places = (torch.sigmoid(margins.double()) if space == "probability" else margins.double()).numpy()
+    if certificate["ball"] == "best":
+        best = solve_best_case(margins, certificate["radius"], space=space)
+        return Moved(places, (best.raised > 0).double().numpy(), best.level, best.level)
+    worst = solve_worst_case(
+        margins,
+        certificate["radius"],
+        space=space,
+        pieces=certificate["pieces"],
+        window=tuple(certificate["window"]),
+    )
+    threshold = torch.tensor(worst.threshold, dtype=torch.float64)
+    return Moved(
+        places,
+        worst.moved.double().numpy(),
+        worst.edge,
+        float(torch.sigmoid(threshold) if space == "probability" else threshold),
+    )
+
+
+def follower_plot(name: str, certificate: dict[str, Any]) -> Html:
+    """The histogram of a round's margins at its start; where it can be known, with what moves, and to where."""
+    moved = solve_again(certificate)
+    if moved is None:
+        values = np.array(certificate["margins"])
+        edges = _bins(values, "margin")
+        still = certificate.get("radius") == 0
+        note = "at radius 0 nothing moves" if still else "what moves cannot be computed from what is stored"
+        figure = histogram({"pairs": np.histogram(values, edges)[0].tolist()}, edges.tolist(), "margin")
+        return plot(f"Margins at the start of {name}", figure, note, height=300)
+    space = certificate["space"]
+    edges = _bins(np.append(moved.places, moved.target), space)
+    parts = {
+        "stays": np.histogram(moved.places, edges, weights=1 - moved.share)[0].tolist(),
+        "leaves": np.histogram(moved.places, edges, weights=moved.share)[0].tolist(),
+        "arrives": np.histogram([moved.target], edges, weights=[moved.share.sum()])[0].tolist(),
+    }
+    figure = histogram(parts, edges.tolist(), space, {"threshold": moved.threshold})
+    figure.update_traces(selector={"name": "leaves"}, marker_pattern_shape="/")
+    note = (
+        f"{moved.share.mean():.1%} of the mass goes to {signed(moved.target, 3)}: loss {certificate['empirical']:.4f} without "
+        f"the follower, {certificate['value']:.4f} with it, duality gap {tiny(certificate['gap'])}"
+    )
+    return plot(f"Margins at the start of {name}, and what the follower moves", figure, note, height=300)
+
+
+def _bins(values: np.ndarray, space: str) -> np.ndarray:
+    """Edges of equally wide bins that hold all values, in probability space those of [0, 1]."""
+    low, high = (0.0, 1.0) if space == "probability" else (values.min(), values.max())
+    return np.linspace(low, high if high > low else low + 1.0, BINS + 1)

@@ -1,0 +1,191 @@
+"""The page of a leaderboard, from leaderboard.json and the answers beside it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from openrlhf_sgpo.benchmarks.leaderboard import half_width
+from openrlhf_sgpo.report.figures import Series, bars, plot, plots, radar
+from openrlhf_sgpo.report.judged import judgements
+from openrlhf_sgpo.report.markup import MISSING, Html, details, number, table, tag, words
+from openrlhf_sgpo.report.page import page
+from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
+from openrlhf_sgpo.report.verdict import leaderboard_verdict
+from openrlhf_sgpo.run_folder import json_text, read_json, read_jsonl
+from openrlhf_sgpo.table import NORMAL_95, plus_minus
+
+_LEAST_CATEGORIES = 3  # of which a radar can be drawn
+
+
+def leaderboard_page(folder: Path) -> Html:
+    rows = read_json(folder / "leaderboard.json").get("rows") or []
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    items = {task: folder / "items" / f"{task}.jsonl" for task in dict.fromkeys(row["task"] for row in rows)}
+    facts = {
+        "Models": len(models),
+        **{f"Items of {task}": number(len(read_jsonl(path)), 0) for task, path in items.items() if path.is_file()},
+    }
+    groups = _groups(rows)
+    judges = Counter(group[0]["task"] for group in groups.values())
+    warnings = [
+        f"{task} was judged by {count} judges, whose scores cannot be compared: each has a table of its own."
+        for task, count in judges.items()
+        if count > 1
+    ]
+    warnings += [
+        f"{row['task']}, {row['model']}: rests on {row['n']:,} of {row['expected']:,} {_counted(row)}."
+        for row in rows
+        if row["n"] < row["expected"]
+    ]
+    sections = {title: _group(group) for title, group in groups.items()}
+    answers = {f"Answers to {task}": _answers(folder, task, models) for task in judges}
+    return page("Leaderboard", folder.name, facts, leaderboard_verdict(groups), warnings, {**sections, **answers})
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of one task and one judge, by a heading that names both: scores of two judges say nothing about each other."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(json.dumps([row["task"], row.get("judge")], sort_keys=True), []).append(row)
+    titles: Counter[str] = Counter()
+    groups = {}
+    for group in found.values():
+        judge = group[0].get("judge")
+        title = f"{group[0]['task']}, " + (f"judged by {_judge_name(judge)}" if judge else "without a judge")
+        titles[title] += 1
+        # Two judges of one name differ in their settings, which stand below the table.
+        groups[title if titles[title] == 1 else f"{title}, settings {titles[title]}"] = group
+    return groups
+
+
+def _judge_name(judge: Mapping[str, Any]) -> str:
+    return judge.get("model") or judge.get("name") or "an unnamed judge"
+
+
+def _counted(row: Mapping[str, Any]) -> str:
+    """What ``n`` and ``expected`` count: a judge may be asked twice about an item."""
+    return "judgements" if row.get("judge") else "items"
+
+
+def _group(rows: Sequence[dict[str, Any]]) -> list[Html]:
+    """What stands in one table: rows of one task and one judge."""
+    figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    digits = {name: _digits([row["figures"].get(name) for row in rows]) for name in figures}
+    cells = [
+        [
+            row["model"],
+            *(_figure(row, name, digits[name]) for name in figures),
+            f"{row['n']:,} of {row['expected']:,}",
+            number(row.get("parse_failures"), 0),
+            number(row.get("average_length"), 0),
+        ]
+        for row in rows
+    ]
+    header = ["", *map(words, figures), _counted(rows[0]), "parse failures", "characters per answer"]
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.get("notes") or []:
+            notes.setdefault(note, []).append(row["model"])
+    return [
+        table(header, cells),
+        *([tag("ul", *(_note(*one, rows) for one in notes.items()), class_="quiet")] if notes else []),
+        plots(*_bars(rows, figures), *_radar(rows)),
+        details("How the answers were made, and by whom judged", *_made(rows)),
+    ]
+
+
+def _note(text: str, models: Sequence[str], rows: Sequence[dict[str, Any]]) -> Html:
+    who = "all models" if len(models) == len(rows) > 1 else ", ".join(models)
+    return tag("li", tag("strong", who), ": ", text)
+
+
+def _digits(values: Sequence[float | None]) -> int:
+    """Three for shares, two for percent and scores."""
+    return 3 if all(abs(value) <= 1 for value in values if value is not None) else 2
+
+
+def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:
+    return plus_minus(row["figures"].get(name), half_width(row, name), digits, MISSING)
+
+
+def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Html]:
+    series = []
+    for name in figures:
+        known = [row for row in rows if row["figures"].get(name) is not None]
+        reach = [_reach(row, name) for row in known]
+        if known:
+            series.append(
+                Series(
+                    words(name),
+                    [row["model"] for row in known],
+                    [row["figures"][name] for row in known],
+                    [down for down, _ in reach],
+                    [up for _, up in reach],
+                )
+            )
+    note = "with 95% intervals"
+    height = 90 + 22 * len(rows) * max(1, len(series))
+    return [plot("Figures", bars(series), note, height)] if series else []
+
+
+def _reach(row: Mapping[str, Any], name: str) -> tuple[float | None, float | None]:
+    """How far the error bar reaches down and up."""
+    value = row["figures"][name]
+    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
+    if interval:
+        return value - interval[0], interval[1] - value
+    return (None, None) if error is None else (NORMAL_95 * error, NORMAL_95 * error)
+
+
+def _radar(rows: Sequence[dict[str, Any]]) -> list[Html]:
+    categories = list(dict.fromkeys(name for row in rows for name in row.get("categories") or {}))
+    if len(categories) < _LEAST_CATEGORIES:
+        return []
+    series = {
+        row["model"]: [row["categories"].get(name) for name in categories] for row in rows if row.get("categories")
+    }
+    return [plot("By category", radar(categories, series), height=420)]
+
+
+def _made(rows: Sequence[dict[str, Any]]) -> list[Html]:
+    keys = list(dict.fromkeys(key for row in rows for key in row.get("decoding") or {}))
+    made = [[row["model"], *((row.get("decoding") or {}).get(key, MISSING) for key in keys)] for row in rows]
+    judge = rows[0].get("judge")
+    return [
+        *([table(["", *map(words, keys)], made)] if keys else [tag("p", "The decoding was not recorded.")]),
+        *([tag("pre", json_text(judge, indent=2))] if judge else []),
+    ]
+
+
+def _answers(folder: Path, task: str, models: Sequence[str]) -> list[Html]:
+    """Items with the answers of all models that have some on disk."""
+    asked = _by_id(folder / "items" / f"{task}.jsonl")
+    answers = {model: _by_id(folder / model / "answers" / f"{task}.jsonl") for model in models}
+    judged = {model: judgements(folder / model / task, task) for model in models}
+    common = [key for key in asked if any(key in rows for rows in answers.values())]
+    articles = [
+        side_by_side(
+            [{"role": asked[key].get("category") or "user", "content": turn} for turn in asked[key]["turns"]],
+            [
+                Written(
+                    model, rows[key]["turns"], judged[model].get(key) or judged[model].get(asked[key]["turns"][0], "")
+                )
+                for model, rows in answers.items()
+                if key in rows
+            ],
+        )
+        for key in common[:SHOWN]
+    ]
+    files = [f"{model}/answers/{task}.jsonl" for model, rows in answers.items() if rows]
+    links = [part for file in files for part in (tag("a", file, href=quote(file)), " ")]
+    where = tag("p", "All answers: ", *links, class_="quiet")
+    return [how_many(len(articles), len(common), "items"), where, *articles] if articles else []
+
+
+def _by_id(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in read_jsonl(path)} if path.is_file() else {}

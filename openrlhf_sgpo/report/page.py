@@ -1,0 +1,72 @@
+"""The frame of a page: one file with its style, its script and plotly, and nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from plotly.offline import get_plotlyjs
+
+from openrlhf_sgpo.report.look import SCRIPT, STYLE
+from openrlhf_sgpo.report.markup import Html, join, tag
+from openrlhf_sgpo.table import PLUS_MINUS
+
+
+def page(
+    kind: str,
+    title: str,
+    facts: Mapping[str, object],
+    verdict: Sequence[str],
+    warnings: Sequence[str],
+    sections: Mapping[str, Sequence[Html]],
+) -> Html:
+    """kind: what the page is of. facts: what stands at its head, by name. verdict: what it says, in sentences.
+    sections: by title; empty ones are left out."""
+    shown = {name: parts for name, parts in sections.items() if parts}
+    ids = {name: name.lower().replace(" ", "-") for name in shown}
+    drawn = [tag("section", tag("h2", name, id=ids[name]), *parts) for name, parts in shown.items()]
+    said = [tag("p", _held_together(sentence)) for sentence in verdict]
+    if "\N{PLUS-MINUS SIGN}" in join(*said, *drawn):
+        said.append(tag("p", f"{PLUS_MINUS}.", class_="quiet"))
+    body = join(
+        tag("p", kind, class_="kind"),
+        tag("h1", title),
+        *([tag("div", *said, class_="verdict")] if said else []),
+        tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()), class_="facts"),
+        _warnings(warnings),
+        tag("nav", *(tag("a", name, href=f"#{ids[name]}") for name in shown)),
+        *drawn,
+        tag(
+            "footer",
+            "Written by openrlhf-sgpo report. The file holds everything that it shows. Drag in a plot to zoom, click twice to "
+            "go back.",
+        ),
+    )
+    scripts = [get_plotlyjs(), SCRIPT]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
+    # Only these two scripts run, and nothing is fetched or sent, whatever the page shows.
+    policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+    head = join(
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        tag("title", title),
+        tag("style", Html(STYLE)),
+    )
+    code = [tag("script", Html(script)) for script in scripts]
+    return join(Html("<!doctype html>\n"), tag("html", tag("head", head), tag("body", body, *code), lang="en"), "\n")
+
+
+def _held_together(sentence: str) -> str:
+    """Lines do not break beside a plus-minus."""
+    return sentence.replace(" \N{PLUS-MINUS SIGN} ", "\u00a0\N{PLUS-MINUS SIGN}\u00a0")
+
+
+def _warnings(texts: Sequence[str]) -> Html:
+    if not texts:
+        return Html()
+    return tag(
+        "div", tag("strong", "Read this first"), tag("ul", *(tag("li", text) for text in texts)), class_="warnings"
+    )

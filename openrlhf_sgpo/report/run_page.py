@@ -1,0 +1,268 @@
+"""The page of a run, from the files that docs/runs.md lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from openrlhf_sgpo.ledger import read_ledger
+from openrlhf_sgpo.report.figures import Series, bars, plot, plots
+from openrlhf_sgpo.report.follower import FIGURES as CERTIFICATE
+from openrlhf_sgpo.report.follower import follower_plot
+from openrlhf_sgpo.report.markup import MISSING, Html, details, number, signed, table, tag, tiny, words
+from openrlhf_sgpo.report.page import page
+from openrlhf_sgpo.report.run_curves import held_out_plot, round_plots, step_plots
+from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
+from openrlhf_sgpo.report.verdict import run_verdict
+from openrlhf_sgpo.run_check import check_ended, check_metrics, check_round
+from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json, read_jsonl
+from openrlhf_sgpo.table import FIGURES, STAGES, half_of, measured_differently, plus_minus
+
+PLAYS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The policy at the start or after a round. row: what was measured of it, as in the table at the end of a run.
+    certificate: of the round's follower, empty where there is none. margins: of held-out pairs, by id. samples: held-out
+    answers."""
+
+    name: str
+    row: dict[str, Any]
+    certificate: dict[str, Any]
+    margins: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+def run_page(folder: Path) -> Html:
+    """Raises ValueError if the settings are not those of a run."""
+    settings = read_configuration(folder / STORED)
+    if "algo" not in settings:  # refinements, comparisons and leaderboards have such a file too
+        raise ValueError(
+            f"{folder} is not a training run, and has neither comparison.json nor leaderboard.json: a comparison or a "
+            "leaderboard has them, and a page, when it has ended"
+        )
+    moments = read_moments(folder)
+    ledger = read_ledger(folder / "ledger.json")
+    seconds = ledger["total"].get("seconds")
+    ended = (folder / "table.txt").is_file()
+    count = settings["rounds"]["count"]
+    done = sum(moment.name not in ("start", "round 0") for moment in moments)
+    facts = {
+        "Algorithm": settings["algo"],
+        "Policy to start from": Path(settings["model"]["model_name_or_path"]).name,
+        "Who ranks answers": settings["oracle"],
+        "Rounds": f"{done} of {count}" if count else "none, one stage of training",
+        "Seed": settings["train"]["seed"],
+        "Time": MISSING if seconds is None else f"{seconds / 60:,.1f} minutes",
+    }
+    unfinished = (
+        [] if ended else ["This run has not ended (there is no table.txt): the page shows what it has left so far."]
+    )
+    return page(
+        *("Run", folder.name, facts),
+        run_verdict([one.name for one in moments], [one.margins for one in moments], [one.row for one in moments]),
+        unfinished,
+        {
+            "Rounds": _rounds(moments),
+            "Margins": _margins(moments, settings),
+            "Training": step_plots(read_growing(folder / METRICS)),
+            "Answers": _answers(moments),
+            "Plays": _plays(folder),
+            "Cost": _cost(ledger),
+            "Data": _data(folder),
+            "Settings": [details("Every setting of the run", tag("pre", yaml.safe_dump(settings, sort_keys=False)))],
+        },
+    )
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_moments(folder: Path) -> list[Moment]:
+    """The start and the rounds, in their order, as far as the run has come. Raises ValueError, naming the file, if one is no
+    longer what a finished stage wrote."""
+    run = RunFolder(str(folder))
+    check_ended(run)
+    check_metrics(run, run.rounds())
+    return [_moment(run, number) for number in (None, *run.rounds()) if run.round(number).is_dir()]
+
+
+def _moment(run: RunFolder, number: int | None) -> Moment:
+    check_round(run, number, policy=False)
+    path, stages = run.round(number), run.manifest(number)["stages"]
+    written = {file for facts in stages.values() for file in facts.get("files", {})}
+
+    def read(file: str) -> dict[str, Any]:
+        return read_json(path / file) if file in written else {}
+
+    def rows(file: str) -> list[dict[str, Any]]:
+        return read_jsonl(path / file) if file in written else []
+
+    certificate = read("worst_case.json")
+    labels = stages.get("pairs", {}).get("label_accuracy")
+    row = read("evaluation.json") | {"value": certificate.get("value"), "label_accuracy": labels}
+    margins = {one["id"]: one["margin"] for one in rows("held_out.jsonl")}
+    name = "start" if number is None else f"round {number}"
+    return Moment(name, row, certificate, margins, rows("samples.jsonl"))
+
+
+# Sections -----------------------------------------------------------------------------------------------------------
+
+
+def _rounds(moments: Sequence[Moment]) -> list[Html]:
+    if not moments:
+        return []
+    shown = [figure for figure in FIGURES if any(moment.row.get(figure[1]) is not None for moment in moments)]
+    missing = [title for title, key, _ in FIGURES if key not in {one for _, one, _ in shown}]
+    rows = [
+        [
+            moment.name,
+            *(plus_minus(moment.row.get(key), half_of(moment.row, key), digits, MISSING) for _, key, digits in shown),
+        ]
+        for moment in moments
+    ]
+    note = (
+        "Accuracy and margin are those of the held-out pairs against the initial reference, kl is in nats and length in tokens "
+        "per fresh answer, wins the oracle's mean preference for it over the start's, labels the oracle's agreement with human "
+        "pairs of the round's prompts, value the follower's problem before the round's steps."
+    )
+    notes = [note, *([f" Not measured: {', '.join(missing)}."] if missing else [])]
+    if different := measured_differently([moment.row for moment in moments]):
+        notes.append(f" {different[0].upper()}{different[1:]}.")
+    return [
+        table(["", *(title for title, _, _ in shown)], rows),
+        tag("p", *notes, class_="quiet"),
+        plots(
+            *round_plots([moment.name for moment in moments], [moment.row | moment.certificate for moment in moments])
+        ),
+    ]
+
+
+def _margins(moments: Sequence[Moment], settings: dict[str, Any]) -> list[Html]:
+    solved = [moment for moment in moments if moment.certificate]
+    held_out = held_out_plot({moment.name: list(moment.margins.values()) for moment in moments})
+    shown = [follower_plot(moment.name, moment.certificate) for moment in solved]
+    parts = [plots(*shown, *held_out)] if shown or held_out else []
+    if solved:
+        names = [name for name in CERTIFICATE if any(moment.certificate.get(name) is not None for moment in solved)]
+        rows = [[words(name), *(_certified(name, moment.certificate.get(name)) for moment in solved)] for name in names]
+        note = (
+            "The gap between value and dual value proves that the follower's answer is optimal: it is 0 to rounding. What each "
+            "figure means is on the page of the algorithm."
+        )
+        parts += [
+            tag("h3", "Certificate of the follower"),
+            table(["", *(moment.name for moment in solved)], rows),
+            tag("p", note, class_="quiet"),
+        ]
+    return parts
+
+
+def _certified(name: str, value: float | None) -> str:
+    if value is None or name in ("groups", "pairs"):
+        return number(value, 0)
+    return tiny(value) if name == "gap" else number(value, 4)
+
+
+def _answers(moments: Sequence[Moment]) -> list[Html]:
+    """The held-out prompts that the policy of every moment answered, with what each said."""
+    spoken = {moment.name: {row["id"]: row for row in moment.samples} for moment in moments if moment.samples}
+    if not spoken:
+        return []
+    prompts = next(iter(spoken.values()))
+    articles = [
+        side_by_side(
+            prompts[key]["prompt"],
+            [Written(name, [rows[key]["text"]], _measured(rows[key])) for name, rows in spoken.items() if key in rows],
+        )
+        for key in list(prompts)[:SHOWN]
+    ]
+    return [
+        how_many(len(articles), len(prompts), "held-out prompts, with the policy's answer at each moment"),
+        *articles,
+    ]
+
+
+def _measured(row: dict[str, Any]) -> str:
+    cut = ", cut by the length limit" if row["truncated"] else ""
+    return f"{row['tokens']} tokens{cut}, {signed(row['kl'], 2)} nats from the reference"
+
+
+def _plays(folder: Path) -> list[Html]:
+    """What the roles said in the last step of an on-policy run."""
+    run = RunFolder(str(folder))
+    rows = next(
+        (rows for number in reversed(run.rounds()) if (rows := read_growing(run.round(number) / "plays.jsonl"))), []
+    )
+    if not rows:
+        return []
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    articles = [side_by_side(f"Prompt {row['id']}", _played(row)) for row in last[:PLAYS_SHOWN]]
+    return [how_many(len(articles), len(last), f"plays of step {last[0]['step']}, the last one"), *articles]
+
+
+def _played(row: dict[str, Any]) -> list[Written]:
+    answers = []
+    for place, answer in enumerate(row["answers"]):
+        others = [preference for other, preference in enumerate(row["preferences"][place]) if other != place]
+        wins = f", preferred with probability {fmean(others):.2f}" if others else ""
+        answers.append(Written(answer["role"], [answer["text"]], f"{answer['tokens']} tokens{wins}"))
+    return answers
+
+
+def _cost(ledger: dict[str, Any]) -> list[Html]:
+    if not ledger["stages"]:
+        return []
+    seconds = seconds_by_stage(ledger["stages"])
+    stages = sorted({stage for parts in seconds.values() for stage in parts}, key=(*STAGES, "pairs").index)
+    names = list(seconds)
+    figure = bars(
+        [Series(stage, names, [seconds[name].get(stage, 0.0) for name in names]) for stage in stages],
+        stacked=True,
+        x_title="seconds",
+    )
+    kinds = [kind for kind in ledger["total"] if not kind.startswith("seconds_")]
+    rows = [
+        [name, *(number(entry.get(kind), _digits(kind)) for kind in kinds)]
+        for name, entry in {**ledger["stages"], "total": ledger["total"]}.items()
+    ]
+    header = ["", *(words(kind).replace(" gib", ", GiB") for kind in kinds)]
+    return [
+        plot("Seconds by stage", figure, "wall time of each round's stages", height=90 + 42 * len(names)),
+        table(header, [[row[0].replace("/", ": ").replace("_", " "), *row[1:]] for row in rows]),
+    ]
+
+
+def _digits(kind: str) -> int:
+    return 1 if kind in ("seconds", "peak_memory_gib") else 0
+
+
+def seconds_by_stage(stages: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Seconds of each stage, or part of a step, by the round's name; ``stages`` are the ledger's."""
+    found: dict[str, dict[str, float]] = {}
+    for key, entry in stages.items():
+        folder, _, stage = key.partition("/")
+        name = "start" if folder == "initial" else words(folder)
+        parts = {kind.removeprefix("seconds_"): value for kind, value in entry.items() if kind.startswith("seconds_")}
+        found.setdefault(name, {}).update(parts or {stage: entry["seconds"]})
+    return found
+
+
+def _data(folder: Path) -> list[Html]:
+    path = folder / "data_report.json"
+    parts = []
+    for report in read_json(path) if path.is_file() else []:
+        rows = [
+            [words(finding["name"]), number(finding["count"], 0), f"{finding['share']:.1%}"]
+            for finding in report["findings"]
+            if finding["count"]
+        ]
+        kept = tag("p", f"{report['kept']:,} of {report['rows']:,} rows are used.", class_="quiet")
+        parts += [tag("h3", report["name"]), kept, *([table(["found", "rows", "share"], rows)] if rows else [])]
+    return parts

@@ -1,0 +1,39 @@
+"""Answers to read side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from openrlhf_sgpo.report.markup import Html, tag
+
+SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Written:
+    """What somebody wrote, by turn. note: what is known of it."""
+
+    author: str
+    turns: Sequence[str]
+    note: str = ""
+
+
+def side_by_side(prompt: str | Sequence[Mapping[str, str]], answers: Sequence[Written]) -> Html:
+    """prompt: text, or messages with role and content."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    asked = [
+        tag("p", *([tag("span", message["role"], ": ")] if len(messages) > 1 else []), message["content"], dir="auto")
+        for message in messages
+    ]
+    return tag("article", tag("div", *asked, class_="prompt"), tag("div", *map(_answer, answers), class_="answers"))
+
+
+def _answer(written: Written) -> Html:
+    head = tag("h4", written.author, *([" ", tag("span", written.note)] if written.note else []))
+    return tag("div", head, *(tag("p", text or "(empty)", dir="auto") for text in written.turns), class_="answer")
+
+
+def how_many(shown: int, total: int, things: str) -> Html:
+    text = f"The first {shown} of {total} {things}." if shown < total else f"{total} {things}."
+    return tag("p", text, class_="quiet")

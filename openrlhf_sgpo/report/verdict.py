@@ -1,0 +1,141 @@
+"""What a page says first: one to three sentences, from the figures and their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from openrlhf_sgpo.benchmarks.leaderboard import half_width
+from openrlhf_sgpo.report.markup import words
+from openrlhf_sgpo.table import NORMAL_95, change, half_of, plus_minus, scores, share_error
+
+SIGNIFICANT = 0.05
+_MINUS = "\N{MINUS SIGN}"
+
+
+def run_verdict(
+    names: Sequence[str], margins: Sequence[Mapping[str, float]], rows: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Of the start and the rounds by their names: margins of the held-out pairs, by id, and evaluations as in the table of a
+    run. Accuracies are compared over the pairs of both moments."""
+    known = [(name, values) for name, values in zip(names, margins, strict=True) if values]
+    said = []
+    if len(known) > 1:
+        (_, start), (first, after), (last, end) = known[0], known[1], known[-1]
+        where = "in the seed stage" if first == "round 0" else f"in {first}"
+        before, now, pairs = _of_both(start, after)
+        moved, half = change(before, now)
+        if share_error(before) is None:  # no policy has moved yet: what is uncertain is the new one's accuracy
+            half = _half(now) or half
+        verb = "rose" if moved > half else "fell" if moved < -half else "went"
+        said.append(
+            f"Held-out accuracy {verb} from {_share(before)} to {_accuracy(now)} {where}{_doubt(moved, half, pairs)}."
+        )
+        if last != first:
+            before, now, pairs = _of_both(after, end)
+            moved, half = change(before, now)
+            which = "the round after it" if len(known) == 3 else f"the {len(known) - 2} rounds after it"
+            by = f"changed it by {_signed(moved, half)}"
+            if abs(moved) > half:
+                by = f"{'raised' if moved > 0 else 'lowered'} it by {plus_minus(abs(moved), half, 3)}"
+            said.append(f"{which.capitalize()} {by}, to {_accuracy(now)}{_doubt(moved, half, pairs)}.")
+    if len(rows) > 1 and rows[-1].get("win_rate") is not None:
+        rate, error = rows[-1]["win_rate"], half_of(rows[-1], "win_rate")
+        doubt = ", which cannot be told from one half" if error is not None and abs(rate - 0.5) <= error else ""
+        said.append(
+            f"The oracle prefers the answers of {names[-1]} to those of the start with probability "
+            f"{plus_minus(rate, error, 3)}{doubt}."
+        )
+    if not said:
+        later = "neither held-out pairs (--eval.dataset) nor an oracle that stays the same measured the policy"
+        return [f"Whether the policy is better is not known: {later}."] if len(rows) > 1 else []
+    return said
+
+
+def comparison_verdict(pairs: Sequence[Mapping[str, Any]], prompts: int | None) -> list[str]:
+    """Of the rows of cross-play: who is preferred to whom, after Holm's correction."""
+    if not pairs:
+        return []
+    wins = []
+    for row in pairs:
+        if is_significant(row):
+            half = (row["high"] - row["low"]) / 2
+            ahead = row["win_rate"] > 0.5
+            better, worse = (row["first"], row["second"]) if ahead else (row["second"], row["first"])
+            wins.append(
+                f"{better} over {worse} ({plus_minus(row['win_rate'] if ahead else 1 - row['win_rate'], half, 3)})"
+            )
+    open_pairs, on = len(pairs) - len(wins), f" on {prompts:,} prompts" if prompts else ""
+    level = f"p is below {SIGNIFICANT} after Holm's correction"
+    if not wins:
+        return [f"No group is preferred to another{on}: there is no pair of which {level}."]
+    said = [f"Preferred{on}: {', '.join(wins)}; {level}."]
+    if open_pairs:
+        said.append(f"The {'other pair' if open_pairs == 1 else f'{open_pairs} other pairs'} cannot be told apart.")
+    return said
+
+
+def is_significant(row: Mapping[str, Any]) -> bool:
+    """Of a row of cross-play."""
+    return row.get("p_holm") is not None and row["p_holm"] < SIGNIFICANT
+
+
+def leaderboard_verdict(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A sentence per table, by its heading: who leads in its first figure, and whether that is more than chance."""
+    return [sentence for title, rows in groups.items() if (sentence := _leader(title, rows))]
+
+
+def _leader(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name, value in row["figures"].items() if value is not None))
+    if not names:
+        return ""
+    name = names[0]
+    placed = sorted(
+        (row for row in rows if row["figures"].get(name) is not None), key=lambda row: -row["figures"][name]
+    )
+    first = placed[0]
+    figure = f"{plus_minus(first['figures'][name], half_width(first, name), _digits(placed, name))} ({words(name)})"
+    if len(placed) == 1:
+        return f"{title}: {first['model']} has {figure}."
+    second = placed[1]
+    ahead, halves = first["figures"][name] - second["figures"][name], [half_width(row, name) for row in (first, second)]
+    if None in halves:
+        return (
+            f"{title}: {first['model']} leads with {figure}, {second['model']} follows; how sure that is, is not known."
+        )
+    half = sum(one**2 for one in halves if one is not None) ** 0.5
+    by = plus_minus(ahead, half, _digits(placed, name))
+    doubt = ", which cannot be told from nothing" if ahead <= half else ""
+    return f"{title}: {first['model']} leads with {figure}, {by} ahead of {second['model']}{doubt}."
+
+
+def _digits(rows: Sequence[Mapping[str, Any]], name: str) -> int:
+    return 3 if all(abs(row["figures"][name]) <= 1 for row in rows) else 2
+
+
+def _share(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3f}"
+
+
+def _of_both(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[float], list[float], str]:
+    """Scores of the pairs that both have, and their number in words."""
+    both = [key for key in before if key in after]
+    return scores([before[key] for key in both]), scores([after[key] for key in both]), f"{len(both):,} held-out pairs"
+
+
+def _half(values: Sequence[float]) -> float | None:
+    error = share_error(values)
+    return None if error is None else NORMAL_95 * error
+
+
+def _accuracy(values: Sequence[float]) -> str:
+    return plus_minus(fmean(values), _half(values), 3)
+
+
+def _signed(value: float, half: float) -> str:
+    return plus_minus(value, half, 3).replace("-", _MINUS)
+
+
+def _doubt(moved: float, half: float, pairs: str) -> str:
+    return f", which {pairs} cannot tell from no change" if abs(moved) <= half else f" ({pairs})"

@@ -1,0 +1,439 @@
+"""What stands on the pages is what stands in the files; nothing that a model wrote becomes markup."""
+
+import math
+import random
+import re
+import subprocess
+import sys
+from statistics import fmean
+
+import numpy as np
+import pytest
+import report_folders
+from report_folders import CATEGORIES, EVIL, Page
+
+from openrlhf_sgpo.integrity import signed
+from openrlhf_sgpo.report import REPORT, main, write_report
+from openrlhf_sgpo.report.follower import solve_again
+from openrlhf_sgpo.report.judged import judgements
+from openrlhf_sgpo.report.markup import Html, join, tag
+from openrlhf_sgpo.report.run_curves import MOST_POINTS, step_plots, thinned
+from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.table import FIGURES, results_table
+
+MAKERS = {
+    "run": lambda folder: report_folders.make_run(folder, radius=0.1),
+    "plays": report_folders.make_play_run,
+    "comparison": report_folders.make_comparison,
+    "leaderboard": report_folders.make_leaderboard,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {name: make(tmp_path_factory.mktemp("report") / name) for name, make in MAKERS.items()}
+    for folder in made.values():
+        write_report(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pages(folders):
+    return {name: Page(folder / REPORT) for name, folder in folders.items()}
+
+
+def page_of(folder):
+    return Page(write_report(folder))
+
+
+def trace(figure, name):
+    (found,) = [one for one in figure["data"] if one["name"] == name]
+    return found
+
+
+# All pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_nothing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} has none of resolved_config.yaml, comparison.json"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "resolved_config.yaml").write_text(signed("model: before\n"))  # of a leaderboard that has not ended
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a training run"):
+        write_report(tmp_path)
+    assert not (tmp_path / REPORT).exists()
+
+
+def test_the_command_writes_every_folder(folders, capsys):
+    paths = [str(folders[name] / REPORT) for name in ("comparison", "leaderboard")]
+    assert main([str(folders[name]) for name in ("comparison", "leaderboard")]) == 0
+    assert capsys.readouterr().out.split() == paths
+    assert main([]) == 2 and main(["--help"]) == 0
+    assert "usage: openrlhf-sgpo report" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_page_needs_nothing_from_elsewhere(name, pages, folders):
+    page, text = pages[name], (folders[name] / REPORT).read_text(encoding="utf-8")
+    assert page.scripts == 2 and text.count("plotly.js v") == 1
+    # Links lead to places of the page, or to files beside it.
+    assert page.addresses and all(one.startswith("#") or (folders[name] / one).is_file() for one in page.addresses)
+    assert not page.tags & {"link", "iframe", "object", "base", "form"}
+    assert [path.name for path in folders[name].iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_what_models_wrote_is_text(name, pages):
+    page = pages[name]
+    assert [text for text in page.paragraphs if EVIL in text]
+    assert not page.tags & {"img", "b"}
+
+
+def test_only_markup_is_not_escaped():
+    assert tag("p", "<i>", Html("<i>"), title='"<') == '<p title="&quot;&lt;">&lt;i&gt;<i></p>'
+    # What is put together by hand is no longer markup.
+    assert join(Html("<i>") + "<b>") == "&lt;i&gt;&lt;b&gt;"
+
+
+def test_the_command_stays_light():
+    heavy = "plotly torch numpy"
+    code = f"import sys, openrlhf_sgpo.report; assert not set('{heavy}'.split()) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# A run --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("title", "key", "error"),
+    [
+        ("Response length", "response_length", None),
+        ("Divergence from the reference", "kl", "kl_error"),
+    ],
+)
+def test_curves_per_round_are_the_evaluations(title, key, error, tmp_path):
+    # Without metrics of steps, which have titles of the same name.
+    folder = report_folders.make_run(tmp_path / "run", steps=0, radius=0.1)
+    (curve,) = page_of(folder).figures[title]["data"]
+    places = ["initial", "round_0", "round_1", "round_2"]
+    rows = [read_json(folder / place / "evaluation.json") for place in places]
+    assert curve["x"] == ["start", "round 0", "round 1", "round 2"]
+    assert curve["y"] == [row[key] for row in rows]
+    if error:
+        half = pytest.approx([1.96 * row[error] for row in rows])
+        assert curve["error_y"]["array"] == half and curve["error_y"]["arrayminus"] == half
+
+
+def test_accuracies_have_intervals_and_axes_do_not_exaggerate(tmp_path):
+    """Agresti and Coull: as if two more pairs had been right and two wrong; the start equals the reference by construction."""
+    folder = report_folders.make_run(tmp_path / "run", steps=0, radius=0.1)
+    figures = page_of(folder).figures
+    (curve,) = figures["Accuracy"]["data"]
+    rows = [read_jsonl(folder / f"round_{number}/held_out.jsonl") for number in range(3)]
+    right = [sum(row["margin"] > 0 for row in of_round) for of_round in rows]
+    assert curve["y"] == [0.5, *(count / 20 for count in right)]
+    z, halves = 1.96, [None]
+    for count in right:
+        share = (count + z**2 / 2) / (20 + z**2)
+        halves.append(pytest.approx(z * math.sqrt(share * (1 - share) / (20 + z**2))))
+    assert curve["error_y"]["array"] == halves
+    assert figures["Accuracy"]["layout"]["yaxis"]["range"] == [0, 1]
+    for title in ("Response length", "Margin", "Divergence from the reference"):
+        assert figures[title]["layout"]["yaxis"]["rangemode"] == "tozero"
+    steps = page_of(report_folders.make_play_run(tmp_path / "plays")).figures["Loss"]["layout"]["xaxis"]
+    assert (steps["dtick"], steps["tickformat"]) == (1, "d")  # eight steps, none of which is a half
+
+
+def test_the_table_of_rounds_is_that_of_the_run(folders, pages):
+    folder, (header, *lines) = folders["run"], pages["run"].tables[0]
+    rows = []
+    for place in ("initial", "round_0", "round_1", "round_2"):
+        row = read_json(folder / place / "evaluation.json")
+        worst, manifest = folder / place / "worst_case.json", folder / place / "manifest.json"
+        labels = read_json(manifest)["stages"].get("pairs", {}).get("label_accuracy") if manifest.exists() else None
+        value = read_json(worst)["value"] if worst.exists() else None
+        rows.append(row | {"value": value, "label_accuracy": labels})
+    assert header == ["", *(title for title, _, _ in FIGURES if title != "wins")]
+    expected = results_table(rows, {}).splitlines()[2:6]
+    for line, text in zip(lines, expected, strict=True):
+        cells = re.split(" {2,}", text.replace(line[0], "").strip())
+        del cells[4]  # wins, which nobody measured
+        assert [cell.replace("\N{EN DASH}", "-") for cell in line[1:]] == cells
+    assert any("Not measured: wins." in text for text in pages["run"].paragraphs)
+
+
+def test_curves_per_step_count_over_all_rounds(folders, pages):
+    rows = read_jsonl(folders["run"] / "metrics.jsonl")
+    (loss,) = pages["run"].figures["Loss"]["data"]
+    assert loss["x"] == list(range(1, 19))  # three stages of six steps that count from 1
+    assert loss["y"] == [row["train/loss"] for row in rows]
+    assert [shape["x0"] for shape in pages["run"].figures["Loss"]["layout"]["shapes"]] == [6.5, 12.5]
+    # Rounds of plays count on; every role has a curve.
+    divergence = pages["plays"].figures["Divergence from the reference"]
+    assert trace(divergence, "follower/kl")["x"] == list(range(1, 9))
+    assert (
+        trace(divergence, "follower/kl")["y"]
+        == [2 * y for y in trace(divergence, "policy/kl")["y"]]
+        == list(range(1, 9))
+    )
+    assert [shape["x0"] for shape in divergence["layout"]["shapes"]] == [4.5]
+
+
+@pytest.mark.parametrize("count", [1, MOST_POINTS, MOST_POINTS + 1, 7 * MOST_POINTS + 3])
+def test_long_curves_are_thinned_by_means(count):
+    draw = random.Random(count)
+    values = [draw.random() for _ in range(count)]
+    block = math.ceil(count / MOST_POINTS)
+    found = thinned(values)
+    assert len(found) == math.ceil(count / block) <= MOST_POINTS
+    sizes = [block] * (len(found) - 1) + [count - block * (len(found) - 1)]
+    assert sum(size * one for size, one in zip(sizes, found, strict=True)) == pytest.approx(sum(values))
+    assert min(values) <= min(found) and max(found) <= max(values)
+    (shown,) = step_plots([{"stage": "round 0", "step": step + 1, "train/loss": y} for step, y in enumerate(values)])
+    assert (f"mean of {block} steps" in shown) == (block > 1)
+
+
+def softplus(x):
+    return np.logaddexp(0.0, -x)
+
+
+def tangents(p, pieces=6):
+    """Maximum of the tangents of -log p at k / K (arXiv 2502.18099, appendix G)."""
+    knots = np.arange(1, pieces + 1)[:, None] / pieces
+    return (-np.log(knots) - (p - knots) / knots).max(0)
+
+
+@pytest.mark.parametrize(
+    ("options", "loss"),
+    [
+        ({"radius": 0.1}, softplus),
+        ({"radius": 0.1, "window_pad": 0.25}, softplus),
+        ({"radius": 0.05, "space": "probability"}, tangents),
+        ({"algo": "sgpo_best", "radius": 0.2}, softplus),
+        ({"algo": "sgpo_best", "radius": 0.1, "space": "probability"}, lambda p: -np.log(p)),
+    ],
+)
+def test_what_the_follower_moved_gives_its_certificate(options, loss, tmp_path):
+    """Cost and mean loss of the law after the move are computed from the move alone."""
+    folder = report_folders.make_run(tmp_path / "run", **options)
+    figures = page_of(folder).figures
+    is_probability = options.get("space") == "probability"
+    for number in (1, 2):
+        certificate = read_json(folder / f"round_{number}" / "worst_case.json")
+        moved = solve_again(certificate)
+        margins = np.array(certificate["margins"])
+        places = 1 / (1 + np.exp(-margins)) if is_probability else margins
+        share, target = moved.share, np.array([moved.target])
+        assert (share * np.abs(places - target)).mean() == pytest.approx(options["radius"], rel=1e-6)
+        after = ((1 - share) * loss(places) + share * loss(target)).mean()
+        assert after == pytest.approx(certificate["value"], rel=1e-6)
+        assert loss(places).mean() == pytest.approx(certificate["empirical"], rel=1e-6)
+        # The picture shows just that.
+        figure = figures[f"Margins at the start of round {number}, and what the follower moves"]
+        stays, leaves, arrives = (np.array(trace(figure, name)["y"]) for name in ("stays", "leaves", "arrives"))
+        centres, width = np.array(trace(figure, "stays")["x"]), trace(figure, "stays")["width"]
+        assert stays.sum() + leaves.sum() == pytest.approx(len(margins))
+        for bin_at, height in zip(centres, stays + leaves, strict=True):
+            inside = np.abs(places - bin_at) <= width / 2 * (1 + 1e-9)
+            assert height == pytest.approx(inside.sum(), abs=1e-9)
+        assert arrives.sum() == pytest.approx(leaves.sum()) == pytest.approx(share.sum())
+        assert abs(centres[arrives > 0] - target) <= width / 2 * (1 + 1e-9)
+        threshold = certificate["threshold"]
+        line = 1 / (1 + math.exp(-threshold)) if is_probability else threshold
+        assert trace(figure, "threshold")["x"] == [pytest.approx(line, rel=1e-5)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"radius": 0.0}, "at radius 0 nothing moves"),
+        ({"algo": "sgpo_transport", "radius": 0.1, "group_size": 20}, "cannot be computed"),
+    ],
+)
+def test_margins_are_shown_where_the_move_is_not_known(options, note, tmp_path):
+    folder = report_folders.make_run(tmp_path / "run", **options)
+    page = page_of(folder)
+    (pairs,) = page.figures["Margins at the start of round 1"]["data"]
+    assert sum(pairs["y"]) == 40
+    margins = read_json(folder / "round_1" / "worst_case.json")["margins"]
+    assert np.dot(pairs["x"], pairs["y"]) / 40 == pytest.approx(fmean(margins), abs=pairs["width"] / 2)
+    assert any(note in text for text in page.paragraphs)
+
+
+def test_a_reference_has_no_held_out_margins_to_show(pages):
+    data = pages["run"].figures["Margins of held-out pairs"]["data"]
+    assert [one["name"] for one in data] == ["round 0", "round 1", "round 2"]
+    assert [sum(one["y"]) for one in data] == [20, 20, 20]
+
+
+def test_answers_stand_side_by_side(pages):
+    said = pages["run"].paragraphs
+    at = said.index("At the start.")
+    assert said[at : at + 4] == ["At the start.", *(f"{EVIL} in round {number}" for number in range(3))]
+    assert said[at - 1] == f"Why? {EVIL}"
+
+
+def test_costs_by_stage(pages):
+    seconds = pages["run"].figures["Seconds by stage"]["data"]
+    assert trace({"data": seconds}, "train")["x"] == [0.0, 10.0, 11.0, 12.0]
+    assert trace({"data": seconds}, "evaluate")["x"] == [1.5, 0.0, 0.0, 0.0]
+    parts = pages["plays"].figures["Seconds by stage"]["data"]
+    assert [(one["name"], one["x"]) for one in parts] == [("generate", [3.0, 3.0]), ("train", [6.0, 6.0])]
+    (ledger,) = [table for table in pages["run"].tables if table[-1][0] == "total"]
+    assert dict(zip(ledger[0], ledger[-1], strict=True))["tokens trained"] == "3,702"
+
+
+def test_the_last_plays(pages):
+    said = pages["plays"].paragraphs
+    at = said.index("Prompt p8")
+    assert said[at + 1 : at + 3] == [f"policy: {EVIL}", f"follower: {EVIL}"]
+    assert "Prompt p7" not in said
+
+
+def test_a_run_that_has_only_begun(tmp_path):
+    report_folders.write_settings(tmp_path, "dpo", report_folders.algorithms.get("dpo").settings(), rounds=0)
+    page = page_of(tmp_path)
+    assert page.figures == {} and page.headings == ["Settings"]
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"stage": "round 0", "step": 1, "train/loss": 0.5}\n{"stage": "round 0", "st'
+    )
+    page = page_of(tmp_path)
+    assert list(page.figures) == ["Loss"] and page.figures["Loss"]["data"][0]["y"] == [0.5]
+
+
+# A comparison -------------------------------------------------------------------------------------------------------
+
+
+def test_cross_play_is_antisymmetric_and_says_what_is_not_significant(folders, pages):
+    (heat,) = pages["comparison"].figures["Win rate"]["data"]
+    assert heat["x"] == heat["y"] == ["sgpo", "spa", "dpo"]
+    values, cells = heat["z"], heat["text"]
+    for row in read_json(folders["comparison"] / "comparison.json")["cross_play"]:
+        at, over = heat["y"].index(row["first"]), heat["x"].index(row["second"])
+        assert values[at][over] == row["win_rate"] and values[over][at] == pytest.approx(1 - row["win_rate"])
+        marked = "({})" if row["p_holm"] >= 0.05 else "{}"
+        assert cells[at][over] == marked.format(f"{row['win_rate']:.3f}")
+        assert cells[over][at] == marked.format(f"{1 - row['win_rate']:.3f}")
+        assert f"{row['low']:.3f} to {row['high']:.3f}" in heat["customdata"][at][over]
+        assert f"{1 - row['high']:.3f} to {1 - row['low']:.3f}" in heat["customdata"][over][at]
+    assert [values[place][place] for place in range(3)] == [None] * 3
+    assert (heat["zmin"] + heat["zmax"]) / 2 == pytest.approx(0.5) and heat["zmax"] >= 0.7
+    table = pages["comparison"].tables[0]
+    assert ["dpo over sgpo", "0.300 \N{PLUS-MINUS SIGN} 0.100", "<0.0001", "<0.0001", "100"] in table
+
+
+def test_win_rate_against_divergence_has_those_that_have_both(pages):
+    (point,) = pages["comparison"].figures["Win rate over the start"]["data"]
+    assert (point["name"], point["x"], point["y"]) == ("sgpo", [3.0], [0.7])
+    assert point["error_y"]["arrayminus"] == [pytest.approx(0.1)] and point["error_y"]["array"] == [pytest.approx(0.05)]
+    assert point["error_x"]["array"] == [pytest.approx(1.96 * 0.2)]
+    assert ["spa", "0.650 \N{PLUS-MINUS SIGN} 0.050", "\N{EN DASH}"] in pages["comparison"].tables[1]
+
+
+def test_seeds_stand_beside_their_mean(pages):
+    figure = pages["comparison"].figures["Held-out accuracy"]
+    mean = trace(figure, "mean, 95% interval")
+    assert mean["x"] == [pytest.approx(0.62)] * 3
+    # Student's law of two seeds: tan(0.95 * pi / 2) standard errors.
+    assert mean["error_x"]["array"] == [pytest.approx(0.01 * math.tan(0.95 * math.pi / 2), rel=1e-3)] * 3
+    assert trace(figure, "a seed")["x"] == [0.6, 0.64] * 3
+    assert trace(figure, "a seed")["y"] == ["sgpo", "sgpo", "spa", "spa", "dpo", "dpo"]
+    assert "Margin" not in pages["comparison"].figures  # nobody measured it
+    assert ["samples", "100", "101", "102"] in [row for table in pages["comparison"].tables for row in table]
+
+
+def test_warnings_come_first(folders):
+    text = (folders["comparison"] / REPORT).read_text(encoding="utf-8")
+    assert text.index("judge_calls differ") < text.index("<h2")
+
+
+@pytest.mark.parametrize("found", ["{}", '{"groups": null, "cross_play": [], "warnings": null, "oracle": null}'])
+def test_a_comparison_of_nothing_shows_nothing(found, tmp_path):
+    (tmp_path / "comparison.json").write_text(found)
+    page = page_of(tmp_path)
+    assert page.figures == {} and page.headings == []
+
+
+# A leaderboard ------------------------------------------------------------------------------------------------------
+
+
+def test_scores_of_two_judges_have_two_tables(pages):
+    page = pages["leaderboard"]
+    assert page.headings[:4] == [
+        "alpaca_eval, judged by judge-a",
+        "mt_bench, judged by judge-a",
+        "ifeval, without a judge",
+        "mt_bench, judged by judge-b",
+    ]
+    of_a, of_b = (table for table in page.tables if table[0][1:2] == ["average"])
+    assert [row[:3] for row in of_a[1:]] == [
+        ["before", "4.00 \N{PLUS-MINUS SIGN} 0.38", "16 of 16"],
+        ["after", "5.00 \N{PLUS-MINUS SIGN} 0.38", "16 of 16"],
+    ]
+    assert [row[:2] for row in of_b[1:]] == [["before", "6.00"]]
+
+
+def test_rows_say_how_much_they_rest_on(folders, pages):
+    table = pages["leaderboard"].tables[0]
+    plus_minus, dash = "\N{PLUS-MINUS SIGN}", "\N{EN DASH}"
+    assert table[1:] == [
+        ["before", f"12.50 {plus_minus} 3.92", dash, "40 of 40", "0", "800"],
+        ["after", f"13.50 {plus_minus} 3.92", dash, "39 of 40", "1", "800"],
+    ]
+    text = (folders["leaderboard"] / REPORT).read_text(encoding="utf-8")
+    assert "alpaca_eval, after: rests on 39 of 40 judgements." in text
+    assert "ifeval, before: rests on 3 of 4 items." in text
+    assert "mt_bench was judged by 2 judges" in text and "<strong>all models</strong>: no length control" in text
+
+
+def test_items_are_counted_where_they_lie_and_judgements_where_a_judge_was_asked(folders, pages):
+    text = (folders["leaderboard"] / REPORT).read_text(encoding="utf-8")
+    assert "<dt>Items of mt_bench</dt><dd>1</dd>" in text and "<dt>Items of ifeval</dt><dd>4</dd>" in text
+    assert "Items of alpaca_eval" not in text  # its file is not there
+    counted = {table[0][-3] for table in pages["leaderboard"].tables if table[0][-2:-1] == ["parse failures"]}
+    assert counted == {"judgements", "items"}
+
+
+def test_radar_and_bars(pages):
+    data = pages["leaderboard"].figures["By category"]["data"]
+    assert [one["type"] for one in data] == ["scatterpolar"] * 2
+    assert [one["theta"] for one in data] == [[*CATEGORIES, CATEGORIES[0]]] * 2
+    assert trace({"data": data}, "after")["r"] == [1.0, 2.0, 3.0, 4.0, 1.0]
+    # Of several plots of this name the last is that of judge-b, without an interval.
+    (bar,) = pages["leaderboard"].figures["Figures"]["data"]
+    assert (bar["y"], bar["x"]) == (["before"], [6.0]) and "array" not in bar.get("error_x", {})
+
+
+def test_answers_of_models_stand_side_by_side(pages):
+    said = pages["leaderboard"].paragraphs
+    assert [f"before {EVIL}", "So.", f"after {EVIL}", "So."] == said[-4:]
+
+
+def test_answers_come_with_what_the_judge_said_and_a_link_to_all_of_them(folders, pages):
+    text = (folders["leaderboard"] / REPORT).read_text(encoding="utf-8")
+    assert "turn 1 scored 3 of 10</span>" in text and "turn 1 scored 4 of 10</span>" in text  # nobody read turn 2
+    assert "before/answers/mt_bench.jsonl" in pages["leaderboard"].addresses
+
+
+ANNOTATIONS = [{"index": 3, "preference": 1.75}, {"index": 4, "preference": None}]
+SCORES = [{"question_id": 81, "turn": turn, "score": 4 + turn} for turn in (1, 2)]
+GAMES = [{"uid": "u", "games": [{"score": "A>B"}, {"score": "A=B"}]}, {"uid": "v", "games": [None, None]}]
+FOLLOWED = [{"prompt": "Why?", "follow_instruction_list": [True, False]}]
+
+
+@pytest.mark.parametrize(
+    ("task", "place", "rows", "said"),
+    [
+        ("alpaca_eval", "J/annotations.json", ANNOTATIONS, {"3": "preferred to the baseline's with probability 0.75"}),
+        ("mt_bench", "J/judgments.jsonl", SCORES, {"81": "turn 1 scored 5 of 10; turn 2 scored 6 of 10"}),
+        ("arena_hard", "J/model_judgment.jsonl", GAMES, {"u": "against the baseline, as B: A>B, as A: A=B"}),
+        ("ifeval", "eval_results_strict.jsonl", FOLLOWED, {"Why?": "follows 1 of 2 instructions"}),
+        ("mine", "x.jsonl", [{"id": "x"}], {}),
+    ],
+)
+def test_what_judges_said_is_read_from_the_benchmarks_own_files(task, place, rows, said, tmp_path):
+    if place.endswith(".json"):
+        write_json(tmp_path / place, rows)
+    else:
+        write_jsonl(tmp_path / place, rows)
+    assert judgements(tmp_path, task) == said
