@@ -57,7 +57,9 @@ def test_training_commands_resolve(command, tmp_path):
 @pytest.mark.parametrize("command", EVALUATING)
 def test_settings_of_evaluating_commands_are_right(command, tmp_path, monkeypatch):
     """Up to what folders and servers can tell, which are not there."""
-    from openrlhf_sgpo.evaluation import compare_settings, judge_check, settings
+    from openrlhf_sgpo.benchmarks import settings as evaluate_settings
+    from openrlhf_sgpo.comparison import judge_check
+    from openrlhf_sgpo.comparison import settings as compare_settings
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
@@ -70,7 +72,7 @@ def test_settings_of_evaluating_commands_are_right(command, tmp_path, monkeypatc
         name, *fixed = re.search(r'main (\w+) (.*) "\$@"', script)[0].split()[1:-1]
         argv = [*fixed, *argv]
     if name == "evaluate":
-        assert settings.load(argv).contestants
+        assert evaluate_settings.load(argv).contestants
     elif name == "compare":
         assert compare_settings.read_settings(argv if argv[0].startswith("-") else ["--runs", *argv], {}).runs
     else:

@@ -89,7 +89,7 @@ def test_presets_and_recipes_are_found_by_name_far_from_the_checkout(wheel, tmp_
         "print(s.load(['--models', 'a/b', '--judge.preset', 'gpt-4.1', '--out', 'o']).settings.judge.model, s.__file__)"
     )
     process = run("-c", code, path=wheel, cwd=tmp_path, command=[sys.executable], OPENAI_API_KEY="a-key")
-    assert process.stdout.split() == ["gpt-4.1-2025-04-14", str(wheel / "openrlhf_sgpo" / "evaluation" / "settings.py")]
+    assert process.stdout.split() == ["gpt-4.1-2025-04-14", str(wheel / "openrlhf_sgpo" / "benchmarks" / "settings.py")]
 
 
 def test_a_file_of_the_users_wins_over_a_recipe(tmp_path, monkeypatch):

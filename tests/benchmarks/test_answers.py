@@ -7,10 +7,10 @@ import json
 import pytest
 from conftest import make_tiny_model
 
+from openrlhf_sgpo.benchmarks import answers
 from openrlhf_sgpo.benchmarks.answers import Answerer
 from openrlhf_sgpo.benchmarks.task import Item
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.evaluation import answers
 from openrlhf_sgpo.openrlhf import build_strategy
 
 ITEMS = [

@@ -16,8 +16,8 @@ import pytest
 from judge_server import JudgeServer
 
 from openrlhf_sgpo import flags
+from openrlhf_sgpo.benchmarks import judge as module
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge, EvaluationJudgeSettings, judge_problems, with_preset
-from openrlhf_sgpo.evaluation import judge as module
 from openrlhf_sgpo.judge import client
 from openrlhf_sgpo.judge.client import JudgeError, Request
 from openrlhf_sgpo.judge.reply import Reply, Unusable

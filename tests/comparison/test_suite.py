@@ -14,10 +14,10 @@ from judge_server import MODEL, JudgeServer
 from running import ROOT, forked, launch, train
 
 from openrlhf_sgpo.cli.main import compare
+from openrlhf_sgpo.comparison import suite as module
 from openrlhf_sgpo.comparison.settings import read_settings
 from openrlhf_sgpo.comparison.suite import merged, nested, read_suite, suite_runs, train_suite
 from openrlhf_sgpo.config import load
-from openrlhf_sgpo.evaluation import suite as module
 from openrlhf_sgpo.flags import SettingsError
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.judge.client import JudgeError
