@@ -23,7 +23,9 @@ from openrlhf_sgpo.flags import setting
 class ModelSettings:
     model_name_or_path: str = setting("", "policy to start from: a Hugging Face folder or hub name")
     beta: float = setting(
-        0.1, "strength of the KL regularisation; the implicit reward is beta * log(policy / reference)"
+        0.1,
+        "strength of the KL regularisation; the implicit reward is beta * log(policy / reference)",
+        above=0,
     )
     gradient_checkpointing_enable: bool = setting(False, "recompute activations in the backward pass to save memory")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
@@ -40,8 +42,8 @@ class DataSettings:
     dataset_split: str = setting("", "split of --data.dataset when it is a hub name (default: train, or train_prefs)")
     prompt_dataset: str = setting("", "unlabelled prompts for the self-annotated rounds")
     prompt_split: str = setting("", "split of --data.prompt_dataset when it is a hub name (default: the same)")
-    max_samples: int = setting(0, "read at most so many human pairs (0: all)")
-    max_len: int = setting(512, "longest prompt plus response, in tokens; longer responses are cut at the end")
+    max_samples: int = setting(0, "read at most so many human pairs (0: all)", low=0)
+    max_len: int = setting(512, "longest prompt plus response, in tokens; longer responses are cut at the end", low=1)
     chat_template_kwargs: list[str] = setting(
         [], "variables for the chat template, each as NAME=VALUE, such as enable_thinking=false"
     )
@@ -50,22 +52,24 @@ class DataSettings:
 
 @dataclass
 class SeedSettings:
-    size: int = setting(0, "how many human pairs form the seed (0: all)")
+    size: int = setting(0, "how many human pairs form the seed (0: all)", low=0)
     selection: Literal["random", "fps"] = setting(
         "random", "random, or fps: farthest-point selection over the initial model's prompt embeddings"
     )
-    flip_rate: float = setting(0.0, "swap the labels of this share of the seed, to study label noise (0 to 1)")
-    max_epochs: int = setting(1, "epochs of DPO on the seed")
-    lr: float = setting(0.0, "learning rate of the seed stage (0: --adam.lr)")
+    flip_rate: float = setting(0.0, "swap the labels of this share of the seed, to study label noise", low=0, high=1)
+    max_epochs: int = setting(1, "epochs of DPO on the seed", low=1)
+    lr: float = setting(0.0, "learning rate of the seed stage (0: --adam.lr)", low=0)
 
 
 @dataclass
 class RoundsSettings:
     count: int = setting(
-        3, "rounds, after the seed stage of algorithms that have one (0: training on the human pairs alone)"
+        3,
+        "rounds, after the seed stage of algorithms that have one (0: training on the human pairs alone)",
+        low=0,
     )
-    steps: int = setting(100, "optimiser steps of a round, for algorithms that sample in every step")
-    prompts: list[int] = setting([], "prompts of each round, in order (default: all prompts, split evenly)")
+    steps: int = setting(100, "optimiser steps of a round, for algorithms that sample in every step", low=1)
+    prompts: list[int] = setting([], "prompts of each round, in order (default: all prompts, split evenly)", low=1)
     data: Literal["new", "all"] = setting(
         "new", "train a round on its own pairs, or on all pairs so far, seed included"
     )
@@ -84,7 +88,7 @@ class RewardSettings:
         "", "model of --oracle reward_model or preference_model; with an on-policy algorithm also of implicit"
     )
     heads: list[str] = setting([], "reward models of --oracle reward_heads, each with a vote")
-    max_len: int = setting(0, "longest prompt plus response for such a model, in its tokens (0: --data.max_len)")
+    max_len: int = setting(0, "longest prompt plus response for such a model, in its tokens (0: --data.max_len)", low=0)
 
 
 @dataclass
@@ -96,11 +100,13 @@ class ServerSettings:
     api_key: str = setting(
         "",
         "where the server's key is: env (the variable OPENAI_API_KEY), env:NAME or file:PATH; a local server needs none",
-        True,
+        secret=True,
     )
-    concurrency: int = setting(16, "requests at a time")
-    max_retries: int = setting(6, "how often a request that failed is sent again, each time later")
-    timeout: float = setting(60.0, "seconds that a request may take from beginning to end; after that it has failed")
+    concurrency: int = setting(16, "requests at a time", low=1)
+    max_retries: int = setting(6, "how often a request that failed is sent again, each time later", low=0)
+    timeout: float = setting(
+        60.0, "seconds that a request may take from beginning to end; after that it has failed", above=0
+    )
 
 
 @dataclass
@@ -109,19 +115,20 @@ class JudgeSettings(ServerSettings):
         "both", "show two answers in both orders, or in one that the seed decides, which costs half"
     )
     logprobs: bool = setting(True, "read probabilities of the letters A and B; off: the letter that was written")
-    temperature: float = setting(1.0, "temperature of the softmax over the letters' log-probabilities")
+    temperature: float = setting(1.0, "temperature of the softmax over the letters' log-probabilities", above=0)
 
 
 @dataclass
 class TrainSettings:
-    batch_size: int = setting(32, "pairs or prompts per optimiser step, over all ranks")
-    micro_batch_size: int = setting(1, "pairs or prompts per forward pass and rank")
-    max_epochs: int = setting(1, "epochs over a round's pairs")
+    batch_size: int = setting(32, "pairs or prompts per optimiser step, over all ranks", low=1)
+    micro_batch_size: int = setting(1, "pairs or prompts per forward pass and rank", low=1)
+    max_epochs: int = setting(1, "epochs over a round's pairs", low=1)
     max_steps: int = setting(
         0,
         "end every stage of training on pairs after exactly so many optimiser steps, whatever its epochs (0: by epochs)",
+        low=0,
     )
-    seed: int = setting(42, "seed of every random choice")
+    seed: int = setting(42, "seed of every random choice", low=0, high=2**32 - 1)
     full_determinism_enable: bool = setting(False, "ask torch for deterministic kernels")
     layout: Literal["padded", "shared_prefix"] = setting(
         "padded",
@@ -132,17 +139,17 @@ class TrainSettings:
 
 @dataclass
 class AdamSettings:
-    lr: float = setting(5e-7, "peak learning rate")
-    betas: tuple[float, float] = setting((0.9, 0.999), "Adam's moment decay rates")
-    eps: float = setting(1e-8, "Adam's epsilon")
-    weight_decay: float = setting(0.0, "decoupled weight decay")
+    lr: float = setting(5e-7, "peak learning rate", above=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "Adam's moment decay rates", low=0, below=1)
+    eps: float = setting(1e-8, "Adam's epsilon", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay", low=0)
 
 
 @dataclass
 class LoraSettings:
-    rank: int = setting(0, "rank of LoRA adapters (0: full fine-tuning)")
-    alpha: int = setting(16, "LoRA scale")
-    dropout: float = setting(0.0, "LoRA dropout")
+    rank: int = setting(0, "rank of LoRA adapters (0: full fine-tuning)", low=0)
+    alpha: int = setting(16, "LoRA scale", low=1)
+    dropout: float = setting(0.0, "LoRA dropout", low=0, below=1)
     target_modules: list[str] = setting(["all-linear"], "modules that get an adapter")
 
 
@@ -159,8 +166,10 @@ class DeepspeedSettings:
 @dataclass
 class CkptSettings:
     output_dir: str = setting("", "run folder")
-    save_steps: int = setting(-1, "save a DeepSpeed checkpoint every so many steps of a stage, for --resume (-1: none)")
-    max_num: int = setting(1, "how many checkpoints to keep")
+    save_steps: int = setting(
+        -1, "save a DeepSpeed checkpoint every so many steps of a stage, for --resume (-1: none)", low=1, also=-1
+    )
+    max_num: int = setting(1, "how many checkpoints to keep", low=1)
     fork_from: str = setting(
         "", "run folder whose seed stage and first samples are taken over where they would be identical"
     )
@@ -170,29 +179,30 @@ class CkptSettings:
 class EvalSettings:
     dataset: str = setting("", "held-out preference pairs; evaluated at the start and after each round")
     split: str = setting("", "split of --eval.dataset when it is a hub name (default: test, or test_prefs)")
-    max_samples: int = setting(0, "use at most so many held-out pairs (0: all)")
+    max_samples: int = setting(0, "use at most so many held-out pairs (0: all)", low=0)
     max_prompts: int = setting(
         0,
         "sample an answer to at most so many held-out prompts, for length, divergence and win rate (0: all in a run with "
         "rounds, none in one without)",
+        low=0,
     )
 
 
 @dataclass
 class RolloutSettings:
     engine: Literal["vllm", "hf"] = setting("vllm", "vllm: OpenRLHF's Ray actors; hf: transformers, without vLLM")
-    n_samples_per_prompt: int = setting(2, "responses sampled per prompt")
-    temperature: float = setting(0.7, "sampling temperature")
-    top_p: float = setting(1.0, "nucleus sampling mass")
-    max_new_tokens: int = setting(300, "longest sampled response, in tokens")
-    batch_size: int = setting(16, "prompts per generate call of --rollout.engine hf")
+    n_samples_per_prompt: int = setting(2, "responses sampled per prompt", low=1)
+    temperature: float = setting(0.7, "sampling temperature; at 0 all samples of a prompt would be identical", above=0)
+    top_p: float = setting(1.0, "nucleus sampling mass", above=0, high=1)
+    max_new_tokens: int = setting(300, "longest sampled response, in tokens", low=1)
+    batch_size: int = setting(16, "prompts per generate call of --rollout.engine hf", low=1)
 
 
 @dataclass
 class VllmSettings:
-    num_engines: int = setting(1, "vLLM engines, each a Ray actor")
-    tensor_parallel_size: int = setting(1, "GPUs per engine")
-    gpu_memory_utilization: float = setting(0.5, "share of a GPU's memory that an engine may take")
+    num_engines: int = setting(1, "vLLM engines, each a Ray actor", low=1)
+    tensor_parallel_size: int = setting(1, "GPUs per engine", low=1)
+    gpu_memory_utilization: float = setting(0.5, "share of a GPU's memory that an engine may take", above=0, high=1)
     enable_sleep: bool = setting(True, "free the engines' GPU memory while the policy trains (no effect without a GPU)")
     enable_prefix_caching: bool = setting(True, "share the key-value cache of equal prompt prefixes")
     enforce_eager: bool = setting(False, "no CUDA graphs")
@@ -203,7 +213,7 @@ class WandbSettings:
     key: str = setting(
         "",
         "log to W&B, with the key in env (the variable WANDB_API_KEY, or where `wandb login` put it), env:NAME or file:PATH",
-        True,
+        secret=True,
     )
     org: str = setting("", "W&B entity")
     group: str = setting("", "W&B group")
@@ -213,7 +223,7 @@ class WandbSettings:
 
 @dataclass
 class LoggerSettings:
-    logging_steps: int = setting(1, "log metrics every so many optimiser steps")
+    logging_steps: int = setting(1, "log metrics every so many optimiser steps", low=1)
     tensorboard_dir: str = setting("", "TensorBoard folder (default: none)")
     wandb: WandbSettings = field(default_factory=WandbSettings)
 
@@ -246,9 +256,9 @@ class Config:
     lr_scheduler: Literal[
         "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
     ] = setting("cosine_with_min_lr", "learning-rate schedule, by its transformers name")
-    lr_warmup_ratio: float = setting(0.1, "share of the steps that warm up")
-    min_lr_ratio: float = setting(0.1, "final learning rate over peak (cosine_with_min_lr only)")
-    max_norm: float = setting(1.0, "gradient norm at which gradients are clipped")
+    lr_warmup_ratio: float = setting(0.1, "share of the steps that warm up", low=0, high=1)
+    min_lr_ratio: float = setting(0.1, "final learning rate over peak (cosine_with_min_lr only)", low=0, high=1)
+    max_norm: float = setting(1.0, "gradient norm at which gradients are clipped", low=0)
     resume: bool = setting(False, "continue the run in --ckpt.output_dir at its first unfinished stage")
     dry_run: bool = setting(False, "print the resolved configuration and stop before a model is loaded")
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +11,6 @@ from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config, samples, sections
 from openrlhf_sgpo.data.files import is_file
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.data.template import template_arguments
 
 # Only a run with self-annotated rounds reads these.
@@ -47,31 +45,6 @@ _REQUIRED = {
     "ckpt.output_dir": "the run folder",
 }
 
-_AT_LEAST_ONE = (
-    *("data.max_len", "seed.max_epochs", "train.max_epochs", "train.batch_size", "train.micro_batch_size"),
-    *("rounds.steps", "rollout.n_samples_per_prompt", "rollout.max_new_tokens", "rollout.batch_size"),
-    *("vllm.num_engines", "vllm.tensor_parallel_size", "ckpt.max_num", "logger.logging_steps", "ds.lora.alpha"),
-    "judge.concurrency",
-)
-_AT_LEAST_ZERO = (
-    *(
-        "data.max_samples",
-        "eval.max_samples",
-        "eval.max_prompts",
-        "seed.size",
-        "seed.lr",
-        "rounds.count",
-        "reward.max_len",
-        "train.max_steps",
-    ),
-    *("adam.weight_decay", "ds.lora.rank", "max_norm", "judge.max_retries"),
-)
-_POSITIVE = ("model.beta", "adam.lr", "adam.eps", "judge.timeout", "judge.temperature")
-_POSITIVE_SHARES = ("rollout.top_p", "vllm.gpu_memory_utilization")
-_SHARES = (
-    *("seed.flip_rate", "lr_warmup_ratio", "min_lr_ratio"),
-    *(f"data.limits.{item.name}" for item in fields(DataLimits)),
-)
 _SPLITS = {
     "data.dataset_split": "data.dataset",
     "data.prompt_split": "data.prompt_dataset",
@@ -96,7 +69,8 @@ def check(
             ignored[name] = reason
             group, _, leaf = name.rpartition(".")
             setattr(attrgetter(group)(config) if group else config, leaf, standard)
-    problems = _check_ranges(config, algorithm) + [
+    problems = _missing(config, algorithm, *_REQUIRED) + flags.out_of_range({"": config}) + _check_reading(config)
+    problems += [
         f"--{name}: {reason} and would not read it ({flags.COMMAND_LINE}); leave it out"
         for name, reason in unread.items()
         if given and given[name] == flags.COMMAND_LINE
@@ -147,8 +121,6 @@ def check(
             problems.append(
                 f"--rounds.prompts: {len(rounds.prompts)} numbers for --rounds.count {rounds.count}; give one per round"
             )
-        if any(count < 1 for count in rounds.prompts):
-            problems.append("--rounds.prompts: a round needs at least 1 prompt; lower --rounds.count instead")
         if rollout.n_samples_per_prompt < algorithm.needs.samples_per_prompt:
             problems.append(
                 f"--rollout.n_samples_per_prompt: {rollout.n_samples_per_prompt} is too few for --algo "
@@ -156,39 +128,28 @@ def check(
             )
     if config.logger.wandb.key not in ("", "env"):
         problems += keys.problems("logger.wandb.key", config.logger.wandb.key, "WANDB_API_KEY")
-    problems += algorithm.check(options) or _check_on_policy(config, options, algorithm)
+    problems += (
+        flags.out_of_range({algorithm.name: options})
+        or algorithm.check(options)
+        or _check_on_policy(config, options, algorithm)
+    )
     if problems:
         raise flags.SettingsError(*problems)
     return ignored
 
 
-def _check_ranges(config: Config, algorithm: type[Algorithm] = Algorithm) -> list[str]:
-    """Problems with single values."""
+def _missing(config: Config, algorithm: type[Algorithm], *names: str) -> list[str]:
+    needless = ("data.dataset",) if issubclass(algorithm, OnPolicyAlgorithm) else ()
+    return [
+        f"--{name}: missing, give {_REQUIRED[name]}"
+        for name in names
+        if name not in needless and not attrgetter(name)(config)
+    ]
 
-    def outside(names: Sequence[str], allowed: str, inside: Any) -> list[str]:
-        values = {name: attrgetter(name)(config) for name in names}
-        return [
-            f"--{name}: {value} is out of range, use {allowed}" for name, value in values.items() if not inside(value)
-        ]
 
-    without_pairs = issubclass(algorithm, OnPolicyAlgorithm)
-    required = {name: what for name, what in _REQUIRED.items() if not (without_pairs and name == "data.dataset")}
-    problems = [f"--{name}: missing, give {what}" for name, what in required.items() if not attrgetter(name)(config)]
-    problems += outside(_AT_LEAST_ONE, "at least 1", lambda value: value >= 1)
-    problems += outside(_AT_LEAST_ZERO, "at least 0", lambda value: value >= 0)
-    problems += outside(_POSITIVE, "more than 0", lambda value: value > 0)
-    problems += outside(_SHARES, "0 to 1", lambda value: 0 <= value <= 1)
-    problems += outside(_POSITIVE_SHARES, "more than 0, at most 1", lambda value: 0 < value <= 1)
-    problems += outside(("train.seed",), "0 to 4294967295", lambda value: 0 <= value < 2**32)  # NumPy takes no other
-    problems += outside(("ds.lora.dropout",), "0 or more, less than 1", lambda value: 0 <= value < 1)
-    problems += outside(
-        ("adam.betas",), "two of 0 or more, less than 1", lambda value: all(0 <= item < 1 for item in value)
-    )
-    problems += outside(("ckpt.save_steps",), "at least 1, or -1 for none", lambda value: value == -1 or value >= 1)
-    if config.rollout.temperature <= 0:
-        problems.append(
-            f"--rollout.temperature: {config.rollout.temperature} makes all samples of a prompt identical, use more than 0"
-        )
+def _check_reading(config: Config) -> list[str]:
+    """Problems with how data are read."""
+    problems = []
     try:
         template_arguments(config.data.chat_template_kwargs)
     except ValueError as error:
@@ -202,19 +163,16 @@ def _check_ranges(config: Config, algorithm: type[Algorithm] = Algorithm) -> lis
 
 def check_data(config: Config, algorithm: type[Algorithm]) -> None:
     """Raises flags.SettingsError with what is wrong for reading and inspecting data; nothing else is looked at."""
-    wanted = ("--data.", "--eval.", "--model.model_name_or_path", "--rollout.max_new_tokens")
-    problems = [problem for problem in _check_ranges(config, algorithm) if problem.startswith(wanted)]
+    problems = _missing(config, algorithm, "model.model_name_or_path", "data.dataset")
+    problems += flags.out_of_range({"": config}, ("data.", "eval.", "rollout.max_new_tokens")) + _check_reading(config)
     if problems:
         raise flags.SettingsError(*problems)
 
 
 def sampling_problems(config: Config) -> list[str]:
     """What is wrong with single values that are read for answers and their comparison, where nothing is trained."""
-    wanted = (
-        *("--data.max_len", "--data.chat_template_kwargs", "--data.limits.", "--train.seed", "--train.micro"),
-        *("--rollout.", "--vllm.", "--reward.", "--judge."),
-    )
-    return [problem for problem in _check_ranges(config) if problem.startswith(wanted)]
+    read = ("data.max_len", "data.limits.", "train.seed", "train.micro", "rollout.", "vllm.", "reward.", "judge.")
+    return flags.out_of_range({"": config}, read) + _check_reading(config)
 
 
 def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]) -> dict[str, str]:

@@ -53,12 +53,51 @@ class _Flag(NamedTuple):
     metadata: Mapping[str, Any]
 
 
-def setting(default: Any, help: str, secret: bool = False) -> Any:
+class Range(NamedTuple):
+    """Which numbers a setting takes: low <= x <= high and above < x < below, where they are given; and ``also`` one more."""
+
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    below: float | None = None
+    also: float | None = None
+
+    def holds(self, number: float) -> bool:
+        """Also false for NaN."""
+        return number == self.also or (
+            (self.low is None or number >= self.low)
+            and (self.above is None or number > self.above)
+            and (self.high is None or number <= self.high)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        """In words; empty where any number will do."""
+        if self.low is not None and self.high is not None:
+            parts = [f"{self.low} to {self.high}"]
+        else:
+            words = ("at least", "more than", "at most", "less than")
+            parts = [f"{word} {bound}" for word, bound in zip(words, self, strict=False) if bound is not None]
+        return ", ".join(parts) + ("" if self.also is None else f", or {self.also}")
+
+
+def setting(
+    default: Any,
+    help: str,
+    secret: bool = False,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    also: float | None = None,
+) -> Any:
     """A dataclass field with its help text; lists are copied, so that no two configurations share one.
 
     secret: it says where a key is (``keys.SOURCES``); anything else is refused, and nothing of it is written to the run folder.
+    The others: the range of a number, or of each number in a list or tuple, see ``Range`` and ``out_of_range``.
     """
-    metadata = {"help": help, "secret": secret}
+    metadata = {"help": help, "secret": secret, "range": Range(low, above, high, below, also)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -146,6 +185,21 @@ def peek(argv: Sequence[str], name: str) -> str | None:
     return texts[0] if texts else next((raw for key, raw, _ in entries if key == name and isinstance(raw, str)), None)
 
 
+def out_of_range(instances: Mapping[str, Any], only: tuple[str, ...] = ("",)) -> list[str]:
+    """What is wrong with single values, wherever they come from: a problem for each that is not in its field's range.
+
+    instances: dataclass instances by prefix, as ``parse`` returns them. only: beginnings of the names that are looked at."""
+    problems = []
+    for name, flag in _flags(instances).items():
+        if not name.startswith(only):
+            continue
+        numbers = flag.default if isinstance(flag.default, (list, tuple)) else [flag.default]
+        span = flag.metadata.get("range", Range())
+        if any(isinstance(number, (int, float)) and not span.holds(number) for number in numbers):
+            problems.append(f"--{name}: {_shown(flag.default)} is out of range, use {_bounds(flag)}")
+    return problems
+
+
 def to_dict(instances: Mapping[str, Any]) -> dict[str, Any]:
     """Nested plain values in field order: tuples become lists, secrets become empty, groups without fields vanish."""
     tree: dict[str, Any] = {}
@@ -173,7 +227,8 @@ def help_text(sections: _Sections) -> str:
     groups: dict[str, list[str]] = {}
     for name, flag in {CONFIG_FLAG: config, **_flags({key: kind() for key, kind in sections.items()})}.items():
         default = "empty" if flag.default in ("", []) else _shown(flag.default).replace("'", "")
-        head = f"--{name} ({_expected(flag.annotation)}; default: {default})"
+        bounds = _bounds(flag)
+        head = f"--{name} ({_expected(flag.annotation)}{bounds and f', {bounds}'}; default: {default})"
         block = groups.setdefault(name.rpartition(".")[0], [])
         for text, indent in ((head, "  "), (flag.metadata.get("help", ""), "      ")):
             block += textwrap.wrap(text, 120, initial_indent=indent, subsequent_indent="      ", break_on_hyphens=False)
@@ -257,6 +312,12 @@ def _plain(node: yaml.Node) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]
     return {} if isinstance(node, yaml.MappingNode) else None if node.tag == yaml_files.NULL_TAG else node.value
+
+
+def _bounds(flag: _Flag) -> str:
+    """Which numbers a setting takes, in words; empty where any will do."""
+    text = str(flag.metadata.get("range", Range()))
+    return f"{text} each" if text and get_origin(flag.annotation) in (list, tuple) else text
 
 
 def _inner(annotation: Any) -> tuple[Any, bool]:

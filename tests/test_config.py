@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_sgpo import algorithms, flags, trl_names
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs
+from openrlhf_sgpo.algorithms.base import Algorithm, Needs, NoSettings
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config, load, samples, sections
 from openrlhf_sgpo.config_check import check
@@ -159,19 +159,19 @@ def test_required_settings():
         ("--train.seed 4294967296", "--train.seed: 4294967296 is out of range, use 0 to 4294967295"),
         ("--seed.size -1", "--seed.size: -1 is out of range, use at least 0"),
         ("--ds.lora.rank -1", "--ds.lora.rank: -1 is out of range, use at least 0"),
-        ("--ds.lora.dropout 1", "--ds.lora.dropout: 1.0 is out of range, use 0 or more, less than 1"),
+        ("--ds.lora.dropout 1", "--ds.lora.dropout: 1.0 is out of range, use at least 0, less than 1"),
         ("--model.beta 0", "--model.beta: 0.0 is out of range, use more than 0"),
-        ("--adam.betas 0.9 1", "--adam.betas: (0.9, 1.0) is out of range, use two of 0 or more, less than 1"),
+        ("--adam.betas 0.9 1", "--adam.betas: 0.9 1.0 is out of range, use at least 0, less than 1 each"),
         ("--seed.flip_rate 1.1", "--seed.flip_rate: 1.1 is out of range, use 0 to 1"),
         ("--rollout.top_p 0", "--rollout.top_p: 0.0 is out of range, use more than 0, at most 1"),
         ("--vllm.gpu_memory_utilization 1.5", "--vllm.gpu_memory_utilization: 1.5 is out of range"),
-        ("--ckpt.save_steps 0", "--ckpt.save_steps: 0 is out of range, use at least 1, or -1 for none"),
-        ("--rollout.temperature 0", "--rollout.temperature: 0.0 makes all samples of a prompt identical"),
+        ("--ckpt.save_steps 0", "--ckpt.save_steps: 0 is out of range, use at least 1, or -1"),
+        ("--rollout.temperature 0", "--rollout.temperature: 0.0 is out of range, use more than 0"),
         ("--train.micro_batch_size 5", "--train.batch_size: 32 is not a multiple of --train.micro_batch_size 5"),
         ("--rollout.n_samples_per_prompt 1", "--rollout.n_samples_per_prompt: 1 is too few for --algo loop"),
         ("--data.prompt_dataset=", "--data.prompt_dataset: missing, the rounds need prompts"),
         ("--rounds.prompts 1 2", "--rounds.prompts: 2 numbers for --rounds.count 3; give one per round"),
-        ("--rounds.prompts 1 2 0", "--rounds.prompts: a round needs at least 1 prompt"),
+        ("--rounds.prompts 1 2 0", "--rounds.prompts: 1 2 0 is out of range, use at least 1 each"),
         ("--rollout.max_new_tokens 512", "--rollout.max_new_tokens: 512 leaves no room for a prompt"),
         (
             "--train.layout shared_prefix --ds.attn_implementation flash_attention_2",
@@ -317,7 +317,13 @@ def test_algorithms_that_cannot_be_loaded():
 def test_check_without_knowing_what_was_given():
     config = sections(Once)[""]()
     config.model.model_name_or_path, config.data.dataset, config.ckpt.output_dir = "m", "d", "o"
-    check(config, None, Once)
+    check(config, NoSettings(), Once)
+
+
+@pytest.mark.parametrize("name", algorithms.names())
+def test_defaults_are_in_range(name):
+    algorithm = algorithms.get(name)
+    assert flags.out_of_range({key: make() for key, make in sections(algorithm).items()}) == []
 
 
 def test_configurations_share_no_list():

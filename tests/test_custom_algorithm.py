@@ -79,7 +79,7 @@ def test_its_flags_are_those_of_a_built_in(installed, tmp_path):
     assert "dpop:\n  penalty: 7.0" in process.stdout
     refused = command_line(*argv, "--dpop.penalty", "-1", path=installed)
     assert refused.returncode == 2
-    assert "--dpop.penalty -1.0 must be 0 or more" in refused.stderr
+    assert "--dpop.penalty: -1.0 is out of range, use at least 0" in refused.stderr
 
 
 # The loss -------------------------------------------------------------------------------------------------------------

@@ -308,6 +308,42 @@ def test_help_text():
     assert "--config" in text
 
 
+@dataclass
+class Bounded:
+    count: int = flags.setting(3, "how many", low=1)
+    rate: float = flags.setting(0.1, "how fast", above=0)
+    share: float = flags.setting(0.5, "of all", low=0, high=1)
+    mass: float = flags.setting(1.0, "of it", above=0, high=1)
+    every: int = flags.setting(-1, "steps (-1: never)", low=1, also=-1)
+    betas: tuple[float, float] = flags.setting((0.9, 0.99), "decay", low=0, below=1)
+    sizes: list[int] = flags.setting([], "of each", low=1)
+    limit: int | None = flags.setting(None, "at most", low=0)
+    name: str = flags.setting("", "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside", "words"),
+    [
+        ("count", [1, 7], [0, -1], "at least 1"),
+        ("rate", [1e-9, 5], [0, -0.1, float("nan")], "more than 0"),
+        ("share", [0, 0.3, 1], [-0.01, 1.01, float("nan")], "0 to 1"),
+        ("mass", [0.01, 1], [0, 1.5], "more than 0, at most 1"),
+        ("every", [-1, 1, 10], [0, -2], "at least 1, or -1"),
+        ("betas", [(0.0, 0.999)], [(0.9, 1.0), (-0.1, 0.5)], "at least 0, less than 1 each"),
+        ("sizes", [[], [1, 2]], [[1, 0]], "at least 1 each"),
+        ("limit", [None, 0], [-1], "at least 0"),
+    ],
+)
+def test_ranges_stand_on_the_field(name, inside, outside, words):
+    for value in inside:
+        assert flags.out_of_range({"b": Bounded(**{name: value})}) == []
+    for value in outside:
+        (problem,) = flags.out_of_range({"b": Bounded(**{name: value})})
+        assert problem.startswith(f"--b.{name}: ") and problem.endswith(f" is out of range, use {words}")
+        assert flags.out_of_range({"b": Bounded(**{name: value})}, ("a.",)) == []
+    assert f", {words}; default:" in flags.help_text({"": Bounded}).partition(f"--{name} ")[2].splitlines()[0]
+
+
 def test_defaults_are_not_shared():
     read().train.names.append("x")
     assert read().train.names == ["all"]

@@ -201,7 +201,7 @@ def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
             "--rollout.n_samples_per_prompt: --algo nash_md samples in every step",
         ),
         (("--rounds.count", "0"), "--rounds.count: 0"),
-        (("--nash_md.mixture", "2"), "--nash_md.mixture 2.0 is out of range"),
+        (("--nash_md.mixture", "2"), "--nash_md.mixture: 2.0 is out of range"),
     ],
 )
 def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path):

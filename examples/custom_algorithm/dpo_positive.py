@@ -24,7 +24,9 @@ def dpop_loss(batch: PairBatch, beta: float, penalty: float) -> Tensor:
 
 @dataclass
 class DPOPositiveSettings:
-    penalty: float = setting(5.0, "lambda: weight of the log-probability that the chosen response has lost (0: DPO)")
+    penalty: float = setting(
+        5.0, "lambda: weight of the log-probability that the chosen response has lost (0: DPO)", low=0
+    )
 
 
 class DPOPositive(Algorithm):
@@ -34,10 +36,6 @@ class DPOPositive(Algorithm):
     paper = "arXiv 2402.13228"
     summary = "DPO-Positive: the chosen response must not become less likely"
     settings = DPOPositiveSettings
-
-    @classmethod
-    def check(cls, options: DPOPositiveSettings) -> list[str]:
-        return [] if options.penalty >= 0 else [f"--dpop.penalty {options.penalty} must be 0 or more"]
 
     def loss(self, batch: PairBatch) -> Tensor:
         return dpop_loss(batch, self.beta, self.options.penalty)

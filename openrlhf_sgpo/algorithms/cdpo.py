@@ -22,7 +22,7 @@ def cdpo_loss(margins: Tensor, label_smoothing: float | Tensor) -> Tensor:
 
 @dataclass
 class CDPOSettings:
-    label_smoothing: float = setting(0.1, "assumed share of wrong labels e (0: DPO; less than 0.5)")
+    label_smoothing: float = setting(0.1, "assumed share of wrong labels e (0: DPO)", low=0, below=0.5)
 
 
 class CDPO(Algorithm):
@@ -35,12 +35,6 @@ class CDPO(Algorithm):
     paper = "ericmitchell.ai/cdpo.pdf"
     summary = "conservative DPO: label smoothing on the human pairs"
     settings = CDPOSettings
-
-    @classmethod
-    def check(cls, options: CDPOSettings) -> list[str]:
-        if 0 <= options.label_smoothing < 0.5:
-            return []
-        return [f"--cdpo.label_smoothing {options.label_smoothing} is out of range, use 0 or more, less than 0.5"]
 
     def loss(self, batch: PairBatch) -> Tensor:
         return cdpo_loss(batch.margins(self.beta), self.options.label_smoothing)

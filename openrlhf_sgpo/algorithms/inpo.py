@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class INPOSettings:
-    inverse_step: float = setting(0.0075, "eta, the inverse size of a round's mirror step; larger than --model.beta")
+    inverse_step: float = setting(
+        0.0075, "eta, the inverse size of a round's mirror step; larger than --model.beta", above=0
+    )
 
 
 class INPO(OnPolicyAlgorithm):
@@ -35,12 +37,6 @@ class INPO(OnPolicyAlgorithm):
     models = ("reference", "previous")
     defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.0025, "rollout.temperature": 1.0}
     steps_per_sync = 0
-
-    @classmethod
-    def check(cls, options: INPOSettings) -> list[str]:
-        if options.inverse_step > 0:
-            return []
-        return [f"--inpo.inverse_step {options.inverse_step} is out of range, use more than 0"]
 
     def __init__(self, options: INPOSettings, beta: float):
         super().__init__(options, beta)

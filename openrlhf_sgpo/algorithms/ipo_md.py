@@ -11,7 +11,9 @@ from openrlhf_sgpo.flags import setting
 
 @dataclass
 class IPOMDSettings:
-    mixture: float = setting(0.125, "the reference's share in what the answers are drawn from (0: online IPO)")
+    mixture: float = setting(
+        0.125, "the reference's share in what the answers are drawn from (0: online IPO)", low=0, high=1
+    )
 
 
 class IPOMD(OnlineIPO):
@@ -23,12 +25,6 @@ class IPOMD(OnlineIPO):
     name = "ipo_md"
     summary = "IPO-MD: online IPO on answers of a mixture of policy and reference"
     settings = IPOMDSettings
-
-    @classmethod
-    def check(cls, options: IPOMDSettings) -> list[str]:
-        if 0 <= options.mixture <= 1:
-            return []
-        return [f"--ipo_md.mixture {options.mixture} is out of range, use 0 to 1"]
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 @dataclass
 class NashMDSettings:
     mixture: float = setting(
-        0.125, "the reference's share in the opponent (0: self-play, 1: best response to the reference)"
+        0.125,
+        "the reference's share in the opponent (0: self-play, 1: best response to the reference)",
+        low=0,
+        high=1,
     )
     kl_level: Level = setting("sequence", LEVEL_HELP)
 
@@ -37,12 +40,6 @@ class NashMD(OnPolicyAlgorithm):
     summary = "Nash-MD-PG: policy gradient against a mixture of policy and reference"
     settings = NashMDSettings
     defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.008}
-
-    @classmethod
-    def check(cls, options: NashMDSettings) -> list[str]:
-        if 0 <= options.mixture <= 1:
-            return []
-        return [f"--nash_md.mixture {options.mixture} is out of range, use 0 to 1"]
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -21,7 +21,7 @@ def rdpo_loss(margins: Tensor, flip_rate: float) -> Tensor:
 
 @dataclass
 class RDPOSettings:
-    flip_rate: float = setting(0.1, "share of the labels that are known to be swapped, e (0: DPO; less than 0.5)")
+    flip_rate: float = setting(0.1, "share of the labels that are known to be swapped, e (0: DPO)", low=0, below=0.5)
 
 
 class RDPO(Algorithm):
@@ -35,12 +35,6 @@ class RDPO(Algorithm):
     paper = "arXiv 2403.00409"
     summary = "provably robust DPO: unbiased under labels flipped at a known rate"
     settings = RDPOSettings
-
-    @classmethod
-    def check(cls, options: RDPOSettings) -> list[str]:
-        if 0 <= options.flip_rate < 0.5:
-            return []
-        return [f"--rdpo.flip_rate {options.flip_rate} is out of range, use 0 or more, less than 0.5"]
 
     def loss(self, batch: PairBatch) -> Tensor:
         return rdpo_loss(batch.margins(self.beta), self.options.flip_rate)

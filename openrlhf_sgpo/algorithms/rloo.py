@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RLOOSettings:
-    answers: int = setting(2, "answers per prompt")
+    answers: int = setting(2, "answers per prompt", low=2)
 
 
 class RLOO(OnPolicyAlgorithm):
@@ -31,10 +31,6 @@ class RLOO(OnPolicyAlgorithm):
     paper = "arXiv 2402.14740"
     summary = "RLOO: REINFORCE on win rates among the policy's own answers"
     settings = RLOOSettings
-
-    @classmethod
-    def check(cls, options: RLOOSettings) -> list[str]:
-        return [] if options.answers >= 2 else [f"--rloo.answers {options.answers} is too few, use at least 2"]
 
     @property
     def roles(self) -> tuple[Role, ...]:

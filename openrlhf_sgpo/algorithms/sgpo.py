@@ -24,27 +24,33 @@ class FollowerSettings:
     """When the follower answers again, and what holds the leader back meanwhile."""
 
     refresh_steps: int = setting(
-        1, "solve the follower again every so many optimiser steps on the latest margins (0: once per stage)"
+        1,
+        "solve the follower again every so many optimiser steps on the latest margins (0: once per stage)",
+        low=0,
     )
-    refresh_window: int = setting(1024, "how many of the latest margins the refreshed follower sees")
+    refresh_window: int = setting(1024, "how many of the latest margins the refreshed follower sees", low=1)
     prox: float = setting(
         0.0,
         "weight of a proximal term: the squared distance of each margin from where it was at the start of the stage",
+        low=0,
     )
 
 
 @dataclass
 class SGPOSettings(FollowerSettings):
-    radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo.space (0: no follower)")
+    radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo.space (0: no follower)", low=0)
     space: Literal["margin", "probability"] = setting(
         "margin", "where the ball lives: on margins (the paper), or on win probabilities sigmoid(margin) (its code)"
     )
     pieces: int = setting(
         0,
         "tangents that stand for the loss (0: the exact loss in margin space; in probability space, where it is unbounded, 6)",
+        low=0,
     )
     window_pad: float = setting(
-        1.0, "margin space: the support reaches this far beyond the smallest and largest margin at the start of a stage"
+        1.0,
+        "margin space: the support reaches this far beyond the smallest and largest margin at the start of a stage",
+        low=0,
     )
 
 
@@ -64,17 +70,6 @@ class SGPO(Algorithm):
     summary = "SSAPO: self-annotated rounds against the worst case in a Wasserstein ball"
     settings: ClassVar[type] = SGPOSettings
     needs = Needs(rounds=True, samples_per_prompt=2)
-
-    @classmethod
-    def check(cls, options: Any) -> list[str]:
-        problems = [
-            f"--{cls.name}.{flag} {getattr(options, flag)} must be 0 or more"
-            for flag in ("radius", "pieces", "window_pad", "refresh_steps", "prox")
-            if getattr(options, flag, 0) < 0
-        ]
-        if options.refresh_steps and options.refresh_window < 1:
-            problems.append(f"--{cls.name}.refresh_window {options.refresh_window} must be 1 or more")
-        return problems
 
     def __init__(self, options: Any, beta: float):
         super().__init__(options, beta)

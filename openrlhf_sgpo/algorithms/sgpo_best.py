@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class SGPOBestSettings(FollowerSettings):
-    radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo_best.space (0: DPO)")
+    radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo_best.space (0: DPO)", low=0)
     space: Literal["margin", "probability"] = setting(
         "margin", "where the ball lives: on margins, or on win probabilities sigmoid(margin)"
     )

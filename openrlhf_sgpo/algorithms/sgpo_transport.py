@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class SGPOTransportSettings:
-    radius: float = setting(0.01, "radius of the Wasserstein ball on margins (0: no follower, DPO)")
-    pieces: int = setting(6, "tangents that stand for the loss in the follower (0: the exact loss)")
-    window_pad: float = setting(1.0, "the support reaches this far beyond the smallest and largest margin")
-    group_size: int = setting(100, "solve the follower on random groups of so many pairs (0: all pairs at once)")
+    radius: float = setting(0.01, "radius of the Wasserstein ball on margins (0: no follower, DPO)", low=0)
+    pieces: int = setting(6, "tangents that stand for the loss in the follower (0: the exact loss)", low=0)
+    window_pad: float = setting(1.0, "the support reaches this far beyond the smallest and largest margin", low=0)
+    group_size: int = setting(100, "solve the follower on random groups of so many pairs (0: all pairs at once)", low=0)
     solver: Literal["exact", "program"] = setting(
         "exact", "exact: one sort; program: the paper's convex program in cvxpy"
     )
@@ -48,14 +48,8 @@ class SGPOTransport(Algorithm):
 
     @classmethod
     def check(cls, options: Any) -> list[str]:
-        problems = [
-            f"--{cls.name}.{flag} {getattr(options, flag)} must be 0 or more"
-            for flag in ("radius", "pieces", "window_pad", "group_size")
-            if getattr(options, flag, 0) < 0
-        ]
-        if cls.package(options) and (problem := extras.missing(cls.package(options))):
-            problems.append(f"--algo {cls.name}: {problem}")
-        return problems
+        problem = cls.package(options) and extras.missing(cls.package(options))
+        return [f"--algo {cls.name}: {problem}"] if problem else []
 
     @classmethod
     def package(cls, options: Any) -> str:

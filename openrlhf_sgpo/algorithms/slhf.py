@@ -18,8 +18,8 @@ IMPROVE = "Improve the previous answer. Phrase it as if it was the original resp
 
 @dataclass
 class SLHFSettings:
-    follower_beta: float = setting(0.0, "the follower's tau (0: --model.beta, which is the leader's)")
-    kappa: float = setting(5.0, "how much faster the follower learns than the leader")
+    follower_beta: float = setting(0.0, "the follower's tau (0: --model.beta, which is the leader's)", low=0)
+    kappa: float = setting(5.0, "how much faster the follower learns than the leader", low=0)
     kappa_mode: Literal["loss_weight", "alternate", "learning_rate"] = setting(
         "loss_weight",
         "kappa weighs the follower's loss (of one model); or the follower learns in kappa steps for one of the leader; or its "
@@ -28,7 +28,7 @@ class SLHFSettings:
     sharing: Literal["shared", "two_adapters"] = setting(
         "shared", "one model in both roles; or two LoRA adapters, each sampled and trained in its own role"
     )
-    followers: int = setting(1, "follower answers to each draft of the leader")
+    followers: int = setting(1, "follower answers to each draft of the leader", low=1)
     follower_prompt: str = setting(IMPROVE, "what the follower is told after it has seen the prompt and the draft")
     follower_kl_credit: bool = setting(
         True,
@@ -71,11 +71,6 @@ class SLHF(OnPolicyAlgorithm):
     @classmethod
     def check(cls, options: SLHFSettings) -> list[str]:
         problems = []
-        if options.followers < 1:
-            problems.append(f"--slhf.followers {options.followers} is too few, use at least 1")
-        for flag in ("follower_beta", "kappa"):
-            if getattr(options, flag) < 0:
-                problems.append(f"--slhf.{flag} {getattr(options, flag)} is out of range, use 0 or more")
         if not options.follower_prompt.strip():
             problems.append("--slhf.follower_prompt is empty: the follower would not know what to do with the draft")
         if options.kappa_mode == "alternate" and (options.kappa < 1 or options.kappa % 1):

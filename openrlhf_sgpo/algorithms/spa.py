@@ -55,15 +55,18 @@ def released_threshold(recent: Tensor) -> float:
 
 @dataclass
 class SPASettings:
-    smoothing: float = setting(0.1, "label smoothing alpha of the pairs in doubt (0: no refinement)")
-    noisy_share: float = setting(0.1, "K: this share of the pairs, the least confident ones, is in doubt (0 to 1)")
+    smoothing: float = setting(0.1, "label smoothing alpha of the pairs in doubt (0: no refinement)", low=0, below=0.5)
+    noisy_share: float = setting(
+        0.1, "K: this share of the pairs, the least confident ones, is in doubt", low=0, high=1
+    )
     extrapolation: list[float] = setting(
         [0.5, 0.25, 0.125],
         "lambda of each round, the last one for all later rounds: the confidence is taken under logits (1 + lambda) policy "
         "- lambda reference (0: under the policy)",
+        low=0,
     )
-    warmup_share: float = setting(0.2, "no refinement in this share of a round's first steps (0 to 1)")
-    window: int = setting(50, "how many of the latest confidences decide where the least confident ones begin")
+    warmup_share: float = setting(0.2, "no refinement in this share of a round's first steps", low=0, high=1)
+    window: int = setting(50, "how many of the latest confidences decide where the least confident ones begin", low=1)
     threshold: Literal["quantile", "released"] = setting(
         "quantile",
         "quantile: below --spa.noisy_share of the window; released: the rule of the authors' code (window 50, share 0.1)",
@@ -88,17 +91,9 @@ class SPA(Algorithm):
     @classmethod
     def check(cls, options: SPASettings) -> list[str]:
         problems = []
-        if not 0 <= options.smoothing < 0.5:
-            problems.append(f"--spa.smoothing {options.smoothing} is out of range, use 0 or more, less than 0.5")
-        for flag in ("noisy_share", "warmup_share"):
-            if not 0 <= getattr(options, flag) <= 1:
-                problems.append(f"--spa.{flag} {getattr(options, flag)} is out of range, use 0 to 1")
-        if not options.extrapolation or min(options.extrapolation) < 0:
-            given = " ".join(map(str, options.extrapolation)) or "is empty"
-            problems.append(f"--spa.extrapolation {given}: give one or more numbers of 0 or more (0: off)")
-        if options.window < 1:
-            problems.append(f"--spa.window {options.window} must be 1 or more")
-        elif options.threshold == "released":
+        if not options.extrapolation:
+            problems.append("--spa.extrapolation is empty: give one or more numbers of 0 or more (0: off)")
+        if options.threshold == "released":
             if (options.window, options.noisy_share) != (RELEASED_WINDOW, RELEASED_SHARE):
                 problems.append(
                     f"--spa.threshold released needs --spa.window {RELEASED_WINDOW} and --spa.noisy_share "

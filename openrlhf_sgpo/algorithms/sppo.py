@@ -22,8 +22,8 @@ def sppo_loss(log_ratios: Tensor, win_rates: Tensor, step: float) -> Tensor:
 
 @dataclass
 class SPPOSettings:
-    answers: int = setting(5, "answers per prompt, which also estimate the win rates")
-    step: float = setting(1000.0, "eta, the size of the multiplicative step of a round")
+    answers: int = setting(5, "answers per prompt, which also estimate the win rates", low=2)
+    step: float = setting(1000.0, "eta, the size of the multiplicative step of a round", above=0)
     train_on: Literal["extremes", "all"] = setting(
         "extremes",
         "extremes: the answers with the largest and the smallest win rate (the authors' code); all: every answer",
@@ -45,15 +45,6 @@ class SPPO(OnPolicyAlgorithm):
     models = ("previous",)
     defaults: ClassVar[dict[str, Any]] = {"rollout.temperature": 1.0}
     steps_per_sync = 0
-
-    @classmethod
-    def check(cls, options: SPPOSettings) -> list[str]:
-        problems = []
-        if options.answers < 2:
-            problems.append(f"--sppo.answers {options.answers} is too few, use at least 2")
-        if options.step <= 0:
-            problems.append(f"--sppo.step {options.step} is out of range, use more than 0")
-        return problems
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -38,14 +38,18 @@ class EvaluationJudgeSettings(ServerSettings):
     api_version: str = setting(
         "", "version of Azure's API, such as 2024-10-21; --judge.base_url is then the resource's endpoint"
     )
-    price_prompt: float = setting(0.0, "USD per million prompt tokens (0: unknown)")
-    price_completion: float = setting(0.0, "USD per million completion tokens (0: unknown)")
-    max_cost: float = setting(0.0, "USD that judging may cost; what may cost more is not asked (0: no limit)")
+    price_prompt: float = setting(0.0, "USD per million prompt tokens (0: unknown)", low=0)
+    price_completion: float = setting(0.0, "USD per million completion tokens (0: unknown)", low=0)
+    max_cost: float = setting(0.0, "USD that judging may cost; what may cost more is not asked (0: no limit)", low=0)
     max_len: int = setting(
-        0, "of a model that is served here: longest prompt plus reply, in tokens (0: the model's own)"
+        0,
+        "of a model that is served here: longest prompt plus reply, in tokens (0: the model's own)",
+        low=0,
     )
-    gpu_memory_utilization: float = setting(0.9, "of a model that is served here: share of a GPU's memory")
-    tensor_parallel_size: int = setting(1, "of a model that is served here: GPUs")
+    gpu_memory_utilization: float = setting(
+        0.9, "of a model that is served here: share of a GPU's memory", above=0, high=1
+    )
+    tensor_parallel_size: int = setting(1, "of a model that is served here: GPUs", low=1)
 
 
 # Settings that only a server reads that is started here.
@@ -80,7 +84,7 @@ def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:
         found.append(
             f"--judge.model: missing, and nobody judges by default; name a model, or with --judge.preset one of {_presets()}"
         )
-    found += server_problems(settings, "judge") + _address_problems(settings) + _range_problems(settings)
+    found += server_problems(settings, "judge") + _address_problems(settings) + flags.out_of_range({"judge": settings})
     if settings.max_cost > 0 and not settings.price_prompt + settings.price_completion:
         found.append("--judge.max_cost: needs --judge.price_prompt and --judge.price_completion")
     return found
@@ -104,24 +108,6 @@ def _address_problems(settings: EvaluationJudgeSettings) -> list[str]:
     if model and (problem := extras.missing("vllm")):
         return [f"--judge.base_url: missing, and no model can be served here: {problem}"]
     return []
-
-
-def _range_problems(settings: EvaluationJudgeSettings) -> list[str]:
-    smallest = {"concurrency": 1, "tensor_parallel_size": 1} | dict.fromkeys(
-        ("max_retries", "price_prompt", "price_completion", "max_cost", "max_len"), 0
-    )
-    found = [
-        f"--judge.{name}: {getattr(settings, name)} is out of range, use at least {least}"
-        for name, least in smallest.items()
-        if getattr(settings, name) < least
-    ]
-    if settings.timeout <= 0:
-        found.append(f"--judge.timeout: {settings.timeout} is out of range, use more than 0")
-    if not 0 < settings.gpu_memory_utilization <= 1:
-        found.append(
-            f"--judge.gpu_memory_utilization: {settings.gpu_memory_utilization} is out of range, use more than 0, at most 1"
-        )
-    return found
 
 
 def _presets() -> str:

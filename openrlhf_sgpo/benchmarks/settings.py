@@ -76,7 +76,7 @@ def load(argv: Sequence[str]) -> Loaded:
     """From command-line arguments. Raises flags.SettingsError with every problem at once, ValueError for what is no model."""
     instances, given, _ = flags.parse(argv, sections())
     settings: EvaluateSettings = instances[""]
-    problems = _problems(settings, given)
+    problems = _problems(settings, instances, given)
     if problems:
         raise flags.SettingsError(*problems)
     judged = any(tasks.get(name).judged for name in settings.tasks)
@@ -126,7 +126,7 @@ def contestants(settings: EvaluateSettings) -> list[Contestant]:
     return found
 
 
-def _problems(settings: EvaluateSettings, given: Mapping[str, str]) -> list[str]:
+def _problems(settings: EvaluateSettings, options: Mapping[str, Any], given: Mapping[str, str]) -> list[str]:
     missing = {"models": "who is evaluated", "out": "a folder for the results", "tasks": "benchmarks"}
     problems = [f"--{name}: missing, give {what}" for name, what in missing.items() if not getattr(settings, name)]
     for name in settings.tasks:
@@ -151,12 +151,11 @@ def _problems(settings: EvaluateSettings, given: Mapping[str, str]) -> list[str]
     if settings.models and all(map(is_file, (text.rpartition("=")[2] for text in settings.models))):
         reasons |= dict.fromkeys(("rollout.", "vllm.", "ds.", "data.", "train."), "all --models are files of answers")
     problems += unread(settings, defaults(), given, reasons)
-    if settings.rollout.temperature < 0:
-        problems.append(f"--rollout.temperature: {settings.rollout.temperature} is out of range, use at least 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append(
             "evaluate is one process: start it without a launcher, engines share GPUs by --vllm.num_engines"
         )
-    problems += no_room(settings) + sampling_problems(run_config(settings))
+    tasks_options = {name: options[name] for name in known}
+    problems += no_room(settings) + flags.out_of_range(tasks_options) + sampling_problems(run_config(settings))
     # At temperature 0 an answer is the likeliest one, which is all right where there is one per item.
-    return [problem for problem in problems if "makes all samples of a prompt identical" not in problem]
+    return [problem for problem in problems if problem != "--rollout.temperature: 0.0 is out of range, use more than 0"]

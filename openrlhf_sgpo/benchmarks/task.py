@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from openrlhf_sgpo import flags
+
 if TYPE_CHECKING:
     from openrlhf_sgpo.benchmarks.benchmark_files import Fields
     from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
@@ -81,6 +83,9 @@ class Task:
     packages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Any):
+        """Raises ValueError for a setting that is out of its range."""
+        if problems := flags.out_of_range({self.name: settings}):
+            raise flags.SettingsError(*problems)
         self.settings = settings
 
     def items(self) -> list[Item]:

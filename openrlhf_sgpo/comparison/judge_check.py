@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.config import Config, DataSettings, JudgeSettings, RewardSettings, TrainSettings
-from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.records import Pair, fingerprint, load_pairs
 from openrlhf_sgpo.flags import setting
@@ -242,11 +241,9 @@ def load(argv: Sequence[str]) -> JudgeCheckSettings:
     problems = [f"--{name}: missing, give {what}" for name, (value, what) in required.items() if not value]
     if settings.data.dataset_split and is_file(settings.data.dataset):
         problems.append(f"--data.dataset_split: {settings.data.dataset} is a file, which has no splits; leave it out")
-    if settings.data.max_samples < 0:
-        problems.append(f"--data.max_samples: {settings.data.max_samples} is out of range, use at least 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("judge-check is one process: start it without a launcher")
-    problems += _oracle_problems(settings, given)
+    problems += flags.out_of_range({"": settings}) + _oracle_problems(settings, given)
     if problems:
         raise flags.SettingsError(*problems)
     return settings
@@ -263,8 +260,7 @@ def _oracle_problems(settings: JudgeCheckSettings, given: dict[str, str]) -> lis
     groups = ("reward.", "judge.", *(_LOCAL if settings.oracle == "judge" else ()))
     reasons = dict.fromkeys(groups, f"--oracle {settings.oracle} has no use for it")
     problems = unread(settings, JudgeCheckSettings(), given, reasons, kind.reads)
-    ranges = [one for one in sampling_problems(config) if not one.startswith(("--rollout.", "--vllm."))]
-    return problems + ranges + kind.problems(config)
+    return problems + kind.problems(config)
 
 
 def main(argv: Sequence[str]) -> int:

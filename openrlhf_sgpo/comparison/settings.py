@@ -46,10 +46,10 @@ class CompareSettings:
     out: str = setting("", "folder for answers, preferences and results")
     prompts: str = setting("", "prompts to answer: a file, or a hub name (default: the runs' held-out prompts)")
     split: str = setting("", "split of --prompts when it is a hub name (default: train, or train_prefs)")
-    max_prompts: int = setting(0, "answer at most so many prompts (0: all)")
+    max_prompts: int = setting(0, "answer at most so many prompts (0: all)", low=0)
     oracle: str = setting("", "who compares answers: as in training, but implicit is always frozen")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
-    beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit")
+    beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit", above=0)
     data: Any = field(default_factory=Data)
     rollout: Any = field(default_factory=Rollout)
     vllm: Any = field(default_factory=Vllm)
@@ -102,14 +102,12 @@ def _problems(settings: CompareSettings) -> list[str]:
     problems = [f"--{name}: missing, give {what}" for name, what in missing.items() if not getattr(settings, name)]
     if settings.split and (not settings.prompts or is_file(settings.prompts)):
         problems.append(f"--split: --prompts {settings.prompts or 'is not given'} has no splits; leave it out")
-    if settings.max_prompts < 0:
-        problems.append(f"--max_prompts: {settings.max_prompts} is out of range, use at least 0")
-    if settings.beta <= 0:
-        problems.append(f"--beta: {settings.beta} is out of range, use more than 0")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("compare is one process: start it without a launcher, engines share GPUs by --vllm.num_engines")
     config = run_config(settings, "", "")
-    problems += no_room(settings) + sampling_problems(config)
+    problems += (
+        no_room(settings) + flags.out_of_range({"": settings}, ("max_prompts", "beta")) + sampling_problems(config)
+    )
     try:
         return problems + (oracle.get(settings.oracle).problems(config) if settings.oracle else [])
     except ValueError as error:

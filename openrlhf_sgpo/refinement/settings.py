@@ -50,20 +50,20 @@ class RefineSettings:
     prompts: str = setting("", "prompts to answer: a file, or a hub name (default: those of --drafts)")
     split: str = setting("", "split of --prompts when it is a hub name (default: train, or train_prefs)")
     drafts: str = setting("", "file of another model's answers to revise (default: the model's own)")
-    depth: int = setting(5, "answers of a chain: the first one, and revisions, each of the answer before it")
+    depth: int = setting(5, "answers of a chain: the first one, and revisions, each of the answer before it", low=1)
     controls: list[Control] | None = setting(
         None,
         "what a chain is compared with at the same number of tokens: iid, independent answers; best_of_n, the best of them "
         "(default: iid, and with an oracle both)",
     )
-    control_samples: int = setting(64, "at most so many independent answers to a prompt")
+    control_samples: int = setting(64, "at most so many independent answers to a prompt", low=1)
     follower_prompt: str = setting(IMPROVE, "what the model is told after it has seen prompt and draft")
     out: str = setting("", "folder for records and results")
     oracle: str = setting(
         "", "who compares answers: as in training, but implicit is always frozen (default: nobody, tokens are counted)"
     )
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
-    beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit")
+    beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit", above=0)
     ref: _Reference = field(default_factory=_Reference)
     data: Any = field(default_factory=Data)
     rollout: Any = field(default_factory=Rollout)
@@ -128,15 +128,10 @@ def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
         problems.append(f"--split: --prompts {settings.prompts or 'is not given'} has no splits; leave it out")
     if settings.round is not None and settings.model and not is_run:
         problems.append(f"--round: --model {settings.model} is not a run folder; leave it out")
-    for name in ("depth", "control_samples"):
-        if getattr(settings, name) < 1:
-            problems.append(f"--{name}: {getattr(settings, name)} is out of range, use at least 1")
     if settings.drafts and settings.depth == 1:
         problems.append("--depth: 1 revises nothing of --drafts; use at least 2")
     if not settings.follower_prompt.strip():
         problems.append("--follower_prompt: empty, the model would not know what to do with a draft")
-    if settings.beta <= 0:
-        problems.append(f"--beta: {settings.beta} is out of range, use more than 0")
     controls = settings.controls or []
     if len(set(controls)) < len(controls):
         problems.append("--controls: one of them is given twice")
@@ -144,6 +139,7 @@ def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
         problems.append("--controls: best_of_n needs an oracle that says which is best; give --oracle")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("refine is one process: start it without a launcher, engines share GPUs by --vllm.num_engines")
+    problems += flags.out_of_range({"": settings}, ("depth", "control_samples", "beta"))
     return problems + no_room(settings) + sampling_problems(config) + _oracle_problems(settings, config)
 
 

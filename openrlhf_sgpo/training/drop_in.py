@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
 from openrlhf_sgpo.finite import NotFiniteError
@@ -21,13 +22,13 @@ class SGPOLoss(nn.Module):
     DPO's. The recent margins are not part of OpenRLHF's checkpoints: after a restart the loss is DPO's again until the first
     solve. A follower that is solved once per stage, and the proximal term, need the rounds of ``openrlhf-sgpo train``.
 
-    Raises ValueError for settings that do not go together.
+    Raises ValueError for settings that are out of range or do not go together.
     """
 
     def __init__(self, beta: float, settings: SGPOSettings | None = None):
         super().__init__()
         settings = settings or SGPOSettings()
-        problems = SGPO.check(settings)
+        problems = flags.out_of_range({SGPO.name: settings}) + SGPO.check(settings)
         if not settings.refresh_steps:
             problems.append("refresh_steps 0: here the follower has nothing but recent margins; give 1 or more")
         if settings.prox:

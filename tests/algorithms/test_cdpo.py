@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.cdpo import CDPO, CDPOSettings, cdpo_loss
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
@@ -62,10 +63,10 @@ def test_gradient():
 
 @pytest.mark.parametrize("rate", [-0.1, 0.5, 1.0])
 def test_out_of_range(rate):
-    (problem,) = CDPO.check(CDPOSettings(rate))
-    assert problem == f"--cdpo.label_smoothing {rate} is out of range, use 0 or more, less than 0.5"
+    (problem,) = flags.out_of_range({"cdpo": CDPOSettings(rate)})
+    assert problem == f"--cdpo.label_smoothing: {rate} is out of range, use at least 0, less than 0.5"
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.49])
 def test_in_range(rate):
-    assert CDPO.check(CDPOSettings(rate)) == []
+    assert flags.out_of_range({"cdpo": CDPOSettings(rate)}) == []

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.algorithms.rdpo import RDPO, RDPOSettings, rdpo_loss
@@ -65,10 +66,10 @@ def test_gradient():
 
 @pytest.mark.parametrize("rate", [-0.1, 0.5, 1.0])
 def test_out_of_range(rate):
-    (problem,) = RDPO.check(RDPOSettings(rate))
-    assert problem == f"--rdpo.flip_rate {rate} is out of range, use 0 or more, less than 0.5"
+    (problem,) = flags.out_of_range({"rdpo": RDPOSettings(rate)})
+    assert problem == f"--rdpo.flip_rate: {rate} is out of range, use at least 0, less than 0.5"
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.49])
 def test_in_range(rate):
-    assert RDPO.check(RDPOSettings(rate)) == []
+    assert flags.out_of_range({"rdpo": RDPOSettings(rate)}) == []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pair_batches import BETA, batch, close, draw, gradient_of
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SaturatedBallError, SGPOSettings
@@ -355,16 +356,16 @@ def test_margins_that_are_not_finite(bad):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"radius": -0.1}, ["--sgpo.radius -0.1 must be 0 or more"]),
-        ({"pieces": -1}, ["--sgpo.pieces -1 must be 0 or more"]),
-        ({"window_pad": -1.0}, ["--sgpo.window_pad -1.0 must be 0 or more"]),
-        ({"refresh_steps": -2}, ["--sgpo.refresh_steps -2 must be 0 or more"]),
-        ({"prox": -1.0}, ["--sgpo.prox -1.0 must be 0 or more"]),
-        ({"refresh_steps": 5, "refresh_window": 0}, ["--sgpo.refresh_window 0 must be 1 or more"]),
+        ({"radius": -0.1}, ["--sgpo.radius: -0.1 is out of range, use at least 0"]),
+        ({"pieces": -1}, ["--sgpo.pieces: -1 is out of range, use at least 0"]),
+        ({"window_pad": -1.0}, ["--sgpo.window_pad: -1.0 is out of range, use at least 0"]),
+        ({"refresh_steps": -2}, ["--sgpo.refresh_steps: -2 is out of range, use at least 0"]),
+        ({"prox": -1.0}, ["--sgpo.prox: -1.0 is out of range, use at least 0"]),
+        ({"refresh_steps": 5, "refresh_window": 0}, ["--sgpo.refresh_window: 0 is out of range, use at least 1"]),
     ],
 )
 def test_check_names_the_one_problem(options, parts):
-    (problem,) = SGPO.check(SGPOSettings(**options))
+    (problem,) = flags.out_of_range({"sgpo": SGPOSettings(**options)})
     for part in parts:
         assert part in problem
 
@@ -378,11 +379,11 @@ def test_check_names_the_one_problem(options, parts):
         {"space": "probability"},
         {"space": "probability", "pieces": 1},
         {"refresh_steps": 5, "refresh_window": 1},
-        {"refresh_steps": 0, "refresh_window": 0},  # nobody reads it
+        {"refresh_steps": 0},
     ],
 )
 def test_check_accepts(options):
-    assert SGPO.check(SGPOSettings(**options)) == []
+    assert flags.out_of_range({"sgpo": SGPOSettings(**options)}) == []
 
 
 def test_settings_and_check_need_no_torch():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pair_batches import BETA, batch, close, draw, gradient_of
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.algorithms.sgpo import SaturatedBallError
 from openrlhf_sgpo.algorithms.sgpo_best import SGPOBest, SGPOBestSettings
@@ -127,5 +128,5 @@ def test_saturated_best_case():
 
 
 def test_check_names_its_own_flags():
-    (problem,) = SGPOBest.check(SGPOBestSettings(radius=-1.0))
-    assert problem == "--sgpo_best.radius -1.0 must be 0 or more"
+    (problem,) = flags.out_of_range({"sgpo_best": SGPOBestSettings(radius=-1.0)})
+    assert problem == "--sgpo_best.radius: -1.0 is out of range, use at least 0"

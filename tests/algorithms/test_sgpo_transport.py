@@ -7,6 +7,7 @@ import pytest
 import torch
 from pair_batches import BETA, batch, close, draw
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.algorithms.sgpo import SaturatedBallError
@@ -147,14 +148,14 @@ def test_a_batch_must_say_which_pairs_it_holds():
 @pytest.mark.parametrize(
     ("algorithm", "options", "problem"),
     [
-        (SGPOTransport, {"radius": -0.1}, "--sgpo_transport.radius -0.1 must be 0 or more"),
-        (SGPOTransport, {"pieces": -1}, "--sgpo_transport.pieces -1 must be 0 or more"),
-        (SGPOTransport, {"window_pad": -1.0}, "--sgpo_transport.window_pad -1.0 must be 0 or more"),
-        (SGPOTransport, {"group_size": -3}, "--sgpo_transport.group_size -3 must be 0 or more"),
-        (SGPOReleased, {"pieces": 0}, "--sgpo_released.pieces 0: the loss is unbounded at probability 0"),
+        (SGPOTransport, {"radius": -0.1}, "--sgpo_transport.radius: -0.1 is out of range, use at least 0"),
+        (SGPOTransport, {"pieces": -1}, "--sgpo_transport.pieces: -1 is out of range, use at least 0"),
+        (SGPOTransport, {"window_pad": -1.0}, "--sgpo_transport.window_pad: -1.0 is out of range, use at least 0"),
+        (SGPOTransport, {"group_size": -3}, "--sgpo_transport.group_size: -3 is out of range, use at least 0"),
+        (SGPOReleased, {"pieces": 0}, "--sgpo_released.pieces: 0 is out of range, use at least 1"),
     ],
 )
 def test_check_names_the_one_problem(algorithm, options, problem):
-    (found,) = algorithm.check(algorithm.settings(**options))
+    (found,) = flags.out_of_range({algorithm.name: algorithm.settings(**options)})
     assert found.startswith(problem)
     assert algorithm.check(algorithm.settings()) == []

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.algorithms.spa import SPA, SPASettings, released_threshold, share_threshold, spa_loss
@@ -371,15 +372,15 @@ def test_certain_labels_confirm_whatever_the_seed_believed(favourite):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"smoothing": -0.1}, ["--spa.smoothing -0.1 is out of range"]),
-        ({"smoothing": 0.5}, ["--spa.smoothing 0.5 is out of range"]),
-        ({"noisy_share": -0.1}, ["--spa.noisy_share -0.1 is out of range, use 0 to 1"]),
-        ({"noisy_share": 1.1}, ["--spa.noisy_share 1.1 is out of range"]),
-        ({"warmup_share": 1.5}, ["--spa.warmup_share 1.5 is out of range"]),
-        ({"warmup_share": -0.5}, ["--spa.warmup_share -0.5 is out of range"]),
+        ({"smoothing": -0.1}, ["--spa.smoothing: -0.1 is out of range"]),
+        ({"smoothing": 0.5}, ["--spa.smoothing: 0.5 is out of range"]),
+        ({"noisy_share": -0.1}, ["--spa.noisy_share: -0.1 is out of range, use 0 to 1"]),
+        ({"noisy_share": 1.1}, ["--spa.noisy_share: 1.1 is out of range"]),
+        ({"warmup_share": 1.5}, ["--spa.warmup_share: 1.5 is out of range"]),
+        ({"warmup_share": -0.5}, ["--spa.warmup_share: -0.5 is out of range"]),
         ({"extrapolation": []}, ["--spa.extrapolation is empty: give one or more"]),
-        ({"extrapolation": [0.5, -0.25]}, ["--spa.extrapolation 0.5 -0.25: give one or more numbers of 0 or more"]),
-        ({"window": 0}, ["--spa.window 0 must be 1 or more"]),
+        ({"extrapolation": [0.5, -0.25]}, ["--spa.extrapolation: 0.5 -0.25 is out of range, use at least 0 each"]),
+        ({"window": 0}, ["--spa.window: 0 is out of range, use at least 1"]),
         ({"window": 8}, ["--spa.window 8 cannot resolve --spa.noisy_share 0.1, use at least 9"]),
         ({"window": 8, "noisy_share": 0.9}, ["--spa.window 8 cannot resolve --spa.noisy_share 0.9, use at least 9"]),
         ({"threshold": "released", "window": 40}, ["--spa.threshold released needs --spa.window 50", "fixes both"]),
@@ -387,7 +388,7 @@ def test_certain_labels_confirm_whatever_the_seed_believed(favourite):
     ],
 )
 def test_check_names_the_one_problem(options, parts):
-    (problem,) = SPA.check(SPASettings(**options))
+    (problem,) = flags.out_of_range({"spa": SPASettings(**options)}) or SPA.check(SPASettings(**options))
     for part in parts:
         assert part in problem
 

@@ -357,7 +357,7 @@ def test_an_instruction_without_a_checker_is_an_error_before_anybody_answers(tmp
 
 
 def test_a_negative_limit_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"--ifeval\.limit: -1 is negative"):
+    with pytest.raises(ValueError, match=r"--ifeval\.limit: -1 is out of range"):
         task_of(tmp_path, [[("punctuation:no_comma", {})]], limit=-1).items()
 
 

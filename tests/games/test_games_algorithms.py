@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from openrlhf_sgpo import games
+from openrlhf_sgpo import flags, games
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
 from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
 from openrlhf_sgpo.algorithms.nash_md import NashMD, NashMDSettings
@@ -178,17 +178,17 @@ def test_rloo_counts_the_preference_once():
 @pytest.mark.parametrize(
     ("algorithm", "options", "flag"),
     [
-        (NashMD, NashMDSettings(mixture=1.5), "--nash_md.mixture 1.5"),
-        (IPOMD, IPOMDSettings(mixture=-0.1), "--ipo_md.mixture -0.1"),
-        (RLOO, RLOOSettings(answers=1), "--rloo.answers 1"),
-        (SPPO, SPPOSettings(answers=1), "--sppo.answers 1"),
-        (SPPO, SPPOSettings(step=0.0), "--sppo.step 0.0"),
-        (INPO, INPOSettings(inverse_step=0.0), "--inpo.inverse_step 0.0"),
-        (SLHF, SLHFSettings(followers=0), "--slhf.followers 0"),
+        (NashMD, NashMDSettings(mixture=1.5), "--nash_md.mixture: 1.5 is out of range"),
+        (IPOMD, IPOMDSettings(mixture=-0.1), "--ipo_md.mixture: -0.1 is out of range"),
+        (RLOO, RLOOSettings(answers=1), "--rloo.answers: 1 is out of range"),
+        (SPPO, SPPOSettings(answers=1), "--sppo.answers: 1 is out of range"),
+        (SPPO, SPPOSettings(step=0.0), "--sppo.step: 0.0 is out of range"),
+        (INPO, INPOSettings(inverse_step=0.0), "--inpo.inverse_step: 0.0 is out of range"),
+        (SLHF, SLHFSettings(followers=0), "--slhf.followers: 0 is out of range"),
         (SLHF, SLHFSettings(follower_prompt=" "), "--slhf.follower_prompt is empty"),
     ],
 )
 def test_settings_out_of_range_are_named(algorithm, options, flag):
-    (problem,) = algorithm.check(options)
+    (problem,) = flags.out_of_range({algorithm.name: options}) or algorithm.check(options)
     assert problem.startswith(flag)
     assert algorithm.check(algorithm.settings()) == []

@@ -45,9 +45,11 @@ def test_the_follower_sees_the_window_and_evaluation_leaves_it_alone():
     torch.testing.assert_close(found, worst.robust_loss(margins(first)).mean(), rtol=1e-5, atol=1e-6)
 
 
-def test_settings_that_need_rounds_are_refused():
+def test_settings_that_need_rounds_or_are_out_of_range_are_refused():
     from openrlhf_sgpo import SGPOLoss
 
+    with pytest.raises(ValueError, match="--sgpo.radius: -1.0 is out of range, use at least 0"):
+        SGPOLoss(0.1, SGPOSettings(radius=-1.0))
     with pytest.raises(ValueError, match="refresh_steps 0"):
         SGPOLoss(0.1, SGPOSettings(refresh_steps=0))
     with pytest.raises(ValueError, match="prox 0.5"):

@@ -61,7 +61,7 @@ class AlpacaEvalSettings:
         "df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval, which the length-controlled win rate is fitted with "
         "(default: no such rate)",
     )
-    limit: int = setting(0, "only the first so many instructions (0: all)")
+    limit: int = setting(0, "only the first so many instructions (0: all)", low=0)
     unverified: bool = setting(False, "take --alpaca_eval.file although its content is not the published one")
 
 
@@ -88,8 +88,6 @@ class AlpacaEval(Task):
 
     def items(self) -> list[Item]:
         """Ids are positions from 0. Also checks the file of --alpaca_eval.df_gamed, if there is one."""
-        if self.settings.limit < 0:
-            raise ValueError(f"--alpaca_eval.limit: {self.settings.limit} is negative; 0 takes all instructions")
         if self.settings.df_gamed:
             check_gamed("alpaca_eval.df_gamed", Path(self.settings.df_gamed))
         rows = self._file[0][: self.settings.limit or None]

