@@ -10,8 +10,8 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 
 from openrlhf_sgpo import SGPOTrainer  # was: from openrlhf.trainer.dpo_trainer import DPOTrainer
-from openrlhf_sgpo.config import load
 from openrlhf_sgpo.openrlhf import RewardDataset, build_strategy, load_actor
+from openrlhf_sgpo.run_settings import load
 
 config, _ = load(["--algo", "dpo", *sys.argv[1:]])
 strategy = build_strategy(config)

@@ -1,21 +1,14 @@
 """Settings of a run: dataclasses whose fields are the command-line flags and the YAML keys.
 
 Names follow OpenRLHF's dotted flags (``--train.batch_size``, ``--adam.lr``, ``--ds.zero_stage``). A nested dataclass is a
-group; ``flags.py`` turns the tree into a parser. This module imports neither torch nor OpenRLHF, so that a dry run and
-the documentation cost nothing.
+group; ``flags.py`` turns the tree into a parser, and ``run_settings.py`` reads, completes and checks it.
 """
 
 from __future__ import annotations
 
-import os.path
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-from openrlhf_sgpo import algorithms, flags, trl_names
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.flags import setting
 
 
@@ -34,6 +27,45 @@ class ModelSettings:
 @dataclass
 class RefSettings:
     model_name_or_path: str = setting("", "initial reference (default: the policy to start from)")
+
+
+@dataclass
+class DataLimits:
+    """The largest share of rows that may show a finding. ``docs/data.md`` defines the findings."""
+
+    malformed: float = setting(
+        0.05, "rows of a hub dataset that cannot be read, at most (in a file there may be none)", low=0, high=1
+    )
+    refused: float = setting(0.01, "conversations that the chat template refuses, at most", low=0, high=1)
+    empty: float = setting(0.05, "pairs with an empty prompt or response, at most", low=0, high=1)
+    identical: float = setting(0.05, "pairs whose responses are the same, at most", low=0, high=1)
+    too_long: float = setting(
+        0.5, "prompts that leave no room for a response within --data.max_len, at most", low=0, high=1
+    )
+    truncated: float = setting(
+        0.6, "pairs with a response that is cut by --data.max_len or marked as cut, at most", low=0, high=1
+    )
+    missing_eos: float = setting(
+        0.05, "pairs with an uncut response that does not end in an end of turn, at most", low=0, high=1
+    )
+    double_bos: float = setting(
+        0.01, "conversations in which the begin-of-sequence token is doubled, at most", low=0, high=1
+    )
+    double_eos: float = setting(0.01, "conversations whose texts hold the end-of-turn token, at most", low=0, high=1)
+    open_thought: float = setting(
+        0.01,
+        "pairs with an uncut response that does not close the thought that the chat template opens, at most",
+        low=0,
+        high=1,
+    )
+    near_identical: float = setting(0.2, "pairs whose responses differ in next to nothing, at most", low=0, high=1)
+    repeats_prompt: float = setting(0.05, "pairs with a response that begins with the prompt, at most", low=0, high=1)
+    duplicate: float = setting(0.1, "rows that repeat an earlier one, at most", low=0, high=1)
+    contradictory: float = setting(0.02, "pairs that prefer the opposite of an earlier pair, at most", low=0, high=1)
+    benchmark: float = setting(
+        0.01, "conversations that begin with a prompt of AlpacaEval or MT-Bench, at most", low=0, high=1
+    )
+    held_out: float = setting(0.01, "prompts of --eval.dataset that --data.dataset has too, at most", low=0, high=1)
 
 
 @dataclass
@@ -265,83 +297,3 @@ class Config:
 
 # Values of --ds.param_dtype by the names that torch, transformers and vLLM share.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def load(argv: Sequence[str]) -> tuple[Config, Any]:
-    """The configuration and the algorithm's options from command-line arguments (without the program's name).
-
-    Defaults that depend on other settings are filled in, so that a dump of the result says what the run did and loads
-    to the same result. What a file says to other algorithms is ignored, and named on stderr: one file serves all of them.
-    Raises flags.SettingsError with every problem at once; only a file that cannot be read and an algorithm that cannot be
-    loaded come alone, because they decide which flags exist.
-    """
-    from openrlhf_sgpo.config_check import check  # it needs this module
-
-    algorithm, (instances, given, others) = read(argv)
-    config, options = instances[""], instances[algorithm.name]
-    unread = check(config, options, algorithm, given)
-    _note(
-        others | {name: given[name] for name in unread},
-        dict.fromkeys(others, f"this run has --algo {config.algo}") | unread,
-    )
-    if algorithm.needs.reference:
-        config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
-    if config.rounds.count > 0:
-        config.seed.lr = config.seed.lr or config.adam.lr
-    # The absolute path, so that a run folder "." has a name too.
-    folder = os.path.basename(os.path.abspath(config.ckpt.output_dir))
-    config.logger.wandb.run_name = config.logger.wandb.run_name or folder
-    return config, options
-
-
-def read(argv: Sequence[str]) -> tuple[type[algorithms.Algorithm], flags.Parsed]:
-    """The algorithm, and the settings of a run of it, unchecked. Raises flags.SettingsError as ``load`` does."""
-    name = flags.peek(argv, "algo")
-    try:
-        algorithm = algorithms.get(Config().algo if name is None else name)
-    except ValueError as error:
-        raise flags.SettingsError(f"--algo: {error}") from error
-    own = {item.name for item in fields(Config)}
-    if algorithm.name in own:
-        raise flags.SettingsError(
-            f"--algo: {algorithm.name} cannot be an algorithm's name, --{algorithm.name} is taken"
-        )
-    elsewhere = {
-        other: f"belongs to --algo {other}, this run has --algo {algorithm.name}"
-        for other in algorithms.names()
-        if other != algorithm.name and other not in own
-    }
-    return algorithm, flags.parse(argv, sections(algorithm), elsewhere, trl_names.ANSWERS)
-
-
-def _note(origins: Mapping[str, str], reasons: Mapping[str, str]) -> None:
-    """Says once what of a file is ignored and why. origins: ``file:line`` by name."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, reason in reasons.items():
-        groups.setdefault((origins[name].rpartition(":")[0], reason), []).append(name)
-    for (file, reason), names in groups.items():
-        print(
-            f"note: {file}: {', '.join(names)} {'are' if len(names) > 1 else 'is'} ignored, {reason}", file=sys.stderr
-        )
-
-
-def sections(algorithm: type[algorithms.Algorithm]) -> dict[str, Callable[[], Any]]:
-    """What makes the default settings of a run of this algorithm, by group: its own, and the shared ones as it wants them."""
-
-    def shared() -> Config:
-        config = Config()
-        defaults = {"rounds.count": config.rounds.count if algorithm.needs.rounds else 0} | algorithm.defaults
-        for name, value in defaults.items():
-            group, _, leaf = name.rpartition(".")
-            setattr(attrgetter(group)(config) if group else config, leaf, value)
-        return config
-
-    return {"": shared, algorithm.name: algorithm.settings}
-
-
-def samples(config: Config, algorithm: type[algorithms.Algorithm]) -> bool:
-    """Whether the run samples answers: in its rounds, or without rounds for its evaluation."""
-    evaluated = config.eval.max_prompts > 0 and config.eval.dataset != "" and algorithm.needs.reference
-    return config.rounds.count > 0 or evaluated

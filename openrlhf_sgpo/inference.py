@@ -15,13 +15,13 @@ from typing import Any, get_type_hints
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.config import (
     Config,
+    DataLimits,
     DataSettings,
     DeepspeedSettings,
     RolloutSettings,
     TrainSettings,
     VllmSettings,
 )
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.run_check import check_ended, check_round
 from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
 

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from openrlhf_sgpo import flags, oracle, ranks
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
-from openrlhf_sgpo.config import Config, samples
+from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Pair, Prompt, fingerprint
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
@@ -32,6 +32,7 @@ from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.run_check import check_rounds, forget_metrics
 from openrlhf_sgpo.run_folder import METRICS, RunFolder, read_json, write_json, write_text
+from openrlhf_sgpo.run_settings import samples
 from openrlhf_sgpo.table import results_table
 from openrlhf_sgpo.training.log_probs import check_layout
 from openrlhf_sgpo.training.scoring import Scorer

@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 from openrlhf_sgpo.algorithms.slhf import SLHF
-from openrlhf_sgpo.config import load
 from openrlhf_sgpo.flags import dump
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.oracle import RewardOracle
 from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.run_folder import RunFolder
+from openrlhf_sgpo.run_settings import load
 
 
 def number(*parts: object) -> int:

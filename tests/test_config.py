@@ -11,9 +11,9 @@ import pytest
 from openrlhf_sgpo import algorithms, flags, trl_names
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs, NoSettings
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
-from openrlhf_sgpo.config import Config, load, samples, sections
-from openrlhf_sgpo.config_check import check
+from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.run_settings import check, load, samples, sections
 
 
 @dataclass

@@ -81,7 +81,7 @@ def test_settings_of_evaluating_commands_are_right(command, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_resolve(recipe, tmp_path):
-    from openrlhf_sgpo.config import load
+    from openrlhf_sgpo.run_settings import load
 
     config, _ = load(["--config", str(recipe), "--ckpt.output_dir", str(tmp_path)])
     # Algorithms that sample in every step have no prompts of a round.

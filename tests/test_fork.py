@@ -11,12 +11,12 @@ import pytest
 from running import arguments, losses, read_jsonl, train
 
 from openrlhf_sgpo import algorithms, flags
-from openrlhf_sgpo.config import load
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import read_ledger, write_ledger
 from openrlhf_sgpo.run_check import metrics_digest
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_sealed, write_text
+from openrlhf_sgpo.run_settings import load
 
 DATA = {"--data.dataset": "a", "--eval.dataset": "b", "--data.prompt_dataset": "c"}
 STAGES = {

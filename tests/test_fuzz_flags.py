@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo import algorithms, flags, trl_names
-from openrlhf_sgpo.config import Config, load
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.run_settings import load
 
 FIXED = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -13,7 +13,7 @@ import yaml
 from conftest import write_jsonl
 from running import ROOT, launch
 
-from openrlhf_sgpo.config import load
+from openrlhf_sgpo.run_settings import load
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from running import ROOT, SCRIPT, killed, launch, read_jsonl, train
 from test_resume import contents
 from toy_oracles import CONDORCET, Letters, kind
 
-from openrlhf_sgpo import algorithms, config, games
+from openrlhf_sgpo import algorithms, games, run_settings
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
 from openrlhf_sgpo.cli.main import main, run
@@ -52,7 +52,7 @@ def flags(tiny_model, tiny_data, folder: Path, algo: str, *more: str) -> list[st
 
 def play(*argv: str) -> list[dict]:
     """A run in this process: no second import of everything."""
-    settings, options = config.load(argv)
+    settings, options = run_settings.load(argv)
     return run(settings, algorithms.get(settings.algo), options)
 
 
@@ -128,7 +128,7 @@ def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, ot
     from openrlhf_sgpo.training.stage import load_trained
 
     argv = flags(tiny_model, tiny_data, tmp_path, "slhf", "--rollout.temperature", "0.7", "--train.layout", layout)
-    settings, _ = config.load([*argv, "--ds.zero_stage", "0"])
+    settings, _ = run_settings.load([*argv, "--ds.zero_stage", "0"])
     strategy = build_strategy(settings)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     generator = torch.Generator().manual_seed(0)
@@ -206,22 +206,22 @@ def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
 )
 def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path):
     with pytest.raises(ValueError, match=message):
-        config.load(flags(tiny_model, tiny_data, tmp_path, "nash_md", *more))
+        run_settings.load(flags(tiny_model, tiny_data, tmp_path, "nash_md", *more))
 
 
 def test_the_shared_defaults_leave_room_for_two_answers(tiny_model, tiny_data, tmp_path, capsys):
     data = ["--model.model_name_or_path", str(tiny_model), "--data.prompt_dataset", str(tiny_data["prompts"])]
     assert main(["data", "--algo", "slhf", *data]) == 0
     assert "24 prompts, 24 kept" in capsys.readouterr().out
-    settings, _ = config.load(
+    settings, _ = run_settings.load(
         ["--algo", "slhf", *data, "--ckpt.output_dir", str(tmp_path), "--oracle", "toy_oracles:Letters"]
     )
     assert settings.data.max_len > 2 * settings.rollout.max_new_tokens
     with pytest.raises(ValueError, match="--data.max_len: 16 leaves no room for a prompt, a draft"):
-        config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", "--data.max_len", "16"))
+        run_settings.load(flags(tiny_model, tiny_data, tmp_path, "slhf", "--data.max_len", "16"))
     alone = ["--slhf.baseline", "leave_one_out", "--train.micro_batch_size", "1"]
     with pytest.raises(ValueError, match="--train.micro_batch_size: 1 leaves no other play"):
-        config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *alone))
+        run_settings.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *alone))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_reason(tiny_model, tiny_data, tmp_path, monkeypatch):
@@ -259,9 +259,9 @@ def test_another_number_of_ranks_cannot_resume(tmp_path):
 
 def test_more_settings_that_cannot_be(tiny_model, tiny_data, tmp_path):
     with pytest.raises(ValueError, match=r"--inpo.inverse_step 0.0075 must be larger than --model.beta 0.1"):
-        config.load(flags(tiny_model, tiny_data, tmp_path, "inpo", "--model.beta", "0.1"))
+        run_settings.load(flags(tiny_model, tiny_data, tmp_path, "inpo", "--model.beta", "0.1"))
     with pytest.raises(ValueError, match=r"--rounds.steps: --algo dpo trains on pairs"):
-        config.load(flags(tiny_model, tiny_data, tmp_path, "dpo", "--data.dataset", str(tiny_data["pairs"])))
+        run_settings.load(flags(tiny_model, tiny_data, tmp_path, "dpo", "--data.dataset", str(tiny_data["pairs"])))
     with pytest.raises(ValueError, match=r"24 usable prompts, fewer than --train.batch_size 32"):
         play(*flags(tiny_model, tiny_data, tmp_path / "none", "rloo", "--train.batch_size", "32"))
 

@@ -17,9 +17,9 @@ from test_resume import contents
 from toy_oracles import Letters
 
 from openrlhf_sgpo import algorithms, flags, resume
-from openrlhf_sgpo.config import load
 from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.run_folder import FREE, RunFolder
+from openrlhf_sgpo.run_settings import load
 
 SEED = {None: ("evaluate",), 0: ("pairs", "train", "evaluate")}  # stages that are finished, by round
 FIRST = SEED | {1: ("generate", "pairs", "train", "evaluate")}

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo import flags
-from openrlhf_sgpo.config import Config, load
+from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.metrics import Metrics
@@ -31,6 +31,7 @@ from openrlhf_sgpo.run_folder import (
     write_jsonl,
     write_text,
 )
+from openrlhf_sgpo.run_settings import load
 
 # Files ----------------------------------------------------------------------------------------------------------------
 

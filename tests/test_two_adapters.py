@@ -14,7 +14,7 @@ from test_plays import flags, play
 from test_refine import refine
 from test_resume import contents
 
-from openrlhf_sgpo import config
+from openrlhf_sgpo import run_settings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
@@ -201,7 +201,7 @@ def make_trainer(tiny_model, tiny_data, tmp_path):
 
     def make(options: SLHFSettings, *more: str, plain: bool = False) -> PlayTrainer:
         defaults = ["--lr_scheduler", "constant", "--ds.zero_stage", "0"]
-        settings, _ = config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *TWO, *defaults, *more))
+        settings, _ = run_settings.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *TWO, *defaults, *more))
         strategy, algorithm = build_strategy(settings), SLHF(options, 0.1)
         with pytest.MonkeyPatch.context() as patch:
             if not plain:
@@ -309,7 +309,7 @@ def test_an_adapter_rests_while_the_other_learns(make_trainer):
 )
 def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path):
     with pytest.raises(ValueError, match=message):
-        config.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *more))
+        run_settings.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *more))
 
 
 def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):

@@ -13,10 +13,10 @@ from openrlhf_sgpo import extras, flags
 from openrlhf_sgpo.benchmarks import tasks
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudgeSettings, judge_problems, with_preset
 from openrlhf_sgpo.config import Config, DataSettings, TrainSettings
-from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import Deepspeed, Rollout, Vllm, config_of, no_room, other_engine, part, policy_of, unread
+from openrlhf_sgpo.run_settings import sampling_problems
 
 _TAKEN = ("items", "judgements")  # folders beside those of models
 _GROUPS = ("data", "rollout", "vllm", "ds", "train")

@@ -8,10 +8,10 @@ import textwrap
 from dataclasses import replace
 from typing import Any
 
-from openrlhf_sgpo import __version__, algorithms, config, extras, flags
+from openrlhf_sgpo import __version__, algorithms, extras, flags, run_settings
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.cli import ending
-from openrlhf_sgpo.config_check import check_data
+from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.output import other_packages_apart, say
 from openrlhf_sgpo.preflight import check_run
 
@@ -42,10 +42,10 @@ def train(argv: list[str]) -> int:
     """Parse, check, and either print the resolved configuration (--dry_run) or run."""
     if "--help" in argv or "-h" in argv:
         rest = [word for word in argv if word not in ("--help", "-h")]
-        algorithm = algorithms.get(flags.peek(rest, "algo") or config.Config().algo)
-        print(flags.help_text(config.sections(algorithm)))
+        algorithm = algorithms.get(flags.peek(rest, "algo") or Config().algo)
+        print(flags.help_text(run_settings.sections(algorithm)))
         return 0
-    settings, options = config.load(argv)
+    settings, options = run_settings.load(argv)
     algorithm = algorithms.get(settings.algo)
     if settings.dry_run:
         print(flags.dump({"": replace(settings, dry_run=False), algorithm.name: options}), end="")
@@ -55,7 +55,7 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def run(settings: config.Config, algorithm: type[algorithms.Algorithm], options: Any) -> list[dict[str, Any]]:
+def run(settings: Config, algorithm: type[algorithms.Algorithm], options: Any) -> list[dict[str, Any]]:
     """The run that these settings describe; returns the rows of its results table.
 
     Raises ValueError if a package is missing, before the others are loaded."""
@@ -75,9 +75,9 @@ def data(argv: list[str]) -> int:
     """Print the reports on the run's data; no model is loaded. Takes the flags and files of ``train``."""
     if "--help" in argv or "-h" in argv:
         return train(argv)
-    algorithm, (instances, *_) = config.read(argv)
-    settings: config.Config = instances[""]
-    check_data(settings, algorithm)
+    algorithm, (instances, *_) = run_settings.read(argv)
+    settings: Config = instances[""]
+    run_settings.check_data(settings, algorithm)
     with other_packages_apart():
         from openrlhf_sgpo.data.report import require
         from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run

@@ -10,7 +10,6 @@ from typing import Any
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.comparison.compared_runs import RunGroup, named_folders, read_groups
 from openrlhf_sgpo.config import Config, JudgeSettings, RewardSettings
-from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import (
@@ -27,6 +26,7 @@ from openrlhf_sgpo.inference import (
     stored_settings,
     unread,
 )
+from openrlhf_sgpo.run_settings import sampling_problems
 
 _INHERITED = ("data", "rollout", "vllm", "ds", "train")  # judges are chosen anew
 _GROUPS = (*_INHERITED, "reward", "judge")

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from openrlhf_sgpo import algorithms, config, flags, keys, oracle, yaml_files
+from openrlhf_sgpo import algorithms, flags, keys, oracle, run_settings, yaml_files
 from openrlhf_sgpo.comparison.settings import read_settings, run_config
 from openrlhf_sgpo.launch import end_with_parent
 from openrlhf_sgpo.run_folder import ADDRESS, differences, read_configuration, write_text
@@ -252,7 +252,7 @@ def _suite_problems(tree: Any) -> Iterator[str]:
 
 def _resolved(words: list[str], folder: Path) -> Tree:
     """Raises flags.SettingsError also if the folder holds a run with other settings."""
-    settings, options = config.load(words)
+    settings, options = run_settings.load(words)
     resolved = flags.to_dict({"": replace(settings, resume=False), algorithms.get(settings.algo).name: options})
     stored = folder / "resolved_config.yaml"
     if stored.exists():

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data.benchmarks import benchmarks_with, normalised
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.data.messages import common_start
 from openrlhf_sgpo.data.records import Messages, Pair, Prompt, Records
 from openrlhf_sgpo.data.report import COUNTED, LEFT_OUT, DataReport, Tally, quantiles

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data.files import DataError
-from openrlhf_sgpo.data.limits import DataLimits
 
 # In this order in the report. Rows with one of the first kind are not trained on, and are looked at no further.
 LEFT_OUT = ("malformed", "refused", "empty", "identical", "too_long")

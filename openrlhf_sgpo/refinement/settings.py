@@ -10,7 +10,6 @@ from typing import Any, Literal
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
 from openrlhf_sgpo.config import Config, JudgeSettings, RewardSettings
-from openrlhf_sgpo.config_check import sampling_problems
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import (
@@ -29,6 +28,7 @@ from openrlhf_sgpo.inference import (
     stored_settings,
     unread,
 )
+from openrlhf_sgpo.run_settings import sampling_problems
 
 Control = Literal["iid", "best_of_n"]
 

@@ -19,11 +19,11 @@ from toy_oracles import Letters
 
 from openrlhf_sgpo.comparison.compared_runs import group_warnings, oracle_warnings, read_groups
 from openrlhf_sgpo.comparison.settings import load
-from openrlhf_sgpo.config import load as load_run
 from openrlhf_sgpo.flags import SettingsError, dump
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import write_ledger
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_sealed, write_text
+from openrlhf_sgpo.run_settings import load as load_run
 
 SCRIPT = ROOT / "tests" / "comparing.py"
 ORACLE = ("--oracle", "toy_oracles:Letters")

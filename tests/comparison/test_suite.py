@@ -17,10 +17,10 @@ from openrlhf_sgpo.cli.main import compare
 from openrlhf_sgpo.comparison import suite as module
 from openrlhf_sgpo.comparison.settings import read_settings
 from openrlhf_sgpo.comparison.suite import merged, nested, read_suite, suite_runs, train_suite
-from openrlhf_sgpo.config import load
 from openrlhf_sgpo.flags import SettingsError
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.judge.client import JudgeError
+from openrlhf_sgpo.run_settings import load
 
 SCRIPT = ROOT / "tests" / "comparing.py"
 EXAMPLES = ROOT / "examples" / "head_to_head"

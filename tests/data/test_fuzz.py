@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo.benchmarks.benchmark_files import TEXT, content_hash, read
+from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
 from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.data.messages import ROLES
 from openrlhf_sgpo.data.records import fingerprint, load_run_pairs
 from openrlhf_sgpo.data.tokens import ChatFormat

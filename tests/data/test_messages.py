@@ -6,9 +6,9 @@ import shutil
 import pytest
 import running
 
+from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
 from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.data.records import load_run_pairs
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.oracle.base import Answer, Question, rank

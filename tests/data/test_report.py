@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from openrlhf_sgpo import flags
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import Config, DataLimits
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs
 from openrlhf_sgpo.data import benchmarks as benchmarks_module
 from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts, near_identical, repeats_prompt, unfinished
-from openrlhf_sgpo.data.limits import DataLimits
 from openrlhf_sgpo.data.records import Records
 from openrlhf_sgpo.data.report import quantiles, require
 from openrlhf_sgpo.data.seed import flip_labels

@@ -13,9 +13,9 @@ from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.config_check import check_data
 from openrlhf_sgpo.data.run_data import inspect_run, load_run
 from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.run_settings import check_data
 
 ROOT = Path(__file__).parents[2]
 MAX_LEN = 400

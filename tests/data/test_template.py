@@ -148,8 +148,8 @@ def test_a_template_that_wants_parts_or_fails_is_named(chat_with, tiny_model):
 
 
 def test_a_refused_conversation_is_reported_with_the_templates_reason(chat_with, tmp_path, write_pairs):
+    from openrlhf_sgpo.config import DataLimits
     from openrlhf_sgpo.data.inspection import inspect_pairs
-    from openrlhf_sgpo.data.limits import DataLimits
     from openrlhf_sgpo.data.records import load_pairs
 
     chat = chat_with(GEMMA)
@@ -273,10 +273,10 @@ def test_values_of_variables():
 def test_variables_that_cannot_be(item, tiny_model, tiny_data, tmp_path):
     from running import arguments
 
-    from openrlhf_sgpo import config
+    from openrlhf_sgpo import run_settings
 
     with pytest.raises(ValueError, match="--data.chat_template_kwargs: "):
-        config.load(arguments(tiny_model, tiny_data, tmp_path, f"--data.chat_template_kwargs={item}"))
+        run_settings.load(arguments(tiny_model, tiny_data, tmp_path, f"--data.chat_template_kwargs={item}"))
 
 
 def test_a_variable_that_no_template_reads_is_an_error(chat_with):

@@ -190,7 +190,7 @@ def test_make_gives_the_oracle_of_the_settings(tmp_path):
 
 def test_settings_are_checked_without_torch():
     code = (
-        "import sys; from openrlhf_sgpo import oracle, config_check, config; "
+        "import sys; from openrlhf_sgpo import oracle, run_settings, config; "
         "[oracle.get(name).problems(config.Config()) for name in oracle.names()]; "
         "loaded = [m for m in ('torch', 'transformers', 'openai') if m in sys.modules]; assert not loaded, loaded"
     )

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from openrlhf_sgpo import flags
-from openrlhf_sgpo.config import load
 from openrlhf_sgpo.oracle import RewardOracle
+from openrlhf_sgpo.run_settings import load
 
 REQUIRED = ["--model.model_name_or_path", "m", "--data.prompt_dataset", "p", "--ckpt.output_dir", "o"]
 ROUNDS = ["--algo", "sgpo", "--data.dataset", "d", *REQUIRED]

@@ -1,15 +1,19 @@
-"""What may be wrong with the settings of a run, found before anything is loaded."""
+"""Settings of a run: read from flags and files, completed by defaults that depend on others, and checked before anything is
+loaded. Imports neither torch nor OpenRLHF."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os.path
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from operator import attrgetter
 from typing import Any
 
-from openrlhf_sgpo import extras, flags, keys, oracle
+from openrlhf_sgpo import algorithms, extras, flags, keys, oracle, trl_names
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
-from openrlhf_sgpo.config import Config, samples, sections
+from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.template import template_arguments
 
@@ -50,6 +54,84 @@ _SPLITS = {
     "data.prompt_split": "data.prompt_dataset",
     "eval.split": "eval.dataset",
 }
+
+
+def load(argv: Sequence[str]) -> tuple[Config, Any]:
+    """The configuration and the algorithm's options from command-line arguments (without the program's name).
+
+    Defaults that depend on other settings are filled in, so that a dump of the result says what the run did and loads
+    to the same result. What a file says to other algorithms is ignored, and named on stderr: one file serves all of them.
+    Raises flags.SettingsError with every problem at once; only a file that cannot be read and an algorithm that cannot be
+    loaded come alone, because they decide which flags exist.
+    """
+    algorithm, (instances, given, others) = read(argv)
+    config, options = instances[""], instances[algorithm.name]
+    unread = check(config, options, algorithm, given)
+    _note(
+        others | {name: given[name] for name in unread},
+        dict.fromkeys(others, f"this run has --algo {config.algo}") | unread,
+    )
+    if algorithm.needs.reference:
+        config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
+    if config.rounds.count > 0:
+        config.seed.lr = config.seed.lr or config.adam.lr
+    # The absolute path, so that a run folder "." has a name too.
+    folder = os.path.basename(os.path.abspath(config.ckpt.output_dir))
+    config.logger.wandb.run_name = config.logger.wandb.run_name or folder
+    return config, options
+
+
+def read(argv: Sequence[str]) -> tuple[type[Algorithm], flags.Parsed]:
+    """The algorithm, and the settings of a run of it, unchecked. Raises flags.SettingsError as ``load`` does."""
+    name = flags.peek(argv, "algo")
+    try:
+        algorithm = algorithms.get(Config().algo if name is None else name)
+    except ValueError as error:
+        raise flags.SettingsError(f"--algo: {error}") from error
+    own = {item.name for item in fields(Config)}
+    if algorithm.name in own:
+        raise flags.SettingsError(
+            f"--algo: {algorithm.name} cannot be an algorithm's name, --{algorithm.name} is taken"
+        )
+    elsewhere = {
+        other: f"belongs to --algo {other}, this run has --algo {algorithm.name}"
+        for other in algorithms.names()
+        if other != algorithm.name and other not in own
+    }
+    return algorithm, flags.parse(argv, sections(algorithm), elsewhere, trl_names.ANSWERS)
+
+
+def _note(origins: Mapping[str, str], reasons: Mapping[str, str]) -> None:
+    """Says once what of a file is ignored and why. origins: ``file:line`` by name."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault((origins[name].rpartition(":")[0], reason), []).append(name)
+    for (file, reason), names in groups.items():
+        print(
+            f"note: {file}: {', '.join(names)} {'are' if len(names) > 1 else 'is'} ignored, {reason}", file=sys.stderr
+        )
+
+
+def sections(algorithm: type[Algorithm]) -> dict[str, Callable[[], Any]]:
+    """What makes the default settings of a run of this algorithm, by group: its own, and the shared ones as it wants them."""
+
+    def shared() -> Config:
+        config = Config()
+        defaults = {"rounds.count": config.rounds.count if algorithm.needs.rounds else 0} | algorithm.defaults
+        for name, value in defaults.items():
+            group, _, leaf = name.rpartition(".")
+            setattr(attrgetter(group)(config) if group else config, leaf, value)
+        return config
+
+    return {"": shared, algorithm.name: algorithm.settings}
+
+
+def samples(config: Config, algorithm: type[Algorithm]) -> bool:
+    """Whether the run samples answers: in its rounds, or without rounds for its evaluation."""
+    evaluated = config.eval.max_prompts > 0 and config.eval.dataset != "" and algorithm.needs.reference
+    return config.rounds.count > 0 or evaluated
 
 
 def check(
