@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openrlhf_sgpo.data.records import load_pairs
 from openrlhf_sgpo.judge.reply import Reply
-from openrlhf_sgpo.oracle.comparison import LAYOUT, judged, transcript
 from openrlhf_sgpo.oracle.judge import TOP, letter_share
+from openrlhf_sgpo.oracle.pairwise import LAYOUT, judge_messages, transcript
 
 # The plain frame, which earlier versions of this package asked judges in.
 INTRODUCTION = (
@@ -67,7 +67,7 @@ def main(model: str, pairs: str, count: int) -> None:
     judge = LocalJudge(model)
     rows = load_pairs(pairs, "", count)
     print(f"{model}, {len(rows)} pairs, both orders; p: mean probability of the attacking answer")
-    for name, frame in {"plain frame": plain, "judge's frame": judged}.items():
+    for name, frame in {"plain frame": plain, "judge's frame": judge_messages}.items():
         shares: dict[str, list[tuple[float, float]]] = {attack: [] for attack in ATTACKS}
         for row in rows:
             for attack, text in ATTACKS.items():

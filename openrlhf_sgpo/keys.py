@@ -39,7 +39,7 @@ def refused(name: str, value: object, secret: bool = False) -> str:
     return ""
 
 
-def read(source: str, variable: str) -> str:
+def read_key(source: str, variable: str) -> str:
     """The key that ``source`` points to; empty for an empty source. variable: which ``env`` stands for.
 
     Raises ValueError if there is no key, or what is there cannot be one; the message does not repeat it.
@@ -68,9 +68,9 @@ def read(source: str, variable: str) -> str:
 
 
 def problems(name: str, source: str, variable: str) -> list[str]:
-    """What is wrong with a setting of a key, which it names; see ``read``."""
+    """What is wrong with a setting of a key, which it names; see ``read_key``."""
     try:
-        read(source, variable)
+        read_key(source, variable)
     except ValueError as error:
         return [f"--{name}: {error}"]
     return []

@@ -28,7 +28,7 @@ class Metrics:
             import wandb
 
             # `env` is W&B's own way. A key from elsewhere is for this process alone; login would write it to ~/.netrc.
-            key = None if wandb_settings.key == "env" else keys.read(wandb_settings.key, "WANDB_API_KEY")
+            key = None if wandb_settings.key == "env" else keys.read_key(wandb_settings.key, "WANDB_API_KEY")
             self._trackers.append(
                 wandb.init(
                     entity=wandb_settings.org or None,

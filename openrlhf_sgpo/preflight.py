@@ -13,7 +13,7 @@ from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.data.files import check_source, count_rows
+from openrlhf_sgpo.data.files import check_data_source, count_rows
 from openrlhf_sgpo.fork import check_source as check_fork
 from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.run_folder import RunFolder
@@ -31,7 +31,7 @@ def check_run(config: Config, algorithm: type[Algorithm], options: Any) -> None:
         (prompts, data.prompt_split),
     ):
         if source:
-            check_source(source, split)
+            check_data_source(source, split)
     pairs = None if issubclass(algorithm, OnPolicyAlgorithm) else count_rows(data.dataset)
     if pairs is not None and data.max_samples:
         pairs = min(pairs, data.max_samples)

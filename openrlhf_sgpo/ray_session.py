@@ -48,7 +48,7 @@ def _keys_put_aside() -> Iterator[None]:
             os.environ.setdefault(name, value)  # not Ray's, which is that of this session by now
 
 
-def start(environment: Mapping[str, str]) -> None:
+def start_ray(environment: Mapping[str, str]) -> None:
     """Start Ray, if this process has none yet. environment: further variables of its workers, which get no keys of ours.
 
     Raises RuntimeError if Ray would not ask for its key or listen beyond this machine.
@@ -93,12 +93,12 @@ def start(environment: Mapping[str, str]) -> None:
         if address != "127.0.0.1":
             raise RuntimeError(f"Ray would listen at {address}, where other machines could use it")
     except BaseException:
-        end()
+        end_ray()
         raise
 
 
-def end() -> None:
-    """End Ray, all that it started, and its files; one that was there before ``start`` stays."""
+def end_ray() -> None:
+    """End Ray, all that it started, and its files; one that was there before ``start_ray`` stays."""
     global _keeper
     if _keeper is None or _keeper.stdin is None:
         return
@@ -110,7 +110,7 @@ def end() -> None:
     _keeper = None
 
 
-def keep(folder: str) -> None:
+def clean_up_after(folder: str) -> None:
     """Waits for the end of standard input, then ends every process of the session in ``folder`` and removes the folder.
 
     The other end is with the process that started the session. When that is gone, even by SIGKILL, the input ends.
@@ -155,4 +155,4 @@ def _processes(folder: str) -> list[Any]:
 
 
 if __name__ == "__main__":
-    keep(sys.argv[1])
+    clean_up_after(sys.argv[1])

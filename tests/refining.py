@@ -73,7 +73,7 @@ def make_run(folder: Path, model: Path, *flags: str, rounds: int = 2) -> Path:
 def main(moment: str, argv: list[str]) -> int:
     from openrlhf_sgpo import run_folder
     from openrlhf_sgpo.cli.main import main
-    from openrlhf_sgpo.refinement import run
+    from openrlhf_sgpo.refinement import refine
     from openrlhf_sgpo.rollout import hf
 
     def die() -> None:
@@ -94,7 +94,7 @@ def main(moment: str, argv: list[str]) -> int:
                 die()
             write(path, text)
 
-        run_folder.write_text = run.write_text = half
+        run_folder.write_text = refine.write_text = half
     return main(["refine", *argv])
 
 

@@ -72,8 +72,10 @@ def test_what_a_source_gives(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_KEY", "abc-123\n")  # the end of a file, as $(cat) in some shells leaves it
     file = tmp_path / "key"
     file.write_text("def-456\n")
-    assert keys.read("", "X") == "" and keys.read("env", "MY_KEY") == keys.read("env:MY_KEY", "X") == "abc-123"
-    assert keys.read(f"file:{file}", "X") == "def-456"
+    assert (
+        keys.read_key("", "X") == "" and keys.read_key("env", "MY_KEY") == keys.read_key("env:MY_KEY", "X") == "abc-123"
+    )
+    assert keys.read_key(f"file:{file}", "X") == "def-456"
     monkeypatch.delenv("X", raising=False)
     file.write_text(" \n")
     for source, reason in {
@@ -84,11 +86,11 @@ def test_what_a_source_gives(monkeypatch, tmp_path):
         LITERAL: "expected env, env:NAME or file:PATH",
     }.items():
         with pytest.raises(ValueError, match=reason):
-            keys.read(source, "X")
+            keys.read_key(source, "X")
     for bad in (f"{LITERAL}\nmore", f"{LITERAL} more", f"{LITERAL}\x7f", f"{LITERAL}ä"):
         monkeypatch.setenv("X", bad)
         with pytest.raises(ValueError, match="holds no key: there is a space, a line break or a special") as caught:
-            keys.read("env", "X")
+            keys.read_key("env", "X")
         assert LITERAL not in str(caught.value) and LITERAL not in keys.redacted(f"Illegal header {bad!r}")
 
 
@@ -98,7 +100,7 @@ def test_messages_are_redacted(monkeypatch):
     monkeypatch.setenv("SHORT_TOKEN", "a")
     text = f"a plan: {PLANTED['HF_TOKEN']}, https://user:{PASSWORD}@host/path?x=1, {PLANTED['SECOND_API_KEY']}!"
     assert keys.redacted(text) == "a plan: [hidden], https://[hidden]@host/path?x=1, [hidden]!"
-    keys.read("env:MY_WANDB_KEY", "")
+    keys.read_key("env:MY_WANDB_KEY", "")
     assert keys.redacted(PLANTED["MY_WANDB_KEY"]) == "[hidden]"
 
 

@@ -26,7 +26,7 @@ from openrlhf_sgpo.games import GAMES, nash, stackelberg
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.oracle.base import antisymmetric, sigmoid
 from openrlhf_sgpo.refinement.budget import affordable, further
-from openrlhf_sgpo.refinement.comparison import best_of
+from openrlhf_sgpo.refinement.preferences import best_of
 from openrlhf_sgpo.refinement.settings import load
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def flags(model, data, folder, *more: str) -> list[str]:
 
 
 def refine(argv: list[str]) -> dict:
-    from openrlhf_sgpo.refinement.run import Refinement
+    from openrlhf_sgpo.refinement.refine import Refinement
 
     gc.collect()  # a refinement before this one may still hold its lock
     return Refinement(*load(argv)).execute()
@@ -57,10 +57,10 @@ def refine(argv: list[str]) -> dict:
 
 @pytest.fixture
 def engine(monkeypatch):
-    from openrlhf_sgpo.refinement import run
+    from openrlhf_sgpo.refinement import refine as module
 
     scripted = ScriptedEngine()
-    monkeypatch.setattr(run, "start_rollout", lambda config, chat, folder: scripted)
+    monkeypatch.setattr(module, "start_rollout", lambda config, chat, folder: scripted)
     return scripted
 
 
@@ -450,9 +450,9 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(tiny_model, tiny_data, tiny
     ],
 )
 def test_bad_settings_are_named_before_a_model_is_loaded(more, message, tiny_model, tiny_data, tmp_path, monkeypatch):
-    from openrlhf_sgpo.refinement import run
+    from openrlhf_sgpo.refinement import refine as module
 
-    monkeypatch.setattr(run, "build_strategy", lambda config: pytest.fail("a model would be loaded"))
+    monkeypatch.setattr(module, "build_strategy", lambda config: pytest.fail("a model would be loaded"))
     with pytest.raises(ValueError, match=message):
         refine(flags(tiny_model, tiny_data, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()

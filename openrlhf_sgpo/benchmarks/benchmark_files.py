@@ -89,7 +89,7 @@ OBJECTS = Kind("list of objects", lambda value: isinstance(value, list) and all(
 Fields = Mapping[str, Kind]
 
 
-def read(path: Path, fields: Fields) -> list[dict[str, Any]]:
+def read_fields(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """Rows of a JSON or JSONL file (also .gz). Raises DataError if one cannot be read, lacks one of the fields or has something
     else in it."""
     if path.suffix.lower() == ".parquet":
@@ -105,13 +105,13 @@ def read(path: Path, fields: Fields) -> list[dict[str, Any]]:
 def read_checked(
     flag: str, path: Path, fields: Fields, digest: str, unverified: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """What ``read`` gives of a file whose ``content_hash`` should be ``digest``, and notes for the result.
+    """What ``read_fields`` gives of a file whose ``content_hash`` should be ``digest``, and notes for the result.
 
     Raises ValueError for another hash. With ``unverified``, the user's flag of that name in the group of ``flag``, another
     hash is a note.
     """
     try:
-        rows = read(path, fields)
+        rows = read_fields(path, fields)
     except DataError as error:
         raise ValueError(f"--{flag}: {error}") from error
     found = content_hash(rows, fields)

@@ -17,12 +17,12 @@ from typing import Any
 
 from openrlhf_sgpo.benchmarks import tasks
 from openrlhf_sgpo.benchmarks.answers import SETTINGS, Answerer, identity, positions, write_responses
-from openrlhf_sgpo.benchmarks.benchmark_files import read
+from openrlhf_sgpo.benchmarks.benchmark_files import read_fields
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 from openrlhf_sgpo.benchmarks.leaderboard import judge_name, write_leaderboard, write_result
 from openrlhf_sgpo.benchmarks.settings import Contestant, Loaded, run_config
 from openrlhf_sgpo.benchmarks.task import Responses, Result, Task
-from openrlhf_sgpo.data.template import refuse_unread
+from openrlhf_sgpo.data.template import refuse_unread_variables
 from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import check_rollout
@@ -49,7 +49,7 @@ class Evaluation:
         self.folder = RunFolder(settings.out, "out")
         moment = self.folder.moment()
         self.chats = {one.name: self.answerer.chat(one.folder, moment) for one in self.contestants if one.folder}
-        refuse_unread([chat.template for chat in self.chats.values()])
+        refuse_unread_variables([chat.template for chat in self.chats.values()])
         # By model and task, what it has room to answer.
         self.fitting = {
             (name, task): self.answerer.fitting(chat, name, task, items, settings.partial)
@@ -225,9 +225,9 @@ def _file_identity(contestant: Contestant) -> dict[str, Any]:
 def _formats(path: Path) -> set[str]:
     """The benchmarks in whose format of answers a file may be."""
     found = set()
-    for name in tasks.NAMES:
+    for name in tasks.names():
         try:
-            read(path, tasks.get(name).answer_fields)
+            read_fields(path, tasks.get(name).answer_fields)
         except ValueError:
             continue
         found.add(name)

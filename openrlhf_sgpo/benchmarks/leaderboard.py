@@ -52,12 +52,12 @@ def write_leaderboard(out: Path) -> str:
     results = collect(out)
     write_json(out / "leaderboard.json", {"rows": [asdict(one) for one in results]})
     write_text(out / "leaderboard.csv", _csv(results))
-    text = table(results)
+    text = leaderboard_table(results)
     write_text(out / "table.txt", text)
     return text
 
 
-def table(results: Sequence[Result]) -> str:
+def leaderboard_table(results: Sequence[Result]) -> str:
     """A block per benchmark, judge and number of items, so that scores that do not compare never share one."""
     blocks = []
     for (task, judge, _), rows in groupby(results, key=lambda one: (one.task, judge_name(one.judge), one.expected)):

@@ -31,7 +31,7 @@ class EvaluateSettings:
         "who is evaluated, each as PATH or NAME=PATH: a run folder (its last finished round), a Hugging Face folder or hub "
         "name, or a file of answers in the benchmark's own format",
     )
-    tasks: list[str] = setting(["alpaca_eval", "mt_bench"], f"benchmarks: {', '.join(tasks.NAMES)}")
+    tasks: list[str] = setting(["alpaca_eval", "mt_bench"], f"benchmarks: {', '.join(tasks.names())}")
     out: str = setting("", "folder for answers, judgements and the leaderboard; models may be added to it later")
     partial: bool = setting(False, "accept items without an answer, and judgements that are refused or cannot be read")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
@@ -69,7 +69,7 @@ def defaults() -> EvaluateSettings:
 
 
 def sections() -> dict[str, Any]:
-    return {"": defaults, **{name: tasks.get(name).Settings for name in tasks.NAMES}}
+    return {"": defaults, **{name: tasks.get(name).Settings for name in tasks.names()}}
 
 
 def load(argv: Sequence[str]) -> Loaded:
@@ -130,18 +130,18 @@ def _problems(settings: EvaluateSettings, options: Mapping[str, Any], given: Map
     missing = {"models": "who is evaluated", "out": "a folder for the results", "tasks": "benchmarks"}
     problems = [f"--{name}: missing, give {what}" for name, what in missing.items() if not getattr(settings, name)]
     for name in settings.tasks:
-        if name not in tasks.NAMES:
-            problems.append(f"--tasks: {name} is unknown, choose from {', '.join(tasks.NAMES)}")
+        if name not in tasks.names():
+            problems.append(f"--tasks: {name} is unknown, choose from {', '.join(tasks.names())}")
     if len(set(settings.tasks)) < len(settings.tasks):
         problems.append("--tasks: one of them is given twice")
-    for name in tasks.NAMES:
+    for name in tasks.names():
         if name not in settings.tasks:
             problems += [
                 f"--{flag}: belongs to --tasks {name}, which is not asked for ({origin})"
                 for flag, origin in given.items()
                 if flag.startswith(f"{name}.") and origin == flags.COMMAND_LINE
             ]
-    known = [name for name in settings.tasks if name in tasks.NAMES]
+    known = [name for name in settings.tasks if name in tasks.names()]
     for name in known:
         if problem := extras.missing(*tasks.get(name).packages, otherwise=extras.BENCHMARKS):
             problems.append(f"--tasks {name}: {problem}")

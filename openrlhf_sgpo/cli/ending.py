@@ -101,7 +101,7 @@ def explain(error: BaseException, argv: list[str]) -> int:
     if stopped:
         _say_stopped(argv)
         return 128 + stopped
-    together = part()
+    together = part_from_other_ranks()
     # Before the ranks have met, all of them read the same settings and data.
     if _rank() > 0 and (together or (together is None and isinstance(error, ValueError))):
         return 2 if isinstance(error, ValueError) else 1
@@ -134,7 +134,7 @@ def _stdout_is_read() -> bool:
     return True
 
 
-def part() -> bool | None:
+def part_from_other_ranks() -> bool | None:
     """See ``ranks.part``; whoever has not imported torch has not met the other ranks."""
     ranks = sys.modules.get("openrlhf_sgpo.ranks")
     return ranks.part() if ranks is not None else None

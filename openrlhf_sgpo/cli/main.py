@@ -104,7 +104,7 @@ def refine(argv: list[str]) -> int:
         return 0
     settings, policy = load(argv)
     with other_packages_apart():
-        from openrlhf_sgpo.refinement.run import Refinement
+        from openrlhf_sgpo.refinement.refine import Refinement
 
         Refinement(settings, policy).execute()
     return 0
@@ -126,7 +126,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> int:
-    """Runs head to head, see ``openrlhf_sgpo.comparison.cross_play``; with --suite they are trained first."""
+    """Runs head to head, see ``openrlhf_sgpo.comparison.compare``; with --suite they are trained first."""
     from openrlhf_sgpo.comparison.settings import CompareSettings, load
 
     argv = argv if not argv or argv[0].startswith("-") else ["--runs", *argv]
@@ -139,9 +139,9 @@ def compare(argv: list[str]) -> int:
         argv = train_suite(argv)
     settings, groups = load(argv)
     with other_packages_apart():
-        from openrlhf_sgpo.comparison.cross_play import CrossPlay
+        from openrlhf_sgpo.comparison.compare import RunComparison
 
-        CrossPlay(settings, groups).execute()
+        RunComparison(settings, groups).execute()
     return 0
 
 
@@ -161,13 +161,13 @@ def judge_check(argv: list[str]) -> int:
 
 def games(argv: list[str]) -> int:
     """The gate that every algorithm must pass, see ``openrlhf_sgpo.games``."""
-    from openrlhf_sgpo.games.gate import GateSettings, run
+    from openrlhf_sgpo.games.gate import GateSettings, run_gate
 
     if "--help" in argv or "-h" in argv:
         print(flags.help_text({"": GateSettings}))
         return 0
     instances, *_ = flags.parse(argv, {"": GateSettings})
-    return run(instances[""])
+    return run_gate(instances[""])
 
 
 def list_algorithms(argv: list[str]) -> int:
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.path.append(os.getcwd())
             if command in COMMANDS:
                 code = COMMANDS[command](rest)
-                ending.part()
+                ending.part_from_other_ranks()
                 sys.stdout.flush()
                 return code
         except (Exception, KeyboardInterrupt) as error:

@@ -23,7 +23,7 @@ length: tokens per answer; over start: the oracle's mean preference over the ans
 costs of training, mean over seeds; tokens in thousands"""
 
 
-def figure(values: Sequence[float]) -> Row:
+def over_seeds(values: Sequence[float]) -> Row:
     """Mean over seeds and its standard error (None for one seed); all None where nothing was measured."""
     return {
         "mean": fmean(values) if values else None,
@@ -81,7 +81,7 @@ def budget_warnings(ledgers: Mapping[str, Mapping[str, float]]) -> list[str]:
     return warnings
 
 
-def table(comparison: Row) -> str:
+def comparison_table(comparison: Row) -> str:
     """A line per group, a line per pair, and the warnings."""
     over_start = {row["name"]: row for row in comparison["versus_start"]}
     header = ["", "seeds", "accuracy", "margin", "kl", "length", "over start", "samples", "judge calls"]
@@ -113,9 +113,9 @@ def _share(row: Row) -> str:
 
 
 def _cell(value: Row, digits: int) -> str:
-    return plus_minus(value["mean"], half_width(value), digits)
+    return plus_minus(value["mean"], half_width_over_seeds(value), digits)
 
 
-def half_width(value: Row) -> float | None:
-    """Half of the 95% interval of a ``figure`` over seeds, of which there are few: by Student's law. None for one seed."""
+def half_width_over_seeds(value: Row) -> float | None:
+    """Half of the 95% interval of a mean ``over_seeds``; by Student's law, for seeds are few. None for one seed."""
     return None if value.get("error") is None else student_95(len(value["values"])) * value["error"]

@@ -91,7 +91,7 @@ def bias_of(values: Sequence[float]) -> Figure:
     return Figure(mean, None if error is None else (mean - Z * error, mean + Z * error), len(values))
 
 
-def figures(pairs: Sequence[Pair], said: Sequence[Said], shows_orders: bool) -> dict[str, Figure]:
+def agreement_figures(pairs: Sequence[Pair], said: Sequence[Said], shows_orders: bool) -> dict[str, Figure]:
     """What the table shows, by name. p: the probability of people's choice, see ``Said``; a tie counts one half everywhere.
     Lengths are in characters, and figures of lengths are of the pairs whose answers differ in it.
 
@@ -160,7 +160,7 @@ def _shows_orders(judge: Oracle) -> bool:
     return isinstance(judge, base) and (type(judge).compare, type(judge).prefer) != (base.compare, base.prefer)
 
 
-def table(found: dict[str, Figure]) -> str:
+def agreement_table(found: dict[str, Figure]) -> str:
     """A line per figure: its value, its 95% interval, and the number of pairs that it is from."""
     lines = [["", "value", "95% interval", "pairs"]]
     for name, one in found.items():
@@ -170,7 +170,7 @@ def table(found: dict[str, Figure]) -> str:
     return "\n".join(aligned(lines))
 
 
-def check(settings: JudgeCheckSettings) -> dict[str, Any]:
+def check_judge(settings: JudgeCheckSettings) -> dict[str, Any]:
     """Asks, writes pairs.jsonl, judge_check.json and table.txt into --out, prints the table; returns the result.
 
     Raises ValueError for data that cannot be read, a server that does not answer, and a folder that is something else's.
@@ -198,7 +198,7 @@ def check(settings: JudgeCheckSettings) -> dict[str, Any]:
         notes.append(f"{len(loaded) - len(pairs)} pairs of two equal answers are left out")
     if loaded.left_out:
         notes.append(f"{len(loaded.left_out)} rows are no pairs, such as {loaded.left_out[0]}")
-    found = figures(pairs, said, shows_orders)
+    found = agreement_figures(pairs, said, shows_orders)
     models = (settings.judge.model, settings.reward.model_name_or_path, *settings.reward.heads)
     result = {
         "oracle": settings.oracle,
@@ -210,7 +210,7 @@ def check(settings: JudgeCheckSettings) -> dict[str, Any]:
     }
     write_json(folder.path / "judge_check.json", result)
     cost = ", ".join(f"{name} {value}" for name, value in judge.usage().items())
-    text = "\n".join([table(found), *notes, f"asked just now: {cost}", ""])
+    text = "\n".join([agreement_table(found), *notes, f"asked just now: {cost}", ""])
     write_text(folder.path / "table.txt", text)
     say(text, end="")
     return result
@@ -270,5 +270,5 @@ def main(argv: Sequence[str]) -> int:
         return 0
     settings = load(argv)
     with other_packages_apart():
-        check(settings)
+        check_judge(settings)
     return 0

@@ -98,7 +98,7 @@ def train_suite(argv: Sequence[str]) -> list[str]:
     if settings.oracle == "judge":
         oracle.get(settings.oracle).check(run_config(settings, "", ""))
     for number, run in enumerate(runs, start=1):
-        train(run, f"{number} of {len(runs)}")
+        train_run(run, f"{number} of {len(runs)}")
     return words
 
 
@@ -149,7 +149,7 @@ def suite_runs(suite: Suite) -> list[SuiteRun]:
     return runs
 
 
-def train(run: SuiteRun, place: str) -> None:
+def train_run(run: SuiteRun, place: str) -> None:
     """Finishes the run in a process of its own, whose output is added to the log beside the folder. place: for progress.
 
     Raises ValueError if it fails.

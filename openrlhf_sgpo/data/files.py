@@ -51,7 +51,7 @@ def is_file(source: str) -> bool:
     return _kind(source) in KINDS or Path(source).is_file()
 
 
-def check_source(source: str, split: str = "") -> None:
+def check_data_source(source: str, split: str = "") -> None:
     """Raises DataError if the source is meant as a file and there is no such file, or one of an unknown kind."""
     if not is_file(source):
         return
@@ -71,7 +71,7 @@ def count_rows(source: str) -> int | None:
     DataError as ``read_rows`` does."""
     if not is_file(source):
         return None
-    check_source(source)
+    check_data_source(source)
     path, kind = Path(source), _kind(source)
     if kind == ".parquet":
         with _parquet_file(path) as file:
@@ -84,7 +84,7 @@ def read_rows(source: str, split: str = "", splits: Sequence[str] = TRAIN_SPLITS
 
     Raises DataError if there is no such source or split, or if a file is not what its name says.
     """
-    check_source(source, split)
+    check_data_source(source, split)
     path, kind = Path(source), _kind(source)
     if not is_file(source):
         return Rows("row", _hub(source, split, splits, EXPECTED), published=True)

@@ -199,7 +199,7 @@ def with_system(row: Mapping[str, Any], messages: Messages) -> Messages:
     return messages
 
 
-def refuse_unread(row: Mapping[str, Any]) -> None:
+def refuse_unread_columns(row: Mapping[str, Any]) -> None:
     """Raises DataError for columns that say something about the prompt which would be lost."""
     for column in _REFUSED:
         if _given(row.get(column)):
@@ -313,12 +313,12 @@ def _explicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
 
 def preference(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
     """(prompt, chosen, rejected) of a row that has the columns chosen and rejected. Raises DataError."""
-    refuse_unread(row)
+    refuse_unread_columns(row)
     prompt, chosen, rejected = _explicit(row) if row.get("prompt") is not None else _implicit(row)
     return with_system(row, prompt), chosen, rejected
 
 
 def question(row: Mapping[str, Any], column: str = "prompt") -> Messages:
     """The prompt of a row that has it in ``column``. Raises DataError."""
-    refuse_unread(row)
+    refuse_unread_columns(row)
     return with_system(row, prompt_messages(row[column], column))

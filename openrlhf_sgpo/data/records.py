@@ -17,7 +17,7 @@ from openrlhf_sgpo.data.messages import (
     messages_of,
     preference,
     question,
-    refuse_unread,
+    refuse_unread_columns,
     template_columns,
     template_kwargs,
     with_system,
@@ -134,7 +134,7 @@ def _prompt(row: dict[str, Any], name: str) -> Prompt:
         return Prompt(_id(row, name), question(row), template_kwargs=template_kwargs(row))
     if row.get("messages") is None:
         raise DataError(f"missing column prompt; {_found(row)}")
-    refuse_unread(row)
+    refuse_unread_columns(row)
     messages = messages_of(row["messages"], "messages")
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not messages or messages[-1]["role"] == "assistant":

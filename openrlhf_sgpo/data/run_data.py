@@ -10,7 +10,7 @@ from openrlhf_sgpo.data.files import TEST_SPLITS, DataError
 from openrlhf_sgpo.data.inspection import InspectedPairs, InspectedPrompts, inspect_pairs, inspect_prompts, prompt_key
 from openrlhf_sgpo.data.records import Pair, Prompt, Records, load_pairs, load_prompts
 from openrlhf_sgpo.data.report import DataReport
-from openrlhf_sgpo.data.template import refuse_unread, template_arguments
+from openrlhf_sgpo.data.template import refuse_unread_variables, template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load_policy_chat(config: Config, moment: datetime | None = None) -> tuple[Ch
     )
     variables = template_arguments(config.data.chat_template_kwargs)
     chat, settings = load_chat(name, trust, "model.model_name_or_path", config.data.max_len, variables, moment)
-    refuse_unread([chat.template])
+    refuse_unread_variables([chat.template])
     if reference and reference != name:
         theirs = AutoConfig.from_pretrained(reference, trust_remote_code=trust)
         chat.check_embeddings(theirs, f"--ref.model_name_or_path {reference}")

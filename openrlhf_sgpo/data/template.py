@@ -179,7 +179,7 @@ class Template:
             )
 
 
-def refuse_unread(templates: Sequence[Template]) -> None:
+def refuse_unread_variables(templates: Sequence[Template]) -> None:
     """Raises ValueError for a variable of --data.chat_template_kwargs that none of the templates reads."""
     unread = [set(template.unread()) for template in templates]
     if unread and (names := sorted(set.intersection(*unread))):

@@ -58,7 +58,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Result:
+class CheckResult:
     check: Check
     target: Array
     reached: Array
@@ -194,7 +194,7 @@ CHECKS = (
 )
 
 
-def play(check: Check) -> Result:
+def play(check: Check) -> CheckResult:
     """Drives the algorithm from a skewed policy; what it reached beside what it should."""
     game = GAMES[check.game]()
     found = driver.drive(
@@ -207,10 +207,10 @@ def play(check: Check) -> Result:
     )
     path = found.policies[:: check.steps] if check.rounds > 1 else found.policies
     reached = path[1:].mean(0) if check.average else path[-1]
-    return Result(check, check.target(game).policy, reached, path)
+    return CheckResult(check, check.target(game).policy, reached, path)
 
 
-def table(results: list[Result]) -> str:
+def gate_table(results: list[CheckResult]) -> str:
     """One aligned row per check."""
     rows = [["algorithm", "game", "solution", "target", "reached", "error", "tolerance", ""]]
     for result in results:
@@ -233,12 +233,12 @@ def table(results: list[Result]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) + "\n"
 
 
-def run(settings: GateSettings) -> int:
+def run_gate(settings: GateSettings) -> int:
     """Prints the table, draws the paths if asked for; 1 if an algorithm misses its solution, else 0."""
     if settings.out and (problem := extras.missing("matplotlib")):
         raise ValueError(f"--out: {problem}")
     results = [play(check) for check in CHECKS]
-    print(table(results), end="")
+    print(gate_table(results), end="")
     if settings.out:
         game = GAMES["condorcet"]()
         drawn = {result.check.title: result for result in results if result.check.title in _DRAWN}

@@ -107,7 +107,7 @@ def positive(value: float, what: str) -> None:
         raise ValueError(f"{what} is {value}; it must be above 0")
 
 
-def require(residual: float, tolerance: float, what: str) -> float:
+def require_converged(residual: float, tolerance: float, what: str) -> float:
     """``residual`` itself. Raises NotConverged, naming ``what``, unless it is within ``tolerance``."""
     if not residual <= tolerance:
         raise NotConverged(f"{what} is {residual:.3g}, above {tolerance:.3g}")
@@ -137,7 +137,7 @@ def newton(
         else:  # rounding is all that is left
             break
         point, value, jacobian, residual = trial, trial_value, trial_jacobian, trial_residual
-    require(residual, tolerance, f"{what}: the residual")
+    require_converged(residual, tolerance, f"{what}: the residual")
     return point, residual, maximum_iterations
 
 
@@ -150,7 +150,7 @@ __all__ = [
     "penalty",
     "positive",
     "regret",
-    "require",
+    "require_converged",
     "soft_value",
     "strength",
     "tilted",

@@ -23,7 +23,7 @@ from openrlhf_sgpo.games.numerics import (
     penalty,
     positive,
     regret,
-    require,
+    require_converged,
     soft_value,
     tilted,
 )
@@ -115,7 +115,11 @@ def stackelberg(
     residual = regret(policy, game.leader_reference, scores, tau_leader) + follower_regret
     value = stackelberg_value(game, policy, follower, tau_leader, tau_follower)
     return StackelbergSolution(
-        policy, require(residual, LOOSE, "stackelberg: the gap"), follower=follower, scores=scores, value=value
+        policy,
+        require_converged(residual, LOOSE, "stackelberg: the gap"),
+        follower=follower,
+        scores=scores,
+        value=value,
     )
 
 
@@ -140,7 +144,7 @@ def nash(game: Game) -> Solution:
     policy = np.maximum(result.x[:size], 0.0)
     policy /= policy.sum()
     residual = exploitability(game, policy)
-    return Solution(policy, require(residual, LOOSE, "nash: the exploitability"), int(result.nit))
+    return Solution(policy, require_converged(residual, LOOSE, "nash: the exploitability"), int(result.nit))
 
 
 def regularised_nash(
@@ -186,7 +190,7 @@ def nash_md(game: Game, tau: float, coefficient: float, *, tolerance: float = TO
     policy = tilted(game.leader_reference, win_rates(game, opponent.policy), tau)
     again = tilted(game.leader_reference, win_rates(game, mixture(policy, game.leader_reference, coefficient)), tau)
     residual = float(np.abs(policy - again).max())
-    return Solution(policy, require(residual, LOOSE, "nash_md: the residual"), opponent.iterations)
+    return Solution(policy, require_converged(residual, LOOSE, "nash_md: the residual"), opponent.iterations)
 
 
 def mirror_step(game: Game, policy: Any, step: float, tau: float = 0.0, opponent: Any = None) -> Array:
@@ -293,7 +297,7 @@ def sgpo(game: Game, beta: float, radius: float, window: tuple[float, float]) ->
     first = minimize(value, bradley_terry_rewards(game)[0][:-1], method="Nelder-Mead", options=options)
     second = minimize(value, first.x, method="Nelder-Mead", options=options)
     policy = tilted(game.leader_reference, np.append(second.x, -second.x.sum()), beta)
-    residual = require(float(first.fun - second.fun), LOOSE, "sgpo: what a second search gained")
+    residual = require_converged(float(first.fun - second.fun), LOOSE, "sgpo: what a second search gained")
     return Solution(policy, residual, int(first.nit + second.nit))
 
 

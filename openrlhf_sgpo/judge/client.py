@@ -159,7 +159,7 @@ class ChatClient:
     def _server(self) -> AsyncOpenAI:
         from openai import AsyncAzureOpenAI, AsyncOpenAI
 
-        address, key = self.settings.base_url, keys.read(self.settings.api_key, KEY) or "none"
+        address, key = self.settings.base_url, keys.read_key(self.settings.api_key, KEY) or "none"
         # No retries and no time limits of theirs: what counts as a failure is for this class to say.
         shared: Any = {"api_key": key, "timeout": None, "max_retries": 0, "http_client": limited_client()}
         if self.api_version:

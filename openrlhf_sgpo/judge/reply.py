@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,41 @@ def read_reply(completion: Mapping[str, Any]) -> Reply:
         None if reason is None else _text(reason, "finish_reason"),
         tuple(top),
     )
+
+
+def written_text(reply: Reply) -> str:
+    """What the judge wrote, which need not hold the verdict that it was asked for. Raises Unusable for nothing at all."""
+    if not reply.text.strip():
+        raise Unusable("the judge wrote nothing")
+    return reply.text
+
+
+def written_letter(reply: Reply, letters: Sequence[str]) -> str:
+    """The one of the letters that is the whole reply but for punctuation. Raises Unusable for any other text."""
+    match = re.fullmatch(rf"\W*([{''.join(letters)}])\W*", reply.text)
+    if match is None:
+        raise Unusable(f"the judge wrote {reply.text[:40]!r}, neither {' nor '.join(letters)}")
+    return match[1]
+
+
+def letter_log_probs(reply: Reply, letters: Sequence[str]) -> list[float]:
+    """For each letter log sum_i exp(l_i) over those of the likeliest tokens that are the letter but for white space, l_i their
+    log-probabilities; -inf for a letter without one. Raises Unusable if no letter has one."""
+    totals = [_log_sum([value for token, value in reply.top if token.strip() == letter]) for letter in letters]
+    if max(totals) == -math.inf:
+        shown = ", ".join(repr(token) for token, _ in reply.top[:5])
+        raise Unusable(
+            f"neither {' nor '.join(letters)} is among the likeliest tokens ({shown})"
+            if reply.top
+            else "the server sent no log-probabilities; --judge.logprobs false reads the letter that the judge writes"
+        )
+    return totals
+
+
+def _log_sum(values: Sequence[float]) -> float:
+    """log sum_i exp(values_i), also where every exp is 0 in floating point; -inf for none."""
+    top = max(values, default=-math.inf)
+    return top + math.log(sum(math.exp(value - top) for value in values)) if values else top
 
 
 def kept_reply(value: Any) -> Reply | None:

@@ -132,7 +132,7 @@ class LocalServer:
         )
 
 
-def keep(command: Sequence[str]) -> None:
+def run_until_input_ends(command: Sequence[str]) -> None:
     """Runs a command until it ends, or standard input does; then ends this process group, which this process leads.
 
     The other end of standard input is with the process that wants the command to run. When that process is gone, even by
@@ -163,4 +163,4 @@ def _is_up(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    keep(sys.argv[1:])
+    run_until_input_ends(sys.argv[1:])

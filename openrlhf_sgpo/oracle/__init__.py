@@ -27,7 +27,7 @@ BUILT_INS = {
     "implicit": "openrlhf_sgpo.oracle.implicit:ImplicitReward",
     "reward_model": "openrlhf_sgpo.oracle.reward_model:RewardModel",
     "reward_heads": "openrlhf_sgpo.oracle.reward_heads:RewardHeads",
-    "preference_model": "openrlhf_sgpo.oracle.preference_model:PreferenceModel",
+    "preference_model": "openrlhf_sgpo.oracle.preference_model:PreferenceModelOracle",
     "judge": "openrlhf_sgpo.oracle.judge:Judge",
 }
 

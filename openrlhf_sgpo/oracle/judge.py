@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -11,20 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.judge.client import ChatClient, Request, server_problems
-from openrlhf_sgpo.judge.reply import Reply, Unusable
+from openrlhf_sgpo.judge.reply import Reply, letter_log_probs, written_letter
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
-from openrlhf_sgpo.oracle.comparison import LETTERS, judged, transcript
+from openrlhf_sgpo.oracle.pairwise import LETTERS, judge_messages, transcript
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.config import Config
 
 TOP = 20  # the most that OpenAI's servers say, and vLLM's without further settings
-
-
-def log_total(values: Sequence[float]) -> float:
-    """log sum_i exp(values_i), also where every exp is 0 in floating point; -inf for none."""
-    top = max(values, default=-math.inf)
-    return top + math.log(sum(math.exp(value - top) for value in values)) if values else top
 
 
 def letter_share(reply: Reply, temperature: float) -> float:
@@ -34,23 +26,13 @@ def letter_share(reply: Reply, temperature: float) -> float:
     (Arena-style pairwise judges read as in the released SLHF, arXiv 2512.16626, which knows no variants with a space and
     takes a reply without either letter for a preference.) Raises Unusable if neither letter is there.
     """
-    a, b = (log_total([value for token, value in reply.top if token.strip() == letter]) for letter in LETTERS)
-    if a == b == -math.inf:
-        shown = ", ".join(repr(token) for token, _ in reply.top[:5])
-        raise Unusable(
-            f"neither A nor B is among the likeliest tokens ({shown})"
-            if reply.top
-            else "the server sent no log-probabilities; --judge.logprobs false reads the letter that the judge writes"
-        )
+    a, b = letter_log_probs(reply, LETTERS)
     return sigmoid((a - b) / temperature)
 
 
 def letter_written(reply: Reply) -> float:
     """1 for the letter A, 0 for B. Raises Unusable for any other text."""
-    match = re.fullmatch(r"\W*([AB])\W*", reply.text)
-    if match is None:
-        raise Unusable(f"the judge wrote {reply.text[:40]!r}, neither A nor B")
-    return float(match[1] == "A")
+    return float(written_letter(reply, LETTERS) == "A")
 
 
 class Judge(PreferenceOracle):
@@ -78,7 +60,7 @@ class Judge(PreferenceOracle):
     @classmethod
     def check(cls, config: Config) -> None:
         """Asks the server one question: address, key, model and log-probabilities show before anything is loaded."""
-        messages = judged("User: How much is two and two?", "Four.", "Five.", config.train.seed)
+        messages = judge_messages("User: How much is two and two?", "Four.", "Five.", config.train.seed)
         _client(config).ask([Request("a first question", messages)], "judge: trial", _reader(config))
 
     def orders(self, comparison: Comparison) -> list[Comparison]:
@@ -98,7 +80,9 @@ class Judge(PreferenceOracle):
             requests = [
                 Request(
                     f"the comparison of two answers to {one.question}",
-                    judged(transcript(one.prompt, one.tools), one.first.text, one.second.text, self.config.train.seed),
+                    judge_messages(
+                        transcript(one.prompt, one.tools), one.first.text, one.second.text, self.config.train.seed
+                    ),
                 )
                 for one in comparisons
             ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
-from openrlhf_sgpo.oracle.comparison import LETTERS, fitted
+from openrlhf_sgpo.oracle.pairwise import LETTERS, fitted
 from openrlhf_sgpo.oracle.reward_model import reading_chat, weight_names
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 FLAG = "reward.model_name_or_path"
 
 
-class PreferenceModel(PreferenceOracle):
+class PreferenceModelOracle(PreferenceOracle):
     """q(first, second) = sigmoid(log pi(A | x, first, second) - log pi(B | x, first, second)), pi the model of
     --reward.model_name_or_path, averaged over both orders. A call is a comparison in one order.
 

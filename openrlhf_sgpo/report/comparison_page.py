@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo.comparison.head_to_head import half_width
+from openrlhf_sgpo.comparison.head_to_head import half_width_over_seeds
 from openrlhf_sgpo.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points
-from openrlhf_sgpo.report.markup import MISSING, Html, details, number, table, tag, words
+from openrlhf_sgpo.report.markup import MISSING, Html, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import SIGNIFICANT, comparison_verdict, is_significant
@@ -78,7 +78,7 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ht
     figure = heat_map(names, values, cells, hover)
     return [
         plot("Win rate", figure, note, height=120 + 64 * len(names)),
-        table(["", "win rate", "p", "p (Holm)", "comparisons"], table_rows),
+        html_table(["", "win rate", "p", "p (Holm)", "comparisons"], table_rows),
     ]
 
 
@@ -108,7 +108,7 @@ def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Html]:
     figure.add_hline(y=0.5)
     return [
         *([plot("Win rate over the start", figure, note, height=380)] if placed else []),
-        table(header, cells),
+        html_table(header, cells),
     ]
 
 
@@ -119,7 +119,7 @@ def _figures(groups: Sequence[dict[str, Any]]) -> list[Html]:
         if not known:
             continue
         names = list(known)
-        errors = [half_width(figure) for figure in known.values()]
+        errors = [half_width_over_seeds(figure) for figure in known.values()]
         means = Series("mean, 95% interval", names, [figure["mean"] for figure in known.values()], errors, errors)
         seeds = {name: figure.get("values") or [] for name, figure in known.items()}
         figure = groups_with_seeds(names, means, seeds, share=key == "accuracy")
@@ -129,14 +129,14 @@ def _figures(groups: Sequence[dict[str, Any]]) -> list[Html]:
         return []
     rows = [[group["name"], *(_mean(group, key, digits) for _, key, digits in columns)] for group in groups]
     note = "Means over seeds, with intervals of Student's law, because seeds are few."
-    return [plots(*shown), table(["", *(title for title, _, _ in columns)], rows), tag("p", note, class_="quiet")]
+    return [plots(*shown), html_table(["", *(title for title, _, _ in columns)], rows), tag("p", note, class_="quiet")]
 
 
 def _mean(group: dict[str, Any], key: str, digits: int) -> str:
     figure = (group.get("figures") or {}).get(key)
     if not figure:
         return MISSING
-    return plus_minus(figure["mean"], half_width(figure), digits, MISSING)
+    return plus_minus(figure["mean"], half_width_over_seeds(figure), digits, MISSING)
 
 
 def _cost(groups: Sequence[dict[str, Any]]) -> list[Html]:
@@ -146,7 +146,7 @@ def _cost(groups: Sequence[dict[str, Any]]) -> list[Html]:
     kinds = list(dict.fromkeys(kind for ledger in ledgers.values() for kind in ledger))
     rows = [[words(kind), *(number(ledger.get(kind), 0) for ledger in ledgers.values())] for kind in kinds]
     note = "Means over the seeds of each group."
-    return [table(["", *ledgers], rows), tag("p", note, class_="quiet")]
+    return [html_table(["", *ledgers], rows), tag("p", note, class_="quiet")]
 
 
 def _answers(samples: Sequence[dict[str, Any]]) -> list[Html]:
@@ -162,9 +162,9 @@ def _answers(samples: Sequence[dict[str, Any]]) -> list[Html]:
 def _runs(groups: Sequence[dict[str, Any]], oracle: dict[str, Any]) -> list[Html]:
     runs = [(group["name"], run) for group in groups for run in group.get("runs") or []]
     rows = [[name, MISSING if run.get("seed") is None else run["seed"], run["folder"]] for name, run in runs]
-    parts = [details("Folders and seeds", table(["group", "seed", "folder"], rows))] if rows else []
+    parts = [details("Folders and seeds", html_table(["group", "seed", "folder"], rows))] if rows else []
     if oracle:
         parts.append(
-            details("The oracle", table(["", "value"], [[words(key), value] for key, value in oracle.items()]))
+            details("The oracle", html_table(["", "value"], [[words(key), value] for key, value in oracle.items()]))
         )
     return parts

@@ -10,7 +10,7 @@ import torch
 
 from openrlhf_sgpo.dro import solve_best_case, solve_worst_case
 from openrlhf_sgpo.report.figures import histogram, plot
-from openrlhf_sgpo.report.markup import Html, signed, tiny
+from openrlhf_sgpo.report.markup import Html, tiny, with_minus_sign
 
 # Of the certificate, in the order of docs/algorithms/sgpo.md.
 FIGURES = (
@@ -80,8 +80,9 @@ def follower_plot(name: str, certificate: dict[str, Any]) -> Html:
     figure = histogram(parts, edges.tolist(), space, {"threshold": moved.threshold})
     figure.update_traces(selector={"name": "leaves"}, marker_pattern_shape="/")
     note = (
-        f"{moved.share.mean():.1%} of the mass goes to {signed(moved.target, 3)}: loss {certificate['empirical']:.4f} without "
-        f"the follower, {certificate['value']:.4f} with it, duality gap {tiny(certificate['gap'])}"
+        f"{moved.share.mean():.1%} of the mass goes to {with_minus_sign(moved.target, 3)}: loss "
+        f"{certificate['empirical']:.4f} without the follower, {certificate['value']:.4f} with it, duality gap "
+        f"{tiny(certificate['gap'])}"
     )
     return plot(f"Margins at the start of {name}, and what the follower moves", figure, note, height=300)
 

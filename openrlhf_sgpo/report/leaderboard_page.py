@@ -12,7 +12,7 @@ from urllib.parse import quote
 from openrlhf_sgpo.benchmarks.leaderboard import half_width
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots, radar
 from openrlhf_sgpo.report.judged import judgements
-from openrlhf_sgpo.report.markup import MISSING, Html, details, number, table, tag, words
+from openrlhf_sgpo.report.markup import MISSING, Html, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import leaderboard_verdict
@@ -92,7 +92,7 @@ def _group(rows: Sequence[dict[str, Any]]) -> list[Html]:
         for note in row.get("notes") or []:
             notes.setdefault(note, []).append(row["model"])
     return [
-        table(header, cells),
+        html_table(header, cells),
         *([tag("ul", *(_note(*one, rows) for one in notes.items()), class_="quiet")] if notes else []),
         plots(*_bars(rows, figures), *_radar(rows)),
         details("How the answers were made, and by whom judged", *_made(rows)),
@@ -157,7 +157,7 @@ def _made(rows: Sequence[dict[str, Any]]) -> list[Html]:
     made = [[row["model"], *((row.get("decoding") or {}).get(key, MISSING) for key in keys)] for row in rows]
     judge = rows[0].get("judge")
     return [
-        *([table(["", *map(words, keys)], made)] if keys else [tag("p", "The decoding was not recorded.")]),
+        *([html_table(["", *map(words, keys)], made)] if keys else [tag("p", "The decoding was not recorded.")]),
         *([tag("pre", json_text(judge, indent=2))] if judge else []),
     ]
 

@@ -25,7 +25,7 @@ def tag(name: str, *content: object, **attributes: str) -> Html:
     return Html(f"<{name}{''.join(words)}>{join(*content)}</{name}>")
 
 
-def table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
+def html_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
     """The first column names the row, the others hold figures."""
     head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
@@ -42,7 +42,7 @@ def number(value: float | None, digits: int) -> str:
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
-def signed(value: float, digits: int) -> str:
+def with_minus_sign(value: float, digits: int) -> str:
     """A figure in a sentence, with a true minus sign."""
     return number(value, digits).replace("-", "\N{MINUS SIGN}")
 

@@ -14,7 +14,7 @@ from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots
 from openrlhf_sgpo.report.follower import FIGURES as CERTIFICATE
 from openrlhf_sgpo.report.follower import follower_plot
-from openrlhf_sgpo.report.markup import MISSING, Html, details, number, signed, table, tag, tiny, words
+from openrlhf_sgpo.report.markup import MISSING, Html, details, html_table, number, tag, tiny, with_minus_sign, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.run_curves import held_out_plot, round_plots, step_plots
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
@@ -136,7 +136,7 @@ def _rounds(moments: Sequence[Moment]) -> list[Html]:
     if different := measured_differently([moment.row for moment in moments]):
         notes.append(f" {different[0].upper()}{different[1:]}.")
     return [
-        table(["", *(title for title, _, _ in shown)], rows),
+        html_table(["", *(title for title, _, _ in shown)], rows),
         tag("p", *notes, class_="quiet"),
         plots(
             *round_plots([moment.name for moment in moments], [moment.row | moment.certificate for moment in moments])
@@ -158,7 +158,7 @@ def _margins(moments: Sequence[Moment], settings: dict[str, Any]) -> list[Html]:
         )
         parts += [
             tag("h3", "Certificate of the follower"),
-            table(["", *(moment.name for moment in solved)], rows),
+            html_table(["", *(moment.name for moment in solved)], rows),
             tag("p", note, class_="quiet"),
         ]
     return parts
@@ -191,7 +191,7 @@ def _answers(moments: Sequence[Moment]) -> list[Html]:
 
 def _measured(row: dict[str, Any]) -> str:
     cut = ", cut by the length limit" if row["truncated"] else ""
-    return f"{row['tokens']} tokens{cut}, {signed(row['kl'], 2)} nats from the reference"
+    return f"{row['tokens']} tokens{cut}, {with_minus_sign(row['kl'], 2)} nats from the reference"
 
 
 def _plays(folder: Path) -> list[Html]:
@@ -235,7 +235,7 @@ def _cost(ledger: dict[str, Any]) -> list[Html]:
     header = ["", *(words(kind).replace(" gib", ", GiB") for kind in kinds)]
     return [
         plot("Seconds by stage", figure, "wall time of each round's stages", height=90 + 42 * len(names)),
-        table(header, [[row[0].replace("/", ": ").replace("_", " "), *row[1:]] for row in rows]),
+        html_table(header, [[row[0].replace("/", ": ").replace("_", " "), *row[1:]] for row in rows]),
     ]
 
 
@@ -264,5 +264,5 @@ def _data(folder: Path) -> list[Html]:
             if finding["count"]
         ]
         kept = tag("p", f"{report['kept']:,} of {report['rows']:,} rows are used.", class_="quiet")
-        parts += [tag("h3", report["name"]), kept, *([table(["found", "rows", "share"], rows)] if rows else [])]
+        parts += [tag("h3", report["name"]), kept, *([html_table(["found", "rows", "share"], rows)] if rows else [])]
     return parts

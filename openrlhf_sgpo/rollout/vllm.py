@@ -32,7 +32,7 @@ class VllmRollout:
     def _start(self) -> None:
         on_gpu = torch.cuda.is_available()
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", **ray_session.LOOPBACK}
-        ray_session.start(environment | ({} if on_gpu else CPU_ENVIRONMENT))
+        ray_session.start_ray(environment | ({} if on_gpu else CPU_ENVIRONMENT))
         settings = self.config.vllm
         self.arguments: dict[str, Any] = {
             # Engines get no key for the hub.
@@ -192,7 +192,7 @@ class VllmRollout:
             for engine in self.engines:
                 ray.kill(engine)
             self.engines = []
-            ray_session.end()
+            ray_session.end_ray()
 
 
 def local_folder(model: str) -> str:

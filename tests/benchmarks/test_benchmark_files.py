@@ -16,8 +16,8 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     check_once,
     content_hash,
     locate,
-    read,
     read_checked,
+    read_fields,
     upstream,
 )
 from openrlhf_sgpo.data.files import DataError
@@ -58,7 +58,7 @@ def test_a_path_that_does_not_exist_is_an_error_although_a_package_has_the_file(
 
 def test_an_installed_package_is_found_without_importing_it(package):
     path = locate("task.file", "", HUB, package)
-    assert read(path, FIELDS) == ROWS
+    assert read_fields(path, FIELDS) == ROWS
     assert "carrying_package" not in sys.modules
 
 
@@ -89,7 +89,7 @@ def test_the_hub_is_asked_last(offline, tmp_path, monkeypatch):
     refs = tmp_path / "datasets--nobody--nothing" / "refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
-    assert read(locate("task.file", "", HUB), FIELDS) == ROWS
+    assert read_fields(locate("task.file", "", HUB), FIELDS) == ROWS
 
 
 def test_the_hash_sees_content_only(tmp_path):
@@ -128,7 +128,7 @@ def test_every_bad_row_is_named_with_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"id": 1, "text": "a"}\nnonsense\n{"id": 2}\n[1]\n{"id": null, "text": ["a"]}\n')
     with pytest.raises(DataError) as caught:
-        read(path, FIELDS)
+        read_fields(path, FIELDS)
     assert [line.partition(": ")[0].rpartition(", ")[2] for line in str(caught.value).splitlines()] == [
         "line 2",
         "line 3",

@@ -23,7 +23,7 @@ from judge_server import JudgeServer, sigmoid
 from running import forked
 
 from openrlhf_sgpo import flags
-from openrlhf_sgpo.benchmarks.leaderboard import table
+from openrlhf_sgpo.benchmarks.leaderboard import leaderboard_table
 from openrlhf_sgpo.benchmarks.settings import load
 from openrlhf_sgpo.benchmarks.task import Result
 from openrlhf_sgpo.judge.cache import ContentCache
@@ -148,7 +148,7 @@ def test_scores_that_do_not_compare_share_no_table():
     letters = replace(row("d", "j", win_rate=9.0), judge={"model": "j", "logprobs": False})
     few = row("e", "j", expected=4, win_rate=8.0)
     rows = [row("a", "j", win_rate=1.0), row("b", "j", win_rate=2.0), row("c", "k", win_rate=3.0), letters, few]
-    blocks = table(rows).split("alpaca_eval, judge ")[1:]
+    blocks = leaderboard_table(rows).split("alpaca_eval, judge ")[1:]
     shown = [[name for name in "abcde" if re.search(rf"^{name}  ", block, re.MULTILINE)] for block in blocks]
     assert shown == [["a", "b"], ["c"], ["d"], ["e"]]
     assert blocks[2].startswith("j letters") and "4/4" in blocks[3] and "math" in blocks[0]

@@ -19,7 +19,7 @@ from openrlhf_sgpo.benchmarks.tasks.arena_hard import (
     Games,
     interval,
     plain,
-    verdict,
+    verdict_label,
     weighted,
 )
 from openrlhf_sgpo.comparison.statistics import bootstrap_interval
@@ -208,7 +208,7 @@ def test_answers_with_braces_are_shown_as_they_are(tmp_path):
     ],
 )
 def test_verdicts(text, label):
-    assert verdict(text) == label
+    assert verdict_label(text) == label
 
 
 def test_a_judgement_without_a_verdict_is_kept_and_counted_and_takes_its_question_out(tmp_path):

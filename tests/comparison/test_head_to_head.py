@@ -10,10 +10,10 @@ import pytest
 from openrlhf_sgpo.comparison.compared_runs import BUDGET, named_folders
 from openrlhf_sgpo.comparison.head_to_head import (
     budget_warnings,
+    comparison_table,
     cross_play,
-    figure,
     mean_ledger,
-    table,
+    over_seeds,
     versus_start,
     with_holm,
 )
@@ -24,9 +24,9 @@ def ledger(**changes: float) -> dict[str, float]:
 
 
 def test_a_figure_is_a_mean_over_seeds_with_its_error():
-    assert figure([0.5, 0.7]) == {"mean": pytest.approx(0.6), "error": pytest.approx(0.1), "values": [0.5, 0.7]}
-    assert figure([0.5]) == {"mean": 0.5, "error": None, "values": [0.5]}
-    assert figure([]) == {"mean": None, "error": None, "values": []}
+    assert over_seeds([0.5, 0.7]) == {"mean": pytest.approx(0.6), "error": pytest.approx(0.1), "values": [0.5, 0.7]}
+    assert over_seeds([0.5]) == {"mean": 0.5, "error": None, "values": [0.5]}
+    assert over_seeds([]) == {"mean": None, "error": None, "values": []}
 
 
 def test_cross_play_counts_ties_one_half_and_every_pair_of_seeds():
@@ -85,12 +85,17 @@ def test_nothing_against_something_is_a_difference_and_seconds_are_no_budget():
 def test_the_table_shows_what_was_not_measured_as_a_dash():
     names = ("accuracy", "margin", "kl", "response_length")
     groups = [
-        {"name": "a", "runs": [{}, {}], "figures": {name: figure([1.0, 2.0]) for name in names}, "ledger": ledger()},
-        {"name": "b", "runs": [{}], "figures": {name: figure([]) for name in names}, "ledger": ledger()},
+        {
+            "name": "a",
+            "runs": [{}, {}],
+            "figures": {name: over_seeds([1.0, 2.0]) for name in names},
+            "ledger": ledger(),
+        },
+        {"name": "b", "runs": [{}], "figures": {name: over_seeds([]) for name in names}, "ledger": ledger()},
     ]
     against = [versus_start(name, np.full((1, 1, 4), 0.5), np.zeros((1, 4))) for name in ("a", "b")]
     pairs = with_holm([cross_play(("a", "b"), np.ones((1, 1, 3)))])
-    text = table(
+    text = comparison_table(
         {
             "prompts": 3,
             "oracle": {"name": "judge"},

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import BIAS, JudgeServer, sigmoid
 
-from openrlhf_sgpo.comparison.judge_check import Said, ask, figures, load, main, share_of
+from openrlhf_sgpo.comparison.judge_check import Said, agreement_figures, ask, load, main, share_of
 from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.flags import SettingsError
 from openrlhf_sgpo.oracle import PreferenceOracle, RewardOracle
@@ -125,7 +125,7 @@ class Matrices(PreferenceOracle):
 
 def values(judge) -> dict[str, float | None]:
     said, shows_orders = ask(judge, pairs())
-    return {name: one.value for name, one in figures(pairs(), said, shows_orders).items()}
+    return {name: one.value for name, one in agreement_figures(pairs(), said, shows_orders).items()}
 
 
 def test_who_always_takes_the_first_knows_nothing():
@@ -164,7 +164,7 @@ SHARES = st.floats(0, 1)
 @given(st.lists(st.tuples(SHARES, SHARES), min_size=8, max_size=8))
 def test_figures_fit_together(shares):
     said = [Said(*both) for both in shares]
-    found = figures(pairs(), said, True)
+    found = agreement_figures(pairs(), said, True)
     value = {name: one.value for name, one in found.items()}
     chosen = value["longer_chosen"]
     # Who agrees where people chose the shorter answer does not prefer the longer one.
@@ -175,7 +175,7 @@ def test_figures_fit_together(shares):
         assert one.interval[0] - 1e-12 <= one.value <= one.interval[1] + 1e-12
     # With people's choice and the other answer exchanged, all that was right is wrong, and places are what they were.
     turned = [Pair(pair.id, pair.prompt, pair.rejected, pair.chosen) for pair in pairs()]
-    other = {name: one.value for name, one in figures(turned, [Said(b, a) for a, b in shares], True).items()}
+    other = {name: one.value for name, one in agreement_figures(turned, [Said(b, a) for a, b in shares], True).items()}
     assert other["agreement"] == pytest.approx(1 - value["agreement"])
     assert other["position_bias"] == pytest.approx(value["position_bias"]) and other["flips"] == value["flips"]
     assert other["longer_preferred"] == pytest.approx(value["longer_preferred"])

@@ -184,7 +184,7 @@ def test_all_settings_are_checked_before_a_run_starts(tmp_path, monkeypatch):
 
 def test_the_judge_is_asked_before_a_run_starts(tmp_path, monkeypatch):
     trained: list[Path] = []
-    monkeypatch.setattr(module, "train", lambda run, place: trained.append(run.folder))
+    monkeypatch.setattr(module, "train_run", lambda run, place: trained.append(run.folder))
     path = write(tmp_path, small(tmp_path) | {"compare": {"oracle": "judge", "judge": {"model": MODEL}}})
     with JudgeServer() as server:
         words = ["--suite", str(path), "--judge.base_url", server.url, "--judge.max_retries", "0"]

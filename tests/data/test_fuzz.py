@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from openrlhf_sgpo.benchmarks.benchmark_files import TEXT, content_hash, read
+from openrlhf_sgpo.benchmarks.benchmark_files import TEXT, content_hash, read_fields
 from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
 from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts
 from openrlhf_sgpo.data.messages import ROLES
 from openrlhf_sgpo.data.records import fingerprint, load_run_pairs
 from openrlhf_sgpo.data.tokens import ChatFormat
-from openrlhf_sgpo.oracle.comparison import transcript
+from openrlhf_sgpo.oracle.pairwise import transcript
 from openrlhf_sgpo.refinement.drafts import load_drafts
 from openrlhf_sgpo.run_folder import write_jsonl
 
@@ -105,7 +105,7 @@ def check(path, chat):
         with suppress(DataError):
             sound(reader(str(path)), path.parent, chat)
     with suppress(DataError):
-        content_hash(read(path, {"prompt": TEXT}), ["prompt"])
+        content_hash(read_fields(path, {"prompt": TEXT}), ["prompt"])
 
 
 def sound(records, folder, chat):

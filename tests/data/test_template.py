@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from openrlhf_sgpo.data.template import refuse_unread, template_arguments
+from openrlhf_sgpo.data.template import refuse_unread_variables, template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 
 QUESTION = [{"role": "user", "content": "Why?"}]
@@ -281,11 +281,11 @@ def test_variables_that_cannot_be(item, tiny_model, tiny_data, tmp_path):
 
 def test_a_variable_that_no_template_reads_is_an_error(chat_with):
     plain, thinking = (chat_with(one, ["enable_thinking=false"]).template for one in (CHATML, QWEN))
-    refuse_unread([plain, thinking])
+    refuse_unread_variables([plain, thinking])
     with pytest.raises(
         ValueError, match="--data.chat_template_kwargs: enable_thinking is not read by the chat template"
     ):
-        refuse_unread([plain])
+        refuse_unread_variables([plain])
 
 
 # Thoughts ----------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import JudgeServer
 
-from openrlhf_sgpo.benchmarks.tasks import mt_bench
 from openrlhf_sgpo.config import ServerSettings
 from openrlhf_sgpo.judge import client
 from openrlhf_sgpo.judge.cache import ContentCache
 from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered
-from openrlhf_sgpo.judge.reply import Reply, Unusable, kept_reply, read_completion, read_reply, spent
+from openrlhf_sgpo.judge.reply import Reply, Unusable, kept_reply, read_completion, read_reply, spent, written_text
 from openrlhf_sgpo.oracle.judge import letter_share, letter_written
 
 DECODING = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 2}
@@ -292,7 +291,7 @@ def test_any_reply_is_an_answer_or_unusable(content):
         kept_reply(json.loads(json.dumps({"text": reply.text, "finish_reason": reply.finish_reason, "top": reply.top})))
         == reply
     )
-    for accept in (lambda one: letter_share(one, 0.5), letter_written, mt_bench.written):
+    for accept in (lambda one: letter_share(one, 0.5), letter_written, written_text):
         with suppress(Unusable):
             assert isinstance(accept(reply), (float, str))
 

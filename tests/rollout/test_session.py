@@ -137,7 +137,8 @@ def test_an_engine_that_dies_twice_ends_the_run_with_one_message_and_leaves_noth
 @pytest.mark.slow
 def test_nothing_is_left_of_a_session_whose_owner_was_killed(tmp_path):
     owner = subprocess.Popen(
-        [sys.executable, "-c", "from openrlhf_sgpo import ray_session as r; r.start({}); print(r._keeper.args[-1], flush=True);"
+        [sys.executable, "-c", "from openrlhf_sgpo import ray_session as r; r.start_ray({});"
+         "print(r._keeper.args[-1], flush=True);"
          "import time; time.sleep(300)"],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip

@@ -1,20 +1,18 @@
-"""The benchmarks by name; looking one up imports its file only."""
+"""The benchmarks by name: built-ins, and entry points of the group ``openrlhf_sgpo.benchmarks``."""
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from openrlhf_sgpo.benchmarks.task import Task
+from openrlhf_sgpo.registry import Registry
 
-_FILES = {
-    "alpaca_eval": ("alpaca_eval", "AlpacaEval"),
-    "mt_bench": ("mt_bench", "MTBench"),
-    "ifeval": ("ifeval", "IFEval"),
-    "arena_hard": ("arena_hard", "ArenaHard"),
+ENTRY_POINT_GROUP = "openrlhf_sgpo.benchmarks"
+
+BUILT_INS = {
+    "alpaca_eval": "openrlhf_sgpo.benchmarks.tasks.alpaca_eval:AlpacaEval",
+    "mt_bench": "openrlhf_sgpo.benchmarks.tasks.mt_bench:MTBench",
+    "ifeval": "openrlhf_sgpo.benchmarks.tasks.ifeval:IFEval",
+    "arena_hard": "openrlhf_sgpo.benchmarks.tasks.arena_hard:ArenaHard",
 }
-NAMES = tuple(_FILES)
 
-
-def get(name: str) -> type[Task]:
-    module, attribute = _FILES[name]
-    return getattr(import_module(f"openrlhf_sgpo.benchmarks.tasks.{module}"), attribute)
+_registry = Registry("benchmark", ENTRY_POINT_GROUP, BUILT_INS, Task)
+names, get = _registry.names, _registry.get

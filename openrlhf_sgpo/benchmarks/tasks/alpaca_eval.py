@@ -6,6 +6,7 @@ keeping answers is not, because upstream loses paid answers and keeps failures.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,8 +23,8 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     Package,
     check_once,
     locate,
-    read,
     read_checked,
+    read_fields,
     upstream,
 )
 from openrlhf_sgpo.benchmarks.length_control import check_gamed, length_controlled_win_rate, obstacle
@@ -31,7 +32,7 @@ from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.client import Request
-from openrlhf_sgpo.judge.reply import Reply, Unusable
+from openrlhf_sgpo.judge.reply import Reply, letter_log_probs, written_letter
 from openrlhf_sgpo.run_folder import write_json, write_text
 
 if TYPE_CHECKING:
@@ -102,14 +103,14 @@ class AlpacaEval(Task):
 
     def read_responses(self, path: Path) -> list[Responses]:
         """Of a list of {"instruction", "output"}, as alpaca-eval's model_outputs. Answers beyond the limit are left out."""
-        rows = read(path, self.answer_fields)
+        rows = read_fields(path, self.answer_fields)
         ids = {item.turns[0]: item.id for item in self.items()}
         known = [row["instruction"] for row in self._file[0]]
         check_once(path, "instruction", [row["instruction"] for row in rows], known)
         return [Responses(ids[row["instruction"]], (row["output"],)) for row in rows if row["instruction"] in ids]
 
     def preflight(self, judge: EvaluationJudge) -> list[str]:
-        request = Request("a first question", comparison("How much is two and two?", "Four.", "Five."))
+        request = Request("a first question", annotator_messages("How much is two and two?", "Four.", "Five."))
         logprobs = judge.settings.logprobs
         (verdict,) = judge.ask(self.name, decoding(logprobs), [request], reader(logprobs), "")
         if verdict is None or verdict.reply is None:
@@ -135,7 +136,7 @@ class AlpacaEval(Task):
             annotation(item, output, verdict, model, annotator)
             for item, output, verdict in zip(items, outputs, verdicts, strict=True)
         ]
-        figures = win_rates(annotations)
+        figures = win_rate_figures(annotations)
         average_length = fmean(map(len, outputs))
         notes = list(self._file[1])
         if not judge.settings.logprobs:
@@ -175,7 +176,7 @@ def switched(instruction: str) -> bool:
     return utils.random_seeded_choice(seed=f"is_switched_outputs{instruction}0", choices=[False, True])
 
 
-def comparison(instruction: str, first: str, second: str) -> Messages:
+def annotator_messages(instruction: str, first: str, second: str) -> Messages:
     """What the judge is asked.
 
     Upstream fills its template in before it splits it into messages, so that an answer with <|im_end|> ends the prompt and
@@ -209,35 +210,23 @@ def decoding(logprobs: bool) -> dict[str, Any]:
 
 
 def reader(logprobs: bool) -> Callable[[Reply], Verdict]:
-    weigh = letter_share if logprobs else letter_written
-    return lambda reply: Verdict(weigh(reply), reply)
+    preference = preference_weighed if logprobs else preference_written
+    return lambda reply: Verdict(preference(reply), reply)
 
 
-def letter_share(reply: Reply) -> float:
+def preference_weighed(reply: Reply) -> float:
     """2 - p(m) / (p(m) + p(M)), in [1, 2], 1: the first answer; p of a letter is the sum over the tokens that are the letter
     but for white space, of which upstream knows the bare letter only. Raises Unusable if neither letter is there."""
-    import numpy as np
-
-    found = {letter: [value for token, value in reply.top if token.strip() == letter] for letter in LETTERS}
-    merged = [{"token": one, "logprob": float(np.logaddexp.reduce(values))} for one, values in found.items() if values]
-    if not merged:
-        shown = ", ".join(repr(token) for token, _ in reply.top)
-        raise Unusable(
-            f"neither m nor M is among the likeliest tokens ({shown})"
-            if reply.top
-            else "the server sent no log-probabilities; --judge.logprobs false reads the letter that the judge writes"
-        )
+    totals = zip(LETTERS, letter_log_probs(reply, LETTERS), strict=True)
+    merged = [{"token": letter, "logprob": total} for letter, total in totals if total > -math.inf]
     parsers = upstream("alpaca_eval", "alpaca_eval.completion_parsers")
     completion = {"logprobs": {"content": [{"top_logprobs": merged}]}}
     return float(parsers.logprob_parser(completion, **_configuration()["completion_parser_kwargs"])[0])
 
 
-def letter_written(reply: Reply) -> float:
+def preference_written(reply: Reply) -> float:
     """1 for the letter m, 2 for M. Raises Unusable for any other text."""
-    match = re.fullmatch(r"\W*([mM])\W*", reply.text)
-    if match is None:
-        raise Unusable(f"the judge wrote {reply.text[:40]!r}, neither m nor M")
-    return 1.0 + LETTERS.index(match[1])
+    return 1.0 + LETTERS.index(written_letter(reply, LETTERS))
 
 
 def _verdicts(
@@ -250,7 +239,7 @@ def _verdicts(
         if pair[0] != output:
             first, second = reversed(pair) if switched(item.turns[0]) else pair
             requests.append(
-                Request(f"the comparison for instruction {item.id}", comparison(item.turns[0], first, second))
+                Request(f"the comparison for instruction {item.id}", annotator_messages(item.turns[0], first, second))
             )
     logprobs = judge.settings.logprobs
     asked = iter(judge.ask("alpaca_eval", decoding(logprobs), requests, reader(logprobs), f"{model}: AlpacaEval"))
@@ -279,7 +268,7 @@ def annotation(item: Item, output: str, verdict: Verdict | None, model: str, ann
     }
 
 
-def win_rates(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+def win_rate_figures(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """alpaca-eval's win_rate and standard_error (percent), n_wins, n_wins_base, n_draws, n_total and discrete_win_rate of the
     annotations that have a preference; None where there are too few."""
     metrics = upstream("alpaca_eval", "alpaca_eval.metrics")

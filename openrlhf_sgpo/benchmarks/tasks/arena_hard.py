@@ -22,18 +22,18 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     Package,
     check_once,
     locate,
-    read,
     read_checked,
+    read_fields,
     upstream,
 )
 from openrlhf_sgpo.benchmarks.ratios import linearised
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
-from openrlhf_sgpo.benchmarks.tasks.mt_bench import written
 from openrlhf_sgpo.comparison.statistics import bootstrap_interval
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.judge.client import Request
+from openrlhf_sgpo.judge.reply import written_text
 from openrlhf_sgpo.run_folder import write_jsonl
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Games(NamedTuple):
 
     @property
     def labels(self) -> list[str | None]:
-        return [None if text is None else verdict(text) for text in self.texts]
+        return [None if text is None else verdict_label(text) for text in self.texts]
 
     @property
     def scores(self) -> list[tuple[float, int]]:
@@ -116,7 +116,7 @@ class ArenaHard(Task):
             if name in ANSWER_DIGESTS:
                 rows, also = read_checked(FLAG, path, ANSWER_FIELDS, ANSWER_DIGESTS[name], self.settings.unverified)
             else:
-                rows, also = read(path, ANSWER_FIELDS), []
+                rows, also = read_fields(path, ANSWER_FIELDS), []
             found[name] = dict(_texts(path, rows))
             notes += also
         if self.settings.baseline:
@@ -137,21 +137,21 @@ class ArenaHard(Task):
 
     def read_responses(self, path: Path) -> list[Responses]:
         """Of arena-hard-auto's model answers, {"uid", "messages"}. Answers beyond the limit are left out."""
-        answers = list(_texts(path, read(path, self.answer_fields)))
+        answers = list(_texts(path, read_fields(path, self.answer_fields)))
         check_once(path, "question", [key for key, _ in answers], [row["uid"] for row in self._questions[0]])
         asked = {row["uid"] for row in self._asked()}
         return [Responses(key, (text,)) for key, text in answers if key in asked]
 
     def preflight(self, judge: EvaluationJudge) -> list[str]:
         item = Item("0", ("How much is two and two?",), "hard_prompt")
-        request = Request("a first question", comparison(item, "Four.", "Five."))
-        (text,) = judge.ask(self.name, self._decoding(), [request], written, "")
+        request = Request("a first question", game_messages(item, "Four.", "Five."))
+        (text,) = judge.ask(self.name, self._decoding(), [request], written_text, "")
         if text is None:
             raise ValueError("--judge: the judge writes nothing where Arena-Hard asks for a verdict")
         return [
             f"the judge's first Arena-Hard judgement has no verdict as [[A>B]]: {text[-80:]!r}"
-            if verdict(text) is None
-            else f"the judge's first Arena-Hard verdict is {verdict(text)}"
+            if verdict_label(text) is None
+            else f"the judge's first Arena-Hard verdict is {verdict_label(text)}"
         ]
 
     def evaluate(
@@ -170,13 +170,13 @@ class ArenaHard(Task):
             for game, (first, second) in enumerate(
                 [(item.facts["answer"], text), (text, item.facts["answer"])], start=1
             ):
-                requests.append(Request(f"game {game} of question {item.id}", comparison(item, first, second)))
-        found = iter(judge.ask(self.name, self._decoding(), requests, written, f"{model}: Arena-Hard"))
+                requests.append(Request(f"game {game} of question {item.id}", game_messages(item, first, second)))
+        found = iter(judge.ask(self.name, self._decoding(), requests, written_text, f"{model}: Arena-Hard"))
         games = [Games(item, (next(found), next(found))) for item in items]
         rows = zip(items, texts, strict=True)
-        write_jsonl(folder / "model_answer.jsonl", (answer_row(model, item, text) for item, text in rows))
+        write_jsonl(folder / "model_answer.jsonl", (_answer_row(model, item, text) for item, text in rows))
         write_jsonl(
-            folder / "model_judgment.jsonl", (judgement_row(model, str(judge.identity["model"]), one) for one in games)
+            folder / "model_judgment.jsonl", (_judgement_row(model, str(judge.identity["model"]), one) for one in games)
         )
         counted = [one for one in games if one.scores]
         values = {"win_rate": weighted(counted), "win_rate_plain": plain(counted)} if counted else {}
@@ -221,7 +221,7 @@ def _benchmark() -> Any:
     return upstream("arena_hard", "eval_framework.tasks.arena_hard_task")
 
 
-def comparison(item: Item, first: str, second: str) -> Messages:
+def game_messages(item: Item, first: str, second: str) -> Messages:
     """What the judge is asked: the system prompt of the category, then question and answers."""
     user = _benchmark().DEFAULT_PROMPT_TEMPLATE.format(QUESTION=item.turns[0], ANSWER_A=first, ANSWER_B=second)
     return [
@@ -230,7 +230,7 @@ def comparison(item: Item, first: str, second: str) -> Messages:
     ]
 
 
-def verdict(text: str) -> str | None:
+def verdict_label(text: str) -> str | None:
     """The last label in double brackets, else the last in single ones; None if it is none of ``VERDICTS``."""
     found = [re.findall(pattern, text.upper()) for pattern in _benchmark().DEFAULT_REGEX_PATTERNS]
     label = next((labels[-1] for labels in found if labels), "")
@@ -254,7 +254,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return max(0.0, low), min(100.0, high)
 
 
-def answer_row(model: str, item: Item, text: str) -> dict[str, Any]:
+def _answer_row(model: str, item: Item, text: str) -> dict[str, Any]:
     """A row of arena-hard-auto's model answers, without the counts that its style control needs."""
     return {
         "uid": item.id,
@@ -268,7 +268,7 @@ def answer_row(model: str, item: Item, text: str) -> dict[str, Any]:
     }
 
 
-def judgement_row(model: str, judge: str, games: Games) -> dict[str, Any]:
+def _judgement_row(model: str, judge: str, games: Games) -> dict[str, Any]:
     """A row of arena-hard-auto's judgements; a game without a judgement is null."""
     return {
         "uid": games.item.id,

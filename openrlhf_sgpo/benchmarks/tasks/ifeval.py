@@ -25,8 +25,8 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     Package,
     check_once,
     locate,
-    read,
     read_checked,
+    read_fields,
     upstream,
 )
 from openrlhf_sgpo.benchmarks.ratios import linearised
@@ -97,7 +97,7 @@ class IFEval(Task):
 
     def read_responses(self, path: Path) -> list[Responses]:
         """Of rows {"prompt", "response"}, as Google's script takes them. Responses beyond the limit are left out."""
-        rows = read(path, self.answer_fields)
+        rows = read_fields(path, self.answer_fields)
         check_once(path, "prompt", [row["prompt"] for row in rows], [row["prompt"] for row in self._file[0]])
         ids = {item.turns[0]: item.id for item in self.items()}
         return [Responses(ids[row["prompt"]], (row["response"],)) for row in rows if row["prompt"] in ids]

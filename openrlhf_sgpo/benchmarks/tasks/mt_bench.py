@@ -24,8 +24,8 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     Kind,
     check_once,
     locate,
-    read,
     read_checked,
+    read_fields,
     upstream,
 )
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
@@ -34,7 +34,7 @@ from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.judge.client import Request
-from openrlhf_sgpo.judge.reply import Reply, Unusable
+from openrlhf_sgpo.judge.reply import written_text
 from openrlhf_sgpo.run_folder import write_jsonl
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class MTBench(Task):
     def read_responses(self, path: Path) -> list[Responses]:
         """Of FastChat's model answers, {"question_id", "choices": [{"turns"}]}, or of {"question_id", "turns"}. Answers beyond
         the limit are left out."""
-        rows = read(path, self.answer_fields)
+        rows = read_fields(path, self.answer_fields)
         answers = [(str(row["question_id"]), _turns(row.get("choices") or [row])) for row in rows]
         check_once(
             path, "question", [key for key, _ in answers], [str(row["question_id"]) for row in self._files.questions]
@@ -186,7 +186,7 @@ class MTBench(Task):
     def preflight(self, judge: EvaluationJudge) -> list[str]:
         item = Item("0", ("How much is two and two?",), facts={"reference": ()})
         request = Request("a first question", grading(self._files.prompts["single-v1"], item, ("Four.",)))
-        (text,) = judge.ask(self.name, DECODING, [request], written, "")
+        (text,) = judge.ask(self.name, DECODING, [request], written_text, "")
         if text is None:
             raise ValueError("--judge: the judge writes nothing where MT-Bench asks for a judgement")
         found = score(text)
@@ -215,16 +215,16 @@ class MTBench(Task):
             )
             for (item, turn), name in zip(asked, names, strict=True)
         ]
-        texts = judge.ask(self.name, DECODING, requests, written, f"{model}: MT-Bench")
+        texts = judge.ask(self.name, DECODING, requests, written_text, f"{model}: MT-Bench")
         judgements = [
             Judgement(item.id, item.category, turn, None if text is None else score(text))
             for (item, turn), text in zip(asked, texts, strict=True)
         ]
-        write_jsonl(folder / "model_answer.jsonl", (answer_row(model, responses[item.id]) for item in items))
+        write_jsonl(folder / "model_answer.jsonl", (_answer_row(model, responses[item.id]) for item in items))
         write_jsonl(
             folder / "judgments.jsonl",
             (
-                judgement_row(model, (str(judge.identity["model"]), name), one, request, text)
+                _judgement_row(model, (str(judge.identity["model"]), name), one, request, text)
                 for name, one, request, text in zip(names, judgements, requests, texts, strict=True)
                 if text is not None
             ),
@@ -280,13 +280,6 @@ def grading(prompt: Mapping[str, Any], item: Item, turns: Sequence[str]) -> Mess
     ]
 
 
-def written(reply: Reply) -> str:
-    """A judgement without a score is the judge's answer, too; none at all is Unusable."""
-    if not reply.text.strip():
-        raise Unusable("the judge wrote nothing")
-    return reply.text
-
-
 def score(text: str) -> float | None:
     """The first [[n]] of a judgement, else the first [n]; None if there is neither."""
     common = _fastchat()
@@ -324,7 +317,7 @@ def _means(judgements: Sequence[Judgement], key: Callable[[Judgement], str]) -> 
     return {name: mean for name, group in groups.items() if (mean := mean_score(group)) is not None}
 
 
-def answer_row(model: str, responses: Responses) -> dict[str, Any]:
+def _answer_row(model: str, responses: Responses) -> dict[str, Any]:
     """A row of FastChat's model answers."""
     return {
         "question_id": int(responses.id),
@@ -335,7 +328,7 @@ def answer_row(model: str, responses: Responses) -> dict[str, Any]:
     }
 
 
-def judgement_row(
+def _judgement_row(
     model: str, judge: tuple[str, str], judgement: Judgement, request: Request, text: str
 ) -> dict[str, Any]:
     """A row of FastChat's single-answer judgements, in which the score -1 means none. judge: model and prompt."""

@@ -57,7 +57,7 @@ def choose(oracle: Oracle, answers: Sequence[Answers]) -> list[dict[str, Any]]:
     ]
 
 
-def compare(
+def chain_preferences(
     oracle: Oracle, answers: Sequence[Answers], random_sample: bool, best: Sequence[Sequence[int]], seed: int
 ) -> list[dict[str, Any]]:
     """A row per prompt and depth: the preference for the chain's answer over each opponent that it has there, and which of the

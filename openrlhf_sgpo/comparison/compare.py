@@ -29,10 +29,10 @@ from openrlhf_sgpo.comparison.compared_runs import (
 )
 from openrlhf_sgpo.comparison.head_to_head import (
     budget_warnings,
+    comparison_table,
     cross_play,
-    figure,
     mean_ledger,
-    table,
+    over_seeds,
     versus_start,
     with_holm,
 )
@@ -41,13 +41,13 @@ from openrlhf_sgpo.data.files import TEST_SPLITS, TRAIN_SPLITS
 from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.records import Prompt, Records, fingerprint, load_prompts
 from openrlhf_sgpo.data.report import require
-from openrlhf_sgpo.data.template import refuse_unread, template_arguments
+from openrlhf_sgpo.data.template import refuse_unread_variables, template_arguments
 from openrlhf_sgpo.data.tokens import Group, load_chat
 from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.ledger import Ledger, stage_rows
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources
-from openrlhf_sgpo.oracle.comparison import transcript
+from openrlhf_sgpo.oracle.pairwise import transcript
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.run_folder import ADDRESS, RunFolder, write_json, write_text
@@ -58,7 +58,7 @@ Row = dict[str, Any]
 SHOWN = 20  # prompts whose answers are shown side by side
 
 
-class CrossPlay:
+class RunComparison:
     """One comparison. Everything that can be wrong with data and folders is found before a model is loaded."""
 
     def __init__(self, settings: CompareSettings, groups: Sequence[RunGroup]):
@@ -76,7 +76,7 @@ class CrossPlay:
         self.chat, _ = load_chat(
             *(self.initial, settings.trust_remote_code, "runs", config.data.max_len, variables, self.folder.moment())
         )
-        refuse_unread([self.chat.template])
+        refuse_unread_variables([self.chat.template])
         inspected = inspect_prompts(
             records,
             self.chat,
@@ -258,7 +258,7 @@ class CrossPlay:
         }
         path = self.folder.path
         write_json(path / "comparison.json", comparison)
-        text = table(comparison)
+        text = comparison_table(comparison)
         write_text(path / "table.txt", text)
         say(text)
         from openrlhf_sgpo.report import write_report
@@ -294,9 +294,9 @@ def _summary(group: RunGroup, answers: Sequence[list[Row]], divergences: Sequenc
         "name": group.name,
         "runs": [{"folder": str(Path(run.folder).absolute()), "seed": run.seed} for run in group.runs],
         "figures": {
-            **{name: figure(values) for name, values in held_out.items()},
-            "kl": figure([fmean(own) for own in divergences]),
-            "response_length": figure([fmean(row["tokens"] for row in own) for own in answers]),
+            **{name: over_seeds(values) for name, values in held_out.items()},
+            "kl": over_seeds([fmean(own) for own in divergences]),
+            "response_length": over_seeds([fmean(row["tokens"] for row in own) for own in answers]),
         },
         "ledger": mean_ledger([run.ledger() for run in group.runs], group.trials),
     }

@@ -21,16 +21,23 @@ from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.records import Prompt, fingerprint, load_prompts
 from openrlhf_sgpo.data.report import require
-from openrlhf_sgpo.data.template import refuse_unread, template_arguments
+from openrlhf_sgpo.data.template import refuse_unread_variables, template_arguments
 from openrlhf_sgpo.data.tokens import load_chat
 from openrlhf_sgpo.inference import Policy
 from openrlhf_sgpo.ledger import Ledger, stage_rows
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.refinement.budget import affordable, further
-from openrlhf_sgpo.refinement.comparison import Answers, choose, compare
 from openrlhf_sgpo.refinement.drafts import Draft, load_drafts
-from openrlhf_sgpo.refinement.records import Row, Writers, alpaca_eval, answer_rows, figures, table
+from openrlhf_sgpo.refinement.preferences import Answers, chain_preferences, choose
+from openrlhf_sgpo.refinement.results import (
+    Row,
+    Writers,
+    alpaca_eval_outputs,
+    answer_rows,
+    figures_by_depth,
+    refinement_table,
+)
 from openrlhf_sgpo.refinement.settings import RefineSettings, run_config
 from openrlhf_sgpo.rollout import Rollout, Sample, check_rollout, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
@@ -62,7 +69,7 @@ class Refinement:
         self.chat, _ = load_chat(
             *(policy.folder, settings.trust_remote_code, "model", config.data.max_len, variables, self.folder.moment())
         )
-        refuse_unread([self.chat.template])
+        refuse_unread_variables([self.chat.template])
         self.tokenizer = self.chat.tokenizer
         new = config.rollout.max_new_tokens
         self.longest = config.data.max_len - new  # context of an answer, in tokens
@@ -182,7 +189,7 @@ class Refinement:
                 best = [row["best"] for row in chosen]
             return best, self._stage(
                 "preferences",
-                lambda _: compare(judge, answers, "iid" in controls, best, config.train.seed),
+                lambda _: chain_preferences(judge, answers, "iid" in controls, best, config.train.seed),
                 judge.usage,
             )
         finally:
@@ -245,7 +252,7 @@ class Refinement:
             row for number, one in enumerate(answers) for row in answer_rows(one, best[number] if best else [], by)
         ]
         write_jsonl(path / "answers.jsonl", found)
-        for name, outputs in alpaca_eval(found, by.dataset).items():
+        for name, outputs in alpaca_eval_outputs(found, by.dataset).items():
             write_json(path / name, outputs)
         summary: Row = {
             "model": self.policy.name,
@@ -256,10 +263,10 @@ class Refinement:
             "drafts_cut": self._drafts_cut(),
             "oracle": settings.oracle,
             "samples_cut": sum(self._samples_cut(one) for one in answers),
-            "depths": figures(answers, preferences),
+            "depths": figures_by_depth(answers, preferences),
         }
         write_json(path / "summary.json", summary)
-        text = table(summary["depths"])
+        text = refinement_table(summary["depths"])
         write_text(path / "table.txt", text)
         say(text)
         return summary

@@ -71,13 +71,13 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def comparison(introduction: str, conversation: str, first: str, second: str) -> Messages:
+def pairwise_messages(introduction: str, conversation: str, first: str, second: str) -> Messages:
     """One message, because some chat templates know no system's."""
     text = LAYOUT.format(introduction=introduction, conversation=conversation, first=first, second=second)
     return [{"role": "user", "content": text}]
 
 
-def judged(conversation: str, first: str, second: str, seed: int) -> Messages:
+def judge_messages(conversation: str, first: str, second: str, seed: int) -> Messages:
     """The comparison for a judge. Its code is a hash of the seed and of all texts, the same in both orders and whenever it is
     asked, so that answers that are kept are found again."""
     code = content_key(seed, conversation, sorted((first, second)))[:12]
@@ -100,7 +100,7 @@ def fitted(
         """With the last ``kept`` characters of the conversation and the first ``each`` of both answers."""
         said = conversation if kept == whole else MARK + conversation[whole - kept :]
         a, b = (text if len(text) <= each else text[:each] + MARK for text in (first, second))
-        return comparison(TRAINED, said, a, b), comparison(TRAINED, said, b, a)
+        return pairwise_messages(TRAINED, said, a, b), pairwise_messages(TRAINED, said, b, a)
 
     def length(kept: int, each: int) -> int:
         return max(len(chat.prompt(messages)) for messages in orders(kept, each))

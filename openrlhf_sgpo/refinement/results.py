@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from openrlhf_sgpo.data.messages import template_columns
-from openrlhf_sgpo.refinement.comparison import OPPONENTS, Answers
+from openrlhf_sgpo.refinement.preferences import OPPONENTS, Answers
 from openrlhf_sgpo.rollout.base import Sample
 from openrlhf_sgpo.table import PLUS_MINUS, aligned, half_of, plus_minus, standard_error
 
@@ -85,7 +85,7 @@ def answer_rows(one: Answers, best: Sequence[int], by: Writers) -> Iterator[Row]
         yield row(f"best_of_n/{depth}", "leader", one.samples[place], totals[count - 1], **own)
 
 
-def alpaca_eval(found: Sequence[Row], dataset: str) -> dict[str, list[Row]]:
+def alpaca_eval_outputs(found: Sequence[Row], dataset: str) -> dict[str, list[Row]]:
     """Outputs of chains and best samples in AlpacaEval's format, by file name; prompts of several messages have none."""
     files: dict[str, list[Row]] = {}
     for row in found:
@@ -102,7 +102,7 @@ def alpaca_eval(found: Sequence[Row], dataset: str) -> dict[str, list[Row]]:
     return files
 
 
-def figures(answers: Sequence[Answers], preferences: Sequence[Row]) -> list[Row]:
+def figures_by_depth(answers: Sequence[Answers], preferences: Sequence[Row]) -> list[Row]:
     """Means over the prompts, a row per depth; preferences with their standard errors. What was not measured is None."""
     found = []
     for place in range(len(answers[0].chain)):
@@ -125,7 +125,7 @@ def figures(answers: Sequence[Answers], preferences: Sequence[Row]) -> list[Row]
     return found
 
 
-def table(found: Sequence[Row]) -> str:
+def refinement_table(found: Sequence[Row]) -> str:
     """One line per depth, with the columns that hold something."""
     shown = [name for name in _TITLES if any(row[name] is not None for row in found)]
     lines = [["depth", *(_TITLES[name] for name in shown)]]
