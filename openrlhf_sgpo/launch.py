@@ -18,8 +18,7 @@ import threading
 import time
 from typing import Any
 
-from openrlhf_sgpo.cli.ending import COMMAND
-
+COMMAND = "OPENRLHF_SGPO_COMMAND"  # what people typed before a command's own flags, where that was not openrlhf-sgpo
 GRACE = 20.0  # seconds that the others have to end when one rank has failed, or was told to stop
 PAUSE = 0.2  # seconds between looks at the ranks
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG

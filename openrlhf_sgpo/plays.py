@@ -26,6 +26,7 @@ from openrlhf_sgpo.algorithms.on_policy import Model, OnPolicyAlgorithm, Role
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.finite import NotFiniteError, check_figures, in_training
+from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, Actor, load_actor, save_weights
 from openrlhf_sgpo.oracle.base import Answer, Question
 from openrlhf_sgpo.output import Progress
@@ -38,7 +39,6 @@ from openrlhf_sgpo.run_check import metrics_digest
 from openrlhf_sgpo.run_folder import json_text, keep_rows, read_jsonl
 from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.play_trainer import Play, PlayTrainer
-from openrlhf_sgpo.training.scoring import release_memory
 from openrlhf_sgpo.training.sizes import check_sizes
 from openrlhf_sgpo.training.stage import load_trained, write_policy
 

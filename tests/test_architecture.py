@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,91 @@ def imported(path: Path) -> set[str]:
 def test_only_one_room_imports_openrlhf():
     rooms = {path.relative_to(PACKAGE).parts[0] for path in SOURCES if "openrlhf" in imported(path)}
     assert rooms == {"openrlhf"}
+
+
+# Every room (a folder, or a file beside them) imports only from floors below its own.
+HOUSE = """
+                                           __main__
+                                              cli
+                                        plays  rounds
+                        benchmarks  comparison  refinement  run
+                       evaluation  inference  preflight  run_settings
+                                        oracle  resume
+                              fork  judge  report  training
+                         games  ledger  metrics  rollout  run_check
+                                   algorithms  run_folder
+                                       data  openrlhf
+                                            config
+                                         finite  flags
+             dro  extras  integrity  keys  launch  memory  output  ranks  ray_session
+                             registry  table  trl_names  yaml_files
+                                           __init__
+"""
+FLOORS = {room: -number for number, line in enumerate(HOUSE.splitlines()) for room in line.split()}
+UPWARDS = {  # still to go
+    ("algorithms", "oracle"),
+    ("benchmarks", "comparison"),
+    ("report", "benchmarks"),
+    ("report", "comparison"),
+}
+
+
+def arrows() -> dict[str, dict[str, str]]:
+    """By file of the package, as a module's name, the modules that it imports, each with the place. Imports within functions
+    and for annotations count."""
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES}
+    modules = set(names.values())
+    found: dict[str, dict[str, str]] = {name: {} for name in modules}
+    for path, name in names.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets: list[str] = []
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                members = [f"{node.module}.{alias.name}" for alias in node.names]
+                targets = [member if member in modules else node.module for member in members]
+            place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            found[name] |= {target: place for target in targets if target in modules and target != name}
+    return found
+
+
+def circle(graph: dict[str, dict[str, str]]) -> list[str]:
+    """The places of the imports along one circle; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            around = [*path[path.index(name) :], name]
+            return [f"{graph[one][other]} imports {other}" for one, other in pairwise(around)]
+        if name in done:
+            return []
+        places = next(filter(None, (walk(target, [*path, name]) for target in graph[name])), [])
+        done.add(name)
+        return places
+
+    return next(filter(None, (walk(name, []) for name in graph)), [])
+
+
+def room_of(module: str) -> str:
+    return (*module.split("."), "__init__")[1]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert circle({"a": {"b": "a:1"}, "b": {"c": "b:2"}, "c": {"b": "c:3"}}) == ["b:2 imports c", "c:3 imports b"]
+    assert circle(arrows()) == []
+
+
+def test_arrows_point_down():
+    graph = arrows()
+    assert {room_of(module) for module in graph} == set(FLOORS), "HOUSE names every room, and nothing else"
+    upwards: dict[tuple[str, str], list[str]] = {}
+    for module, targets in graph.items():
+        for target, place in targets.items():
+            rooms = room_of(module), room_of(target)
+            if rooms[0] != rooms[1] and FLOORS[rooms[0]] <= FLOORS[rooms[1]]:
+                upwards.setdefault(rooms, []).append(f"{place} imports {target}, which is not on a floor below")
+    assert [line for rooms, lines in upwards.items() if rooms not in UPWARDS for line in lines] == []
+    assert upwards.keys() == UPWARDS, "what is gone is taken off the list"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

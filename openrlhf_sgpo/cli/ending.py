@@ -18,8 +18,8 @@ from types import FrameType
 from typing import Any
 
 from openrlhf_sgpo import extras, flags, keys, output
+from openrlhf_sgpo.launch import COMMAND
 
-COMMAND = "OPENRLHF_SGPO_COMMAND"  # what people typed before a command's own flags, where that was not openrlhf-sgpo
 FOLDERS = ("ckpt.output_dir", "out")  # flags that name the folder of a run
 TIDYING = 60.0  # seconds after a signal in which a command may close what it has open
 RETRY = 0.1  # seconds after which a signal comes again that was not heard

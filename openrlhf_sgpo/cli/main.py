@@ -12,6 +12,7 @@ from openrlhf_sgpo import __version__, algorithms, extras, flags, run_settings
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.cli import ending
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.launch import COMMAND, follow_deepspeed
 from openrlhf_sgpo.output import other_packages_apart, say
 from openrlhf_sgpo.preflight import check_run
 
@@ -241,9 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     command, rest = argv[0], argv[1:]
     with ending.stopped_by_signals(argv):
         try:
-            if "RANK" in os.environ and ending.COMMAND not in os.environ:
-                from openrlhf_sgpo.launch import follow_deepspeed
-
+            if "RANK" in os.environ and COMMAND not in os.environ:
                 follow_deepspeed(command)
             # For module:Class. The console script and the launcher put only the script's folder on the path. At the end, so
             # that a file of the user's never stands in for an installed package.

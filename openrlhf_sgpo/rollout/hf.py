@@ -15,9 +15,9 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Config
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.finite import NotFiniteError
+from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
-from openrlhf_sgpo.training.scoring import release_memory
 
 
 class Mixture(LogitsProcessor):

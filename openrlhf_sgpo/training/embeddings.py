@@ -7,9 +7,9 @@ from torch import Tensor, distributed
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor
 from openrlhf_sgpo.output import Progress
-from openrlhf_sgpo.training.scoring import release_memory
 
 
 @torch.no_grad()

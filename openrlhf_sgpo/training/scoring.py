@@ -3,7 +3,6 @@ a reward model, and divergences of two policies."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -19,6 +18,7 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.finite import NotFiniteError
+from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy, load_actor, load_reward_model
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.run_folder import json_text, parse_json
@@ -235,10 +235,3 @@ def _by_prompt(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list
 
 def _engine(actor: Any) -> Any:
     return actor.model if isinstance(actor, Actor) else actor
-
-
-def release_memory() -> None:
-    """Return the memory of a model that is out of use, after its engine's ``destroy``: engines hold reference cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

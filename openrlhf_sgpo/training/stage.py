@@ -15,11 +15,11 @@ from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.finite import NotFiniteError, weight_not_finite
+from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.metrics import Metrics
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, Actor, DeepspeedStrategy, load_actor, save_policy
 from openrlhf_sgpo.run_folder import whole_folder
 from openrlhf_sgpo.training.checkpoints import Checkpoints
-from openrlhf_sgpo.training.scoring import release_memory
 from openrlhf_sgpo.training.sizes import optimiser_steps, too_few, warmup_ratio
 from openrlhf_sgpo.training.trainer import PairDataset, PairTrainer, seed_generators
 
