@@ -39,9 +39,10 @@ setup(
         "openrlhf_sgpo": ["py.typed", "recipes/*.yaml"],
         "openrlhf_sgpo.data": ["benchmark_prompts.json"],
         "openrlhf_sgpo.benchmarks": ["judges/*.yaml"],
+        "openrlhf_sgpo.report": ["*.css", "*.js"],
     },
     # Enough for settings, the registry, the follower and reports; training needs the extra gpu, or the locked CPU stack.
-    install_requires=["PyYAML>=6.0", "numpy>=1.26", "plotly>=6.0", "torch>=2.4", "tqdm>=4.66"],
+    install_requires=["PyYAML>=6.0", "markupsafe>=2.0", "numpy>=1.26", "plotly>=6.0", "torch>=2.4", "tqdm>=4.66"],
     extras_require={
         # What openrlhf 0.11.2 asks for, but for flash-attn, which needs CUDA's compiler and is optional here. openrlhf itself
         # follows with `pip install --no-deps openrlhf==0.11.2`; an extra cannot say that.

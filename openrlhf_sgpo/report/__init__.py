@@ -1,7 +1,7 @@
 """report.html: a run, a comparison or a leaderboard as one page that needs no network, made with plotly.
 
-The modules: ``markup`` escapes, ``look`` is style and script, ``page`` the frame, ``figures`` the plots, ``samples`` the
-answers side by side; ``run_page``, ``comparison_page`` and ``leaderboard_page`` say what stands on their pages.
+The modules: ``markup`` escapes, ``page`` is the frame, with page.css and page.js, ``figures`` the plots, ``samples`` answers
+side by side; ``run_page``, ``comparison_page`` and ``leaderboard_page`` say what stands on their pages.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from openrlhf_sgpo.comparison.head_to_head import half_width_over_seeds
 from openrlhf_sgpo.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points
-from openrlhf_sgpo.report.markup import MISSING, Html, details, html_table, number, tag, words
+from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import SIGNIFICANT, comparison_verdict, is_significant
@@ -24,7 +26,7 @@ _FIGURES = (
 )
 
 
-def comparison_page(folder: Path) -> Html:
+def comparison_page(folder: Path) -> Markup:
     found = {key: value for key, value in read_json(folder / "comparison.json").items() if value is not None}
     groups, cross_play = found.get("groups", []), found.get("cross_play", [])
     runs = sum(len(group.get("runs") or []) for group in groups)
@@ -47,7 +49,7 @@ def comparison_page(folder: Path) -> Html:
     )
 
 
-def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Html]:
+def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Markup]:
     if not rows:
         return []
     names = list(dict.fromkeys([*names, *(row[side] for row in rows for side in ("first", "second"))]))
@@ -90,7 +92,7 @@ def _p_value(value: float | None) -> str:
     return "<0.0001" if value is not None and value < 0.0001 else number(value, 4)
 
 
-def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Html]:
+def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     if not rows:
         return []
     placed = [row for row in rows if row.get("kl") is not None]
@@ -112,7 +114,7 @@ def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Html]:
     ]
 
 
-def _figures(groups: Sequence[dict[str, Any]]) -> list[Html]:
+def _figures(groups: Sequence[dict[str, Any]]) -> list[Markup]:
     shown, columns = [], []
     for title, note, key, digits in _FIGURES:
         known = {group["name"]: figure for group in groups if (figure := (group.get("figures") or {}).get(key))}
@@ -139,7 +141,7 @@ def _mean(group: dict[str, Any], key: str, digits: int) -> str:
     return plus_minus(figure["mean"], half_width_over_seeds(figure), digits, MISSING)
 
 
-def _cost(groups: Sequence[dict[str, Any]]) -> list[Html]:
+def _cost(groups: Sequence[dict[str, Any]]) -> list[Markup]:
     ledgers = {group["name"]: group["ledger"] for group in groups if group.get("ledger")}
     if not ledgers:
         return []
@@ -149,7 +151,7 @@ def _cost(groups: Sequence[dict[str, Any]]) -> list[Html]:
     return [html_table(["", *ledgers], rows), tag("p", note, class_="quiet")]
 
 
-def _answers(samples: Sequence[dict[str, Any]]) -> list[Html]:
+def _answers(samples: Sequence[dict[str, Any]]) -> list[Markup]:
     if not samples:
         return []
     articles = [
@@ -159,7 +161,7 @@ def _answers(samples: Sequence[dict[str, Any]]) -> list[Html]:
     return [how_many(len(articles), len(samples), "prompts"), *articles]
 
 
-def _runs(groups: Sequence[dict[str, Any]], oracle: dict[str, Any]) -> list[Html]:
+def _runs(groups: Sequence[dict[str, Any]], oracle: dict[str, Any]) -> list[Markup]:
     runs = [(group["name"], run) for group in groups for run in group.get("runs") or []]
     rows = [[name, MISSING if run.get("seed") is None else run["seed"], run["folder"]] for name, run in runs]
     parts = [details("Folders and seeds", html_table(["group", "seed", "folder"], rows))] if rows else []

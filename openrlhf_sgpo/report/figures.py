@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
+from markupsafe import Markup
 
-from openrlhf_sgpo.report.markup import Html, tag
+from openrlhf_sgpo.report.markup import tag
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 
@@ -31,10 +32,10 @@ class Series:
         return {"type": "data", "symmetric": False, "array": self.up, "arrayminus": self.down, "thickness": 1.2}
 
 
-def plot(title: str, figure: go.Figure, note: str = "", height: int = 250) -> Html:
+def plot(title: str, figure: go.Figure, note: str = "", height: int = 250) -> Markup:
     """A figure with its caption. height: in pixels; it is as wide as there is room."""
     # A text in a figure must not end the script element that holds it.
-    data = Html(figure.to_json().replace("<", "\\u003c"))
+    data = Markup(figure.to_json().replace("<", "\\u003c"))
     return tag(
         "figure",
         tag("figcaption", tag("h3", title), *([tag("p", note)] if note else [])),
@@ -43,7 +44,7 @@ def plot(title: str, figure: go.Figure, note: str = "", height: int = 250) -> Ht
     )
 
 
-def plots(*shown: Html) -> Html:
+def plots(*shown: Markup) -> Markup:
     """Plots beside each other where there is room."""
     return tag("div", *shown, class_="plots")
 

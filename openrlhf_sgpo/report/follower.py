@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from markupsafe import Markup
 
 from openrlhf_sgpo.dro import solve_best_case, solve_worst_case
 from openrlhf_sgpo.report.figures import histogram, plot
-from openrlhf_sgpo.report.markup import Html, tiny, with_minus_sign
+from openrlhf_sgpo.report.markup import tiny, with_minus_sign
 
 # Of the certificate, in the order of docs/algorithms/sgpo.md.
 FIGURES = (
@@ -60,7 +61,7 @@ def solve_again(certificate: dict[str, Any]) -> Moved | None:
     )
 
 
-def follower_plot(name: str, certificate: dict[str, Any]) -> Html:
+def follower_plot(name: str, certificate: dict[str, Any]) -> Markup:
     """The histogram of a round's margins at its start; where it can be known, with what moves, and to where."""
     moved = solve_again(certificate)
     if moved is None:

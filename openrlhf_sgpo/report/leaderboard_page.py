@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
+
 from openrlhf_sgpo.benchmarks.leaderboard import half_width
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots, radar
 from openrlhf_sgpo.report.judged import judgements
-from openrlhf_sgpo.report.markup import MISSING, Html, details, html_table, number, tag, words
+from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import leaderboard_verdict
@@ -22,7 +24,7 @@ from openrlhf_sgpo.table import NORMAL_95, plus_minus
 _LEAST_CATEGORIES = 3  # of which a radar can be drawn
 
 
-def leaderboard_page(folder: Path) -> Html:
+def leaderboard_page(folder: Path) -> Markup:
     rows = read_json(folder / "leaderboard.json").get("rows") or []
     models = list(dict.fromkeys(row["model"] for row in rows))
     items = {task: folder / "items" / f"{task}.jsonl" for task in dict.fromkeys(row["task"] for row in rows)}
@@ -72,7 +74,7 @@ def _counted(row: Mapping[str, Any]) -> str:
     return "judgements" if row.get("judge") else "items"
 
 
-def _group(rows: Sequence[dict[str, Any]]) -> list[Html]:
+def _group(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     """What stands in one table: rows of one task and one judge."""
     figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     digits = {name: _digits([row["figures"].get(name) for row in rows]) for name in figures}
@@ -99,7 +101,7 @@ def _group(rows: Sequence[dict[str, Any]]) -> list[Html]:
     ]
 
 
-def _note(text: str, models: Sequence[str], rows: Sequence[dict[str, Any]]) -> Html:
+def _note(text: str, models: Sequence[str], rows: Sequence[dict[str, Any]]) -> Markup:
     who = "all models" if len(models) == len(rows) > 1 else ", ".join(models)
     return tag("li", tag("strong", who), ": ", text)
 
@@ -113,7 +115,7 @@ def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:
     return plus_minus(row["figures"].get(name), half_width(row, name), digits, MISSING)
 
 
-def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Html]:
+def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Markup]:
     series = []
     for name in figures:
         known = [row for row in rows if row["figures"].get(name) is not None]
@@ -142,7 +144,7 @@ def _reach(row: Mapping[str, Any], name: str) -> tuple[float | None, float | Non
     return (None, None) if error is None else (NORMAL_95 * error, NORMAL_95 * error)
 
 
-def _radar(rows: Sequence[dict[str, Any]]) -> list[Html]:
+def _radar(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     categories = list(dict.fromkeys(name for row in rows for name in row.get("categories") or {}))
     if len(categories) < _LEAST_CATEGORIES:
         return []
@@ -152,7 +154,7 @@ def _radar(rows: Sequence[dict[str, Any]]) -> list[Html]:
     return [plot("By category", radar(categories, series), height=420)]
 
 
-def _made(rows: Sequence[dict[str, Any]]) -> list[Html]:
+def _made(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     keys = list(dict.fromkeys(key for row in rows for key in row.get("decoding") or {}))
     made = [[row["model"], *((row.get("decoding") or {}).get(key, MISSING) for key in keys)] for row in rows]
     judge = rows[0].get("judge")
@@ -162,7 +164,7 @@ def _made(rows: Sequence[dict[str, Any]]) -> list[Html]:
     ]
 
 
-def _answers(folder: Path, task: str, models: Sequence[str]) -> list[Html]:
+def _answers(folder: Path, task: str, models: Sequence[str]) -> list[Markup]:
     """Items with the answers of all models that have some on disk."""
     asked = _by_id(folder / "items" / f"{task}.jsonl")
     answers = {model: _by_id(folder / model / "answers" / f"{task}.jsonl") for model in models}

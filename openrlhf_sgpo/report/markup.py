@@ -1,38 +1,34 @@
-"""Markup that is safe by construction: a text that is not markup is escaped when it becomes part of some.
-
-Models wrote much of what stands on a page, and a model can write HTML.
-"""
+"""Elements, tables and figures of a page. A text that is not markup is escaped when it becomes part of some: models wrote much
+of what stands on a page, and a model can write HTML."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
+
+from markupsafe import Markup, escape
 
 MISSING = "\N{EN DASH}"
 
 
-class Html(str):
-    """Text that is markup. Strings of any other type are not."""
-
-
-def join(*parts: object) -> Html:
-    return Html("".join(part if isinstance(part, Html) else escape(str(part)) for part in parts))
-
-
-def tag(name: str, *content: object, **attributes: str) -> Html:
+def tag(name: str, *content: object, **attributes: str) -> Markup:
     """An element. An attribute's name may end with _, as in class_, and has _ for -."""
     words = (f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
-    return Html(f"<{name}{''.join(words)}>{join(*content)}</{name}>")
+    return Markup(f"<{name}{''.join(words)}>{join(*content)}</{name}>")
 
 
-def html_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
+def join(*parts: object) -> Markup:
+    """Texts are escaped, markup is not."""
+    return Markup().join(map(escape, parts))
+
+
+def html_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> Markup:
     """The first column names the row, the others hold figures."""
     head = tag("tr", *(tag("th", cell, scope="col") for cell in header))
     body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll")
 
 
-def details(summary: str, *content: object) -> Html:
+def details(summary: str, *content: object) -> Markup:
     """Content that opens on demand."""
     return tag("details", tag("summary", summary), *content)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from openrlhf_sgpo.report.look import SCRIPT, STYLE
-from openrlhf_sgpo.report.markup import Html, join, tag
+from openrlhf_sgpo.report.markup import join, tag
 from openrlhf_sgpo.table import PLUS_MINUS
 
 
@@ -19,8 +20,8 @@ def page(
     facts: Mapping[str, object],
     verdict: Sequence[str],
     warnings: Sequence[str],
-    sections: Mapping[str, Sequence[Html]],
-) -> Html:
+    sections: Mapping[str, Sequence[Markup]],
+) -> Markup:
     """kind: what the page is of. facts: what stands at its head, by name. verdict: what it says, in sentences.
     sections: by title; empty ones are left out."""
     shown = {name: parts for name, parts in sections.items() if parts}
@@ -43,20 +44,24 @@ def page(
             "go back.",
         ),
     )
-    scripts = [get_plotlyjs(), SCRIPT]
+    scripts = [get_plotlyjs(), _file("page.js")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{one}'" for one in hashes)
     # Only these two scripts run, and nothing is fetched or sent, whatever the page shows.
     policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
     head = join(
-        Html('<meta charset="utf-8">'),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup('<meta charset="utf-8">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}">'),
+        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         tag("title", title),
-        tag("style", Html(STYLE)),
+        tag("style", Markup(_file("page.css"))),
     )
-    code = [tag("script", Html(script)) for script in scripts]
-    return join(Html("<!doctype html>\n"), tag("html", tag("head", head), tag("body", body, *code), lang="en"), "\n")
+    code = [tag("script", Markup(script)) for script in scripts]
+    return join(Markup("<!doctype html>\n"), tag("html", tag("head", head), tag("body", body, *code), lang="en"), "\n")
+
+
+def _file(name: str) -> str:
+    return (files("openrlhf_sgpo.report") / name).read_text(encoding="utf-8")
 
 
 def _held_together(sentence: str) -> str:
@@ -64,9 +69,9 @@ def _held_together(sentence: str) -> str:
     return sentence.replace(" \N{PLUS-MINUS SIGN} ", "\u00a0\N{PLUS-MINUS SIGN}\u00a0")
 
 
-def _warnings(texts: Sequence[str]) -> Html:
+def _warnings(texts: Sequence[str]) -> Markup:
     if not texts:
-        return Html()
+        return Markup()
     return tag(
         "div", tag("strong", "Read this first"), tag("ul", *(tag("li", text) for text in texts)), class_="warnings"
     )

@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from openrlhf_sgpo.report.figures import Series, lines, plot, plots, whole_numbers
-from openrlhf_sgpo.report.markup import Html
 from openrlhf_sgpo.table import half_of
 
 MOST_POINTS = 1000
@@ -46,7 +46,7 @@ _STEPS = (
 _SHARES = ("Accuracy", "Preference for the first answer")
 
 
-def round_plots(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Html]:
+def round_plots(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """A plot for each figure that some round has. rows: evaluation and certificate of each moment."""
     found = []
     for title, note, key, level, share in _ROUNDS:
@@ -67,7 +67,7 @@ def round_plots(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list
     return found
 
 
-def step_plots(rows: Sequence[Mapping[str, Any]]) -> list[Html]:
+def step_plots(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """A plot for each group of metrics that the run logged, over all its steps. rows: of metrics.jsonl."""
     steps = list(_steps(rows))
     breaks = [
@@ -113,7 +113,7 @@ def thinned(values: Sequence[float]) -> list[float]:
     )
 
 
-def held_out_plot(margins: Mapping[str, Sequence[float]]) -> list[Html]:
+def held_out_plot(margins: Mapping[str, Sequence[float]]) -> list[Markup]:
     """How the held-out margins are distributed, by round; a policy that equals the reference has none to show."""
     known = {name: values for name, values in margins.items() if any(values)}
     if not known:

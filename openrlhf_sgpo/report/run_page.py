@@ -9,12 +9,13 @@ from statistics import fmean
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots
 from openrlhf_sgpo.report.follower import FIGURES as CERTIFICATE
 from openrlhf_sgpo.report.follower import follower_plot
-from openrlhf_sgpo.report.markup import MISSING, Html, details, html_table, number, tag, tiny, with_minus_sign, words
+from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, tiny, with_minus_sign, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.run_curves import held_out_plot, round_plots, step_plots
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
@@ -39,7 +40,7 @@ class Moment:
     samples: list[dict[str, Any]]
 
 
-def run_page(folder: Path) -> Html:
+def run_page(folder: Path) -> Markup:
     """Raises ValueError if the settings are not those of a run."""
     settings = read_configuration(folder / STORED)
     if "algo" not in settings:  # refinements, comparisons and leaderboards have such a file too
@@ -115,7 +116,7 @@ def _moment(run: RunFolder, number: int | None) -> Moment:
 # Sections -----------------------------------------------------------------------------------------------------------
 
 
-def _rounds(moments: Sequence[Moment]) -> list[Html]:
+def _rounds(moments: Sequence[Moment]) -> list[Markup]:
     if not moments:
         return []
     shown = [figure for figure in FIGURES if any(moment.row.get(figure[1]) is not None for moment in moments)]
@@ -144,7 +145,7 @@ def _rounds(moments: Sequence[Moment]) -> list[Html]:
     ]
 
 
-def _margins(moments: Sequence[Moment], settings: dict[str, Any]) -> list[Html]:
+def _margins(moments: Sequence[Moment], settings: dict[str, Any]) -> list[Markup]:
     solved = [moment for moment in moments if moment.certificate]
     held_out = held_out_plot({moment.name: list(moment.margins.values()) for moment in moments})
     shown = [follower_plot(moment.name, moment.certificate) for moment in solved]
@@ -170,7 +171,7 @@ def _certified(name: str, value: float | None) -> str:
     return tiny(value) if name == "gap" else number(value, 4)
 
 
-def _answers(moments: Sequence[Moment]) -> list[Html]:
+def _answers(moments: Sequence[Moment]) -> list[Markup]:
     """The held-out prompts that the policy of every moment answered, with what each said."""
     spoken = {moment.name: {row["id"]: row for row in moment.samples} for moment in moments if moment.samples}
     if not spoken:
@@ -194,7 +195,7 @@ def _measured(row: dict[str, Any]) -> str:
     return f"{row['tokens']} tokens{cut}, {with_minus_sign(row['kl'], 2)} nats from the reference"
 
 
-def _plays(folder: Path) -> list[Html]:
+def _plays(folder: Path) -> list[Markup]:
     """What the roles said in the last step of an on-policy run."""
     run = RunFolder(str(folder))
     rows = next(
@@ -216,7 +217,7 @@ def _played(row: dict[str, Any]) -> list[Written]:
     return answers
 
 
-def _cost(ledger: dict[str, Any]) -> list[Html]:
+def _cost(ledger: dict[str, Any]) -> list[Markup]:
     if not ledger["stages"]:
         return []
     seconds = seconds_by_stage(ledger["stages"])
@@ -254,7 +255,7 @@ def seconds_by_stage(stages: dict[str, dict[str, float]]) -> dict[str, dict[str,
     return found
 
 
-def _data(folder: Path) -> list[Html]:
+def _data(folder: Path) -> list[Markup]:
     path = folder / "data_report.json"
     parts = []
     for report in read_json(path) if path.is_file() else []:

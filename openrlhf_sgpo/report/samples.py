@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from openrlhf_sgpo.report.markup import Html, tag
+from markupsafe import Markup
+
+from openrlhf_sgpo.report.markup import tag
 
 SHOWN = 12
 
@@ -19,7 +21,7 @@ class Written:
     note: str = ""
 
 
-def side_by_side(prompt: str | Sequence[Mapping[str, str]], answers: Sequence[Written]) -> Html:
+def side_by_side(prompt: str | Sequence[Mapping[str, str]], answers: Sequence[Written]) -> Markup:
     """prompt: text, or messages with role and content."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     asked = [
@@ -29,11 +31,11 @@ def side_by_side(prompt: str | Sequence[Mapping[str, str]], answers: Sequence[Wr
     return tag("article", tag("div", *asked, class_="prompt"), tag("div", *map(_answer, answers), class_="answers"))
 
 
-def _answer(written: Written) -> Html:
+def _answer(written: Written) -> Markup:
     head = tag("h4", written.author, *([" ", tag("span", written.note)] if written.note else []))
     return tag("div", head, *(tag("p", text or "(empty)", dir="auto") for text in written.turns), class_="answer")
 
 
-def how_many(shown: int, total: int, things: str) -> Html:
+def how_many(shown: int, total: int, things: str) -> Markup:
     text = f"The first {shown} of {total} {things}." if shown < total else f"{total} {things}."
     return tag("p", text, class_="quiet")

@@ -10,13 +10,14 @@ from statistics import fmean
 import numpy as np
 import pytest
 import report_folders
+from markupsafe import Markup
 from report_folders import CATEGORIES, EVIL, Page
 
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.report import REPORT, main, write_report
 from openrlhf_sgpo.report.follower import solve_again
 from openrlhf_sgpo.report.judged import judgements
-from openrlhf_sgpo.report.markup import Html, join, tag
+from openrlhf_sgpo.report.markup import join, tag
 from openrlhf_sgpo.report.run_curves import MOST_POINTS, step_plots, thinned
 from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
 from openrlhf_sgpo.table import FIGURES, results_table
@@ -90,9 +91,8 @@ def test_what_models_wrote_is_text(name, pages):
 
 
 def test_only_markup_is_not_escaped():
-    assert tag("p", "<i>", Html("<i>"), title='"<') == '<p title="&quot;&lt;">&lt;i&gt;<i></p>'
-    # What is put together by hand is no longer markup.
-    assert join(Html("<i>") + "<b>") == "&lt;i&gt;&lt;b&gt;"
+    assert tag("p", "<i>", Markup("<i>"), title='"<') == '<p title="&#34;&lt;">&lt;i&gt;<i></p>'
+    assert join("<i>", Markup("<i>") + "<b>", 1) == "&lt;i&gt;<i>&lt;b&gt;1"
 
 
 def test_the_command_stays_light():
