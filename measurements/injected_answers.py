@@ -14,10 +14,10 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from openrlhf_sgpo.data.pairwise import LAYOUT, transcript
 from openrlhf_sgpo.data.records import load_pairs
 from openrlhf_sgpo.judge.reply import Reply
-from openrlhf_sgpo.oracle.judge import TOP, letter_share
-from openrlhf_sgpo.oracle.pairwise import LAYOUT, judge_messages, transcript
+from openrlhf_sgpo.oracle.judge import TOP, judge_messages, letter_share
 
 # The plain frame, which earlier versions of this package asked judges in.
 INTRODUCTION = (

@@ -74,6 +74,19 @@ def half_of(row: Mapping[str, Any], key: str) -> float | None:
     return None if error is None else NORMAL_95 * error
 
 
+def half_width(row: Mapping[str, Any], name: str) -> float | None:
+    """Half of the 95% interval of a figure of a row of leaderboard.json; None if the row says nothing of it."""
+    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
+    if interval:
+        return (interval[1] - interval[0]) / 2
+    return None if error is None else NORMAL_95 * error
+
+
+def half_width_over_seeds(figure: Mapping[str, Any]) -> float | None:
+    """Half of the 95% interval of a mean ``over_seeds``; by Student's law, for seeds are few. None for one seed."""
+    return None if figure.get("error") is None else student_95(len(figure["values"])) * figure["error"]
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """Columns of cells with a rule under the header; the first column is flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

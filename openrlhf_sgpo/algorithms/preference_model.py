@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
+from openrlhf_sgpo.data.pairwise import LETTERS, fitted
 from openrlhf_sgpo.data.records import Pair
-from openrlhf_sgpo.oracle.pairwise import LETTERS, fitted
 
 if TYPE_CHECKING:
     from torch import Tensor

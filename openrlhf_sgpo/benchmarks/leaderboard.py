@@ -12,7 +12,7 @@ from typing import Any
 
 from openrlhf_sgpo.benchmarks.task import Result
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
-from openrlhf_sgpo.table import NORMAL_95, PLUS_MINUS, aligned, plus_minus
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, half_width, plus_minus
 
 RESULT = "result.json"
 
@@ -91,14 +91,6 @@ def _words(decoding: dict[str, Any]) -> str:
 def _figure(one: Result, name: str) -> str:
     value = one.figures.get(name)
     return plus_minus(value, half_width(asdict(one), name), 2)
-
-
-def half_width(row: Mapping[str, Any], name: str) -> float | None:
-    """Half of the 95% interval of a figure of a row of leaderboard.json; None if the row says nothing of it."""
-    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
-    if interval:
-        return (interval[1] - interval[0]) / 2
-    return None if error is None else NORMAL_95 * error
 
 
 def _csv(results: Sequence[Result]) -> str:

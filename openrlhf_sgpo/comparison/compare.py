@@ -39,6 +39,7 @@ from openrlhf_sgpo.comparison.head_to_head import (
 from openrlhf_sgpo.comparison.settings import CompareSettings, run_config
 from openrlhf_sgpo.data.files import TEST_SPLITS, TRAIN_SPLITS
 from openrlhf_sgpo.data.inspection import inspect_prompts
+from openrlhf_sgpo.data.pairwise import transcript
 from openrlhf_sgpo.data.records import Prompt, Records, fingerprint, load_prompts
 from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.template import refuse_unread_variables, template_arguments
@@ -47,7 +48,6 @@ from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.ledger import Ledger, stage_rows
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources
-from openrlhf_sgpo.oracle.pairwise import transcript
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.run_folder import ADDRESS, RunFolder, write_json, write_text

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from openrlhf_sgpo.comparison.compared_runs import BUDGET
-from openrlhf_sgpo.comparison.statistics import TwoLevelMean, holm, two_level_mean
-from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus, standard_error, student_95
+from openrlhf_sgpo.intervals import TwoLevelMean, holm, two_level_mean
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, half_width_over_seeds, plus_minus, standard_error
 
 Row = dict[str, Any]
 
@@ -114,8 +114,3 @@ def _share(row: Row) -> str:
 
 def _cell(value: Row, digits: int) -> str:
     return plus_minus(value["mean"], half_width_over_seeds(value), digits)
-
-
-def half_width_over_seeds(value: Row) -> float | None:
-    """Half of the 95% interval of a mean ``over_seeds``; by Student's law, for seeds are few. None for one seed."""
-    return None if value.get("error") is None else student_95(len(value["values"])) * value["error"]

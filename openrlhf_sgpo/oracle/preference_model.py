@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from openrlhf_sgpo.data.pairwise import LETTERS, fitted
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
-from openrlhf_sgpo.oracle.pairwise import LETTERS, fitted
 from openrlhf_sgpo.oracle.reward_model import reading_chat, weight_names
 
 if TYPE_CHECKING:

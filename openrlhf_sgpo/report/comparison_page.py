@@ -8,14 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from openrlhf_sgpo.comparison.head_to_head import half_width_over_seeds
 from openrlhf_sgpo.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import SIGNIFICANT, comparison_verdict, is_significant
 from openrlhf_sgpo.run_folder import read_json
-from openrlhf_sgpo.table import half_of, plus_minus
+from openrlhf_sgpo.table import half_of, half_width_over_seeds, plus_minus
 
 # Title, note, key and digits.
 _FIGURES = (

@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from openrlhf_sgpo.benchmarks.leaderboard import half_width
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots, radar
 from openrlhf_sgpo.report.judged import judgements
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
@@ -19,7 +18,7 @@ from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import leaderboard_verdict
 from openrlhf_sgpo.run_folder import json_text, read_json, read_jsonl
-from openrlhf_sgpo.table import NORMAL_95, plus_minus
+from openrlhf_sgpo.table import NORMAL_95, half_width, plus_minus
 
 _LEAST_CATEGORIES = 3  # of which a radar can be drawn
 

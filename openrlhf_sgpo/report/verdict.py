@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from openrlhf_sgpo.benchmarks.leaderboard import half_width
 from openrlhf_sgpo.report.markup import words
-from openrlhf_sgpo.table import NORMAL_95, change, half_of, plus_minus, scores, share_error
+from openrlhf_sgpo.table import NORMAL_95, change, half_of, half_width, plus_minus, scores, share_error
 
 SIGNIFICANT = 0.05
 _MINUS = "\N{MINUS SIGN}"

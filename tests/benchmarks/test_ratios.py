@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openrlhf_sgpo.benchmarks.ratios import linearised
-from openrlhf_sgpo.comparison.statistics import bootstrap_interval
+from openrlhf_sgpo.intervals import bootstrap_interval
 from openrlhf_sgpo.table import standard_error
 
 units = st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), min_size=1, max_size=20)

@@ -22,7 +22,7 @@ from openrlhf_sgpo.benchmarks.tasks.arena_hard import (
     verdict_label,
     weighted,
 )
-from openrlhf_sgpo.comparison.statistics import bootstrap_interval
+from openrlhf_sgpo.intervals import bootstrap_interval
 from openrlhf_sgpo.judge import client
 from openrlhf_sgpo.judge.client import JudgeError
 

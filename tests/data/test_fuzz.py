@@ -16,9 +16,9 @@ from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
 from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts
 from openrlhf_sgpo.data.messages import ROLES
+from openrlhf_sgpo.data.pairwise import transcript
 from openrlhf_sgpo.data.records import fingerprint, load_run_pairs
 from openrlhf_sgpo.data.tokens import ChatFormat
-from openrlhf_sgpo.oracle.pairwise import transcript
 from openrlhf_sgpo.refinement.drafts import load_drafts
 from openrlhf_sgpo.run_folder import write_jsonl
 

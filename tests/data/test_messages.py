@@ -9,11 +9,11 @@ import running
 from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
 from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts
+from openrlhf_sgpo.data.pairwise import transcript
 from openrlhf_sgpo.data.records import load_run_pairs
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.oracle.base import Answer, Question, rank
 from openrlhf_sgpo.oracle.implicit import as_group
-from openrlhf_sgpo.oracle.pairwise import transcript
 from openrlhf_sgpo.refinement.drafts import load_drafts
 from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.rollout.roles import follower_context

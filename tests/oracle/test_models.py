@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from openrlhf_sgpo.data.pairwise import fitted
 from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.oracle import Answer, Question
-from openrlhf_sgpo.oracle.pairwise import fitted
 from openrlhf_sgpo.oracle.reward_heads import RewardHeads, votes
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import shown
 
+from openrlhf_sgpo.data.pairwise import MARK, fitted, transcript
 from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
-from openrlhf_sgpo.oracle.pairwise import MARK, fitted, judge_messages, transcript
+from openrlhf_sgpo.oracle.judge import judge_messages
 
 PROMPT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why is the sky blue?"}]
 QUESTION = "Which answer is better, A or B? Reply with one letter and nothing else."

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from openrlhf_sgpo.comparison.statistics import bootstrap_interval, holm, two_level_mean
+from openrlhf_sgpo.intervals import bootstrap_interval, holm, two_level_mean
 
 PAIRS = [(1, 1), (2, 3), (3, 2), (3, 3)]
 
