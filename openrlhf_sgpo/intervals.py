@@ -1,15 +1,89 @@
-"""Intervals and tests of means: over prompts, and over seeds and prompts."""
+"""Intervals and tests of means, shares and ratios: over prompts, over seeds, over both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+NORMAL_95 = 1.96  # standard errors to both sides that hold 95% of a normal law
+# The same of Student's law, by degrees of freedom from 1; beyond, it is close to 1.96 + 2.7 / degrees.
+_STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for fewer than two values."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def student_95(count: int) -> float:
+    """Standard errors to both sides of a mean of ``count`` values, at least 2, that make a 95% interval, within 0.5%.
+
+    Numbers, and not SciPy's quantile, because pages are drawn where SciPy is not installed."""
+    degrees = count - 1
+    return _STUDENT_95[degrees - 1] if degrees <= len(_STUDENT_95) else NORMAL_95 + 2.7 / degrees
+
+
+def scores(margins: Sequence[float]) -> list[float]:
+    """Of each held-out pair: 1 if its margin is positive; at a tie one half, so that an untrained policy has accuracy 0.5."""
+    return [(margin > 0) + 0.5 * (margin == 0) for margin in margins]
+
+
+def share_error(values: Sequence[float]) -> float | None:
+    """Standard error of a share, of which ``values`` in [0, 1] are the parts; None if all are ties or there are none.
+
+    Of Agresti and Coull (The American Statistician 52, 1998): as if two more had been of either kind. It is not 0 where all
+    are right.
+    """
+    if all(value == 0.5 for value in values):
+        return None
+    n = len(values) + NORMAL_95**2
+    share = (sum(values) + NORMAL_95**2 / 2) / n
+    return (share * (1 - share) / n) ** 0.5
+
+
+def change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """Mean of after - before over the same pairs, in [-1, 1], and half of its 95% interval.
+
+    Of Agresti and Min (Biometrics 61, 2005): as if one more pair had changed half to either side.
+    """
+    moved = [two - one for one, two in zip(before, after, strict=True)]
+    n, total = len(moved) + 2, sum(moved)
+    return total / len(moved), NORMAL_95 * (sum(one * one for one in moved) + 1 - total**2 / n) ** 0.5 / n
+
+
+def half_of(row: Mapping[str, Any], key: str) -> float | None:
+    """Half of the 95% interval of row[key], from the standard error that stands under the same name and _error."""
+    error = row.get(f"{key}_error")
+    return None if error is None else NORMAL_95 * error
+
+
+def half_of_result(row: Mapping[str, Any], name: str) -> float | None:
+    """Half of the 95% interval of a figure of a row of leaderboard.json; None where it is unknown."""
+    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
+    if interval:
+        return (interval[1] - interval[0]) / 2
+    return None if error is None else NORMAL_95 * error
+
+
+def half_over_seeds(value: Mapping[str, Any]) -> float | None:
+    """Half of the 95% interval of a mean over seeds, {mean, error, values}, by Student's law, because seeds are few; None for
+    one seed."""
+    return None if value.get("error") is None else student_95(len(value["values"])) * value["error"]
+
+
+def linearised(totals: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """A value per unit whose mean is the ratio R = sum(totals) / sum(sizes), and whose standard error and bootstrap are those
+    of R to first order: R + (totals[i] - R sizes[i]) / mean(sizes) (the ratio estimator; Cochran, Sampling Techniques, 1977,
+    chapter 6). Equal sizes give totals[i] / sizes[i]."""
+    ratio = sum(totals) / sum(sizes)
+    return [ratio + (total - ratio * size) / fmean(sizes) for total, size in zip(totals, sizes, strict=True)]
 
 
 def bootstrap_interval(

@@ -1,14 +1,12 @@
-"""The table at the end of a run: one row for the start and one per round."""
+"""Tables as text: columns of cells, figures with their uncertainty, and the table at the end of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import stdev
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-NORMAL_95 = 1.96  # standard errors to both sides that hold 95% of a normal law
-# The same of Student's law, by degrees of freedom from 1; beyond, it is close to 1.96 + 2.7 / degrees.
-_STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+from openrlhf_sgpo.intervals import half_of
+
 PLUS_MINUS = "\N{PLUS-MINUS SIGN} is half of a 95% interval"  # wherever it stands in a table, a text or a page
 FIGURES = (  # title, key, digits
     ("accuracy", "accuracy", 3),
@@ -22,45 +20,6 @@ FIGURES = (  # title, key, digits
 STAGES = ("generate", "annotate", "oracle", "score", "follower", "log_probs", "train", "sync", "evaluate")
 
 
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for fewer than two values."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-
-
-def student_95(count: int) -> float:
-    """Standard errors to both sides of a mean of ``count`` values, at least 2, that make a 95% interval."""
-    degrees = count - 1
-    return _STUDENT_95[degrees - 1] if degrees <= len(_STUDENT_95) else NORMAL_95 + 2.7 / degrees
-
-
-def scores(margins: Sequence[float]) -> list[float]:
-    """Of each held-out pair: 1 if its margin is positive; at a tie one half, so that an untrained policy has accuracy 0.5."""
-    return [(margin > 0) + 0.5 * (margin == 0) for margin in margins]
-
-
-def share_error(values: Sequence[float]) -> float | None:
-    """Standard error of a share, of which ``values`` in [0, 1] are the parts; None if all are ties or there are none.
-
-    Of Agresti and Coull (The American Statistician 52, 1998): as if two more had been of either kind. It is not 0 where all
-    are right.
-    """
-    if all(value == 0.5 for value in values):
-        return None
-    n = len(values) + NORMAL_95**2
-    share = (sum(values) + NORMAL_95**2 / 2) / n
-    return (share * (1 - share) / n) ** 0.5
-
-
-def change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
-    """Mean of after - before over the same pairs, in [-1, 1], and half of its 95% interval.
-
-    Of Agresti and Min (Biometrics 61, 2005): as if one more pair had changed half to either side.
-    """
-    moved = [two - one for one, two in zip(before, after, strict=True)]
-    n, total = len(moved) + 2, sum(moved)
-    return total / len(moved), NORMAL_95 * (sum(one * one for one in moved) + 1 - total**2 / n) ** 0.5 / n
-
-
 def plus_minus(value: float | None, half: float | None, digits: int, missing: str = "-") -> str:
     """A figure with half of its 95% interval, where that is known."""
     if value is None:
@@ -68,36 +27,18 @@ def plus_minus(value: float | None, half: float | None, digits: int, missing: st
     return f"{value:,.{digits}f}" + ("" if half is None else f" \N{PLUS-MINUS SIGN} {half:,.{digits}f}")
 
 
-def half_of(row: Mapping[str, Any], key: str) -> float | None:
-    """Half of the 95% interval of row[key], from the standard error that stands under the same name and _error."""
-    error = row.get(f"{key}_error")
-    return None if error is None else NORMAL_95 * error
-
-
-def half_width(row: Mapping[str, Any], name: str) -> float | None:
-    """Half of the 95% interval of a figure of a row of leaderboard.json; None if the row says nothing of it."""
-    interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
-    if interval:
-        return (interval[1] - interval[0]) / 2
-    return None if error is None else NORMAL_95 * error
-
-
-def half_width_over_seeds(figure: Mapping[str, Any]) -> float | None:
-    """Half of the 95% interval of a mean ``over_seeds``; by Student's law, for seeds are few. None for one seed."""
-    return None if figure.get("error") is None else student_95(len(figure["values"])) * figure["error"]
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of cells with a rule under the header; the first column is flush left, the others flush right."""
+def aligned(lines: Sequence[Sequence[str]], left: Container[int] = (0,), rule: bool = True) -> list[str]:
+    """Columns of cells. left: places of those that are flush left; the others are flush right. rule: whether one stands under
+    the header."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     ]
-    return [text[0], "  ".join("-" * width for width in widths), *text[1:]]
+    return [text[0], "  ".join("-" * width for width in widths), *text[1:]] if rule else text
 
 
 def measured_differently(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -15,9 +15,9 @@ from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.benchmarks.task import Result
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.integrity import signed
+from openrlhf_sgpo.intervals import scores, share_error, standard_error
 from openrlhf_sgpo.ledger import write_ledger
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
-from openrlhf_sgpo.table import scores, share_error, standard_error
 
 # Written by a model, this must be read as what it is.
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"> a & b <b>c"

@@ -1,13 +1,17 @@
-"""Intervals and tests of means, against simulated data whose mean is known, and worked examples."""
+"""Intervals and tests of means and ratios, against simulated data whose mean is known, and worked examples."""
 
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import stdtrit
 
-from openrlhf_sgpo.intervals import bootstrap_interval, holm, two_level_mean
+from openrlhf_sgpo.intervals import bootstrap_interval, holm, linearised, standard_error, student_95, two_level_mean
 
 PAIRS = [(1, 1), (2, 3), (3, 2), (3, 3)]
 
@@ -151,3 +155,36 @@ def test_holm_rejects_what_its_steps_reject():
 def test_what_has_no_interval(values):
     with pytest.raises(ValueError, match="an interval needs finite values in 1 dimensions"):
         bootstrap_interval(values)
+
+
+@pytest.mark.parametrize("count", [*range(2, 40), 10_000])
+def test_few_values_have_the_wide_intervals_of_students_law(count):
+    assert student_95(count) == pytest.approx(stdtrit(count - 1, 0.975), rel=0.005)
+
+
+units = st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), min_size=1, max_size=20)
+
+
+@given(units)
+def test_the_mean_is_the_ratio_of_the_sums(found):
+    totals, sizes = zip(*found, strict=True)
+    assert fmean(linearised(totals, sizes)) == pytest.approx(sum(totals) / sum(sizes), abs=1e-9)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=20), st.integers(1, 9))
+def test_equal_sizes_leave_the_ratios_of_the_units(totals, size):
+    assert linearised(totals, [size] * len(totals)) == pytest.approx([total / size for total in totals], abs=1e-9)
+
+
+def test_the_uncertainty_is_that_of_ratios_of_data_sets_drawn_anew():
+    random = np.random.default_rng(1)
+    sizes = random.integers(1, 7, 400)
+    # Large units follow more of theirs, so that totals and sizes go together and the mean of totals / sizes is another number.
+    totals = random.binomial(sizes, 0.3 + 0.1 * sizes)
+    drawn = random.integers(0, 400, (4000, 400))
+    ratios = totals[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    values = linearised(totals.tolist(), sizes.tolist())
+    spread = ratios.std()
+    assert standard_error(values) == pytest.approx(spread, rel=0.05)
+    assert bootstrap_interval(values) == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.15 * spread)
+    assert abs(fmean(totals / sizes) - fmean(values)) > 3 * spread

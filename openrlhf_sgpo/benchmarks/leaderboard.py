@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_sgpo.benchmarks.task import Result
+from openrlhf_sgpo.intervals import half_of_result
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
-from openrlhf_sgpo.table import PLUS_MINUS, aligned, half_width, plus_minus
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus
 
 RESULT = "result.json"
 
@@ -90,7 +91,7 @@ def _words(decoding: dict[str, Any]) -> str:
 
 def _figure(one: Result, name: str) -> str:
     value = one.figures.get(name)
-    return plus_minus(value, half_width(asdict(one), name), 2)
+    return plus_minus(value, half_of_result(asdict(one), name), 2)
 
 
 def _csv(results: Sequence[Result]) -> str:

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from openrlhf_sgpo.comparison.compared_runs import BUDGET
-from openrlhf_sgpo.intervals import TwoLevelMean, holm, two_level_mean
-from openrlhf_sgpo.table import PLUS_MINUS, aligned, half_width_over_seeds, plus_minus, standard_error
+from openrlhf_sgpo.intervals import TwoLevelMean, half_over_seeds, holm, standard_error, two_level_mean
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus
 
 Row = dict[str, Any]
 
@@ -34,7 +34,7 @@ def over_seeds(values: Sequence[float]) -> Row:
 
 def cross_play(names: tuple[str, str], preferences: npt.ArrayLike) -> Row:
     """The first group against the second. preferences[i, j, p]: for the answer of the first's seed i over that of the second's
-    seed j to prompt p, a tie one half. Interval, p-value and degrees of freedom: see ``statistics.two_level_mean``."""
+    seed j to prompt p, a tie one half. Interval, p-value and degrees of freedom: see ``intervals.two_level_mean``."""
     values = np.asarray(preferences, dtype=np.float64)
     estimate = two_level_mean(values)
     return {
@@ -113,4 +113,4 @@ def _share(row: Row) -> str:
 
 
 def _cell(value: Row, digits: int) -> str:
-    return plus_minus(value["mean"], half_width_over_seeds(value), digits)
+    return plus_minus(value["mean"], half_over_seeds(value), digits)

@@ -19,11 +19,12 @@ from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.records import Pair, fingerprint, load_pairs
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import Deepspeed, config_of, part, unread
+from openrlhf_sgpo.intervals import standard_error
 from openrlhf_sgpo.oracle import Answer, Comparison, Oracle, PreferenceOracle, Question
 from openrlhf_sgpo.oracle.base import check_shares
 from openrlhf_sgpo.output import log_to, other_packages_apart, say
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
-from openrlhf_sgpo.table import aligned, standard_error
+from openrlhf_sgpo.table import aligned
 
 Z = 1.959964  # the normal distribution's 97.5% point
 

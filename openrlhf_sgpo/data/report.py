@@ -14,6 +14,7 @@ from typing import Any
 
 from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data.files import DataError
+from openrlhf_sgpo.table import aligned
 
 # In this order in the report. Rows with one of the first kind are not trained on, and are looked at no further.
 LEFT_OUT = ("malformed", "refused", "empty", "identical", "too_long")
@@ -111,7 +112,7 @@ class DataReport:
             )
         none = [finding.name for finding in self.findings if not finding.count]
         lines = [f"{self.name}: {self.rows} {self.kind}, {self.kept} kept"]
-        lines += _aligned(cells, left={0, 3, 4, 5}) if len(cells) > 1 else []
+        lines += aligned(cells, left=(0, 3, 4, 5), rule=False) if len(cells) > 1 else []
         lines += textwrap.wrap(f"none: {', '.join(none)}", 118, subsequent_indent=" " * 6) if none else []
         lines += [
             f"note: {finding.name} {finding.count} of {finding.of} ({finding.share:.1%}); {_REMEDIES[finding.name]}"
@@ -120,7 +121,7 @@ class DataReport:
         ]
         head = ["tokens", *_QUANTILES]
         rows = [[name, *map(str, quantiles.values())] for name, quantiles in self.lengths.items()]
-        lines += _aligned([head, *rows], left={0}) if rows else []
+        lines += aligned([head, *rows], rule=False) if rows else []
         if self.longer:
             lines.append(
                 f"chosen is longer than rejected in {self.longer['chosen']:.1%} of the pairs, as long in "
@@ -193,14 +194,3 @@ def quantiles(lengths: Sequence[int]) -> dict[str, int]:
     """The smallest length that at least this share of the lengths does not exceed."""
     ordered = sorted(lengths)
     return {name: ordered[max(0, math.ceil(share * len(ordered)) - 1)] for name, share in _QUANTILES.items()}
-
-
-def _aligned(cells: list[list[str]], left: set[int]) -> list[str]:
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]

@@ -14,10 +14,10 @@ from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.messages import template_columns
 from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
+from openrlhf_sgpo.intervals import scores, share_error, standard_error
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.rollout import Rollout, Sample
 from openrlhf_sgpo.run_folder import read_jsonl, write_json, write_jsonl
-from openrlhf_sgpo.table import scores, share_error, standard_error
 from openrlhf_sgpo.training.probe import check_weights_arrived
 from openrlhf_sgpo.training.scoring import Scorer
 

@@ -28,6 +28,7 @@ from openrlhf_sgpo.games import drive as driver
 from openrlhf_sgpo.games import solutions
 from openrlhf_sgpo.games.simplex import draw_paths
 from openrlhf_sgpo.games.tabular import GAMES, Array, Game
+from openrlhf_sgpo.table import aligned
 
 TAU = 0.1
 NOISE = 0.1  # share of labels that cDPO, rDPO and SPA take for wrong
@@ -229,8 +230,7 @@ def gate_table(results: list[CheckResult]) -> str:
                 verdict,
             ]
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) + "\n"
+    return "\n".join(aligned(rows, left=range(len(rows[0])), rule=False)) + "\n"
 
 
 def run_gate(settings: GateSettings) -> int:

@@ -9,9 +9,10 @@ from statistics import fmean
 from typing import Any
 
 from openrlhf_sgpo.data.messages import template_columns
+from openrlhf_sgpo.intervals import half_of, standard_error
 from openrlhf_sgpo.refinement.preferences import OPPONENTS, Answers
 from openrlhf_sgpo.rollout.base import Sample
-from openrlhf_sgpo.table import PLUS_MINUS, aligned, half_of, plus_minus, standard_error
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus
 
 Row = dict[str, Any]
 
@@ -130,8 +131,8 @@ def refinement_table(found: Sequence[Row]) -> str:
     shown = [name for name in _TITLES if any(row[name] is not None for row in found)]
     lines = [["depth", *(_TITLES[name] for name in shown)]]
     for row in found:
-        lines.append([str(row["depth"]).rjust(len("depth")), *(_cell(row, name) for name in shown)])
-    return "\n".join([*aligned(lines), _NOTE]) + "\n"
+        lines.append([str(row["depth"]), *(_cell(row, name) for name in shown)])
+    return "\n".join([*aligned(lines, left=()), _NOTE]) + "\n"
 
 
 def _cell(row: Row, name: str) -> str:

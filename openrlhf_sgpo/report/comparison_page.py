@@ -8,13 +8,14 @@ from typing import Any
 
 from markupsafe import Markup
 
+from openrlhf_sgpo.intervals import half_of, half_over_seeds
 from openrlhf_sgpo.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import SIGNIFICANT, comparison_verdict, is_significant
 from openrlhf_sgpo.run_folder import read_json
-from openrlhf_sgpo.table import half_of, half_width_over_seeds, plus_minus
+from openrlhf_sgpo.table import plus_minus
 
 # Title, note, key and digits.
 _FIGURES = (
@@ -120,7 +121,7 @@ def _figures(groups: Sequence[dict[str, Any]]) -> list[Markup]:
         if not known:
             continue
         names = list(known)
-        errors = [half_width_over_seeds(figure) for figure in known.values()]
+        errors = [half_over_seeds(figure) for figure in known.values()]
         means = Series("mean, 95% interval", names, [figure["mean"] for figure in known.values()], errors, errors)
         seeds = {name: figure.get("values") or [] for name, figure in known.items()}
         figure = groups_with_seeds(names, means, seeds, share=key == "accuracy")
@@ -137,7 +138,7 @@ def _mean(group: dict[str, Any], key: str, digits: int) -> str:
     figure = (group.get("figures") or {}).get(key)
     if not figure:
         return MISSING
-    return plus_minus(figure["mean"], half_width_over_seeds(figure), digits, MISSING)
+    return plus_minus(figure["mean"], half_over_seeds(figure), digits, MISSING)
 
 
 def _cost(groups: Sequence[dict[str, Any]]) -> list[Markup]:

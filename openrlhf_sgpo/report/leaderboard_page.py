@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from openrlhf_sgpo.intervals import NORMAL_95, half_of_result
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots, radar
 from openrlhf_sgpo.report.judged import judgements
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
@@ -18,7 +19,7 @@ from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import leaderboard_verdict
 from openrlhf_sgpo.run_folder import json_text, read_json, read_jsonl
-from openrlhf_sgpo.table import NORMAL_95, half_width, plus_minus
+from openrlhf_sgpo.table import plus_minus
 
 _LEAST_CATEGORIES = 3  # of which a radar can be drawn
 
@@ -111,7 +112,7 @@ def _digits(values: Sequence[float | None]) -> int:
 
 
 def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:
-    return plus_minus(row["figures"].get(name), half_width(row, name), digits, MISSING)
+    return plus_minus(row["figures"].get(name), half_of_result(row, name), digits, MISSING)
 
 
 def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Markup]:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from openrlhf_sgpo.intervals import half_of
 from openrlhf_sgpo.report.figures import Series, lines, plot, plots, whole_numbers
-from openrlhf_sgpo.table import half_of
 
 MOST_POINTS = 1000
 BINS = 40

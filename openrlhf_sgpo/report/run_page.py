@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from openrlhf_sgpo.intervals import half_of
 from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots
 from openrlhf_sgpo.report.follower import FIGURES as CERTIFICATE
@@ -22,7 +23,7 @@ from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import run_verdict
 from openrlhf_sgpo.run_check import check_ended, check_metrics, check_round
 from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json, read_jsonl
-from openrlhf_sgpo.table import FIGURES, STAGES, half_of, measured_differently, plus_minus
+from openrlhf_sgpo.table import FIGURES, STAGES, measured_differently, plus_minus
 
 PLAYS_SHOWN = 4
 

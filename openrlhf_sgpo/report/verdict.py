@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from openrlhf_sgpo.intervals import NORMAL_95, change, half_of, half_of_result, scores, share_error
 from openrlhf_sgpo.report.markup import words
-from openrlhf_sgpo.table import NORMAL_95, change, half_of, half_width, plus_minus, scores, share_error
+from openrlhf_sgpo.table import plus_minus
 
 SIGNIFICANT = 0.05
 _MINUS = "\N{MINUS SIGN}"
@@ -94,11 +95,14 @@ def _leader(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
         (row for row in rows if row["figures"].get(name) is not None), key=lambda row: -row["figures"][name]
     )
     first = placed[0]
-    figure = f"{plus_minus(first['figures'][name], half_width(first, name), _digits(placed, name))} ({words(name)})"
+    figure = f"{plus_minus(first['figures'][name], half_of_result(first, name), _digits(placed, name))} ({words(name)})"
     if len(placed) == 1:
         return f"{title}: {first['model']} has {figure}."
     second = placed[1]
-    ahead, halves = first["figures"][name] - second["figures"][name], [half_width(row, name) for row in (first, second)]
+    ahead, halves = (
+        first["figures"][name] - second["figures"][name],
+        [half_of_result(row, name) for row in (first, second)],
+    )
     if None in halves:
         return (
             f"{title}: {first['model']} leads with {figure}, {second['model']} follows; how sure that is, is not known."

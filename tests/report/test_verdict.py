@@ -5,9 +5,9 @@ import math
 import pytest
 from report_folders import Page, make_comparison, make_leaderboard, make_run
 
+from openrlhf_sgpo.intervals import change, share_error
 from openrlhf_sgpo.report import write_report
 from openrlhf_sgpo.report.verdict import comparison_verdict, leaderboard_verdict, run_verdict
-from openrlhf_sgpo.table import change, share_error, student_95
 
 PM = "\N{PLUS-MINUS SIGN}"
 
@@ -76,11 +76,6 @@ def test_other_numbers_of_pairs_are_compared_over_those_of_both():
     first, second = run_verdict(["start", "round 0", "round 1"], [start, seed, seed | more], [{}] * 3)
     assert first.startswith("Held-out accuracy rose from 0.500 to 0.750 ") and "(20 held-out pairs)" in first
     assert f"changed it by 0.000 {PM}" in second and f"to 0.750 {PM}" in second and "which 20 held-out pairs" in second
-
-
-@pytest.mark.parametrize(("count", "expected"), [(2, 12.71), (5, 2.78), (11, 2.228), (31, 2.042), (10_000, 1.96)])
-def test_few_seeds_have_wide_intervals(count, expected):
-    assert student_95(count) == pytest.approx(expected, rel=0.01)
 
 
 def pair(first, second, rate, p):

@@ -29,11 +29,10 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     read_fields,
     upstream,
 )
-from openrlhf_sgpo.benchmarks.ratios import linearised
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
 from openrlhf_sgpo.flags import setting
+from openrlhf_sgpo.intervals import linearised, standard_error
 from openrlhf_sgpo.run_folder import write_jsonl
-from openrlhf_sgpo.table import standard_error
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
