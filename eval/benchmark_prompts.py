@@ -8,12 +8,12 @@ ALPACA_EVAL: alpaca_eval.json of tatsu-lab/alpaca_eval (rows with ``instruction`
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 from openrlhf_sgpo.data.benchmarks import prompt_hash
 from openrlhf_sgpo.data.files import read_rows
+from openrlhf_sgpo.run_folder import json_text, write_text
 
 TARGET = Path(__file__).parent.parent / "openrlhf_sgpo" / "data" / "benchmark_prompts.json"
 
@@ -28,7 +28,7 @@ def hashes(alpaca_eval: str, mt_bench: str) -> dict[str, list[str]]:
 
 
 def main(alpaca_eval: str, mt_bench: str, target: Path = TARGET) -> None:
-    target.write_text(json.dumps(hashes(alpaca_eval, mt_bench), indent=0) + "\n", encoding="utf-8")
+    write_text(target, json_text(hashes(alpaca_eval, mt_bench), indent=0) + "\n")
 
 
 if __name__ == "__main__":

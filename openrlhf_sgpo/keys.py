@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 SOURCES = "env, env:NAME or file:PATH"
@@ -13,7 +14,8 @@ SHORTEST = 8  # characters: what is shorter is a placeholder such as "none", and
 _SOURCE = re.compile(r"|env|env:[A-Za-z_]\w*|file:.+", re.ASCII)
 # Not pad_token or prompt_key, which are no secrets.
 _SECRET_NAME = re.compile(r"(?:api_?key|secret|password|(?:^|\.)(?:key|token))$", re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(r"(?:API_?KEY|ACCESS_?KEY|TOKEN|SECRET|PASSWORD)$")
+# Not TOKENIZERS_PARALLELISM or KEYBOARD.
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?(_|$)", re.IGNORECASE)
 _WITH_USER = re.compile(r"(\w://)[^/\s]+@")
 _read: set[str] = set()  # every key that this process has read
 
@@ -74,6 +76,11 @@ def problems(name: str, source: str, variable: str) -> list[str]:
     except ValueError as error:
         return [f"--{name}: {error}"]
     return []
+
+
+def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process that needs no key, such as one that loads a model from disk."""
+    return {name: value for name, value in environment.items() if not _SECRET_VARIABLE.search(name)}
 
 
 def redacted(text: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo.keys import without_keys
+
 SESSION = "OPENRLHF_SGPO_SESSION"  # in the environment of everything that Ray starts
 LONGEST = (
     25  # characters of the folder for temporary files; Ray's own part of a socket's path is 82, and 107 are allowed
@@ -26,13 +27,7 @@ LONGEST = (
 LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 PATIENCE = 10.0  # seconds for what is left to clean up behind itself
 
-_KEY = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?(_|$)", re.IGNORECASE)
 _keeper: subprocess.Popen[bytes] | None = None
-
-
-def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process that loads a model from disk and needs no key."""
-    return {name: value for name, value in environment.items() if not _KEY.search(name)}
 
 
 @contextlib.contextmanager

@@ -104,6 +104,29 @@ def test_messages_are_redacted(monkeypatch):
     assert keys.redacted(PLANTED["MY_WANDB_KEY"]) == "[hidden]"
 
 
+def test_variables_that_look_like_keys_are_neither_shown_nor_inherited(monkeypatch):
+    names = [
+        *PLANTED,
+        "AWS_SECRET_ACCESS_KEY",
+        "github_token",
+        "PGPASSWORD",
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "DB_PASSWD",
+    ]
+    planted = {name: f"planted-{number}-value" for number, name in enumerate(names)}
+    kept = {
+        "PATH": "/usr/bin-kept",
+        "TOKENIZERS_PARALLELISM": "false-kept",
+        "HF_HOME": "/kept/home",
+        "KEYBOARD": "german-kept",
+    }
+    assert keys.without_keys(kept | planted) == kept
+    for name, value in (kept | planted).items():
+        monkeypatch.setenv(name, value)
+    assert keys.redacted(" ".join(planted.values())) == " ".join(["[hidden]"] * len(planted))
+    assert keys.redacted(" ".join(kept.values())) == " ".join(kept.values())
+
+
 def test_of_a_suite_with_a_key_nothing_is_written(tmp_path, capsys):
     suite = {
         "out": str(tmp_path / "out"),

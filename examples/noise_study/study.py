@@ -7,7 +7,6 @@ from the same seed policy and the same samples take them over from the cell of t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import subprocess
@@ -22,6 +21,7 @@ from typing import Any
 import yaml
 
 from openrlhf_sgpo import yaml_files
+from openrlhf_sgpo.run_folder import json_text, parse_json, read_json, read_jsonl, write_json, write_jsonl
 
 HERE = Path(__file__).parent
 ONLY_WITH_ROUNDS = ("rounds", "rollout", "seed", "vllm", "eval")  # groups that a run without rounds does not read
@@ -56,12 +56,11 @@ def cells(study: dict[str, Any]) -> list[Cell]:
 
 def same_study(study: dict[str, Any], sources: list[str], model: str, out: Path) -> None:
     """Ends the program if the folder holds cells of a study with other settings, data or model: they must not be mixed."""
-    asked = json.dumps({"study": study, "pairs": sources, "model": model}, sort_keys=True)
+    asked = parse_json(json_text({"study": study, "pairs": sources, "model": model}))  # as it is read back
     stored = out / "study.json"
-    if stored.exists() and stored.read_text(encoding="utf-8") != asked:
+    if stored.exists() and read_json(stored) != asked:
         sys.exit(f"{out} holds another study (other settings, --pairs or --model): choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    stored.write_text(asked, encoding="utf-8")
+    write_json(stored, asked)
 
 
 def prepare_data(study: dict[str, Any], sources: list[str], model: str, out: Path) -> None:
@@ -95,8 +94,7 @@ def prepare_data(study: dict[str, Any], sources: list[str], model: str, out: Pat
     out.mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         rows, pairs = pairs[:size], pairs[size:]
-        with open(out / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(pair.to_row(), ensure_ascii=False) + "\n" for pair in rows)
+        write_jsonl(out / f"{name}.jsonl", (pair.to_row() for pair in rows))
 
 
 def command(cell: Cell, model: str, out: Path) -> list[str]:
@@ -143,11 +141,11 @@ def figures_of(folder: Path, number: int) -> dict[str, float] | None:
     """What a cell measured after round ``number``; None if it is not finished."""
     if not (folder / "table.txt").exists():
         return None
-    row = json.loads((folder / f"round_{number}/evaluation.json").read_text())
-    ledger = json.loads((folder / "ledger.json").read_text())["stages"]
-    stages = json.loads((folder / f"round_{number}/manifest.json").read_text())["stages"]
+    row = read_json(folder / f"round_{number}/evaluation.json")
+    ledger = read_json(folder / "ledger.json")["stages"]
+    stages = read_json(folder / f"round_{number}/manifest.json")["stages"]
     spent = [cost for name, cost in ledger.items() if name.startswith("round_") and int(name[6]) <= number]
-    steps = [json.loads(line)["stage"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["stage"] for row in read_jsonl(folder / "metrics.jsonl")]
     figures = {
         "accuracy": row["accuracy"],
         "margin": row["margin"],

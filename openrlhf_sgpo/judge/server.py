@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf_sgpo.judge.client import JudgeError
-from openrlhf_sgpo.ray_session import LOOPBACK, without_keys
+from openrlhf_sgpo.keys import without_keys
+from openrlhf_sgpo.ray_session import LOOPBACK
 
 KEY = "OPENRLHF_SGPO_JUDGE_KEY"
 START_LIMIT = 1800  # seconds; a large model may have to be downloaded first
