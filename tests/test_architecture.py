@@ -45,9 +45,9 @@ HOUSE = """
                                        data  openrlhf
                                             config
                                          finite  flags
-             dro  extras  integrity  keys  launch  memory  output  ranks  ray_session
+             dro  extras  integrity  launch  memory  output  ranks  ray_session
                                    registry  table
-                             intervals  trl_names  yaml_files
+                             intervals  keys  trl_names  yaml_files
                                            __init__
 """
 FLOORS = {room: -number for number, line in enumerate(HOUSE.splitlines()) for room in line.split()}
