@@ -5,15 +5,20 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TESTS = str(ROOT / "tests")
 SCRIPT = ROOT / "examples" / "train_ssapo.sh"
 
 
@@ -89,9 +94,81 @@ def forked(script: Path | None, *argv: str, **environment: str) -> subprocess.Co
     return subprocess.CompletedProcess(argv, code, stdout, stderr)
 
 
-def killed(moment: str, argv: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
-    """``openrlhf-sgpo train`` that ends itself at this moment, see killed_run.py."""
-    return forked(ROOT / "tests" / "killed_run.py", moment, *argv, **environment)
+def killed(write: int | str, folder: Path, *argv: str, **environment: str) -> subprocess.CompletedProcess:
+    """``openrlhf-sgpo`` that ends itself at this durable write in ``folder``, see killed_run.py."""
+    script, record = ROOT / "tests" / "killed_run.py", f"{folder}.writes"
+    return forked(script, str(write), str(folder), record, *argv, **{"PYTHONPATH": TESTS, **environment})
+
+
+def undisturbed(folder: Path, argv: Callable[[Path], list[str]]) -> tuple[dict[str, object], list[str]]:
+    """What a command leaves that nothing disturbs, and its durable writes. argv: of the command that writes to a folder."""
+    process = killed(0, folder, *argv(folder))
+    assert process.returncode == 0, process.stderr[-3000:]
+    expected, writes = contents(folder), Path(f"{folder}.writes").read_text().splitlines()
+    known = {line.split()[1].removesuffix(".partial") for line in writes}
+    # All files of a folder that got its name by renaming are known.
+    unknown = [name for name in expected if not {name, *map(str, Path(name).parents)} & known]
+    assert not unknown, f"written through a door that killed_run.py does not watch: {unknown}"
+    return expected, writes
+
+
+def check_dead(process: subprocess.CompletedProcess, folder: Path, expected: dict[str, object], where: str) -> None:
+    """A killed command: what has its final name is whole."""
+    assert process.returncode == -signal.SIGKILL, f"{where}: {process.stderr[-3000:]}"
+    there = {name: text for name, text in contents(folder).items() if not UNFINISHED.search(name)}
+    assert {name: expected.get(name) == text for name, text in there.items()} == dict.fromkeys(there, True), where
+
+
+def check_resumed(process: subprocess.CompletedProcess, folder: Path, expected: dict[str, object], where: str) -> None:
+    assert process.returncode == 0 and "Traceback" not in process.stderr, f"{where}: {process.stderr[-3000:]}"
+    found = contents(folder)
+    assert {name: found.get(name) == expected.get(name) for name in found | expected} == dict.fromkeys(expected, True), where
+
+
+def killed_at(picked: Callable[[int], Iterable[int]], folder: Path, argv: Callable[[Path], list[str]]) -> None:
+    """Killed at one of the durable writes that are picked from their number, and resumed, a command leaves the same files."""
+    expected, writes = undisturbed(folder / "whole", argv)
+    for write in picked(len(writes)):
+        place, where = folder / f"write_{write}", f"write {write}: {writes[write - 1]}"
+        check_dead(killed(write, place, *argv(place)), place, expected, where)
+        check_resumed(forked(None, *argv(place), "--resume", PYTHONPATH=TESTS), place, expected, where)
+
+
+def killed_at_every_write(folder: Path, argv: Callable[[Path], list[str]]) -> None:
+    """Killed at a durable write, resumed, killed at the next that no process before was killed at, and so on."""
+    expected, writes = undisturbed(folder / "whole", argv)
+    place, deaths, more = folder / "killed", folder / "killed.writes", list[str]()
+    while (process := killed("new", place, *argv(place), *more)).returncode:
+        where = deaths.read_text().splitlines()
+        check_dead(process, place, expected, where[-1])
+        assert len(where) < 2 * len(writes), f"no end: {where[-10:]}"
+        more = ["--resume"] if (place / "resolved_config.yaml").exists() else []
+    check_resumed(process, place, expected, "the end")
+    expected_deaths, found = (Counter(line.rsplit(" ", 1)[0] for line in set(lines)) for lines in (writes, where))
+    assert not expected_deaths - found, "these were survived"
+
+
+# Costs are wall time, the lock has the process's number, and an adapter's configuration the path of its base model.
+NOT_COMPARED = (
+    *("ledger.json", "log.txt", "report.html", "table.txt", "lock", "resolved_config.yaml", "adapter_config.json"),
+)
+# Is appended to, changed or deleted while a run is going on.
+UNFINISHED = re.compile(r"\.partial|checkpoints/|manifest|metrics|log_probs|plays\.jsonl")
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file by its path; scores by what they say, because the order of a file that was appended to is no result."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name in NOT_COMPARED:
+            continue
+        if name.startswith("log_probs/"):
+            lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            found[name] = {key: value for line in lines for key, value in line.items()}
+        else:
+            found[name] = path.read_bytes()
+    return found
 
 
 def train(*argv: str, **environment: str) -> subprocess.CompletedProcess:

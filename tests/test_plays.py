@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -12,9 +11,7 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
-from killed_run import PLAY_MOMENTS
-from running import ROOT, SCRIPT, killed, launch, read_jsonl, train
-from test_resume import contents
+from running import ROOT, SCRIPT, launch, read_jsonl, train
 from toy_oracles import CONDORCET, Letters, kind
 
 from openrlhf_sgpo import algorithms, games, run_settings
@@ -315,24 +312,6 @@ def test_self_play_reaches_the_regularised_nash_equilibrium(tiny_model, tiny_dat
             sums.append([one[kinds == number].sum() for number in range(3)])
     assert abs(np.mean(nash, 0) - np.mean(start, 0)).max() > 0.15
     assert abs(np.mean(found, 0) - np.mean(nash, 0)).max() < 0.05
-
-
-def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
-    """Adapters, dropout, a mixture and a checkpoint in the middle of rounds; all files as of a run that nothing disturbed."""
-    more = ["--ckpt.save_steps", "2", "--ds.lora.rank", "4", "--ds.lora.dropout", "0.2"]
-    environment = {"PYTHONPATH": str(ROOT / "tests")}
-    undisturbed = train(*flags(tiny_model, tiny_data, tmp_path / "whole", "nash_md", *more), **environment)
-    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
-    expected = contents(tmp_path / "whole")
-    assert {"round_1/plays.jsonl", "round_2/policy/model.safetensors", "metrics.jsonl"} <= expected.keys()
-    argv = flags(tiny_model, tiny_data, tmp_path / "killed", "nash_md", *more)
-    for moment in PLAY_MOMENTS:
-        dead = killed(moment, argv, **environment)
-        assert dead.returncode == -signal.SIGKILL, f"{moment}: {dead.stderr[-3000:]}"
-        argv = [*flags(tiny_model, tiny_data, tmp_path / "killed", "nash_md", *more), "--resume"]
-    resumed = train(*argv, **environment)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert contents(tmp_path / "killed") == expected
 
 
 def test_vllm_engines_follow_every_step(tiny_model, tiny_data, tmp_path):

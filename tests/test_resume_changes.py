@@ -11,9 +11,8 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from running import ROOT, arguments, killed, read_jsonl, train
+from running import ROOT, arguments, contents, killed, read_jsonl, train
 from test_plays import flags as plays
-from test_resume import contents
 from toy_oracles import Letters
 
 from openrlhf_sgpo import algorithms, flags, resume
@@ -186,7 +185,7 @@ def test_other_evaluation_sizes_are_compared_where_both_were_measured(tiny_model
     """Wins are those over the answers of the start, which are fewer; table and page say so."""
     oracle = {"oracle": "toy_oracles:Letters"}
     argv = begin(tiny_model, tiny_data, tmp_path / "run", **oracle)
-    dead = killed("seed training", argv, PYTHONPATH=str(ROOT / "tests"))
+    dead = killed("4 metrics.jsonl", tmp_path / "run", "train", *argv)
     assert dead.returncode == -signal.SIGKILL, dead.stderr[-3000:]
     more = oracle | {"eval.max_samples": "8", "eval.max_prompts": "6"}
     argv = begin(tiny_model, tiny_data, tmp_path / "run", **more)
@@ -226,9 +225,8 @@ def test_a_round_of_plays_more_is_the_round_of_a_longer_run(tiny_model, tiny_dat
     three = (*constant, "--rounds.count", "3")
     whole = train(*plays(tiny_model, tiny_data, tmp_path / "long", "online_ipo", *three), **where)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    dead = killed(
-        "manifest of plays", plays(tiny_model, tiny_data, tmp_path / "short", "online_ipo", *constant), **where
-    )
+    argv = plays(tiny_model, tiny_data, tmp_path / "short", "online_ipo", *constant)
+    dead = killed("1 round_2/manifest.json.partial", tmp_path / "short", "train", *argv)
     assert dead.returncode == -signal.SIGKILL, dead.stderr[-3000:]
     process = train(*plays(tiny_model, tiny_data, tmp_path / "short", "online_ipo", *three), "--resume", **where)
     assert process.returncode == 0, process.stderr[-3000:]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from killed_run import ADAPTER_MOMENTS
-from running import ROOT, killed, read_jsonl, train
+from running import killed_at, read_jsonl
 from test_plays import flags, play
 from test_refine import refine
-from test_resume import contents
 
 from openrlhf_sgpo import run_settings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
@@ -314,15 +311,7 @@ def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path)
 
 def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
     more = [*TWO, "--ckpt.save_steps", "2", "--ds.lora.dropout", "0.2"]
-    environment = {"PYTHONPATH": str(ROOT / "tests")}
-    play(*flags(tiny_model, tiny_data, tmp_path / "whole", "slhf", *more))
-    expected = contents(tmp_path / "whole")
-    assert {f"round_2/{name}/model.safetensors" for name in ("policy", "follower")} <= expected.keys()
-    argv = flags(tiny_model, tiny_data, tmp_path / "killed", "slhf", *more)
-    for moment in ADAPTER_MOMENTS:
-        dead = killed(moment, argv, **environment)
-        assert dead.returncode == -signal.SIGKILL, f"{moment}: {dead.stderr[-3000:]}"
-        argv = [*flags(tiny_model, tiny_data, tmp_path / "killed", "slhf", *more), "--resume"]
-    resumed = train(*argv, **environment)
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert contents(tmp_path / "killed") == expected
+    killed_at(
+        lambda writes: range(writes // 8, writes, writes // 4),
+        *(tmp_path, lambda folder: ["train", *flags(tiny_model, tiny_data, folder, "slhf", *more)]),
+    )

@@ -3,8 +3,11 @@ most of these runs. Reads a request per line (JSON) and answers with the child's
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
+import pkgutil
 import runpy
 import sys
 from typing import Any
@@ -13,8 +16,11 @@ from typing import Any
 ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
-import openrlhf_sgpo.plays  # noqa: E402
-import openrlhf_sgpo.rounds  # noqa: E402, F401 - for the children
+import openrlhf_sgpo  # noqa: E402
+
+for module in pkgutil.walk_packages(openrlhf_sgpo.__path__, "openrlhf_sgpo."):  # for the children
+    if "vllm" not in module.name and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
 from openrlhf_sgpo.cli.main import main  # noqa: E402
 
 
@@ -36,7 +42,7 @@ def become(request: dict[str, Any]) -> int:
 
 
 def serve() -> int:
-
+    gc.freeze()  # the children's collections then pass over the million objects of the imports
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
