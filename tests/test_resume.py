@@ -27,8 +27,9 @@ def flags(tiny_model, tiny_data, folder: Path) -> list[str]:
 
 def play_flags(tiny_model, tiny_data, folder: Path) -> list[str]:
     """Adapters, dropout, a mixture and a checkpoint in the middle of rounds."""
-    more = ("--ckpt.save_steps", "2", "--ds.lora.rank", "4", "--ds.lora.dropout", "0.2", "--eval.max_samples", "4")
-    return test_plays.flags(tiny_model, tiny_data, folder, "nash_md", *more, "--eval.max_prompts", "2")
+    more = ("--rounds.steps", "2", "--ckpt.save_steps", "3", "--ds.lora.rank", "4", "--ds.lora.dropout", "0.2")
+    less = ("--eval.max_samples", "4", "--eval.max_prompts", "2")
+    return test_plays.flags(tiny_model, tiny_data, folder, "nash_md", *more, *less)
 
 
 def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
