@@ -78,7 +78,7 @@ def test_killed_while_vllm_engines_generate(tiny_model, tiny_data, tmp_path):
         time.sleep(0.2)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120  # agents of Ray look for its head from time to time only
     while left := processes_with(mark):
         assert time.monotonic() < deadline, f"these outlive the run that started them: {left}"
         time.sleep(0.5)
