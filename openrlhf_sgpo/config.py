@@ -261,13 +261,25 @@ class LoggerSettings:
 
 
 @dataclass
-class Config:
-    """Everything a run needs except the algorithm's own group, which the algorithm's file defines."""
+class Inference:
+    """What engines, scorers and oracles read: of a run, and of a command that only asks policies."""
 
-    algo: str = setting("sgpo", "algorithm: a registered name, or module:Class, whose code then runs")
     model: ModelSettings = field(default_factory=ModelSettings)
     ref: RefSettings = field(default_factory=RefSettings)
     data: DataSettings = field(default_factory=DataSettings)
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    ds: DeepspeedSettings = field(default_factory=DeepspeedSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+
+
+@dataclass
+class Config(Inference):
+    """Everything a run needs except the algorithm's own group, which the algorithm's file defines."""
+
+    algo: str = setting("sgpo", "algorithm: a registered name, or module:Class, whose code then runs")
     seed: SeedSettings = field(default_factory=SeedSettings)
     rounds: RoundsSettings = field(default_factory=RoundsSettings)
     oracle: str = setting(
@@ -275,15 +287,9 @@ class Config:
         "who judges sampled answers: implicit, reward_model, reward_heads, preference_model, judge, or module:Class, whose "
         "code then runs",
     )
-    reward: RewardSettings = field(default_factory=RewardSettings)
-    judge: JudgeSettings = field(default_factory=JudgeSettings)
-    train: TrainSettings = field(default_factory=TrainSettings)
     adam: AdamSettings = field(default_factory=AdamSettings)
-    ds: DeepspeedSettings = field(default_factory=DeepspeedSettings)
     ckpt: CkptSettings = field(default_factory=CkptSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
-    rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    vllm: VllmSettings = field(default_factory=VllmSettings)
     logger: LoggerSettings = field(default_factory=LoggerSettings)
     lr_scheduler: Literal[
         "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"

@@ -103,6 +103,13 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def part(kind: Callable[[], Any], *names: str) -> Any:
+    """A dataclass field for a group of which only these settings are flags; the others stay as ``kind`` makes them.
+
+    kind: a dataclass, or what makes one. names: within the group, those of groups in it with a dot."""
+    return dataclasses.field(default_factory=kind, metadata={"names": names})
+
+
 def parse(
     argv: Sequence[str],
     sections: _Sections,
@@ -201,7 +208,7 @@ def out_of_range(instances: Mapping[str, Any], only: tuple[str, ...] = ("",)) ->
 
 
 def to_dict(instances: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain values in field order: tuples become lists, secrets become empty, groups without fields vanish."""
+    """Nested plain values in field order, groups last: tuples become lists, secrets are empty, groups without fields vanish."""
     tree: dict[str, Any] = {}
     for name, (_, value, metadata) in _flags(instances).items():
         *group, leaf = name.split(".")
@@ -236,15 +243,18 @@ def help_text(sections: _Sections) -> str:
 
 
 def _flags(instances: Mapping[str, Any]) -> dict[str, _Flag]:
-    """Every flag by its full dotted name, with the instances' values as defaults, in field order."""
+    """Every flag by its full dotted name, with the instances' values as defaults, in field order, groups last."""
     flags: dict[str, _Flag] = {}
     for prefix, instance in instances.items():
         hints = get_type_hints(type(instance))
-        for item in dataclasses.fields(instance):
+        values = [(item, getattr(instance, item.name)) for item in dataclasses.fields(instance)]
+        for item, value in sorted(values, key=lambda pair: dataclasses.is_dataclass(pair[1])):
             name = f"{prefix}.{item.name}" if prefix else item.name
-            value = getattr(instance, item.name)
-            group = dataclasses.is_dataclass(value)
-            inner = _flags({name: value}) if group else {name: _Flag(hints[item.name], value, item.metadata)}
+            inner = {name: _Flag(hints[item.name], value, item.metadata)}
+            if dataclasses.is_dataclass(value):
+                inner = _flags({name: value})
+                if "names" in item.metadata:
+                    inner = {f"{name}.{leaf}": inner[f"{name}.{leaf}"] for leaf in item.metadata["names"]}
             if inner.keys() & {*flags, CONFIG_FLAG}:
                 raise TypeError(f"{type(instance).__name__}: the flag --{name} exists already")
             flags |= inner

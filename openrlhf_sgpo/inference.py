@@ -6,55 +6,107 @@ Imports no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.config import (
-    Config,
     DataLimits,
     DataSettings,
     DeepspeedSettings,
+    Inference,
+    JudgeSettings,
+    ModelSettings,
+    RewardSettings,
     RolloutSettings,
     TrainSettings,
     VllmSettings,
 )
+from openrlhf_sgpo.data.files import is_file
+from openrlhf_sgpo.data.template import template_arguments
+from openrlhf_sgpo.flags import part
 from openrlhf_sgpo.run_check import check_ended, check_round
 from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
 
+DECODING = ("engine", "temperature", "top_p", "max_new_tokens", "batch_size")
+_LIMITS = ("malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
+_INHERITED = ("ref", "data", "rollout", "vllm", "ds", "train")  # judges are chosen anew
 
-def part(group: type, *names: str, **others: type) -> type:
-    """A dataclass of these settings of a group of ``Config``, with their defaults and help texts; others: groups in it."""
-    hints, known = get_type_hints(group), {item.name: item for item in fields(group)}
-    own = [
-        (
-            name,
-            hints[name],
-            field(
-                default=known[name].default,
-                default_factory=known[name].default_factory,
-                metadata=known[name].metadata,
-            ),
-        )
-        for name in names
-    ]
-    return make_dataclass(
-        group.__name__, own + [(name, Any, field(default_factory=kind)) for name, kind in others.items()]
+
+def _data() -> DataSettings:
+    return DataSettings(limits=DataLimits(benchmark=1.0))  # answers to a benchmark's prompts are what this is for
+
+
+def _vllm() -> VllmSettings:
+    return VllmSettings(enable_sleep=False)  # nothing is trained meanwhile
+
+
+def one_process() -> DeepspeedSettings:
+    return DeepspeedSettings(zero_stage=0)
+
+
+@dataclass
+class AnswerSettings:
+    """How policies answer: groups of the settings of evaluate, compare and refine."""
+
+    data: DataSettings = part(_data, "max_len", "chat_template_kwargs", *(f"limits.{name}" for name in _LIMITS))
+    rollout: RolloutSettings = part(RolloutSettings, *DECODING)
+    vllm: VllmSettings = part(
+        _vllm,
+        *("num_engines", "tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching", "enforce_eager"),
     )
+    ds: DeepspeedSettings = part(one_process, "param_dtype", "attn_implementation")
+    train: TrainSettings = part(TrainSettings, "seed", "micro_batch_size")
+
+    def inference(self, model: ModelSettings) -> Inference:
+        """What engines and oracles read. model: the policy, and how models are loaded."""
+        train = replace(self.train, batch_size=self.train.micro_batch_size)
+        return Inference(model=model, data=self.data, rollout=self.rollout, vllm=self.vllm, ds=self.ds, train=train)
+
+    def problems(self, command: str, **required: str) -> list[str]:
+        """What may be wrong with the settings of every such command. required: what must be given, by flag."""
+        problems = [f"--{name}: missing, give {what}" for name, what in required.items() if not getattr(self, name)]
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            problems.append(
+                f"{command} is one process: start it without a launcher, engines share GPUs by --vllm.num_engines"
+            )
+        new, longest = self.rollout.max_new_tokens, self.data.max_len
+        if new >= longest:
+            problems.append(
+                f"--rollout.max_new_tokens: {new} leaves no room for a prompt within --data.max_len {longest}; lower the one "
+                "or raise the other"
+            )
+        try:
+            template_arguments(self.data.chat_template_kwargs)
+        except ValueError as error:
+            problems.append(str(error))
+        return problems + flags.out_of_range({"": self})
+
+    def inherit(self, run: Mapping[str, Any]) -> None:
+        """Take over what the resolved settings of a run say of the same flags."""
+        for group, values in flags.to_dict({"": self}).items():
+            for name in values if group in _INHERITED else ():
+                if name in run.get(group, {}) and name != "limits":
+                    setattr(getattr(self, group), name, run[group][name])
+
+    def other_engine(self) -> dict[str, str]:
+        """Reasons, for ``unread``, that have to do with the engine."""
+        engine = self.rollout.engine
+        return {"vllm." if engine == "hf" else "rollout.batch_size": f"--rollout.engine {engine} is not the one"}
 
 
-_LIMITS = part(DataLimits, "malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
-Data = part(DataSettings, "max_len", "chat_template_kwargs", limits=_LIMITS)
-Rollout = part(RolloutSettings, "engine", "temperature", "top_p", "max_new_tokens", "batch_size")
-Vllm = part(  # nothing is trained meanwhile, so that engines need not sleep
-    VllmSettings,
-    *("num_engines", "tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching", "enforce_eager"),
-)
-Deepspeed = part(DeepspeedSettings, "param_dtype", "attn_implementation")
-Train = part(TrainSettings, "seed", "micro_batch_size")
+@dataclass
+class JudgedSettings(AnswerSettings):
+    """The same with an oracle that compares the answers."""
+
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+
+    def inference(self, model: ModelSettings) -> Inference:
+        return replace(super().inference(model), reward=self.reward, judge=self.judge)
 
 
 @dataclass(frozen=True)
@@ -102,33 +154,15 @@ def stored_settings(model: str) -> dict[str, Any] | None:
     return found if isinstance(found.get("model"), dict) else None
 
 
-def config_of(settings: Any, groups: Iterable[str], policy: str) -> Config:
-    """``groups`` of the settings as a run has them, which engines and oracles read: one process, and nothing is trained."""
-    config = Config()
-    for group in groups:
-        set_fields(getattr(config, group), vars(getattr(settings, group)))
-    if hasattr(settings.data, "limits"):
-        # Answers to a benchmark's prompts are what this is for.
-        config.data.limits = DataLimits(**vars(settings.data.limits), benchmark=1.0)
-    config.model.model_name_or_path, config.model.trust_remote_code = policy, settings.trust_remote_code
-    config.train.batch_size = config.train.micro_batch_size
-    config.ds.zero_stage, config.vllm.enable_sleep = 0, False
-    return config
-
-
-def no_room(settings: Any) -> list[str]:
-    """The problem that answers leave no room for prompts, if there is one."""
-    new, longest = settings.rollout.max_new_tokens, settings.data.max_len
-    if new < longest:
-        return []
-    return [
-        f"--rollout.max_new_tokens: {new} leaves no room for a prompt within --data.max_len {longest}; lower the one or raise "
-        "the other"
-    ]
+def no_splits(source: str, split: str) -> list[str]:
+    """The problem that prompts have no splits, if one is given all the same."""
+    if split and (not source or is_file(source)):
+        return [f"--split: --prompts {source or 'is not given'} has no splits; leave it out"]
+    return []
 
 
 def unread(
-    settings: Any, default: Any, given: Mapping[str, str], reasons: Mapping[str, str], reads: tuple[str, ...] = ()
+    settings: object, default: object, given: Mapping[str, str], reasons: Mapping[str, str], reads: tuple[str, ...] = ()
 ) -> list[str]:
     """Settings that were given although nothing reads them. A file may state a default.
 
@@ -144,15 +178,8 @@ def unread(
     ]
 
 
-def other_engine(settings: Any) -> dict[str, str]:
-    """Reasons, for ``unread``, that have to do with the engine."""
-    engine = settings.rollout.engine
-    return {"vllm." if engine == "hf" else "rollout.batch_size": f"--rollout.engine {engine} is not the one"}
-
-
-def other_oracle(settings: Any) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Reasons, for ``unread``, that have to do with the oracle; and what it reads."""
-    name = settings.oracle
+def other_oracle(name: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Reasons, for ``unread``, that have to do with the oracle of this name; and what it reads."""
     who = f"--oracle {name} is not the one" if name else "there is no --oracle"
     groups = ("reward.", "judge.") if name == "implicit" else ("reward.", "judge.", "ref.", "beta")
     try:
@@ -160,10 +187,3 @@ def other_oracle(settings: Any) -> tuple[dict[str, str], tuple[str, ...]]:
     except ValueError:  # an unknown oracle is a problem of its own
         reads = groups
     return dict.fromkeys(groups, who), reads
-
-
-def set_fields(group: Any, values: Mapping[str, Any]) -> None:
-    """Set the fields that are neither groups nor missing in ``values``."""
-    for item in fields(group):
-        if item.name in values and not is_dataclass(getattr(group, item.name)):
-            setattr(group, item.name, values[item.name])

@@ -213,7 +213,7 @@ class Run:
         """The oracle of --oracle. Where it is asked in every step its models stay in memory."""
         if self.oracle is None:
             path, resident = self.folder.path, issubclass(self.algorithm, OnPolicyAlgorithm)
-            self.oracle = oracle.make(
+            self.oracle = oracle.get(self.config.oracle)(
                 oracle.Resources(
                     self.config, self.strategy, self.chat, self.scorer, path, resident, self.chat.template.moment
                 )

@@ -190,7 +190,8 @@ def check(
             f"--rounds.count: {rounds.count}, but --algo {algorithm.name} learns from the human pairs alone"
         )
     if samples(config, algorithm):
-        problems += _check_oracle(config, algorithm)
+        if not oracle.judges_itself(config, algorithm):
+            problems += oracle.problems(config.oracle, config)
         if rollout.max_new_tokens >= config.data.max_len:
             problems.append(
                 f"--rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt within --data.max_len "
@@ -249,12 +250,6 @@ def check_data(config: Config, algorithm: type[Algorithm]) -> None:
     problems += flags.out_of_range({"": config}, ("data.", "eval.", "rollout.max_new_tokens")) + _check_reading(config)
     if problems:
         raise flags.SettingsError(*problems)
-
-
-def sampling_problems(config: Config) -> list[str]:
-    """What is wrong with single values that are read for answers and their comparison, where nothing is trained."""
-    read = ("data.max_len", "data.limits.", "train.seed", "train.micro", "rollout.", "vllm.", "reward.", "judge.")
-    return flags.out_of_range({"": config}, read) + _check_reading(config)
 
 
 def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]) -> dict[str, str]:
@@ -318,12 +313,3 @@ def _check_on_policy(config: Config, options: Any, algorithm: type[Algorithm]) -
             f"--rollout.max_new_tokens {config.rollout.max_new_tokens} each; raise the one or lower the other"
         )
     return problems
-
-
-def _check_oracle(config: Config, algorithm: type[Algorithm]) -> list[str]:
-    if oracle.judges_itself(config, algorithm):
-        return []
-    try:
-        return oracle.get(config.oracle).problems(config)
-    except ValueError as error:
-        return [f"--oracle: {error}"]

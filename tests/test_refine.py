@@ -91,7 +91,7 @@ def test_the_first_answer_is_a_plain_sample(tiny_model, tiny_data, tmp_path):
     from transformers import AutoTokenizer
 
     from openrlhf_sgpo.data.tokens import ChatFormat
-    from openrlhf_sgpo.refinement.settings import run_config
+    from openrlhf_sgpo.refinement.settings import inference
     from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 
     argv = flags(tiny_model, tiny_data, tmp_path / "out", "--controls", "nothing")
@@ -99,7 +99,7 @@ def test_the_first_answer_is_a_plain_sample(tiny_model, tiny_data, tmp_path):
     rows = read_jsonl(tmp_path / "out/answers.jsonl")
     settings, _ = load(argv)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    sampler = HuggingFaceRollout(run_config(settings, str(tiny_model)), ChatFormat(tokenizer, 64), str(tiny_model))
+    sampler = HuggingFaceRollout(inference(settings, str(tiny_model)), ChatFormat(tokenizer, 64), str(tiny_model))
     text = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     prompts = [text.format(row["prompt"]) for row in read_jsonl(tiny_data["prompts"])]
     samples = sampler.generate([tuple(ids) for ids in tokenizer(prompts)["input_ids"]], 1, 42, label="")

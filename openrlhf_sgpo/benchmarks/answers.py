@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from openrlhf_sgpo.benchmarks.task import Item, Responses
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
@@ -83,7 +83,7 @@ def write_responses(path: Path, items: Sequence[Item], responses: Mapping[str, R
     write_jsonl(path, (asdict(one) | {"asked": asked[key]} for key, one in responses.items()))
 
 
-def positions(model: str, config: Config) -> int:
+def positions(model: str, config: Inference) -> int:
     """How many tokens a model takes; as many as --data.max_len where it does not say."""
     settings = AutoConfig.from_pretrained(model, trust_remote_code=config.model.trust_remote_code)
     return int(getattr(settings, "max_position_embeddings", config.data.max_len))
@@ -93,7 +93,7 @@ class Answerer:
     """Lets models answer, one after the other, on the same engines. config: settings of engines and sampling, whose
     temperature is that of items without one of their own."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Inference):
         self.config = config
         self.rollout: Rollout | None = None
         self._kind = ""

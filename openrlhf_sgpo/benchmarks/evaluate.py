@@ -20,8 +20,9 @@ from openrlhf_sgpo.benchmarks.answers import SETTINGS, Answerer, identity, posit
 from openrlhf_sgpo.benchmarks.benchmark_files import read_fields
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 from openrlhf_sgpo.benchmarks.leaderboard import judge_name, write_leaderboard, write_result
-from openrlhf_sgpo.benchmarks.settings import Contestant, Loaded, run_config
+from openrlhf_sgpo.benchmarks.settings import Contestant, Loaded
 from openrlhf_sgpo.benchmarks.task import Responses, Result, Task
+from openrlhf_sgpo.config import ModelSettings
 from openrlhf_sgpo.data.template import refuse_unread_variables
 from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.output import log_to, say
@@ -37,13 +38,12 @@ class Evaluation:
         self.contestants = loaded.contestants
         self.tasks = {name: tasks.get(name)(options) for name, options in loaded.options.items()}
         self.items = {name: task.items() for name, task in self.tasks.items()}
-        self.config = run_config(settings)
+        self.config = settings.inference(ModelSettings(trust_remote_code=settings.trust_remote_code))
         if not loaded.max_len_given:
             # Engines have one length for all models: the default is no longer than the shortest of them.
             folders = [one.folder for one in self.contestants if one.folder]
-            self.config.data.max_len = min(
-                [self.config.data.max_len, *(positions(one, self.config) for one in folders)]
-            )
+            shortest = min([settings.data.max_len, *(positions(one, self.config) for one in folders)])
+            self.config = replace(self.config, data=replace(settings.data, max_len=shortest))
         self.answerer = Answerer(self.config)
         self.given = {one.name: self._read(one) for one in self.contestants if one.file}
         self.folder = RunFolder(settings.out, "out")

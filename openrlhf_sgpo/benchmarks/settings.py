@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +11,22 @@ from typing import Any, NamedTuple
 from openrlhf_sgpo import extras, flags
 from openrlhf_sgpo.benchmarks import tasks
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudgeSettings, judge_problems, with_preset
-from openrlhf_sgpo.config import Config, DataSettings, TrainSettings
+from openrlhf_sgpo.config import DataSettings, RolloutSettings, TrainSettings
 from openrlhf_sgpo.data.files import is_file
-from openrlhf_sgpo.flags import setting
-from openrlhf_sgpo.inference import Deepspeed, Rollout, Vllm, config_of, no_room, other_engine, part, policy_of, unread
-from openrlhf_sgpo.run_settings import sampling_problems
+from openrlhf_sgpo.flags import part, setting
+from openrlhf_sgpo.inference import DECODING, AnswerSettings, policy_of, unread
 
 _TAKEN = ("items", "judgements")  # folders beside those of models
-_GROUPS = ("data", "rollout", "vllm", "ds", "train")
-# FastChat's limit for an answer; two answers and a question fit beside it.
-_DEFAULTS = {"rollout.temperature": 0.7, "rollout.max_new_tokens": 1024, "data.max_len": 4096}
 
 
 @dataclass
-class EvaluateSettings:
+class _Rollout(RolloutSettings):
+    # At 0 an answer is the likeliest one, which is all right where there is one per item.
+    temperature: float = setting(0.7, "sampling temperature", low=0)
+
+
+@dataclass
+class EvaluateSettings(AnswerSettings):
     models: list[str] = setting(
         [],
         "who is evaluated, each as PATH or NAME=PATH: a run folder (its last finished round), a Hugging Face folder or hub "
@@ -36,11 +37,10 @@ class EvaluateSettings:
     partial: bool = setting(False, "accept items without an answer, and judgements that are refused or cannot be read")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     judge: EvaluationJudgeSettings = field(default_factory=EvaluationJudgeSettings)
-    data: Any = field(default_factory=part(DataSettings, "max_len", "chat_template_kwargs"))
-    rollout: Any = field(default_factory=Rollout)
-    vllm: Any = field(default_factory=Vllm)
-    ds: Any = field(default_factory=Deepspeed)
-    train: Any = field(default_factory=part(TrainSettings, "seed"))
+    # FastChat's limit for an answer; two answers and a question fit beside it.
+    data: DataSettings = part(lambda: DataSettings(max_len=4096), "max_len", "chat_template_kwargs")
+    rollout: RolloutSettings = part(lambda: _Rollout(max_new_tokens=1024), *DECODING)
+    train: TrainSettings = part(TrainSettings, "seed")
 
 
 class Contestant(NamedTuple):
@@ -60,16 +60,8 @@ class Loaded(NamedTuple):
     max_len_given: bool = True
 
 
-def defaults() -> EvaluateSettings:
-    settings = EvaluateSettings()
-    for name, value in _DEFAULTS.items():
-        group, _, leaf = name.partition(".")
-        setattr(getattr(settings, group), leaf, value)
-    return settings
-
-
 def sections() -> dict[str, Any]:
-    return {"": defaults, **{name: tasks.get(name).Settings for name in tasks.names()}}
+    return {"": EvaluateSettings, **{name: tasks.get(name).Settings for name in tasks.names()}}
 
 
 def load(argv: Sequence[str]) -> Loaded:
@@ -90,11 +82,6 @@ def load(argv: Sequence[str]) -> Loaded:
             raise flags.SettingsError(*problems)
     options = {name: instances[name] for name in settings.tasks}
     return Loaded(settings, options, contestants(settings), "data.max_len" in given)
-
-
-def run_config(settings: EvaluateSettings) -> Config:
-    """The settings as a run has them, which engines read."""
-    return config_of(settings, _GROUPS, "")
 
 
 def contestants(settings: EvaluateSettings) -> list[Contestant]:
@@ -127,8 +114,9 @@ def contestants(settings: EvaluateSettings) -> list[Contestant]:
 
 
 def _problems(settings: EvaluateSettings, options: Mapping[str, Any], given: Mapping[str, str]) -> list[str]:
-    missing = {"models": "who is evaluated", "out": "a folder for the results", "tasks": "benchmarks"}
-    problems = [f"--{name}: missing, give {what}" for name, what in missing.items() if not getattr(settings, name)]
+    problems = settings.problems(
+        "evaluate", models="who is evaluated", out="a folder for the results", tasks="benchmarks"
+    )
     for name in settings.tasks:
         if name not in tasks.names():
             problems.append(f"--tasks: {name} is unknown, choose from {', '.join(tasks.names())}")
@@ -145,17 +133,10 @@ def _problems(settings: EvaluateSettings, options: Mapping[str, Any], given: Map
     for name in known:
         if problem := extras.missing(*tasks.get(name).packages, otherwise=extras.BENCHMARKS):
             problems.append(f"--tasks {name}: {problem}")
-    reasons = other_engine(settings)
+    reasons = settings.other_engine()
     if known and not any(tasks.get(name).judged for name in known):
         reasons["judge."] = f"--tasks {' '.join(known)} needs no judge"
     if settings.models and all(map(is_file, (text.rpartition("=")[2] for text in settings.models))):
         reasons |= dict.fromkeys(("rollout.", "vllm.", "ds.", "data.", "train."), "all --models are files of answers")
-    problems += unread(settings, defaults(), given, reasons)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append(
-            "evaluate is one process: start it without a launcher, engines share GPUs by --vllm.num_engines"
-        )
-    tasks_options = {name: options[name] for name in known}
-    problems += no_room(settings) + flags.out_of_range(tasks_options) + sampling_problems(run_config(settings))
-    # At temperature 0 an answer is the likeliest one, which is all right where there is one per item.
-    return [problem for problem in problems if problem != "--rollout.temperature: 0.0 is out of range, use more than 0"]
+    problems += unread(settings, EvaluateSettings(), given, reasons)
+    return problems + flags.out_of_range({name: options[name] for name in known})

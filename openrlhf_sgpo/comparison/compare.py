@@ -36,7 +36,7 @@ from openrlhf_sgpo.comparison.head_to_head import (
     versus_start,
     with_holm,
 )
-from openrlhf_sgpo.comparison.settings import CompareSettings, run_config
+from openrlhf_sgpo.comparison.settings import CompareSettings, inference
 from openrlhf_sgpo.data.files import TEST_SPLITS, TRAIN_SPLITS
 from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.pairwise import transcript
@@ -67,7 +67,7 @@ class RunComparison:
         self.groups = groups
         self.runs = [run for group in groups for run in group.runs]
         self.initial, self.reference = self.runs[0].initial, self.runs[0].reference
-        self.config = config = run_config(settings, self.initial, self.reference)
+        self.config = config = inference(settings, self.initial, self.reference)
         records = self._records()
         check_rollout(config)
         oracle.get(settings.oracle).check(config)
@@ -131,7 +131,7 @@ class RunComparison:
             for group in self.groups
         }
         resources = Resources(self.config, self.strategy, self.chat, self.scorer, self.folder.path, resident=True)
-        judge = oracle.make(replace(resources, moment=self.chat.template.moment))
+        judge = oracle.get(self.settings.oracle)(replace(resources, moment=self.chat.template.moment))
         try:
             pairs = with_holm(
                 [
@@ -236,7 +236,7 @@ class RunComparison:
         comparison = {
             "prompts": len(self.prompts),
             "oracle": {"name": settings.oracle, **self._identity()},
-            "decoding": {"seed": self.config.train.seed, **vars(settings.rollout)},
+            "decoding": {"seed": self.config.train.seed, **flags.to_dict({"": settings})["rollout"]},
             "groups": groups,
             "cross_play": pairs,
             "versus_start": over_start,

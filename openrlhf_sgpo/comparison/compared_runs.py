@@ -8,14 +8,14 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import TrainSettings
 from openrlhf_sgpo.flags import SettingsError
-from openrlhf_sgpo.inference import Policy, policy_of, set_fields, stored_settings
+from openrlhf_sgpo.inference import Policy, policy_of, stored_settings
 from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.run_check import check_rounds
 from openrlhf_sgpo.run_folder import ADDRESS, STORED, RunFolder, differences, read_json
@@ -70,15 +70,15 @@ class ComparedRun:
         }
 
     def _steps(self) -> int:
-        config, folder, steps = Config(), RunFolder(self.folder), 0
-        set_fields(config.train, self.settings["train"])
+        stored, folder, steps = self.settings["train"], RunFolder(self.folder), 0
+        train = TrainSettings(**{item.name: stored[item.name] for item in fields(TrainSettings) if item.name in stored})
         for number in range((self.policy.round or 0) + 1):
             stages = folder.manifest(number)["stages"]
             if "play" in stages:
                 steps += stages["play"]["steps"]
             elif "train" in stages:
                 trained = stages["train"]
-                steps += optimiser_steps(trained["pairs"], trained["epochs"], config, trained["ranks"])
+                steps += optimiser_steps(trained["pairs"], trained["epochs"], train, trained["ranks"])
         return steps
 
 

@@ -14,11 +14,19 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from openrlhf_sgpo import flags, oracle
-from openrlhf_sgpo.config import Config, DataSettings, JudgeSettings, RewardSettings, TrainSettings
+from openrlhf_sgpo.config import (
+    DataSettings,
+    DeepspeedSettings,
+    Inference,
+    JudgeSettings,
+    ModelSettings,
+    RewardSettings,
+    TrainSettings,
+)
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.records import Pair, fingerprint, load_pairs
-from openrlhf_sgpo.flags import setting
-from openrlhf_sgpo.inference import Deepspeed, config_of, part, unread
+from openrlhf_sgpo.flags import part, setting
+from openrlhf_sgpo.inference import one_process, other_oracle, unread
 from openrlhf_sgpo.intervals import standard_error
 from openrlhf_sgpo.oracle import Answer, Comparison, Oracle, PreferenceOracle, Question
 from openrlhf_sgpo.oracle.base import check_shares
@@ -28,27 +36,30 @@ from openrlhf_sgpo.table import aligned
 
 Z = 1.959964  # the normal distribution's 97.5% point
 
-_GROUPS = ("data", "reward", "judge", "ds", "train")
 _LOCAL = ("ds.", "train.", "data.max_len")  # what only models are read with that are loaded here
 
 
 @dataclass
 class JudgeCheckSettings:
-    data: Any = field(default_factory=part(DataSettings, "dataset", "dataset_split", "max_samples", "max_len"))
     oracle: str = setting("judge", "who compares answers: as in training, but not implicit")
     out: str = setting("", "folder for what was said and the results")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
+    resume: bool = setting(False, "continue in --out: what was said is not asked for again")
+    data: DataSettings = part(DataSettings, "dataset", "dataset_split", "max_samples", "max_len")
     reward: RewardSettings = field(default_factory=RewardSettings)
     # Without swap: both orders are shown, for their difference is what is asked for.
-    judge: Any = field(
-        default_factory=part(
-            JudgeSettings,
-            *("base_url", "model", "api_key", "concurrency", "max_retries", "timeout", "logprobs", "temperature"),
-        )
+    judge: JudgeSettings = part(
+        JudgeSettings,
+        *("base_url", "model", "api_key", "concurrency", "max_retries", "timeout", "logprobs", "temperature"),
     )
-    ds: Any = field(default_factory=Deepspeed)
-    train: Any = field(default_factory=part(TrainSettings, "micro_batch_size"))
-    resume: bool = setting(False, "continue in --out: what was said is not asked for again")
+    ds: DeepspeedSettings = part(one_process, "param_dtype", "attn_implementation")
+    train: TrainSettings = part(TrainSettings, "micro_batch_size")
+
+    def inference(self) -> Inference:
+        """What oracles read."""
+        model = ModelSettings(trust_remote_code=self.trust_remote_code)
+        train = replace(self.train, batch_size=self.train.micro_batch_size)
+        return Inference(model=model, data=self.data, reward=self.reward, judge=self.judge, ds=self.ds, train=train)
 
 
 class Said(NamedTuple):
@@ -176,7 +187,7 @@ def check_judge(settings: JudgeCheckSettings) -> dict[str, Any]:
 
     Raises ValueError for data that cannot be read, a server that does not answer, and a folder that is something else's.
     """
-    config = _config(settings)
+    config = settings.inference()
     data = settings.data
     loaded = load_pairs(data.dataset, data.dataset_split, data.max_samples)
     pairs = [pair for pair in loaded if pair.chosen != pair.rejected]
@@ -187,7 +198,7 @@ def check_judge(settings: JudgeCheckSettings) -> dict[str, Any]:
     resolved = flags.dump({"": replace(settings, resume=False)})
     folder.prepare(resolved, settings.resume, {"--data.dataset": fingerprint(loaded)})
     log_to(folder.path)
-    judge = _make(config, folder.path)
+    judge = _make(settings.oracle, config, folder.path)
     try:
         said, shows_orders = ask(judge, pairs)
     finally:
@@ -217,21 +228,15 @@ def check_judge(settings: JudgeCheckSettings) -> dict[str, Any]:
     return result
 
 
-def _config(settings: JudgeCheckSettings) -> Config:
-    config = config_of(settings, _GROUPS, "")
-    config.oracle = settings.oracle
-    return config
-
-
-def _make(config: Config, folder: Path) -> Oracle:
+def _make(name: str, config: Inference, folder: Path) -> Oracle:
     """The oracle, without a policy: ``implicit`` is unavailable, and one of the user's has neither chat nor scorer."""
     strategy: Any = None
-    if config.oracle != "judge":  # which needs none, and this takes a while
+    if name != "judge":  # which needs none, and this takes a while
         from openrlhf_sgpo.openrlhf import build_strategy
 
         strategy = build_strategy(config)
     nothing: Any = None
-    return oracle.make(oracle.Resources(config, strategy, nothing, nothing, folder))
+    return oracle.get(name)(oracle.Resources(config, strategy, nothing, nothing, folder))
 
 
 def load(argv: Sequence[str]) -> JudgeCheckSettings:
@@ -253,15 +258,13 @@ def load(argv: Sequence[str]) -> JudgeCheckSettings:
 def _oracle_problems(settings: JudgeCheckSettings, given: dict[str, str]) -> list[str]:
     if settings.oracle == "implicit":
         return ["--oracle: implicit is a policy's own reward, whose agreement a run measures as held-out accuracy"]
-    config = _config(settings)
-    try:
-        kind = oracle.get(settings.oracle)
-    except ValueError as error:
-        return [f"--oracle: {error}"]
     groups = ("reward.", "judge.", *(_LOCAL if settings.oracle == "judge" else ()))
     reasons = dict.fromkeys(groups, f"--oracle {settings.oracle} has no use for it")
-    problems = unread(settings, JudgeCheckSettings(), given, reasons, kind.reads)
-    return problems + kind.problems(config)
+    _, reads = other_oracle(settings.oracle)
+    return [
+        *unread(settings, JudgeCheckSettings(), given, reasons, reads),
+        *oracle.problems(settings.oracle, settings.inference()),
+    ]
 
 
 def main(argv: Sequence[str]) -> int:

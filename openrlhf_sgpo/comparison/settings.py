@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.comparison.compared_runs import RunGroup, named_folders, read_groups
-from openrlhf_sgpo.config import Config, JudgeSettings, RewardSettings
-from openrlhf_sgpo.data.files import is_file
+from openrlhf_sgpo.config import Inference, ModelSettings, RefSettings
 from openrlhf_sgpo.flags import setting
-from openrlhf_sgpo.inference import (
-    Data,
-    Deepspeed,
-    Rollout,
-    Train,
-    Vllm,
-    config_of,
-    no_room,
-    other_engine,
-    other_oracle,
-    set_fields,
-    stored_settings,
-    unread,
-)
-from openrlhf_sgpo.run_settings import sampling_problems
-
-_INHERITED = ("data", "rollout", "vllm", "ds", "train")  # judges are chosen anew
-_GROUPS = (*_INHERITED, "reward", "judge")
+from openrlhf_sgpo.inference import JudgedSettings, no_splits, other_oracle, stored_settings, unread
 
 
 @dataclass
-class CompareSettings:
+class CompareSettings(JudgedSettings):
     runs: list[str] = setting(
         [],
         "finished runs, FOLDER or NAME=FOLDER,FOLDER,...: those of one name are seeds of one algorithm (default name: --algo "
@@ -50,13 +31,6 @@ class CompareSettings:
     oracle: str = setting("", "who compares answers: as in training, but implicit is always frozen")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit", above=0)
-    data: Any = field(default_factory=Data)
-    rollout: Any = field(default_factory=Rollout)
-    vllm: Any = field(default_factory=Vllm)
-    ds: Any = field(default_factory=Deepspeed)
-    train: Any = field(default_factory=Train)
-    reward: RewardSettings = field(default_factory=RewardSettings)
-    judge: JudgeSettings = field(default_factory=JudgeSettings)
     resume: bool = setting(False, "continue in --out at the first unfinished stage")
 
 
@@ -76,39 +50,28 @@ def read_settings(argv: Sequence[str], run: Mapping[str, Any]) -> CompareSetting
 
     def defaults() -> CompareSettings:
         settings = CompareSettings()
-        for group in _INHERITED:
-            set_fields(getattr(settings, group), run.get(group, {}))
+        settings.inherit(run)
         settings.trust_remote_code = run.get("model", {}).get("trust_remote_code", False)
         return settings
 
     instances, given, _ = flags.parse(argv, {"": defaults})
     settings: CompareSettings = instances[""]
-    others, reads = other_oracle(settings)
-    problems = _problems(settings) + unread(settings, defaults(), given, other_engine(settings) | others, reads)
+    others, reads = other_oracle(settings.oracle)
+    problems = _problems(settings) + unread(settings, defaults(), given, settings.other_engine() | others, reads)
     if problems:
         raise flags.SettingsError(*problems)
     return settings
 
 
-def run_config(settings: CompareSettings, model: str, reference: str) -> Config:
-    """The settings as a run has them, which engines and oracles read."""
-    config = config_of(settings, _GROUPS, model)
-    config.ref.model_name_or_path, config.model.beta, config.oracle = reference, settings.beta, settings.oracle
-    return config
+def inference(settings: CompareSettings, policy: str, reference: str) -> Inference:
+    """The settings as engines and oracles read them. policy, reference: the initial ones of the runs."""
+    model = ModelSettings(policy, settings.beta, trust_remote_code=settings.trust_remote_code)
+    return replace(settings.inference(model), ref=RefSettings(reference))
 
 
 def _problems(settings: CompareSettings) -> list[str]:
-    missing = {"runs": "finished runs", "out": "a folder for the results", "oracle": "who compares the answers"}
-    problems = [f"--{name}: missing, give {what}" for name, what in missing.items() if not getattr(settings, name)]
-    if settings.split and (not settings.prompts or is_file(settings.prompts)):
-        problems.append(f"--split: --prompts {settings.prompts or 'is not given'} has no splits; leave it out")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append("compare is one process: start it without a launcher, engines share GPUs by --vllm.num_engines")
-    config = run_config(settings, "", "")
-    problems += (
-        no_room(settings) + flags.out_of_range({"": settings}, ("max_prompts", "beta")) + sampling_problems(config)
+    problems = settings.problems(
+        "compare", runs="finished runs", out="a folder for the results", oracle="who compares the answers"
     )
-    try:
-        return problems + (oracle.get(settings.oracle).problems(config) if settings.oracle else [])
-    except ValueError as error:
-        return [*problems, f"--oracle: {error}"]
+    problems += no_splits(settings.prompts, settings.split)
+    return problems + (oracle.problems(settings.oracle, inference(settings, "", "")) if settings.oracle else [])

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from openrlhf_sgpo import algorithms, flags, keys, oracle, run_settings, yaml_files
-from openrlhf_sgpo.comparison.settings import read_settings, run_config
+from openrlhf_sgpo.comparison.settings import inference, read_settings
 from openrlhf_sgpo.launch import end_with_parent
 from openrlhf_sgpo.run_folder import ADDRESS, differences, read_configuration, write_text
 
@@ -96,7 +96,7 @@ def train_suite(argv: Sequence[str]) -> list[str]:
             "--prompts: missing, the algorithms do not share an --eval.dataset; give a file of prompts"
         )
     if settings.oracle == "judge":
-        oracle.get(settings.oracle).check(run_config(settings, "", ""))
+        oracle.get(settings.oracle).check(inference(settings, "", ""))
     for number, run in enumerate(runs, start=1):
         train_run(run, f"{number} of {len(runs)}")
     return words

@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from openrlhf_sgpo.config import DTYPES, Config
+from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
 
 
-def load_in_shards(config: Config, strategy: DeepspeedStrategy, trainable: bool) -> HfDeepSpeedConfig | None:
+def load_in_shards(config: Inference, strategy: DeepspeedStrategy, trainable: bool) -> HfDeepSpeedConfig | None:
     """With ZeRO-3, what makes transformers load every model in shards for as long as it is referenced; else None."""
     if config.ds.zero_stage != 3:
         return None
@@ -34,7 +34,7 @@ def load_in_shards(config: Config, strategy: DeepspeedStrategy, trainable: bool)
 
 def load_actor(
     folder: str,
-    config: Config,
+    config: Inference,
     strategy: DeepspeedStrategy,
     *,
     trainable: bool,
@@ -77,7 +77,7 @@ def load_actor(
     return actor
 
 
-def _lora_config(config: Config) -> LoraConfig:
+def _lora_config(config: Inference) -> LoraConfig:
     targets = config.ds.lora.target_modules
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -8,7 +8,7 @@ from openrlhf.models.model import _get_reward_model
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from openrlhf_sgpo.config import DTYPES, Config
+from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.actor import load_in_shards
 
@@ -25,7 +25,7 @@ def no_value_head(folder: str, head: str, flag: str) -> ValueError:
     )
 
 
-def load_reward_model(folder: str, config: Config, strategy: DeepspeedStrategy) -> Any:
+def load_reward_model(folder: str, config: Inference, strategy: DeepspeedStrategy) -> Any:
     """A frozen model that maps (tokens, attention_mask) to a reward per row; not yet prepared by the strategy.
 
     The class is OpenRLHF's, with the head, mean and deviation that the folder's config names. OpenRLHF's own loading turns

@@ -21,20 +21,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.cpp_extension import CUDA_HOME
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import Config, Inference
 from openrlhf_sgpo.openrlhf.adapters import groups_by_adapter
 
 
-def openrlhf_arguments(config: Config) -> SimpleNamespace:
+def openrlhf_arguments(config: Inference) -> SimpleNamespace:
     """The nested namespace that OpenRLHF 0.11's strategy and DPOTrainer read, with its names.
 
     Losses, evaluation, checkpoints and experiment trackers are this package's own, so their switches are off here.
     """
     space = SimpleNamespace
-    return space(
+    arguments = space(
         local_rank=int(os.environ.get("LOCAL_RANK", "-1")),
         optim="adam",
-        max_norm=config.max_norm,
+        max_norm=0.0,
         train=space(
             seed=config.train.seed,
             full_determinism_enable=config.train.full_determinism_enable,
@@ -50,9 +50,13 @@ def openrlhf_arguments(config: Config) -> SimpleNamespace:
             tensor_parallel_size=1,
         ),
         eval=space(steps=-1),
-        ckpt=space(path=None, save_steps=config.ckpt.save_steps, max_num=config.ckpt.max_num, max_mem=int(1e8)),
-        logger=space(logging_steps=config.logger.logging_steps, tensorboard_dir=None, wandb=space(key=None)),
     )
+    if isinstance(config, Config):  # of the others nothing is trained
+        ckpt, logger = config.ckpt, config.logger
+        arguments.max_norm = config.max_norm
+        arguments.ckpt = space(path=None, save_steps=ckpt.save_steps, max_num=ckpt.max_num, max_mem=int(1e8))
+        arguments.logger = space(logging_steps=logger.logging_steps, tensorboard_dir=None, wandb=space(key=None))
+    return arguments
 
 
 class Strategy(DeepspeedStrategy):
@@ -148,7 +152,7 @@ def _single_process() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
-def build_strategy(config: Config) -> DeepspeedStrategy:
+def build_strategy(config: Inference) -> DeepspeedStrategy:
     """The strategy of this process, with its process group up.
 
     Raises ValueError if ``--train.batch_size`` cannot be split into equal micro-batches over the ranks.
@@ -175,7 +179,7 @@ def build_strategy(config: Config) -> DeepspeedStrategy:
     strategy = kind(
         seed=config.train.seed,
         full_determinism=config.train.full_determinism_enable,
-        max_norm=config.max_norm,
+        max_norm=arguments.max_norm,
         micro_train_batch_size=config.train.micro_batch_size,
         train_batch_size=config.train.batch_size,
         zero_stage=config.ds.zero_stage,

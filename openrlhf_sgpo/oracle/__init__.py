@@ -19,7 +19,7 @@ from openrlhf_sgpo.oracle.base import (
 from openrlhf_sgpo.registry import Registry
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Config, Inference
 
 ENTRY_POINT_GROUP = "openrlhf_sgpo.oracles"
 
@@ -40,9 +40,12 @@ def judges_itself(config: Config, algorithm: type[Algorithm]) -> bool:
     return config.oracle == "implicit" and not issubclass(algorithm, OnPolicyAlgorithm)
 
 
-def make(resources: Resources) -> Oracle:
-    """The oracle of --oracle, the same for a whole run. It loads its models when it is first asked."""
-    return get(resources.config.oracle)(resources)
+def problems(name: str, config: Inference) -> list[str]:
+    """What is wrong with --oracle ``name`` and the settings that it reads."""
+    try:
+        return get(name).problems(config)
+    except ValueError as error:
+        return [f"--oracle: {error}"]
 
 
 __all__ = [
@@ -56,6 +59,6 @@ __all__ = [
     "check_preferences",
     "get",
     "judges_itself",
-    "make",
     "names",
+    "problems",
 ]

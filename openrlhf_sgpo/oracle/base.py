@@ -19,7 +19,7 @@ from openrlhf_sgpo.data.template import today
 from openrlhf_sgpo.judge.cache import ContentCache, content_key
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Inference
     from openrlhf_sgpo.data.tokens import ChatFormat
     from openrlhf_sgpo.openrlhf import DeepspeedStrategy
     from openrlhf_sgpo.training.scoring import Scorer
@@ -68,7 +68,7 @@ class Resources:
     told, see ``ChatFormat``.
     """
 
-    config: Config
+    config: Inference
     strategy: DeepspeedStrategy
     chat: ChatFormat
     scorer: Scorer
@@ -97,16 +97,16 @@ class Oracle:
         self._cache: ContentCache | None = None
 
     @classmethod
-    def problems(cls, config: Config) -> list[str]:
+    def problems(cls, config: Inference) -> list[str]:
         """Problems with the settings, each naming its flag; empty when all is well. Needs no torch."""
         return []
 
     @classmethod
-    def check(cls, config: Config) -> None:
+    def check(cls, config: Inference) -> None:
         """Raises ValueError for what can be known of folders and servers before a model is loaded."""
 
     @classmethod
-    def check_prompts(cls, config: Config, prompts: Sequence[Prompt]) -> None:
+    def check_prompts(cls, config: Inference, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for prompts that a model of the oracle cannot read, before one is loaded."""
 
     def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:

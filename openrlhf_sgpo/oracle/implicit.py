@@ -9,7 +9,7 @@ from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat, load_tokeniz
 from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Inference
 
 
 def implicit_rewards(policy: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:
@@ -46,7 +46,7 @@ class ImplicitReward(RewardOracle):
             self.scorers = [self.scorer]
 
     @classmethod
-    def problems(cls, config: Config) -> list[str]:
+    def problems(cls, config: Inference) -> list[str]:
         if config.reward.model_name_or_path:
             return []
         return [
@@ -55,7 +55,7 @@ class ImplicitReward(RewardOracle):
         ]
 
     @classmethod
-    def check(cls, config: Config) -> None:
+    def check(cls, config: Inference) -> None:
         trust = config.model.trust_remote_code
         folders = {"model": config.model.model_name_or_path, "reward": config.reward.model_name_or_path}
         tokenizers = {

@@ -14,7 +14,7 @@ from openrlhf_sgpo.judge.reply import Reply, letter_log_probs, written_letter
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Inference
     from openrlhf_sgpo.data.records import Messages
 
 TOP = 20  # the most that OpenAI's servers say, and vLLM's without further settings
@@ -81,7 +81,7 @@ class Judge(PreferenceOracle):
         self.counts: dict[str, int] = {}
 
     @classmethod
-    def problems(cls, config: Config) -> list[str]:
+    def problems(cls, config: Inference) -> list[str]:
         if problem := extras.missing("openai"):
             return [f"--oracle: {problem}"]
         judge = config.judge
@@ -90,7 +90,7 @@ class Judge(PreferenceOracle):
         return problems + server_problems(judge, "judge")
 
     @classmethod
-    def check(cls, config: Config) -> None:
+    def check(cls, config: Inference) -> None:
         """Asks the server one question: address, key, model and log-probabilities show before anything is loaded."""
         messages = judge_messages("User: How much is two and two?", "Four.", "Five.", config.train.seed)
         _client(config).ask([Request("a first question", messages)], "judge: trial", _reader(config))
@@ -131,7 +131,7 @@ class Judge(PreferenceOracle):
         return {f"judge_{name}": self.counts.get(name, 0) for name in names}
 
 
-def _client(config: Config, path: Path | None = None) -> ChatClient:
+def _client(config: Inference, path: Path | None = None) -> ChatClient:
     if config.judge.logprobs:
         return ChatClient(
             config.judge, {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP}, path
@@ -140,7 +140,7 @@ def _client(config: Config, path: Path | None = None) -> ChatClient:
     return ChatClient(config.judge, {"max_tokens": 4, "temperature": 0}, path)
 
 
-def _reader(config: Config) -> Callable[[Reply], float]:
+def _reader(config: Inference) -> Callable[[Reply], float]:
     if config.judge.logprobs:
         return lambda reply: letter_share(reply, config.judge.temperature)
     return letter_written

@@ -11,7 +11,7 @@ from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, s
 from openrlhf_sgpo.oracle.reward_model import reading_chat, weight_names
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Inference
 
 FLAG = "reward.model_name_or_path"
 
@@ -41,13 +41,13 @@ class PreferenceModelOracle(PreferenceOracle):
         self.scorers = [self.scorer]
 
     @classmethod
-    def problems(cls, config: Config) -> list[str]:
+    def problems(cls, config: Inference) -> list[str]:
         if config.reward.model_name_or_path:
             return []
         return [f"--{FLAG}: missing, --oracle preference_model needs the policy of a run of --algo preference_model"]
 
     @classmethod
-    def check(cls, config: Config) -> None:
+    def check(cls, config: Inference) -> None:
         from transformers import AutoConfig
 
         from openrlhf_sgpo.openrlhf import value_head

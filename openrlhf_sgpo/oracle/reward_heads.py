@@ -17,7 +17,7 @@ from openrlhf_sgpo.oracle.base import (
 from openrlhf_sgpo.oracle.reward_model import RewardReader, check_prompts_of, check_reward_model
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Inference
     from openrlhf_sgpo.data.records import Prompt
 
 
@@ -43,7 +43,7 @@ class RewardHeads(PreferenceOracle):
         self.scorers = [reader.scorer for reader in self.readers]
 
     @classmethod
-    def problems(cls, config: Config) -> list[str]:
+    def problems(cls, config: Inference) -> list[str]:
         heads = config.reward.heads
         if len(heads) < 2:
             return [f"--reward.heads: {len(heads)} given, --oracle reward_heads needs 2 or more reward models"]
@@ -52,12 +52,12 @@ class RewardHeads(PreferenceOracle):
         return []
 
     @classmethod
-    def check(cls, config: Config) -> None:
+    def check(cls, config: Inference) -> None:
         for head in config.reward.heads:
             check_reward_model(head, "reward.heads", config)
 
     @classmethod
-    def check_prompts(cls, config: Config, prompts: Sequence[Prompt]) -> None:
+    def check_prompts(cls, config: Inference, prompts: Sequence[Prompt]) -> None:
         for head in config.reward.heads:
             check_prompts_of(prompts, head, "reward.heads", config)
 

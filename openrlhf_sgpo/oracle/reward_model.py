@@ -12,7 +12,7 @@ from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat
 from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Inference
     from openrlhf_sgpo.data.records import Messages, Prompt
 
 
@@ -27,7 +27,7 @@ def weight_names(folder: str) -> set[str]:
     return names
 
 
-def reading_chat(model: str, flag: str, config: Config, moment: datetime | None = None) -> ChatFormat:
+def reading_chat(model: str, flag: str, config: Inference, moment: datetime | None = None) -> ChatFormat:
     """The chat format of a model that reads answers, within --reward.max_len. Raises ValueError as ``load_chat`` does."""
     data, own = config.data, config.reward.max_len
     variables = template_arguments(data.chat_template_kwargs)
@@ -42,7 +42,7 @@ def read_prompt(messages: Messages, template_kwargs: Mapping[str, Any], chat: Ch
     return chat.prompt(messages, told)
 
 
-def check_prompts_of(prompts: Sequence[Prompt], model: str, flag: str, config: Config) -> None:
+def check_prompts_of(prompts: Sequence[Prompt], model: str, flag: str, config: Inference) -> None:
     """Raises ValueError if the model's template fails on, or drops a part of, one of the kinds of prompts that there are: with
     their roles, fields and tools."""
     chat = reading_chat(model, flag, config)
@@ -57,7 +57,7 @@ def check_prompts_of(prompts: Sequence[Prompt], model: str, flag: str, config: C
             raise ValueError(f"--{flag} {model} cannot read prompt {prompt.id}: {error}") from error
 
 
-def check_reward_model(model: str, flag: str, config: Config) -> None:
+def check_reward_model(model: str, flag: str, config: Inference) -> None:
     """Raises ValueError for what can be known of a reward model without loading it: a tokenizer with a chat template, and,
     for a folder, the weights of a value head."""
     from transformers import AutoConfig
@@ -113,17 +113,17 @@ class RewardModel(RewardOracle):
         self.scorers = [self.reader.scorer]
 
     @classmethod
-    def problems(cls, config: Config) -> list[str]:
+    def problems(cls, config: Inference) -> list[str]:
         if config.reward.model_name_or_path:
             return []
         return ["--reward.model_name_or_path: missing, --oracle reward_model needs it"]
 
     @classmethod
-    def check(cls, config: Config) -> None:
+    def check(cls, config: Inference) -> None:
         check_reward_model(config.reward.model_name_or_path, "reward.model_name_or_path", config)
 
     @classmethod
-    def check_prompts(cls, config: Config, prompts: Sequence[Prompt]) -> None:
+    def check_prompts(cls, config: Inference, prompts: Sequence[Prompt]) -> None:
         check_prompts_of(prompts, config.reward.model_name_or_path, "reward.model_name_or_path", config)
 
     def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:

@@ -38,7 +38,7 @@ from openrlhf_sgpo.refinement.results import (
     figures_by_depth,
     refinement_table,
 )
-from openrlhf_sgpo.refinement.settings import RefineSettings, run_config
+from openrlhf_sgpo.refinement.settings import RefineSettings, inference
 from openrlhf_sgpo.rollout import Rollout, Sample, check_rollout, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room
@@ -55,7 +55,7 @@ class Refinement:
         transformers_logging.disable_progress_bar()
         self.settings = settings
         self.policy = policy
-        self.config = config = run_config(settings, policy.folder)
+        self.config = config = inference(settings, policy.folder)
         records = load_prompts(settings.prompts, settings.split) if settings.prompts else None
         self.drafts: dict[str, Draft] = {}
         if settings.drafts:
@@ -177,7 +177,7 @@ class Refinement:
         """By prompt and depth the best of the samples, empty if that is not asked for; and the rows of preferences."""
         config, controls = self.config, self.settings.controls or []
         scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
-        judge = oracle.make(
+        judge = oracle.get(self.settings.oracle)(
             oracle.Resources(
                 config, self.strategy, self.chat, scorer, self.folder.path, True, self.chat.template.moment
             )

@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
-from openrlhf_sgpo.config import Config, JudgeSettings, RewardSettings
-from openrlhf_sgpo.data.files import is_file
+from openrlhf_sgpo.config import Inference, ModelSettings, RefSettings
 from openrlhf_sgpo.flags import setting
-from openrlhf_sgpo.inference import (
-    Data,
-    Deepspeed,
-    Policy,
-    Rollout,
-    Train,
-    Vllm,
-    config_of,
-    no_room,
-    other_engine,
-    other_oracle,
-    policy_of,
-    set_fields,
-    stored_settings,
-    unread,
-)
-from openrlhf_sgpo.run_settings import sampling_problems
+from openrlhf_sgpo.inference import JudgedSettings, Policy, no_splits, other_oracle, policy_of, stored_settings, unread
 
 Control = Literal["iid", "best_of_n"]
 
 # Of a model that is no run of this package: what SLHF's follower was trained and published with (arXiv 2512.16626).
 PLAIN = {"rollout.temperature": 0.9, "rollout.max_new_tokens": 512, "data.max_len": 2048}
-_GROUPS = ("ref", "data", "rollout", "vllm", "ds", "train", "reward", "judge")
-_INHERITED = ("ref", "data", "rollout", "vllm", "ds", "train")  # judges are chosen anew
 
 
 @dataclass
-class _Reference:
+class _Reference(RefSettings):
     model_name_or_path: str = setting("", "initial reference of the rewards of --oracle implicit")
 
 
 @dataclass
-class RefineSettings:
+class RefineSettings(JudgedSettings):
     model: str = setting("", "who answers and revises: a run folder, or a Hugging Face folder or hub name")
     round: int | None = setting(None, "round of the run folder whose policy it is (default: the last finished one)")
     prompts: str = setting("", "prompts to answer: a file, or a hub name (default: those of --drafts)")
@@ -64,14 +44,7 @@ class RefineSettings:
     )
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit", above=0)
-    ref: _Reference = field(default_factory=_Reference)
-    data: Any = field(default_factory=Data)
-    rollout: Any = field(default_factory=Rollout)
-    vllm: Any = field(default_factory=Vllm)
-    ds: Any = field(default_factory=Deepspeed)
-    train: Any = field(default_factory=Train)
-    reward: RewardSettings = field(default_factory=RewardSettings)
-    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    ref: RefSettings = field(default_factory=_Reference)
     resume: bool = setting(False, "continue in --out at the first unfinished stage")
 
 
@@ -94,11 +67,10 @@ def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
     return settings, policy
 
 
-def run_config(settings: RefineSettings, policy: str) -> Config:
-    """The settings as a run has them, which engines and oracles read."""
-    config = config_of(settings, _GROUPS, policy)
-    config.model.beta, config.oracle = settings.beta, settings.oracle
-    return config
+def inference(settings: RefineSettings, policy: str) -> Inference:
+    """The settings as engines and oracles read them."""
+    model = ModelSettings(policy, settings.beta, trust_remote_code=settings.trust_remote_code)
+    return replace(settings.inference(model), ref=settings.ref)
 
 
 def defaults(argv: Sequence[str]) -> RefineSettings:
@@ -109,8 +81,7 @@ def defaults(argv: Sequence[str]) -> RefineSettings:
             group, _, leaf = name.partition(".")
             setattr(getattr(settings, group), leaf, value)
         return settings
-    for group in _INHERITED:
-        set_fields(getattr(settings, group), run.get(group, {}))
+    settings.inherit(run)
     model, algorithm = run.get("model", {}), run.get(run.get("algo", ""), {})
     settings.trust_remote_code = model.get("trust_remote_code", settings.trust_remote_code)
     settings.beta = model.get("beta", settings.beta)
@@ -119,13 +90,10 @@ def defaults(argv: Sequence[str]) -> RefineSettings:
 
 
 def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
-    config = run_config(settings, settings.model)
-    missing = {"model": "who answers", "out": "a folder for the results"}
-    problems = [f"--{name}: missing, give {what}" for name, what in missing.items() if not getattr(settings, name)]
+    problems = settings.problems("refine", model="who answers", out="a folder for the results")
     if not settings.prompts and not settings.drafts:
         problems.append("--prompts: missing, give prompts to answer, or --drafts")
-    if settings.split and (not settings.prompts or is_file(settings.prompts)):
-        problems.append(f"--split: --prompts {settings.prompts or 'is not given'} has no splits; leave it out")
+    problems += no_splits(settings.prompts, settings.split)
     if settings.round is not None and settings.model and not is_run:
         problems.append(f"--round: --model {settings.model} is not a run folder; leave it out")
     if settings.drafts and settings.depth == 1:
@@ -137,19 +105,8 @@ def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
         problems.append("--controls: one of them is given twice")
     if "best_of_n" in controls and not settings.oracle:
         problems.append("--controls: best_of_n needs an oracle that says which is best; give --oracle")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        problems.append("refine is one process: start it without a launcher, engines share GPUs by --vllm.num_engines")
-    problems += flags.out_of_range({"": settings}, ("depth", "control_samples", "beta"))
-    return problems + no_room(settings) + sampling_problems(config) + _oracle_problems(settings, config)
-
-
-def _oracle_problems(settings: RefineSettings, config: Config) -> list[str]:
-    if not settings.oracle:
-        return []
-    try:
-        problems = oracle.get(settings.oracle).problems(config)
-    except ValueError as error:
-        return [f"--oracle: {error}"]
+    if settings.oracle:
+        problems += oracle.problems(settings.oracle, inference(settings, settings.model))
     if settings.oracle == "implicit" and not settings.ref.model_name_or_path:
         problems.append("--ref.model_name_or_path: missing, --oracle implicit needs the initial reference")
     return problems
@@ -157,8 +114,8 @@ def _oracle_problems(settings: RefineSettings, config: Config) -> list[str]:
 
 def _unread(settings: RefineSettings, default: RefineSettings, given: Mapping[str, str]) -> list[str]:
     """Settings that were given although nothing reads them."""
-    reasons, reads = other_oracle(settings)
-    reasons = other_engine(settings) | reasons
+    reasons, reads = other_oracle(settings.oracle)
+    reasons = settings.other_engine() | reasons
     if not settings.oracle:
         reasons["train.micro_batch_size"] = "there is no --oracle"
     if not settings.controls:

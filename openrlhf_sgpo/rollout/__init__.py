@@ -8,13 +8,13 @@ from openrlhf_sgpo import extras
 from openrlhf_sgpo.rollout.base import Rollout, Sample
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Inference
     from openrlhf_sgpo.data.tokens import ChatFormat
 
 __all__ = ["Rollout", "Sample", "check_rollout", "start_rollout"]
 
 
-def check_rollout(config: Config) -> None:
+def check_rollout(config: Inference) -> None:
     """Raises ValueError if an engine's packages are missing, or engines ask for more GPUs than there are: Ray would wait for
     them for ever."""
     if config.rollout.engine == "vllm" and (problem := extras.missing("ray", "vllm")):
@@ -30,7 +30,7 @@ def check_rollout(config: Config) -> None:
         )
 
 
-def start_rollout(config: Config, chat: ChatFormat, folder: str) -> Rollout:
+def start_rollout(config: Inference, chat: ChatFormat, folder: str) -> Rollout:
     """The engine that ``--rollout.engine`` names, with the policy in ``folder``. Collective."""
     if config.rollout.engine == "hf":
         from openrlhf_sgpo.rollout.hf import HuggingFaceRollout

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.config import DTYPES, Config
+from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
@@ -78,7 +78,7 @@ class HuggingFaceRollout:
     """A copy of the policy per rank, on the rank's device. share: of the initial reference in the mixture with the policy
     that answers are drawn from (see ``Mixture``); 0 is the policy itself, and then there is no copy of the reference."""
 
-    def __init__(self, config: Config, chat: ChatFormat, folder: str, share: float = 0.0):
+    def __init__(self, config: Inference, chat: ChatFormat, folder: str, share: float = 0.0):
         self.config = config
         self.tokenizer = chat.tokenizer
         self.stop = Stop(chat)

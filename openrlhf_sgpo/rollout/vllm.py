@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from openrlhf_sgpo import ranks, ray_session
-from openrlhf_sgpo.config import DTYPES, Config
+from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.output import Progress, say
 from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
@@ -19,7 +19,7 @@ from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONM
 class VllmRollout:
     """``--vllm.num_engines`` engines; prompts are dealt to them in turn, n samples of a prompt are one request."""
 
-    def __init__(self, config: Config, chat: ChatFormat, folder: str):
+    def __init__(self, config: Inference, chat: ChatFormat, folder: str):
         self.config = config
         self.stop = Stop(chat)
         self.stop.add_ends_of(folder, config.model.trust_remote_code)

@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
@@ -46,7 +46,7 @@ class Scorer:
 
     def __init__(
         self,
-        config: Config,
+        config: Inference,
         strategy: DeepspeedStrategy,
         pad_token_id: int,
         folder: Path | None = None,

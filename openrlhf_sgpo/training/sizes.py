@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import Config, TrainSettings
 from openrlhf_sgpo.flags import SettingsError
 
 
-def optimiser_steps(pairs: int, epochs: int, config: Config, world_size: int) -> int:
+def optimiser_steps(pairs: int, epochs: int, train: TrainSettings, world_size: int) -> int:
     """Steps that a stage takes: ``--train.max_steps``, or those of its epochs, in which each rank has its share of the pairs
     in whole micro-batches, which go on over epochs."""
-    if config.train.max_steps:
-        return config.train.max_steps
-    size = config.train.micro_batch_size
-    return epochs * (pairs // world_size // size) // (config.train.batch_size // size // world_size)
+    if train.max_steps:
+        return train.max_steps
+    size = train.micro_batch_size
+    return epochs * (pairs // world_size // size) // (train.batch_size // size // world_size)
 
 
 def stage_epochs(number: int, config: Config) -> int:
@@ -38,7 +38,7 @@ def too_few(pairs: int, epochs: int, config: Config, world_size: int) -> str:
     batch = config.train.batch_size
     if pairs < batch:
         return f"{pairs} pairs are fewer than --train.batch_size {batch}, so that no optimiser step would be taken: lower it"
-    return without_learning_rate(optimiser_steps(pairs, epochs, config, world_size), config)
+    return without_learning_rate(optimiser_steps(pairs, epochs, config.train, world_size), config)
 
 
 def warmup_ratio(steps: int, config: Config) -> float:

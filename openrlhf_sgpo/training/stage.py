@@ -29,7 +29,7 @@ def check_enough(label: str, pairs: int, epochs: int, config: Config) -> int:
     world_size = distributed.get_world_size()
     if reason := too_few(pairs, epochs, config, world_size):
         raise ValueError(f"{label}: {reason}, and add --resume")
-    return optimiser_steps(pairs, epochs, config, world_size)
+    return optimiser_steps(pairs, epochs, config.train, world_size)
 
 
 def load_trained(

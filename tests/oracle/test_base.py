@@ -184,7 +184,7 @@ def test_names_and_classes():
 
 def test_make_gives_the_oracle_of_the_settings(tmp_path):
     config = Config(oracle=f"{__name__}:Length")
-    made = oracle.make(resources(tmp_path, config))
+    made = oracle.get(config.oracle)(resources(tmp_path, config))
     assert made.name == "length" and made.rewards([question("aa", "b")], "test") == [[1.0, 0.5]]
 
 
