@@ -344,6 +344,21 @@ def test_ranges_stand_on_the_field(name, inside, outside, words):
     assert f", {words}; default:" in flags.help_text({"": Bounded}).partition(f"--{name} ")[2].splitlines()[0]
 
 
+@dataclass
+class Command:
+    adam: Adam = flags.part(lambda: Adam(lr=0.1), "lr", "deep.rate")
+    train: Train = flags.part(Train)
+    name: str = "x"
+
+
+def test_a_part_has_some_of_a_group_as_flags_and_keeps_the_rest():
+    command = flags.parse(["--adam.deep.rate", "2"], {"": Command}).instances[""]
+    assert command.adam == Adam(lr=0.1, deep=Deep(rate=2.0)) and command.train == Train()
+    assert flags.to_dict({"": command}) == {"name": "x", "adam": {"lr": 0.1, "deep": {"rate": 2.0}}}
+    with pytest.raises(flags.SettingsError, match="--adam.betas is unknown"):
+        flags.parse(["--adam.betas", "0.1", "0.2"], {"": Command})
+
+
 def test_defaults_are_not_shared():
     read().train.names.append("x")
     assert read().train.names == ["all"]
