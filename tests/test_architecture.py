@@ -37,10 +37,10 @@ HOUSE = """
                                               cli
                                         plays  rounds
                         benchmarks  comparison  refinement  run
-                       evaluation  inference  preflight  run_settings
+               evaluation  inference  preflight  run_settings  staged_command
                                         oracle  resume
                               fork  judge  report  training
-                         games  ledger  metrics  rollout  run_check
+                 content_cache  games  ledger  metrics  rollout  run_check
                                    algorithms  run_folder
                                        data  openrlhf
                                             config

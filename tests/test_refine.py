@@ -57,10 +57,10 @@ def refine(argv: list[str]) -> dict:
 
 @pytest.fixture
 def engine(monkeypatch):
-    from openrlhf_sgpo.refinement import refine as module
+    from openrlhf_sgpo import staged_command
 
     scripted = ScriptedEngine()
-    monkeypatch.setattr(module, "start_rollout", lambda config, chat, folder: scripted)
+    monkeypatch.setattr(staged_command, "start_rollout", lambda config, chat, folder: scripted)
     return scripted
 
 
@@ -450,9 +450,9 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(tiny_model, tiny_data, tiny
     ],
 )
 def test_bad_settings_are_named_before_a_model_is_loaded(more, message, tiny_model, tiny_data, tmp_path, monkeypatch):
-    from openrlhf_sgpo.refinement import refine as module
+    from openrlhf_sgpo import staged_command
 
-    monkeypatch.setattr(module, "build_strategy", lambda config: pytest.fail("a model would be loaded"))
+    monkeypatch.setattr(staged_command, "build_strategy", lambda config: pytest.fail("a model would be loaded"))
     with pytest.raises(ValueError, match=message):
         refine(flags(tiny_model, tiny_data, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()

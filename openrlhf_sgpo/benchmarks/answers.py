@@ -14,10 +14,10 @@ from transformers import AutoConfig
 
 from openrlhf_sgpo.benchmarks.task import Item, Responses
 from openrlhf_sgpo.config import Inference
+from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
-from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.rollout import Rollout, Sample, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.run_folder import json_text, keep_rows, read_json, read_jsonl, write_json, write_jsonl

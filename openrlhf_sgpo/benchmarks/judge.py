@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from openrlhf_sgpo import extras, flags, output
 from openrlhf_sgpo.config import ServerSettings
+from openrlhf_sgpo.content_cache import ContentCache, content_key
 from openrlhf_sgpo.flags import setting
-from openrlhf_sgpo.judge.cache import ContentCache, content_key
 from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered, server_problems
 from openrlhf_sgpo.judge.reply import Reply
 from openrlhf_sgpo.judge.server import KEY, LocalServer

@@ -8,16 +8,14 @@ A stage's rows are taken from its file if that is there, so that a stopped compa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers.utils import logging as transformers_logging
 
 from openrlhf_sgpo import flags, oracle
 from openrlhf_sgpo.comparison.compared_runs import (
@@ -37,80 +35,35 @@ from openrlhf_sgpo.comparison.head_to_head import (
     with_holm,
 )
 from openrlhf_sgpo.comparison.settings import CompareSettings, inference
+from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.files import TEST_SPLITS, TRAIN_SPLITS
-from openrlhf_sgpo.data.inspection import inspect_prompts
 from openrlhf_sgpo.data.pairwise import transcript
 from openrlhf_sgpo.data.records import Prompt, Records, fingerprint, load_prompts
-from openrlhf_sgpo.data.report import require
-from openrlhf_sgpo.data.template import refuse_unread_variables, template_arguments
-from openrlhf_sgpo.data.tokens import Group, load_chat
-from openrlhf_sgpo.judge.cache import content_key
-from openrlhf_sgpo.ledger import Ledger, stage_rows
-from openrlhf_sgpo.openrlhf import build_strategy
-from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources
-from openrlhf_sgpo.output import log_to, say
-from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
-from openrlhf_sgpo.run_folder import ADDRESS, RunFolder, write_json, write_text
-from openrlhf_sgpo.training.scoring import Scorer
-
-Row = dict[str, Any]
+from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.oracle import Answer, Oracle, Question
+from openrlhf_sgpo.output import say
+from openrlhf_sgpo.run_folder import ADDRESS, write_json, write_text
+from openrlhf_sgpo.staged_command import Row, StagedCommand
 
 SHOWN = 20  # prompts whose answers are shown side by side
 
 
-class RunComparison:
-    """One comparison. Everything that can be wrong with data and folders is found before a model is loaded."""
+class RunComparison(StagedCommand):
+    """One comparison."""
 
     def __init__(self, settings: CompareSettings, groups: Sequence[RunGroup]):
-        transformers_logging.disable_progress_bar()
         self.settings = settings
         self.groups = groups
         self.runs = [run for group in groups for run in group.runs]
         self.initial, self.reference = self.runs[0].initial, self.runs[0].reference
-        self.config = config = inference(settings, self.initial, self.reference)
-        records = self._records()
-        check_rollout(config)
-        oracle.get(settings.oracle).check(config)
-        self.folder = RunFolder(settings.out, "out")
-        variables = template_arguments(config.data.chat_template_kwargs)
-        self.chat, _ = load_chat(
-            *(self.initial, settings.trust_remote_code, "runs", config.data.max_len, variables, self.folder.moment())
-        )
-        refuse_unread_variables([self.chat.template])
-        inspected = inspect_prompts(
-            records,
-            self.chat,
-            config.data.limits,
-            name=f"--prompts {settings.prompts}" if settings.prompts else "the runs' held-out prompts",
-            room=config.rollout.max_new_tokens,
-        )
-        say(inspected.report.text())
-        require([inspected.report])
-        self.prompts, self.tokens = inspected.prompts, inspected.tokens
-        oracle.get(settings.oracle).check_prompts(config, self.prompts)
-
+        records = _records(settings, self.runs)
+        config = inference(settings, self.initial, self.reference)
+        super().__init__(settings, config, self.initial, "runs")
+        name = f"--prompts {settings.prompts}" if settings.prompts else "the runs' held-out prompts"
+        self.read_prompts(records, name, config.rollout.max_new_tokens)
         digests = {f"--runs {run.folder}": content_key(run.ledger()) for run in self.runs}
         digests["--prompts"] = fingerprint(self.prompts)
-        self.folder.prepare(
-            flags.dump({"": replace(settings, resume=False)}), settings.resume, digests, self.chat.template
-        )
-        log_to(self.folder.path)
-        write_json(self.folder.path / "data_report.json", [inspected.report.to_dict()])
-        self.strategy = build_strategy(config)
-        pad = self.chat.tokenizer.pad_token_id
-        self.scorer = Scorer(config, self.strategy, pad, self.folder.path / "log_probs")
-        self.ledger = Ledger(self.folder.path / "ledger.json", writes=True)
-        self.rollout: Rollout | None = None
-
-    def _records(self) -> Records[Prompt]:
-        settings, count = self.settings, self.settings.max_prompts
-        if settings.prompts:
-            return load_prompts(settings.prompts, settings.split, count, TRAIN_SPLITS)
-        held_out = self.runs[0].settings["eval"]
-        if not held_out["dataset"] or len({run.digests().get("--eval.dataset") for run in self.runs}) > 1:
-            raise ValueError("--prompts: missing, the runs do not share held-out prompts; give a file of prompts")
-        limits = [limit for limit in (count, held_out["max_samples"]) if limit]
-        return load_prompts(held_out["dataset"], held_out["split"], min(limits, default=0), TEST_SPLITS)
+        self.begin(flags.dump({"": replace(settings, resume=False)}), digests)
 
     def execute(self) -> Row:
         """All stages that are not finished yet, and the results; returns what comparison.json holds."""
@@ -121,8 +74,7 @@ class RunComparison:
                 for group in self.groups
             }
         finally:
-            if self.rollout:
-                self.rollout.close()  # scoring and an oracle may need its memory
+            self.close_engine()
         divergences = {
             group.name: [
                 self._divergences(name, run, own)
@@ -130,8 +82,7 @@ class RunComparison:
             ]
             for group in self.groups
         }
-        resources = Resources(self.config, self.strategy, self.chat, self.scorer, self.folder.path, resident=True)
-        judge = oracle.get(self.settings.oracle)(replace(resources, moment=self.chat.template.moment))
+        judge = self.make_oracle()
         try:
             pairs = with_holm(
                 [
@@ -147,21 +98,17 @@ class RunComparison:
             judge.close()
         return self._write(start, answers, divergences, pairs, over_start)
 
-    # Stages ---------------------------------------------------------------------------------------------------------
-
     def _answers(self, name: str, folder: str) -> list[Row]:
         """One answer to each prompt, by the weights in a folder; the same random numbers for everyone."""
 
         def work(cost: dict[str, float]) -> list[Row]:
-            if self.rollout is None:
-                self.rollout = start_rollout(self.config, self.chat, folder)
-            self.rollout.load(folder)
-            samples = [one for (one,) in self.rollout.generate(self.tokens, 1, self.config.train.seed, name)]
+            engine = self.engine(folder)
+            samples = [one for (one,) in engine.generate(self.tokens, 1, self.config.train.seed, name)]
             cost["samples"] = len(samples)
             cost["tokens_generated"] = sum(one.tokens for one in samples)
             return [{"id": prompt.id, **one.to_row()} for prompt, one in zip(self.prompts, samples, strict=True)]
 
-        return self._stage(f"answers_{name}", work)
+        return self.stage(f"answers_{name}", work)
 
     def _divergences(self, name: str, run: ComparedRun, answers: Sequence[Row]) -> list[float]:
         """KL(policy || initial reference) of each answer, in nats."""
@@ -184,7 +131,7 @@ class RunComparison:
                 for prompt, own in zip(self.prompts, responses, strict=True)
             ]
 
-        return [row["kl"] for row in self._stage(f"kl_{name}", work)]
+        return [row["kl"] for row in self.stage(f"kl_{name}", work)]
 
     def _preferences(
         self, judge: Oracle, names: tuple[str, str], first: Sequence[list[Row]], second: Sequence[list[Row]]
@@ -209,18 +156,8 @@ class RunComparison:
                 for prompt in self.prompts
             ]
 
-        rows = self._stage(f"preferences_{names[0]}_over_{names[1]}", work, judge.usage)
+        rows = self.stage(f"preferences_{names[0]}_over_{names[1]}", work, judge.usage)
         return np.array([row["preference"] for row in rows]).reshape(len(first), len(second), -1)
-
-    def _stage(
-        self,
-        name: str,
-        work: Callable[[dict[str, float]], list[Row]],
-        usage: Callable[[], dict[str, int]] = dict,
-    ) -> list[Row]:
-        return stage_rows(self.folder.path, self.ledger, name, work, usage)
-
-    # Results --------------------------------------------------------------------------------------------------------
 
     def _write(
         self,
@@ -276,6 +213,18 @@ class RunComparison:
             for name, value in tree[group].items()
             if f"{group}.{name}".startswith(tuple(reads)) and f"{group}.{name}" not in ADDRESS and value not in ("", [])
         }
+
+
+def _records(settings: CompareSettings, runs: Sequence[ComparedRun]) -> Records[Prompt]:
+    """Raises ValueError if there is no --prompts and the runs do not share held-out prompts."""
+    count = settings.max_prompts
+    if settings.prompts:
+        return load_prompts(settings.prompts, settings.split, count, TRAIN_SPLITS)
+    held_out = runs[0].settings["eval"]
+    if not held_out["dataset"] or len({run.digests().get("--eval.dataset") for run in runs}) > 1:
+        raise ValueError("--prompts: missing, the runs do not share held-out prompts; give a file of prompts")
+    limits = [limit for limit in (count, held_out["max_samples"]) if limit]
+    return load_prompts(held_out["dataset"], held_out["split"], min(limits, default=0), TEST_SPLITS)
 
 
 def _named(group: RunGroup) -> list[tuple[str, ComparedRun]]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from openrlhf_sgpo import keys
 from openrlhf_sgpo.config import ServerSettings
+from openrlhf_sgpo.content_cache import ContentCache, content_key
 from openrlhf_sgpo.data.records import Messages
-from openrlhf_sgpo.judge.cache import ContentCache, content_key
 from openrlhf_sgpo.judge.reply import (
     Elsewhere,
     NotJson,

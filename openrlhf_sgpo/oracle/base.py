@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from openrlhf_sgpo.content_cache import ContentCache, content_key
 from openrlhf_sgpo.data.records import Messages, Pair, Prompt
 from openrlhf_sgpo.data.template import today
-from openrlhf_sgpo.judge.cache import ContentCache, content_key
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.config import Inference

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from openrlhf_sgpo import extras
+from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.pairwise import LETTERS, transcript
-from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.judge.client import ChatClient, Request, server_problems
 from openrlhf_sgpo.judge.reply import Reply, letter_log_probs, written_letter
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid

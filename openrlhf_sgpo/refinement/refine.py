@@ -10,23 +10,15 @@ A stage's rows are taken from its file if that is there, so that a stopped refin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, count
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
-from openrlhf_sgpo import flags, oracle
-from openrlhf_sgpo.data.inspection import inspect_prompts
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.data.records import Prompt, fingerprint, load_prompts
-from openrlhf_sgpo.data.report import require
-from openrlhf_sgpo.data.template import refuse_unread_variables, template_arguments
-from openrlhf_sgpo.data.tokens import load_chat
 from openrlhf_sgpo.inference import Policy
-from openrlhf_sgpo.ledger import Ledger, stage_rows
-from openrlhf_sgpo.openrlhf import build_strategy
-from openrlhf_sgpo.output import log_to, say
+from openrlhf_sgpo.output import say
 from openrlhf_sgpo.refinement.budget import affordable, further
 from openrlhf_sgpo.refinement.drafts import Draft, load_drafts
 from openrlhf_sgpo.refinement.preferences import Answers, chain_preferences, choose
@@ -39,64 +31,37 @@ from openrlhf_sgpo.refinement.results import (
     refinement_table,
 )
 from openrlhf_sgpo.refinement.settings import RefineSettings, inference
-from openrlhf_sgpo.rollout import Rollout, Sample, check_rollout, start_rollout
+from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room
-from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
-from openrlhf_sgpo.training.scoring import Scorer
+from openrlhf_sgpo.run_folder import write_json, write_jsonl, write_text
+from openrlhf_sgpo.staged_command import StagedCommand
 
 WHOLE = 2**31  # tokens, more than any text has
 
 
-class Refinement:
-    """One refinement. Everything that can be wrong with data and models' folders is found before a model is loaded."""
+class Refinement(StagedCommand):
+    """One refinement."""
 
     def __init__(self, settings: RefineSettings, policy: Policy):
-        transformers_logging.disable_progress_bar()
         self.settings = settings
         self.policy = policy
-        self.config = config = inference(settings, policy.folder)
         records = load_prompts(settings.prompts, settings.split) if settings.prompts else None
         self.drafts: dict[str, Draft] = {}
         if settings.drafts:
             records, self.drafts = load_drafts(settings.drafts, records)
         assert records is not None
-        check_rollout(config)
-        if settings.oracle:
-            oracle.get(settings.oracle).check(config)
-        self.folder = RunFolder(settings.out, "out")
-        variables = template_arguments(config.data.chat_template_kwargs)
-        self.chat, _ = load_chat(
-            *(policy.folder, settings.trust_remote_code, "model", config.data.max_len, variables, self.folder.moment())
-        )
-        refuse_unread_variables([self.chat.template])
-        self.tokenizer = self.chat.tokenizer
+        config = inference(settings, policy.folder)
+        super().__init__(settings, config, policy.folder, "model")
         new = config.rollout.max_new_tokens
         self.longest = config.data.max_len - new  # context of an answer, in tokens
-        inspected = inspect_prompts(
-            records,
-            self.chat,
-            config.data.limits,
-            name=f"--prompts {settings.prompts}" if settings.prompts else f"--drafts {settings.drafts}",
-            room=follower_room(self.chat, settings.follower_prompt, new) if settings.depth > 1 else new,
-        )
-        say(inspected.report.text())
-        require([inspected.report])
-        self.prompts, self.tokens = inspected.prompts, inspected.tokens
-        if settings.oracle:
-            oracle.get(settings.oracle).check_prompts(config, self.prompts)
-
+        name = f"--prompts {settings.prompts}" if settings.prompts else f"--drafts {settings.drafts}"
+        room = follower_room(self.chat, settings.follower_prompt, new) if settings.depth > 1 else new
+        self.read_prompts(records, name, room)
         digests = {"--prompts": fingerprint(records)}
         if self.drafts:
             digests["--drafts"] = fingerprint(list(self.drafts.values()))  # type: ignore[arg-type]
-        self.folder.prepare(
-            flags.dump({"": replace(settings, resume=False)}), settings.resume, digests, self.chat.template
-        )
-        log_to(self.folder.path)
-        write_json(self.folder.path / "data_report.json", [inspected.report.to_dict()])
-        self.strategy = build_strategy(config)
-        self.ledger = Ledger(self.folder.path / "ledger.json", writes=True)
-        self.rollout: Rollout | None = None
+        self.begin(flags.dump({"": replace(settings, resume=False)}), digests)
 
     def execute(self) -> Row:
         """All stages that are not finished yet, and the results; returns the summary."""
@@ -105,8 +70,7 @@ class Refinement:
             budgets = [list(accumulate(sample.tokens for sample in chain)) for chain in chains]
             samples = self._independent([budget[-1] for budget in budgets])
         finally:
-            if self.rollout:
-                self.rollout.close()  # an oracle may need its memory
+            self.close_engine()
         answers = []
         for prompt, chain, own, budget in zip(self.prompts, chains, samples, budgets, strict=True):
             lengths = [one.tokens for one in own]
@@ -114,8 +78,6 @@ class Refinement:
             answers.append(Answers(prompt, chain, own, counts, self._draft_by(prompt)))
         best, preferences = self._judged(answers) if self.settings.oracle else ([], [])
         return self._write(answers, best, preferences)
-
-    # Stages ---------------------------------------------------------------------------------------------------------
 
     def _chains(self) -> list[list[Sample]]:
         """For each prompt its answers by depth."""
@@ -176,18 +138,13 @@ class Refinement:
     def _judged(self, answers: Sequence[Answers]) -> tuple[list[list[int]], list[Row]]:
         """By prompt and depth the best of the samples, empty if that is not asked for; and the rows of preferences."""
         config, controls = self.config, self.settings.controls or []
-        scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
-        judge = oracle.get(self.settings.oracle)(
-            oracle.Resources(
-                config, self.strategy, self.chat, scorer, self.folder.path, True, self.chat.template.moment
-            )
-        )
+        judge = self.make_oracle()
         best: list[list[int]] = []
         try:
             if "best_of_n" in controls:
-                chosen = self._stage("best_of_n", lambda _: choose(judge, answers), judge.usage)
+                chosen = self.stage("best_of_n", lambda _: choose(judge, answers), judge.usage)
                 best = [row["best"] for row in chosen]
-            return best, self._stage(
+            return best, self.stage(
                 "preferences",
                 lambda _: chain_preferences(judge, answers, "iid" in controls, best, config.train.seed),
                 judge.usage,
@@ -201,15 +158,13 @@ class Refinement:
         """n samples for each (context, n) that is asked for, by the weights in a folder."""
 
         def work(cost: dict[str, float]) -> list[Row]:
-            if self.rollout is None:
-                self.rollout = start_rollout(self.config, self.chat, folder)
-            self.rollout.load(folder)
+            engine = self.engine(folder)
             found: dict[int, list[Sample]] = {}
             for n in sorted({n for _, n in requests} - {0}):
                 numbers = [number for number, (_, wanted) in enumerate(requests) if wanted == n]
                 contexts = [requests[number][0] for number in numbers]
                 label = name.replace("_", " ") + (f", {n} each" if n > 1 else "")
-                found |= dict(zip(numbers, self.rollout.generate(contexts, n, seed, label), strict=True))
+                found |= dict(zip(numbers, engine.generate(contexts, n, seed, label), strict=True))
                 cost["tokens_prompt"] = cost.get("tokens_prompt", 0) + sum(map(len, contexts))
             cost["samples"] = sum(map(len, found.values()))
             cost["tokens_generated"] = sum(one.tokens for own in found.values() for one in own)
@@ -227,18 +182,8 @@ class Refinement:
 
         return [
             [Sample(one["text"], one["truncated"], tuple(one["token_ids"])) for one in row["samples"]]
-            for row in self._stage(name, work)
+            for row in self.stage(name, work)
         ]
-
-    def _stage(
-        self,
-        name: str,
-        work: Callable[[dict[str, float]], list[Row]],
-        usage: Callable[[], dict[str, int]] = dict,
-    ) -> list[Row]:
-        return stage_rows(self.folder.path, self.ledger, name, work, usage)
-
-    # Results --------------------------------------------------------------------------------------------------------
 
     def _samples_cut(self, one: Answers) -> bool:
         """Whether the chain would have paid for more than ``--control_samples``."""

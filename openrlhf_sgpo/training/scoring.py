@@ -4,7 +4,6 @@ a reward model, and divergences of two policies."""
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from array import array
 from collections.abc import Iterator
@@ -16,19 +15,19 @@ from torch import distributed
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Inference
+from openrlhf_sgpo.content_cache import keep_line, kept_lines
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy, load_actor, load_reward_model
 from openrlhf_sgpo.output import Progress
-from openrlhf_sgpo.run_folder import json_text, parse_json
 from openrlhf_sgpo.training.log_probs import padded_rows, response_log_probs, response_logits, sequence_divergence
 
 PART = 64  # batches per rank between two writes
 SEPARATOR = array("I", [2**32 - 1])  # no token has this number
 
 
-def content_key(prompt: tuple[int, ...], response: tuple[int, ...]) -> str:
+def tokens_key(prompt: tuple[int, ...], response: tuple[int, ...]) -> str:
     """Hash of the exact tokens of a prompt and a response."""
     tokens = array("I", prompt) + SEPARATOR + array("I", response)
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest()
@@ -88,7 +87,7 @@ class Scorer:
             # What is on disk is for one rank to say, or ranks could miss different responses.
             self._known[model] = ranks.on_rank_0(lambda: self._read(model))
         known = self._known[model]
-        keys = [[content_key(group.prompt, response) for response in group.responses] for group in groups]
+        keys = [[tokens_key(group.prompt, response) for response in group.responses] for group in groups]
         missing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         for group, row in zip(groups, keys, strict=True):
             missing |= {
@@ -111,29 +110,19 @@ class Scorer:
         return self.folder / f"{hashlib.blake2b(model.encode(), digest_size=8).hexdigest()}.jsonl"
 
     def _read(self, model: str) -> dict[str, float]:
-        if self.folder is None or not self._file(model).exists():
-            return {}
         known: dict[str, float] = {}
-        for number, line in enumerate(self._file(model).read_text().splitlines(), start=1):
-            try:
-                known.update(parse_json(line))
-            except json.JSONDecodeError:
-                continue  # the line that a killed run was writing
-            except ValueError as error:
-                raise ValueError(
-                    f"{self._file(model)}, line {number}: {error}; delete the file, and {model} scores again"
-                ) from None
+        if self.folder is not None:
+            for part in kept_lines(self._file(model), f"delete the file, and {model} scores again"):
+                known.update(part)
         return known
 
     def _append(self, model: str, found: dict[str, float]) -> None:
         if self.folder is None:
             return
         if self.strategy.is_rank_0():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self._file(model), "a") as file:
-                # A killed run may have left a line without an end. A part is one line, so that it is there or not: if some of
-                # its responses were missing, they would be scored in other batches, and differ in the last digit.
-                file.write("\n" + json_text(found) + "\n")
+            # A part is one line, so that it is there or not: if some of its responses were missing, they would be scored in
+            # other batches, and differ in the last digit.
+            keep_line(self._file(model), found)
         ranks.barrier()
 
     def divergence(self, policy: str, reference: str, groups: list[Group], label: str) -> list[float]:
@@ -141,7 +130,7 @@ class Scorer:
         found: dict[str, float] = {}
         for part in self._sweep([policy, reference], groups, label):
             found |= part
-        return [found[content_key(group.prompt, group.responses[0])] for group in groups]
+        return [found[tokens_key(group.prompt, group.responses[0])] for group in groups]
 
     def _sweep(self, models: list[str], groups: list[Group], label: str) -> Iterator[dict[str, float]]:
         """One figure per response by its content key, in parts, so that a killed run loses only the last of them."""
@@ -171,7 +160,7 @@ class Scorer:
                         figures.append(self._figures(actors, batch))
                         progress.update()
                 keys = [
-                    content_key(group.prompt, response)
+                    tokens_key(group.prompt, response)
                     for batch in part
                     for group in batch
                     for response in group.responses

@@ -26,7 +26,7 @@ from openrlhf_sgpo import flags
 from openrlhf_sgpo.benchmarks.leaderboard import leaderboard_table
 from openrlhf_sgpo.benchmarks.settings import load
 from openrlhf_sgpo.benchmarks.task import Result
-from openrlhf_sgpo.judge.cache import ContentCache
+from openrlhf_sgpo.content_cache import ContentCache
 from openrlhf_sgpo.run_folder import read_json, read_jsonl
 
 

@@ -12,8 +12,8 @@ import pytest
 from judge_server import JudgeServer
 
 from openrlhf_sgpo.config import ServerSettings
+from openrlhf_sgpo.content_cache import ContentCache, content_key
 from openrlhf_sgpo.judge import client
-from openrlhf_sgpo.judge.cache import ContentCache, content_key
 from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered
 from openrlhf_sgpo.judge.reply import Unusable
 

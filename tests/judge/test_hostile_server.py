@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from judge_server import JudgeServer
 
 from openrlhf_sgpo.config import ServerSettings
+from openrlhf_sgpo.content_cache import ContentCache
 from openrlhf_sgpo.judge import client
-from openrlhf_sgpo.judge.cache import ContentCache
 from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered
 from openrlhf_sgpo.judge.reply import Reply, Unusable, kept_reply, read_completion, read_reply, spent, written_text
 from openrlhf_sgpo.oracle.judge import letter_share, letter_written

@@ -21,8 +21,8 @@ from judge_server import BIAS, JudgeServer, shown, sigmoid
 from running import free_port
 
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.content_cache import ContentCache
 from openrlhf_sgpo.judge import client
-from openrlhf_sgpo.judge.cache import ContentCache
 from openrlhf_sgpo.judge.client import JudgeError
 from openrlhf_sgpo.judge.reply import Reply, Unusable
 from openrlhf_sgpo.oracle import Answer, Question

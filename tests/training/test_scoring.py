@@ -50,7 +50,7 @@ def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny
     # The same batches: a response in other company may differ in its last digit.
     assert len(first.batches) == 12 and resumed.batches == first.batches[-3:]
     lost = [group for batch in resumed.batches for group in batch]
-    keys = {scoring.content_key(group.prompt, response) for group in lost for response in group.responses}
+    keys = {scoring.tokens_key(group.prompt, response) for group in lost for response in group.responses}
     assert keys == parts[-1].keys()
     assert resumed.tokens_scored == sum(map(len, lost)) < first.tokens_scored == sum(map(len, groups))
 

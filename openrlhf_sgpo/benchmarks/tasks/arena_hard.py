@@ -27,10 +27,10 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     upstream,
 )
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
+from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.intervals import bootstrap_interval, linearised
-from openrlhf_sgpo.judge.cache import content_key
 from openrlhf_sgpo.judge.client import Request
 from openrlhf_sgpo.judge.reply import written_text
 from openrlhf_sgpo.run_folder import write_jsonl

@@ -1,0 +1,71 @@
+"""Results that cost something, kept by a hash of what was asked, in files that are only ever appended to: a killed process
+loses only the line that it was writing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from openrlhf_sgpo.run_folder import json_text, parse_json
+
+
+def content_key(*parts: Any) -> str:
+    """A hash of JSON-serialisable parts; the order of a mapping's keys does not matter."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def kept_lines(path: Path, remedy: str) -> Iterator[Any]:
+    """The JSON values in the lines of such a file, without what a killed process left of one; none if there is no file.
+
+    Raises ValueError, which names the line and ends with ``remedy``, for a number that is not finite.
+    """
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text(encoding="ascii", errors="replace").split("\n"), start=1):
+        try:
+            value = parse_json(line)
+        except (json.JSONDecodeError, RecursionError):
+            continue
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; {remedy}") from None
+        yield value
+
+
+def keep_line(path: Path, value: Any) -> None:
+    """Appends a JSON value to such a file, which is made if there is none."""
+    text = json_text(value, ascii_only=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="ascii") as file:
+        # A killed process may have left a line without an end.
+        file.write(f"\n{text}\n")
+
+
+class ContentCache:
+    """JSON-serialisable values by ``content_key``, in memory and, with a path, in a file, to which each is written when it
+    arrives. For one process: with several ranks, rank 0."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self._known: dict[str, Any] = {}
+        for row in kept_lines(path, "delete the line, and it is asked again") if path else ():
+            # Anything else is not a line of ours.
+            if isinstance(row, dict) and isinstance(row.get("key"), str) and "value" in row:
+                self._known[row["key"]] = row["value"]
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> Any:
+        return self._known[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if self.path is not None:
+            keep_line(self.path, {"key": key, "value": value})
+        self._known[key] = value
