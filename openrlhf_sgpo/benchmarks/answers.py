@@ -20,7 +20,7 @@ from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 from openrlhf_sgpo.rollout import Rollout, Sample, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
-from openrlhf_sgpo.run_folder import json_text, keep_rows, read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.run_folder import json_text, keep_rows, read_growing, read_json, write_json, write_jsonl
 
 # Items that are answered together, and written together: what a kill can lose.
 BLOCK = 64
@@ -65,13 +65,10 @@ def kind_of(folder: str) -> str:
 
 def read_responses(path: Path, items: Sequence[Item]) -> dict[str, Responses]:
     """What is there so far of these items, by id; what was made when an item asked something else does not count."""
-    if not path.exists():
-        return {}
-    keep_rows(path, lambda row: True)  # without the half row that a killed process may have left
     asked = {one.id: item_hash(one) for one in items}
     return {
         row["id"]: Responses(row["id"], tuple(row["turns"]), tuple(row["truncated"]), tuple(row["tokens"]))
-        for row in read_jsonl(path)
+        for row in read_growing(path)
         if asked.get(row["id"]) == row["asked"]
     }
 
@@ -137,6 +134,8 @@ class Answerer:
         ``cost`` gets samples and tokens of what was made.
         """
         self._same_settings(folder, items, path)
+        if path.exists():
+            keep_rows(path, lambda row: True)  # without the half row that a killed process may have left
         found = read_responses(path, items)
         # Where a block begins does not depend on what is there, so that after a kill the same prompts share a batch.
         blocks = [

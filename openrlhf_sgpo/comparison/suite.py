@@ -87,7 +87,7 @@ def train_suite(argv: Sequence[str]) -> list[str]:
     if taken := [word for word in argv if word.partition("=")[0] in ("--runs", "--trials")]:
         raise flags.SettingsError(f"{taken[0]}: --suite says which runs are compared; leave it out")
     suite = read_suite(Path(flags.peek(argv, "suite") or ""))
-    runs = suite_runs(suite)
+    runs = prepare_runs(suite)
     words = _compare_words(suite, argv)
     settings = read_settings(words, runs[0].resolved)
     held_out = {run.resolved["eval"]["dataset"] for run in runs}
@@ -125,7 +125,7 @@ def read_suite(path: Path) -> Suite:
     return Suite(Path(tree["out"]), tree["seeds"], entries, nested(tree.get("compare") or {}))
 
 
-def suite_runs(suite: Suite) -> list[SuiteRun]:
+def prepare_runs(suite: Suite) -> list[SuiteRun]:
     """The runs in the order in which they are made, an algorithm after the other; writes the files of settings that they read.
 
     Raises flags.SettingsError with what is wrong with the settings of each, and for folders that hold a run with others.

@@ -16,7 +16,7 @@ from running import ROOT, forked, launch, train
 from openrlhf_sgpo.cli.main import compare
 from openrlhf_sgpo.comparison import suite as module
 from openrlhf_sgpo.comparison.settings import read_settings
-from openrlhf_sgpo.comparison.suite import merged, nested, read_suite, suite_runs, train_suite
+from openrlhf_sgpo.comparison.suite import merged, nested, prepare_runs, read_suite, train_suite
 from openrlhf_sgpo.flags import SettingsError
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.judge.client import JudgeError
@@ -110,7 +110,7 @@ def test_the_examples_resolve_at_equal_budgets(name, tmp_path, monkeypatch):
     suite = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text()) | {"out": str(tmp_path)}
     path = write(tmp_path, suite)
     read = read_suite(path)
-    runs = suite_runs(read)
+    runs = prepare_runs(read)
     assert len(runs) == len(suite["algorithms"]) * len(suite["seeds"]) == len({run.folder for run in runs})
     judge = ["--judge.base_url", "http://localhost:1/v1", "--judge.model", "m"] if name == "gpu" else []
     file = tmp_path / "compare.yaml"
@@ -210,7 +210,7 @@ def test_the_judge_of_the_example_leaves_the_gpu_room_for_engines(tmp_path, monk
     text = (EXAMPLES / "gpu.yaml").read_text()
     server = float(re.search(r"--gpu-memory-utilization ([\d.]+)", text)[1])
     suite = yaml.safe_load(text) | {"out": str(tmp_path)}
-    runs = suite_runs(read_suite(write(tmp_path, suite)))
+    runs = prepare_runs(read_suite(write(tmp_path, suite)))
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump(suite["compare"] | {"runs": ["a", "b"], "out": "o"}))
     words = ["--config", str(file), "--judge.base_url", "http://localhost:1/v1", "--judge.model", "m"]
@@ -224,19 +224,19 @@ def test_the_judge_of_the_example_leaves_the_gpu_room_for_engines(tmp_path, monk
 
 def test_a_finished_run_with_other_settings_is_not_taken(tmp_path):
     suite = small(tmp_path)
-    first = suite_runs(read_suite(write(tmp_path, suite)))[0]
+    first = prepare_runs(read_suite(write(tmp_path, suite)))[0]
     first.folder.mkdir(parents=True)
     (first.folder / "resolved_config.yaml").write_text(signed(yaml.safe_dump(first.resolved)))
-    suite_runs(read_suite(write(tmp_path, suite)))
+    prepare_runs(read_suite(write(tmp_path, suite)))
     suite["common"]["adam.lr"] = "0.5"
     with pytest.raises(SettingsError, match=r"self: .*seed_1 holds a run with --adam.lr 0.01, now 0.5"):
-        suite_runs(read_suite(write(tmp_path, suite)))
+        prepare_runs(read_suite(write(tmp_path, suite)))
 
 
 @pytest.mark.slow
 def test_a_suite_trains_what_is_missing_and_compares(tiny_model, tiny_data, tmp_path):
     path = write(tmp_path, small(tmp_path, tiny_model, tiny_data))
-    first, last = suite_runs(read_suite(path))
+    first, last = prepare_runs(read_suite(path))
     process = train(*first.words, **PATH)
     assert process.returncode == 0, process.stderr[-3000:]
     words = ("file nothing", "--suite", str(path), "--max_prompts", "4")
