@@ -320,12 +320,6 @@ def test_check_without_knowing_what_was_given():
     check(config, NoSettings(), Once)
 
 
-@pytest.mark.parametrize("name", algorithms.names())
-def test_defaults_are_in_range(name):
-    algorithm = algorithms.get(name)
-    assert flags.out_of_range({key: make() for key, make in sections(algorithm).items()}) == []
-
-
 def test_configurations_share_no_list():
     Config().rounds.prompts.append(1)
     assert Config().rounds.prompts == []
