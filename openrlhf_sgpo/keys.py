@@ -69,7 +69,7 @@ def read_key(source: str, variable: str) -> str:
     return key
 
 
-def problems(name: str, source: str, variable: str) -> list[str]:
+def key_problems(name: str, source: str, variable: str) -> list[str]:
     """What is wrong with a setting of a key, which it names; see ``read_key``."""
     try:
         read_key(source, variable)

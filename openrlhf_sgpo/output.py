@@ -142,9 +142,6 @@ class Progress(tqdm):
         super().close()
 
 
-# Stages -------------------------------------------------------------------------------------------------------------
-
-
 def stage_line(name: str, plan: Sequence[str], seconds: dict[str, float]) -> str:
     """Where a run is, such as: stage 7 of 15, round 1: generate, about 12 min left.
 

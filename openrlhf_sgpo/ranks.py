@@ -52,7 +52,7 @@ def _store(host_name: str, port: int, **settings: Any) -> distributed.TCPStore:
     return distributed.TCPStore(host_name, port, **settings)
 
 
-def part() -> bool | None:
+def part_ways() -> bool | None:
     """The end of every rank that has a process group; returns whether all ranks came to it, None without a group.
 
     No rank leaves before the others have all that it sent: connections, and the store of rank 0, end with their process, and

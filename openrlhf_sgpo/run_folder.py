@@ -292,8 +292,6 @@ class RunFolder:
         """A hash of each data set, by flag. Raises ValueError if it cannot be read."""
         return read_sealed(self.path / DATA, KEEP)
 
-    # Rounds, and the start, whose number is None --------------------------------------------------------------------
-
     def round(self, number: int | None) -> Path:
         return self.path / ("initial" if number is None else f"round_{number}")
 

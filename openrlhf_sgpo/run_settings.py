@@ -210,7 +210,7 @@ def check(
                 f"{algorithm.name}, use at least {algorithm.needs.samples_per_prompt}"
             )
     if config.logger.wandb.key not in ("", "env"):
-        problems += keys.problems("logger.wandb.key", config.logger.wandb.key, "WANDB_API_KEY")
+        problems += keys.key_problems("logger.wandb.key", config.logger.wandb.key, "WANDB_API_KEY")
     problems += (
         flags.out_of_range({algorithm.name: options})
         or algorithm.check(options)

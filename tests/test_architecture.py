@@ -110,6 +110,17 @@ def test_arrows_point_down():
     assert upwards == []
 
 
+def test_a_name_stands_for_one_thing():
+    """Classes and functions that others may import; a command has a ``main``, its settings are read by a ``load``."""
+    places: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    several = {name: found for name, found in places.items() if len(found) > 1}
+    assert several.keys() <= {"main", "load", "sections", "inference"}, several
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_readable(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 430

@@ -103,8 +103,6 @@ class Evaluation:
             )
         return results
 
-    # Stages ---------------------------------------------------------------------------------------------------------
-
     def _answers(self) -> dict[tuple[str, str], dict[str, Responses]]:
         """By model and task."""
         found = {}
@@ -164,8 +162,6 @@ class Evaluation:
         """MODEL/TASK, and for judged tasks a folder for the judge, by its identity, in it."""
         folder = self.folder.path / model / task
         return folder / re.sub(r"[^\w.+-]+", "_", judge_name(judge).strip("/")) if judge else folder
-
-    # What there is --------------------------------------------------------------------------------------------------
 
     def _read(self, contestant: Contestant) -> dict[str, Responses]:
         """Of a file of answers, those to items that are asked for. Raises ValueError if there is not one to each."""

@@ -135,9 +135,9 @@ def _stdout_is_read() -> bool:
 
 
 def part_from_other_ranks() -> bool | None:
-    """See ``ranks.part``; whoever has not imported torch has not met the other ranks."""
+    """See ``ranks.part_ways``; whoever has not imported torch has not met the other ranks."""
     ranks = sys.modules.get("openrlhf_sgpo.ranks")
-    return ranks.part() if ranks is not None else None
+    return ranks.part_ways() if ranks is not None else None
 
 
 def _rank() -> int:

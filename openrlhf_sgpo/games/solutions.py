@@ -53,9 +53,6 @@ class StackelbergSolution(Solution):
     value: float
 
 
-# Responses -----------------------------------------------------------------------------------------------------------
-
-
 def best_response(game: Game, opponent: Any, tau: float = 0.0) -> Solution:
     """argmax_pi P(pi > opponent) - tau KL(pi || ref), shape (n,); at tau = 0 the reference on the best answers.
 
@@ -73,9 +70,6 @@ def exploitability(game: Game, policy: Any, tau: float = 0.0) -> float:
     grows with the square of the distance to a regularised Nash, so that 1e-16 certifies about eight digits of the policy.
     """
     return regret(distribution(policy, game.size, "policy"), game.leader_reference, win_rates(game, policy), tau)
-
-
-# Stackelberg ----------------------------------------------------------------------------------------------------------
 
 
 def stackelberg_value(game: Game, leader: Any, follower: Any, tau_leader: float, tau_follower: float) -> float:
@@ -121,9 +115,6 @@ def stackelberg(
         scores=scores,
         value=value,
     )
-
-
-# Nash -----------------------------------------------------------------------------------------------------------------
 
 
 def nash(game: Game) -> Solution:
@@ -204,9 +195,6 @@ def mirror_step(game: Game, policy: Any, step: float, tau: float = 0.0, opponent
         raise ValueError(f"mirror_step has step {step} and tau {tau}; it needs step > 0 and step * tau within [0, 1]")
     base = mixture(distribution(policy, game.size, "policy"), game.leader_reference, step * tau)
     return tilted(base, win_rates(game, policy if opponent is None else opponent), 1 / step)
-
-
-# Offline optima -------------------------------------------------------------------------------------------------------
 
 
 def offline_ipo(game: Game, tau: float, behaviour: Any = None) -> Solution:
@@ -299,9 +287,6 @@ def sgpo(game: Game, beta: float, radius: float, window: tuple[float, float]) ->
     policy = tilted(game.leader_reference, np.append(second.x, -second.x.sum()), beta)
     residual = require_converged(float(first.fun - second.fun), LOOSE, "sgpo: what a second search gained")
     return Solution(policy, residual, int(first.nit + second.nit))
-
-
-# Helpers --------------------------------------------------------------------------------------------------------------
 
 
 def _draft_scores(game: Game, follower: Array, tau: float, *, credit: bool) -> Array:

@@ -262,7 +262,7 @@ def server_problems(settings: ServerSettings, group: str) -> list[str]:
     if address and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", address):
         # The address is not repeated: who forgot its beginning may still have written a password.
         found.append(f"--{group}.base_url: not an address such as http://localhost:8000/v1, without ? and #")
-    return found + keys.problems(f"{group}.api_key", settings.api_key, KEY)
+    return found + keys.key_problems(f"{group}.api_key", settings.api_key, KEY)
 
 
 def _requested_pause(error: APIStatusError) -> float:

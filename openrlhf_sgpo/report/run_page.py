@@ -83,9 +83,6 @@ def run_page(folder: Path) -> Markup:
     )
 
 
-# Reading ------------------------------------------------------------------------------------------------------------
-
-
 def read_moments(folder: Path) -> list[Moment]:
     """The start and the rounds, in their order, as far as the run has come. Raises ValueError, naming the file, if one is no
     longer what a finished stage wrote."""
@@ -112,9 +109,6 @@ def _moment(run: RunFolder, number: int | None) -> Moment:
     margins = {one["id"]: one["margin"] for one in rows("held_out.jsonl")}
     name = "start" if number is None else f"round {number}"
     return Moment(name, row, certificate, margins, rows("samples.jsonl"))
-
-
-# Sections -----------------------------------------------------------------------------------------------------------
 
 
 def _rounds(moments: Sequence[Moment]) -> list[Markup]:

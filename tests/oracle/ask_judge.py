@@ -45,5 +45,5 @@ if __name__ == "__main__":
     try:
         found = judge.preferences(questions(8), "test")
     finally:
-        ranks.part()
+        ranks.part_ways()
     print(json.dumps({"preferences": found, "usage": judge.usage()}))
