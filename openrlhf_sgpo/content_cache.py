@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo.integrity import SEAL, intact, sealed
+from openrlhf_sgpo.output import say
 from openrlhf_sgpo.run_folder import json_text, parse_json
 
 
@@ -18,13 +20,15 @@ def content_key(*parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def kept_lines(path: Path, remedy: str) -> Iterator[Any]:
-    """The JSON values in the lines of such a file, without what a killed process left of one; none if there is no file.
+def kept_lines(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects in the lines of such a file, without what a killed process left of one; none if there is no file. A
+    line says how many are not what was written, which are left out, so that they are computed or asked again.
 
     Raises ValueError, which names the line and ends with ``remedy``, for a number that is not finite.
     """
     if not path.exists():
         return
+    damaged = []
     for number, line in enumerate(path.read_text(encoding="ascii", errors="replace").split("\n"), start=1):
         try:
             value = parse_json(line)
@@ -32,12 +36,17 @@ def kept_lines(path: Path, remedy: str) -> Iterator[Any]:
             continue
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}; {remedy}") from None
-        yield value
+        if intact(value):
+            yield {key: item for key, item in value.items() if key != SEAL}
+        else:
+            damaged.append(number)
+    if damaged:
+        say(f"{path}: damaged lines, which are computed again: {len(damaged)}, the first is line {damaged[0]}")
 
 
-def keep_line(path: Path, value: Any) -> None:
-    """Appends a JSON value to such a file, which is made if there is none."""
-    text = json_text(value, ascii_only=True)
+def keep_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Appends a JSON object, with a hash of it, to such a file, which is made if there is none."""
+    text = json_text(sealed(value), ascii_only=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="ascii") as file:
         # A killed process may have left a line without an end.
@@ -52,9 +61,7 @@ class ContentCache:
         self.path = path
         self._known: dict[str, Any] = {}
         for row in kept_lines(path, "delete the line, and it is asked again") if path else ():
-            # Anything else is not a line of ours.
-            if isinstance(row, dict) and isinstance(row.get("key"), str) and "value" in row:
-                self._known[row["key"]] = row["value"]
+            self._known[row["key"]] = row["value"]
 
     def __len__(self) -> int:
         return len(self._known)

@@ -73,9 +73,14 @@ def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {SEAL: hash_of([json.dumps(rest, sort_keys=True).encode()])}
 
 
+def intact(value: Any) -> bool:
+    """Whether this is what was ``sealed``."""
+    return isinstance(value, dict) and value == sealed(value)
+
+
 def unsealed(path: Path, value: Any, remedy: str) -> dict[str, Any]:
     """What was ``sealed`` and read from ``path``, without the hash. Raises ValueError if it is not what was written."""
-    if not isinstance(value, dict) or value != sealed(value):
+    if not intact(value):
         raise ValueError(f"{path} is damaged, or was not written by this version of the package; {remedy}")
     return {key: item for key, item in value.items() if key != SEAL}
 

@@ -66,6 +66,14 @@ def load(path: Path) -> Any:
     return _read(path, yaml.load, _Values)
 
 
+def load_text(text: str) -> Any:
+    """The value of a text in YAML. Raises ValueError that says why there is none."""
+    value, reason = _within_limits(text.encode("utf-8", "surrogateescape"), yaml.load, _Values)
+    if reason:
+        raise ValueError(reason)
+    return value
+
+
 def compose(path: Path) -> yaml.Node | None:
     """The file's nodes, whose scalars are texts or null; None for an empty file. Raises ValueError."""
     return _read(path, yaml.compose, _Texts)
@@ -75,11 +83,21 @@ def _read(path: Path, how: Any, loader: Any) -> Any:
     try:
         with open(path, "rb") as file:
             content = file.read(LONGEST + 1)
+    except OSError as error:
+        value, reason = None, error.strerror or type(error).__name__
+    else:
+        value, reason = _within_limits(content, how, loader)
+    if reason:
+        raise ValueError(f"{path} cannot be read: {reason}")
+    return value
+
+
+def _within_limits(content: bytes, how: Any, loader: Any) -> tuple[Any, str]:
+    """(value, why there is none)."""
+    try:
         if len(content) > LONGEST:
             raise yaml.YAMLError(f"more than {LONGEST // 1024} KiB")
-        return how(content.decode("utf-8"), loader)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+        return how(content.decode("utf-8"), loader), ""
     except UnicodeDecodeError as error:
         reason = f"byte {error.start} is not UTF-8; convert the file"
     except yaml.MarkedYAMLError as error:
@@ -91,4 +109,4 @@ def _read(path: Path, how: Any, loader: Any) -> Any:
     # What the values of tags raise that a text does not fit, such as !!int x.
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
         reason = "a value does not fit its type"
-    raise ValueError(f"{path} cannot be read: {reason}")
+    return None, reason

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """Everything is imported now: the collections that engines and checkpoints ask for pass over these million objects."""
+    gc.collect()
+    gc.freeze()
+
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

@@ -12,7 +12,7 @@ from openrlhf_sgpo import extras, flags
 from openrlhf_sgpo.benchmarks import tasks
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudgeSettings, judge_problems, with_preset
 from openrlhf_sgpo.config import DataSettings, RolloutSettings, TrainSettings
-from openrlhf_sgpo.data.files import is_file
+from openrlhf_sgpo.data.files import is_data_file
 from openrlhf_sgpo.flags import part, setting
 from openrlhf_sgpo.inference import DECODING, AnswerSettings, policy_of, unread
 
@@ -90,7 +90,7 @@ def contestants(settings: EvaluateSettings) -> list[Contestant]:
     for text in settings.models:
         name, equals, path = text.partition("=")
         name, path = (name, path) if equals and "/" not in name else ("", text)
-        if is_file(path):
+        if is_data_file(path):
             if not Path(path).is_file():
                 raise ValueError(f"--models {path}: no such file")
             if len(settings.tasks) > 1:
@@ -136,7 +136,7 @@ def _problems(settings: EvaluateSettings, options: Mapping[str, Any], given: Map
     reasons = settings.other_engine()
     if known and not any(tasks.get(name).judged for name in known):
         reasons["judge."] = f"--tasks {' '.join(known)} needs no judge"
-    if settings.models and all(map(is_file, (text.rpartition("=")[2] for text in settings.models))):
+    if settings.models and all(map(is_data_file, (text.rpartition("=")[2] for text in settings.models))):
         reasons |= dict.fromkeys(("rollout.", "vllm.", "ds.", "data.", "train."), "all --models are files of answers")
     problems += unread(settings, EvaluateSettings(), given, reasons)
     return problems + flags.out_of_range({name: options[name] for name in known})

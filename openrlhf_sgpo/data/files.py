@@ -15,6 +15,26 @@ from typing import Any
 TRAIN_SPLITS = ("train", "train_prefs")
 TEST_SPLITS = ("test", "test_prefs")
 KINDS = (".jsonl", ".json", ".parquet")
+# Other endings of files; what follows the last dot of a hub dataset's name is a version or a size.
+_UNREADABLE = (
+    *(
+        ".arrow",
+        ".avro",
+        ".bz2",
+        ".csv",
+        ".db",
+        ".feather",
+        ".gz",
+        ".h5",
+        ".jsonlines",
+        ".ndjson",
+        ".npy",
+        ".npz",
+        ".orc",
+    ),
+    *(".pickle", ".pkl", ".pt", ".sqlite", ".tar", ".tgz", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".xz", ".yaml"),
+    *(".yml", ".zip", ".zst"),
+)
 EXPECTED = "expected .jsonl, .json (either also .gz), .parquet, or the name of a hub dataset"
 _SHOWN = 20  # different reasons that a message spells out
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -46,9 +66,16 @@ class Rows:
     published: bool = False
 
 
-def is_file(source: str) -> bool:
-    """Whether the source is meant as a local file, by its name or because there is one."""
+def is_data_file(source: str) -> bool:
+    """Whether the source is a local file of data, by its ending or because there is a file."""
     return _kind(source) in KINDS or Path(source).is_file()
+
+
+def is_file(source: str) -> bool:
+    """Whether the source is meant as a local file: also by another file's ending, or as a path that no hub dataset has."""
+    path = Path(source)
+    outside_the_hub = source.startswith(("/", "./", "../", "~")) or len(path.parts) > 2
+    return is_data_file(source) or (not path.is_dir() and (path.suffix.lower() in _UNREADABLE or outside_the_hub))
 
 
 def check_data_source(source: str, split: str = "") -> None:
@@ -57,11 +84,11 @@ def check_data_source(source: str, split: str = "") -> None:
         return
     path, kind = Path(source), _kind(source)
     if not path.is_file():
-        raise DataError(f"{source}: no such file")
+        raise DataError(f"{source}: no such file; check the path{'' if kind in KINDS else f' ({EXPECTED})'}")
     if split:
         raise DataError(f"{source}: a file has no splits, leave the split {split!r} out")
     if kind not in KINDS or (kind == ".parquet" and path.suffix.lower() != ".parquet"):
-        raise DataError(f"{source}: unknown kind of file; {EXPECTED}")
+        raise DataError(f"{source}: unknown kind of file; {EXPECTED}; write its rows as one of these")
     if not path.stat().st_size:
         raise DataError(f"{source}: no rows, the file is empty")
 

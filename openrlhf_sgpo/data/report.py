@@ -14,6 +14,7 @@ from typing import Any
 
 from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data.files import DataError
+from openrlhf_sgpo.integrity import sealed
 from openrlhf_sgpo.table import aligned
 
 # In this order in the report. Rows with one of the first kind are not trained on, and are looked at no further.
@@ -93,11 +94,11 @@ class DataReport:
     longer: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values with a hash of them, for JSON."""
         shares = [{"share": finding.share} for finding in self.findings]
         row = asdict(self)
         row["findings"] = [finding | share for finding, share in zip(row["findings"], shares, strict=True)]
-        return row
+        return sealed(row)
 
     def text(self) -> str:
         """What was found, as an aligned table of at most 120 columns (ids of any length aside); what was not, in a line."""

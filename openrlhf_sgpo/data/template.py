@@ -8,8 +8,7 @@ from datetime import datetime, timezone
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from openrlhf_sgpo import yaml_files
 from openrlhf_sgpo.data.messages import NOT_FOR_TEMPLATES, Messages
 
 if TYPE_CHECKING:
@@ -40,9 +39,9 @@ def template_arguments(items: Sequence[str]) -> dict[str, Any]:
     for item in items:
         name, equals, text = item.partition("=")
         try:
-            value = yaml.safe_load(item if item.lstrip().startswith("{") else text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--{FLAG}: {item!r} cannot be read; write NAME=VALUE") from error
+            value = yaml_files.load_text(item if item.lstrip().startswith("{") else text)
+        except ValueError as error:
+            raise ValueError(f"--{FLAG}: {item[:80]!r} cannot be read ({error}); write NAME=VALUE") from error
         if item.lstrip().startswith("{"):
             given = value
         else:

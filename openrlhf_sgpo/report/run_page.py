@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from openrlhf_sgpo.integrity import unsealed
 from openrlhf_sgpo.intervals import half_of
 from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots
@@ -253,7 +254,8 @@ def seconds_by_stage(stages: dict[str, dict[str, float]]) -> dict[str, dict[str,
 def _data(folder: Path) -> list[Markup]:
     path = folder / "data_report.json"
     parts = []
-    for report in read_json(path) if path.is_file() else []:
+    for entry in read_json(path) if path.is_file() else []:
+        report = unsealed(path, entry, "delete it, and the run writes it again when it is resumed")
         rows = [
             [words(finding["name"]), number(finding["count"], 0), f"{finding['share']:.1%}"]
             for finding in report["findings"]

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
-from openrlhf_sgpo.data.files import TEST_SPLITS
+from openrlhf_sgpo.data.files import TEST_SPLITS, is_file
 
 QUESTION = [{"role": "user", "content": "Why?"}]
 TALK = [
@@ -249,6 +249,20 @@ def test_a_file_has_no_splits(tmp_path):
 def test_missing_file(tmp_path, name, load):
     with pytest.raises(DataError, match=f"{name}: no such file"):
         load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "name", ["gone.csv", "./gone", "../gone", "~/gone", "/gone/pairs", "data/of/pairs", "gone.txt.gz"]
+)
+@pytest.mark.parametrize("load", [load_pairs, load_prompts])
+def test_what_no_hub_dataset_is_called_is_a_missing_file(name, load):
+    with pytest.raises(DataError, match=f"{re.escape(name)}: no such file; check the path .expected .jsonl"):
+        load(name)
+
+
+@pytest.mark.parametrize("name", ["pairs", "org/pairs", "org/pairs-v1.0", "org/pairs_10.5k"])
+def test_names_of_hub_datasets_are_no_files(name):
+    assert not is_file(name)
 
 
 @pytest.mark.parametrize("load", [load_pairs, load_prompts])

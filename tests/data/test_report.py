@@ -17,6 +17,7 @@ from openrlhf_sgpo.data.records import Records
 from openrlhf_sgpo.data.report import quantiles, require
 from openrlhf_sgpo.data.seed import flip_labels
 from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.integrity import intact
 
 ROOT = Path(__file__).parents[2]
 MAX_LEN = 400
@@ -379,6 +380,7 @@ def test_the_report_as_text_and_as_json(tmp_path, chat):
     row = json.loads(json.dumps(report.to_dict()))
     assert {one["name"]: one["count"] for one in row["findings"] if one["count"]} == COUNTS
     assert row["findings"][0].keys() == {"name", "count", "of", "limit", "examples", "parts", "share"}
+    assert intact(row) and not intact(row | {"kept": row["kept"] + 1})
 
 
 def test_the_page_lists_every_finding_with_its_limit():

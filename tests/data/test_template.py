@@ -268,7 +268,7 @@ def test_values_of_variables():
 
 
 @pytest.mark.parametrize(
-    "item", ["enable_thinking", "=1", "{1: 2}", "[x]", "a b=1", "{a", "messages=1", "strftime_now=1"]
+    "item", ["enable_thinking", "=1", "{1: 2}", "[x]", "a b=1", "{a", "messages=1", "strftime_now=1", "a=*b"]
 )
 def test_variables_that_cannot_be(item, tiny_model, tiny_data, tmp_path):
     from running import arguments
@@ -277,6 +277,13 @@ def test_variables_that_cannot_be(item, tiny_model, tiny_data, tmp_path):
 
     with pytest.raises(ValueError, match="--data.chat_template_kwargs: "):
         run_settings.load(arguments(tiny_model, tiny_data, tmp_path, f"--data.chat_template_kwargs={item}"))
+
+
+def test_values_of_variables_have_limits():
+    for item, reason in (("a=" + "[" * 40, "more than 32 levels"), ("a=" + "x" * 2**17, "more than 64 KiB")):
+        with pytest.raises(ValueError, match=f"--data.chat_template_kwargs: .* cannot be read .*{reason}") as caught:
+            template_arguments([item])
+        assert len(str(caught.value)) < 300
 
 
 def test_a_variable_that_no_template_reads_is_an_error(chat_with):

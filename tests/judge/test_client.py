@@ -72,6 +72,20 @@ def test_what_was_asked_decides_what_is_kept(tmp_path):
         assert len(server.asked) == 3 + 1 + 1 + 1 and len(ContentCache(path)) == 6
 
 
+def test_a_damaged_answer_is_asked_again(tmp_path, capsys):
+    path = tmp_path / "cache.jsonl"
+    with JudgeServer(judge=echo) as server:
+        assert ChatClient(settings(server), DECODING, path).ask(requests(3), "test", text_of) == [
+            f"echo of text {i}" for i in range(3)
+        ]
+        path.write_text(path.read_text().replace("echo of text 1", "echo of text 7"))
+        again = ChatClient(settings(server), DECODING, path)
+        assert f"{path}: damaged lines, which are computed again: 1, the first is line " in capsys.readouterr().out
+        assert again.ask(requests(3), "test", text_of) == [f"echo of text {i}" for i in range(3)]
+        assert [server.times(f"text {i}") for i in range(3)] == [1, 2, 1]
+    assert len(ContentCache(path)) == 3
+
+
 PASSING = {"500": "luck", "429": "luck", "slow": "timed out", "half": "JSON", "cut": "body", "nonsense": "completion"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def make_scorer(make_config):
     return lambda folder=None: Recorder(config, strategy, pad_token_id=0, folder=folder)
 
 
-@pytest.mark.parametrize("cut", ["half of the last line", "the last line"])
+@pytest.mark.parametrize("cut", ["half of the last line", "the last line", "a digit"])
 def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny_model, tmp_path, monkeypatch, cut):
     """Parts of 3 batches of 2 pairs: 24 pairs are 4 lines, each scored in the batches of an undisturbed sweep."""
     from openrlhf_sgpo.training import scoring
@@ -40,18 +41,22 @@ def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny
     expected = first.score(model, groups, "whole")
     (file,) = folder.iterdir()
     parts = [json.loads(line) for line in file.read_text().split("\n") if line]
-    assert [len(part) for part in parts] == [12, 12, 12, 12]
+    assert [len(part) for part in parts] == [12 + 1] * 4, "with a hash of each"
 
     whole = file.read_text().rstrip("\n")
     start = whole.rindex("\n") + 1
-    file.write_text(whole[: start + (len(whole) - start) // 2] if cut == "half of the last line" else whole[:start])
+    digit = re.compile(r"(?<=: -)\d").search(whole, start)
+    assert digit
+    changed = whole[: digit.start()] + str(9 - int(digit[0])) + whole[digit.end() :] + "\n"
+    half = whole[: start + (len(whole) - start) // 2]
+    file.write_text({"half of the last line": half, "the last line": whole[:start], "a digit": changed}[cut])
     resumed = make_scorer(folder)
     assert resumed.score(model, groups, "resumed") == expected
     # The same batches: a response in other company may differ in its last digit.
     assert len(first.batches) == 12 and resumed.batches == first.batches[-3:]
     lost = [group for batch in resumed.batches for group in batch]
     keys = {scoring.tokens_key(group.prompt, response) for group in lost for response in group.responses}
-    assert keys == parts[-1].keys()
+    assert keys | {"blake2b"} == parts[-1].keys()
     assert resumed.tokens_scored == sum(map(len, lost)) < first.tokens_scored == sum(map(len, groups))
 
     # What the resumed sweep added is on disk again, beside the torn line.
