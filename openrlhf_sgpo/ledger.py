@@ -48,6 +48,32 @@ class Ledger:
             write_ledger(self.path, self.stages)
 
 
+class Stopwatch:
+    """Adds the seconds of parts of a stage to what it cost. Of a part within another the seconds count for the inner one
+    alone."""
+
+    def __init__(self, cost: dict[str, float]):
+        self.cost = cost
+        self._parts: list[str] = []
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        self._count()
+        self._parts.append(f"seconds_{part}")
+        try:
+            yield
+        finally:
+            self._count()
+            self._parts.pop()
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        if self._parts:
+            self.cost[self._parts[-1]] = self.cost.get(self._parts[-1], 0.0) + now - self._since
+        self._since = now
+
+
 def write_ledger(path: Path, stages: Mapping[str, Mapping[str, float]]) -> None:
     write_sealed(path, {"total": _sum(stages.values()), "stages": stages})
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms import Algorithm
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.files import check_data_source, count_rows
 from openrlhf_sgpo.fork import check_source as check_fork
@@ -32,7 +31,7 @@ def check_run(config: Config, algorithm: type[Algorithm], options: Any) -> None:
     ):
         if source:
             check_data_source(source, split)
-    pairs = None if issubclass(algorithm, OnPolicyAlgorithm) else count_rows(data.dataset)
+    pairs = None if algorithm.fresh_answers else count_rows(data.dataset)
     if pairs is not None and data.max_samples:
         pairs = min(pairs, data.max_samples)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

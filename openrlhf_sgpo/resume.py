@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 from openrlhf_sgpo.algorithms import Algorithm
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
 from openrlhf_sgpo.training.sizes import stage_epochs, too_few
@@ -49,7 +48,7 @@ def accepted_changes(
     if changed.keys() & set(COUNT):
         why = _other_rounds(folder, config, algorithm, trained)
         accepted |= set() if why else set(COUNT)
-    if "train.batch_size" in changed and not issubclass(algorithm, OnPolicyAlgorithm):
+    if "train.batch_size" in changed and not algorithm.fresh_answers:
         old, _ = changed["train.batch_size"]
         accepted |= {"train.batch_size"} if _stands_still(folder, config, old) else set()
     if "seed.lr" in changed.keys() - accepted and "adam.lr" in changed:
@@ -62,7 +61,7 @@ def accepted_changes(
 
 def _reads(key: str, number: int, config: Config, algorithm: type[Algorithm]) -> bool:
     """Whether the training of this round depends on the setting, which is one of training."""
-    if config.rounds.count == 0 or issubclass(algorithm, OnPolicyAlgorithm):
+    if config.rounds.count == 0 or algorithm.fresh_answers:
         return True
     if key.startswith(f"{algorithm.name}."):
         return number > 0 or not algorithm.needs.rounds
@@ -75,7 +74,7 @@ def _other_rounds(folder: RunFolder, config: Config, algorithm: type[Algorithm],
     old = read_configuration(folder.path / STORED).get("rounds", {}).get("count")
     if (count == 0) != (old == 0):
         return "\nWithout rounds the human pairs are trained on with other settings: choose another --ckpt.output_dir"
-    if issubclass(algorithm, OnPolicyAlgorithm):
+    if algorithm.fresh_answers:
         if not trained or (config.lr_scheduler == "constant" and (folder.path / "checkpoints").exists()):
             return ""
         return (

@@ -279,9 +279,6 @@ class RunFolder:
                 raise ValueError(f"--resume, but {' and '.join(other)} changed since the run in {self.path} began")
             if changed:  # the results are those of the run before
                 (self.path / TABLE).unlink(missing_ok=True)
-            for number in self.rounds():  # a process that was killed before it deleted them left them
-                if self.finished(number, "train"):
-                    shutil.rmtree(self.round(number) / "checkpoints", ignore_errors=True)
         if template:
             self.keep_moment(template, begun=(self.path / STORED).exists())
         if data:

@@ -12,7 +12,6 @@ from typing import Any
 
 from openrlhf_sgpo import algorithms, extras, flags, keys, oracle, trl_names
 from openrlhf_sgpo.algorithms import Algorithm
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.template import template_arguments
@@ -214,7 +213,7 @@ def check(
     problems += (
         flags.out_of_range({algorithm.name: options})
         or algorithm.check(options)
-        or _check_on_policy(config, options, algorithm)
+        or _check_together(config, options, algorithm)
     )
     if problems:
         raise flags.SettingsError(*problems)
@@ -222,7 +221,7 @@ def check(
 
 
 def _missing(config: Config, algorithm: type[Algorithm], *names: str) -> list[str]:
-    needless = ("data.dataset",) if issubclass(algorithm, OnPolicyAlgorithm) else ()
+    needless = ("data.dataset",) if algorithm.fresh_answers else ()
     return [
         f"--{name}: missing, give {_REQUIRED[name]}"
         for name in names
@@ -267,9 +266,8 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
         add(_ROUNDS_ONLY, f"--algo {algorithm.name} with --rounds.count 0 has no rounds", ("rounds.count",))
         if not algorithm.needs.reference:
             add(("model.beta", "ref."), f"--algo {algorithm.name} has no reference")
-    on_policy = issubclass(algorithm, OnPolicyAlgorithm)
-    kind = "samples in every step" if on_policy else "trains on pairs"
-    add(_PAIRS_ONLY if on_policy else _PLAYS_ONLY, f"--algo {algorithm.name} {kind}")
+    kind = "samples in every step" if algorithm.fresh_answers else "trains on pairs"
+    add(_PAIRS_ONLY if algorithm.fresh_answers else _PLAYS_ONLY, f"--algo {algorithm.name} {kind}")
     if not samples(config, algorithm) or "rounds.count" in unread:
         without = (
             "does not sample"
@@ -279,7 +277,7 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
         add(_SAMPLES_ONLY, f"--algo {algorithm.name} with --rounds.count 0 {without}")
         return unread
     # Transformers draws from a mixture whatever the engine.
-    engine = {"hf": ("vllm.",), "vllm": () if hasattr(algorithm.settings, "mixture") else ("rollout.batch_size",)}
+    engine = {"hf": ("vllm.",), "vllm": () if algorithm.mixes else ("rollout.batch_size",)}
     add(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is not the one")
     try:
         itself = oracle.judges_itself(config, algorithm)
@@ -290,26 +288,11 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
     return unread
 
 
-def _check_on_policy(config: Config, options: Any, algorithm: type[Algorithm]) -> list[str]:
-    """Problems of an algorithm that samples in every step with the shared settings."""
-    if not issubclass(algorithm, OnPolicyAlgorithm):
+def _check_together(config: Config, options: Any, algorithm: type[Algorithm]) -> list[str]:
+    """Problems of the algorithm's settings with the shared ones."""
+    if not algorithm.fresh_answers:
         return []
     try:
-        play = algorithm(options, config.model.beta)
+        return algorithm(options, config.model.beta).problems(config)
     except ValueError as error:
         return [str(error)]
-    problems = play.problems(config)
-    if config.rollout.top_p < 1:
-        problems.append(
-            f"--rollout.top_p: {config.rollout.top_p} cuts the distribution whose log-probabilities --algo {play.name} needs "
-            "whole; use 1"
-        )
-    if play.adapters and config.ds.lora.rank == 0:
-        names = " and ".join(play.adapters.values())
-        problems.append(f"--ds.lora.rank: 0, but --algo {play.name} is to train the adapters {names}; use at least 1")
-    if "follower" in play.roles and 2 * config.rollout.max_new_tokens >= config.data.max_len:
-        problems.append(
-            f"--data.max_len: {config.data.max_len} leaves no room for a prompt, a draft and the follower's answer of "
-            f"--rollout.max_new_tokens {config.rollout.max_new_tokens} each; raise the one or lower the other"
-        )
-    return problems

@@ -12,6 +12,7 @@ from statistics import fmean
 import torch
 
 from openrlhf_sgpo import algorithms, flags
+from openrlhf_sgpo.algorithms.base import Stage
 from openrlhf_sgpo.benchmarks.task import Result
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.integrity import signed
@@ -81,7 +82,7 @@ def make_run(folder: Path, steps: int = 6, algo: str = "sgpo", **options) -> Pat
         rows += [metrics_row(name, step, draw) for step in range(1, steps + 1)]
         if number:
             margins = torch.tensor([draw.gauss(0.2, 0.6) for _ in range(40)])
-            certificate = algorithm(settings, beta=0.1).begin_stage(margins)
+            certificate = algorithm(settings, beta=0.1).begin_stage(Stage(margins))
             write_json(path / "worst_case.json", certificate | {"margins": margins.tolist()})
             RunFolder(str(folder)).finish(number, "train", {}, ["worst_case.json"])
     write_jsonl(folder / "metrics.jsonl", rows)

@@ -35,12 +35,14 @@ def test_only_one_room_imports_openrlhf():
 HOUSE = """
                                            __main__
                                               cli
-                                        plays  rounds
+                                             loop
+                                     evaluator  sources
                         benchmarks  comparison  refinement  run
-               evaluation  inference  preflight  run_settings  staged_command
+                     inference  preflight  run_settings  staged_command
                                         oracle  resume
                               fork  judge  report  training
-                 content_cache  games  ledger  metrics  rollout  run_check
+                      content_cache  games  metrics  rollout  run_check
+                                            ledger
                                    algorithms  run_folder
                                        data  openrlhf
                                             config

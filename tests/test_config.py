@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf_sgpo import algorithms, flags, trl_names
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs, NoSettings
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+from openrlhf_sgpo.algorithms.base import Needs, NoSettings, PairAlgorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.run_settings import check, load, samples, sections
@@ -21,7 +20,7 @@ class LoopSettings:
     rho: float = setting(0.1, "radius")
 
 
-class Loop(Algorithm):
+class Loop(PairAlgorithm):
     """An algorithm with rounds."""
 
     name = "loop"
@@ -33,13 +32,13 @@ class Loop(Algorithm):
         return [] if options.rho >= 0 else ["--loop.rho: negative, use at least 0"]
 
 
-class Once(Algorithm):
+class Once(PairAlgorithm):
     """An algorithm of one stage, without settings."""
 
     name = "once"
 
 
-class Taken(Algorithm):
+class Taken(PairAlgorithm):
     name = "train"
 
 
@@ -245,7 +244,7 @@ def test_one_file_serves_all_algorithms(tmp_path, capsys):
 def test_the_quickstart_s_file_serves_every_algorithm(algo):
     """What algorithms need beyond it is an oracle."""
     oracle = ["--oracle", "reward_model", "--reward.model_name_or_path", "r"]
-    needs_one = algo == "iter_dpo" or issubclass(algorithms.get(algo), OnPolicyAlgorithm)
+    needs_one = algo == "iter_dpo" or algorithms.get(algo).fresh_answers
     config, _ = load(["--config", "quickstart", "--algo", algo, *(oracle if needs_one else []), *MORE.get(algo, [])])
     assert config.rounds.count == (0 if algo == "preference_model" else 2)
 

@@ -117,7 +117,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_sampled_from(tiny_m
     from openrlhf_sgpo.finite import NotFiniteError, check_trained
     from openrlhf_sgpo.openrlhf import load_actor
     from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
-    from openrlhf_sgpo.training.stage import write_policy
+    from openrlhf_sgpo.training.policies import write_policy
 
     resources = make_resources()
     config, strategy, tokenizer = resources.config, resources.strategy, resources.chat.tokenizer
@@ -183,7 +183,7 @@ def test_the_gradient_norm_is_that_of_plain_torch(zero_stage, accumulation, tiny
 
     from openrlhf_sgpo.data.tokens import Group
     from openrlhf_sgpo.training.log_probs import response_log_probs
-    from openrlhf_sgpo.training.stage import load_trained
+    from openrlhf_sgpo.training.policies import load_trained
 
     resources = make_resources(ds__zero_stage=zero_stage, train__micro_batch_size=2 // accumulation)
     config, strategy = resources.config, resources.strategy

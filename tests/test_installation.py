@@ -170,10 +170,10 @@ def test_a_reader_that_leaves_early(words):
 
 
 HINGE = """
-from openrlhf_sgpo.algorithms import Algorithm
+from openrlhf_sgpo.algorithms import PairAlgorithm
 from openrlhf_sgpo.algorithms.base import Needs
 
-class Hinge(Algorithm):
+class Hinge(PairAlgorithm):
     name, paper, summary = "hinge", "arXiv 2305.10425", "SLiC's hinge loss"
     needs = Needs(rounds=True, samples_per_prompt=2)
 

@@ -15,11 +15,10 @@ from running import ROOT, SCRIPT, launch, read_jsonl, train
 from toy_oracles import CONDORCET, Letters, kind
 
 from openrlhf_sgpo import algorithms, games, run_settings
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
 from openrlhf_sgpo.cli.main import main, run
 
-ON_POLICY = [name for name in algorithms.BUILT_INS if issubclass(algorithms.get(name), OnPolicyAlgorithm)]
+ON_POLICY = [name for name in algorithms.BUILT_INS if algorithms.get(name).fresh_answers]
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
@@ -115,14 +114,14 @@ def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, other_tiny_model, tiny_data, tmp_path):
     """At temperature 0.7, in the context in which each answer was given, under policy and reference."""
+    from trainers import make_trainer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
     from openrlhf_sgpo.data.records import Prompt
-    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+    from openrlhf_sgpo.openrlhf import build_strategy
     from openrlhf_sgpo.rollout import Sample
-    from openrlhf_sgpo.training.play_trainer import Play, PlayTrainer
-    from openrlhf_sgpo.training.stage import load_trained
+    from openrlhf_sgpo.training.plays import Play
 
     argv = flags(tiny_model, tiny_data, tmp_path, "slhf", "--rollout.temperature", "0.7", "--train.layout", layout)
     settings, _ = run_settings.load([*argv, "--ds.zero_stage", "0"])
@@ -141,14 +140,11 @@ def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, ot
         Play(prompt, [(draws[1], samples[4]), (draws[0], samples[5])], [[0.5, 0.5], [0.5, 0.5]]),
         Play(prompt, [(draws[1], samples[6]), (draws[0], samples[7])], [[0.5, 0.9], [0.1, 0.5]]),
     ]
-    actor, optimizer, scheduler = load_trained(str(tiny_model), settings, strategy, 1e-3, 4, "test")
-    reference = strategy.prepare(load_actor(str(other_tiny_model), settings, strategy, trainable=False))
-    trainer = PlayTrainer(
-        *(SLHF(SLHFSettings(), 0.1), actor, optimizer, scheduler, {"reference": reference}),
-        *(strategy, settings, tokenizer.pad_token_id),
-    )
-    _, own, anchor = trainer.step(1, plays)
-    for found, folder in ((own, tiny_model), (anchor, other_tiny_model)):
+    algorithm, other = SLHF(SLHFSettings(), 0.1), str(other_tiny_model)
+    with make_trainer(algorithm, settings, strategy, tokenizer, tmp_path, 4, reference=other) as trainer:
+        _, recorded = trainer.step(1, [plays[:2], plays[2:]])
+    policy, anchor = recorded.tensor_split(2, dim=1)
+    for found, folder in ((policy, tiny_model), (anchor, other_tiny_model)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for row, one in zip(found, plays, strict=True):
             for value, (context, sample) in zip(row, one.answers, strict=True):

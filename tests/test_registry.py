@@ -12,29 +12,29 @@ from openrlhf_sgpo.cli.main import main
 
 MODULE = """
 from dataclasses import dataclass, field
-from openrlhf_sgpo.algorithms.base import Algorithm
+from openrlhf_sgpo.algorithms.base import PairAlgorithm
 
 @dataclass
 class Required:
     size: int
 
-class Good(Algorithm):
+class Good(PairAlgorithm):
     name = "good"
 
-class Other(Algorithm):
+class Other(PairAlgorithm):
     name = "dpo"
 
-class Nameless(Algorithm):
+class Nameless(PairAlgorithm):
     pass
 
-class Dashed(Algorithm):
+class Dashed(PairAlgorithm):
     name = "no-flag"
 
-class Bare(Algorithm):
+class Bare(PairAlgorithm):
     name = "bare"
     settings = int
 
-class Undefaulted(Algorithm):
+class Undefaulted(PairAlgorithm):
     name = "undefaulted"
     settings = Required
 
@@ -52,12 +52,12 @@ class Many:
     sizes: list[int] = field(default_factory=lambda: list(range(20)))
     inner: Inner = field(default_factory=Inner)
 
-class Configured(Algorithm):
+class Configured(PairAlgorithm):
     name, paper, summary = "configured", "a paper", "a summary " + 12 * "that goes on "
     settings = Many
     defaults = {"rounds.count": 1, "oracle": "reward_model"}
 
-class Mute(Algorithm):
+class Mute(PairAlgorithm):
     name = "mute"
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from running import killed_at, read_jsonl
 from test_plays import flags, play
 from test_refine import refine
+from trainers import make_trainer
 
 from openrlhf_sgpo import run_settings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
@@ -98,9 +100,9 @@ class Run(NamedTuple):
 )
 def spread_run(request, tiny_model, tiny_data, tmp_path_factory):
     """Two rounds of two steps with adapters that are far apart from the beginning."""
-    from openrlhf_sgpo import plays
     from openrlhf_sgpo.openrlhf import load_actor, save_weights
-    from openrlhf_sgpo.training import stage
+    from openrlhf_sgpo.sources import fresh_answers
+    from openrlhf_sgpo.training import policies
 
     path = tmp_path_factory.mktemp("adapters")
     synced: list[str] = []
@@ -110,8 +112,8 @@ def spread_run(request, tiny_model, tiny_data, tmp_path_factory):
         synced.append(merged(tiny_model, state_of(actor, strategy), adapter, path / f"synced_{len(synced)}"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "load_actor", lambda *args, **more: spread(load_actor(*args, **more)))
-        patch.setattr(plays, "save_weights", save_and_merge)
+        patch.setattr(policies, "load_actor", lambda *args, **more: spread(load_actor(*args, **more)))
+        patch.setattr(fresh_answers, "save_weights", save_and_merge)
         calls = record(patch, "")
         more = ["--rounds.steps", "2", "--slhf.followers", "2", "--adam.lr", "1e-2", *request.param]
         play(*flags(tiny_model, tiny_data, path / "run", "slhf", *TWO, *more))
@@ -178,13 +180,36 @@ def test_refine_revises_with_the_follower(spread_run, tiny_data, tmp_path, monke
 
 
 @pytest.fixture
-def make_trainer(tiny_model, tiny_data, tmp_path):
-    """A trainer of spread adapters, and four plays of random tokens. plain: adapters as they begin."""
-    from openrlhf_sgpo.data.records import Prompt
+def make(tiny_model, tiny_data, tmp_path):
+    """Trainers of spread adapters. plain: of adapters as they begin."""
+    from transformers import AutoTokenizer
+
     from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+    from openrlhf_sgpo.training import policies
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with contextlib.ExitStack() as opened:
+
+        def make(options: SLHFSettings, *more: str, plain: bool = False):
+            defaults = ["--lr_scheduler", "constant", "--ds.zero_stage", "0"]
+            settings, _ = run_settings.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *TWO, *defaults, *more))
+            trainer = make_trainer(
+                *(SLHF(options, 0.1), settings, build_strategy(settings), tokenizer, tmp_path, 20), str(tiny_model)
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                if not plain:
+                    patch.setattr(policies, "load_actor", lambda *args, **other: spread(load_actor(*args, **other)))
+                return opened.enter_context(trainer)
+
+        yield make
+
+
+@pytest.fixture(scope="module")
+def plays():
+    """Two micro-batches of two plays of random tokens."""
+    from openrlhf_sgpo.data.records import Prompt
     from openrlhf_sgpo.rollout import Sample
-    from openrlhf_sgpo.training import stage
-    from openrlhf_sgpo.training.play_trainer import Play, PlayTrainer
+    from openrlhf_sgpo.training.plays import Play
 
     generator = torch.Generator().manual_seed(0)
 
@@ -194,22 +219,8 @@ def make_trainer(tiny_model, tiny_data, tmp_path):
     prompt = Prompt("p", [{"role": "user", "content": "?"}])
     shapes, wins = [(5, 9, 3, 4), (7, 8, 2, 6), (3, 12, 5, 5), (4, 6, 6, 1)], (0.9, 0.2, 0.7, 0.4)
     samples = [[(draw(a), Sample("", True, draw(b))), (draw(c), Sample("", True, draw(d)))] for a, c, b, d in shapes]
-    plays = [Play(prompt, one, [[0.5, p], [1 - p, 0.5]]) for one, p in zip(samples, wins, strict=True)]
-
-    def make(options: SLHFSettings, *more: str, plain: bool = False) -> PlayTrainer:
-        defaults = ["--lr_scheduler", "constant", "--ds.zero_stage", "0"]
-        settings, _ = run_settings.load(flags(tiny_model, tiny_data, tmp_path, "slhf", *TWO, *defaults, *more))
-        strategy, algorithm = build_strategy(settings), SLHF(options, 0.1)
-        with pytest.MonkeyPatch.context() as patch:
-            if not plain:
-                patch.setattr(stage, "load_actor", lambda *args, **other: spread(load_actor(*args, **other)))
-            trained = stage.load_trained(
-                *(str(tiny_model), settings, strategy, 1e-3, 20, "test"), adapters=algorithm.learning_rates
-            )
-        reference = strategy.prepare(load_actor(str(tiny_model), settings, strategy, trainable=False))
-        return PlayTrainer(algorithm, *trained, {"reference": reference}, strategy, settings, 0)
-
-    return make, plays
+    drawn = [Play(prompt, answers, [[0.5, p], [1 - p, 0.5]]) for answers, p in zip(samples, wins, strict=True)]
+    return [drawn[:2], drawn[2:]]
 
 
 def of(adapter: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -219,13 +230,12 @@ def of(adapter: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
 def gradients(trainer, plays, step: int) -> dict[str, torch.Tensor]:
     """After one of two micro-batches, before the optimiser's step."""
     trainer.actor.train()
-    trainer._micro_step(step, plays[:2])
+    trainer._micro_step(step, plays[0])
     parameters = ((name, one) for name, one in trainer.actor.named_parameters() if one.requires_grad)
     return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in parameters}
 
 
-def test_gradients_stay_with_their_role(make_trainer):
-    make, plays = make_trainer
+def test_gradients_stay_with_their_role(make, plays):
     both = gradients(make(two()), plays, step=1)
     assert of("leader", both).abs().max() > 1e-3 and of("follower", both).abs().max() > 1e-3
     alternate = two(kappa_mode="alternate")  # kappa is 5: the sixth step is the leader's
@@ -237,8 +247,7 @@ def test_gradients_stay_with_their_role(make_trainer):
         assert torch.allclose(of("leader", gradients(make(options), plays, 1)), of("leader", both), atol=1e-7)
 
 
-def test_gradient_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(make_trainer):
-    make, plays = make_trainer
+def test_gradient_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(make, plays):
     plain, recomputed = (
         gradients(make(two(), "--model.gradient_checkpointing_enable", on), plays, 1) for on in ("false", "true")
     )
@@ -247,9 +256,8 @@ def test_gradient_checkpointing_recomputes_with_the_adapter_of_the_forward_pass(
 
 
 @pytest.mark.parametrize("stage", ["2", "3"])
-def test_kappa_is_the_ratio_of_learning_rates(stage, make_trainer):
+def test_kappa_is_the_ratio_of_learning_rates(stage, make, plays):
     """Adam's first step moves a weight by the learning rate."""
-    make, plays = make_trainer
     trainer = make(two(kappa=5.0), "--ds.zero_stage", stage, plain=True)
     trainer.step(1, plays)
     state = {name: one for name, one in state_of(trainer.actor, trainer.strategy).items() if ".lora_B." in name}
@@ -257,8 +265,7 @@ def test_kappa_is_the_ratio_of_learning_rates(stage, make_trainer):
         assert of(adapter, state).abs().median().item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_schedule_keeps_the_ratio(make_trainer):
-    make, plays = make_trainer
+def test_a_schedule_keeps_the_ratio(make, plays):
     trainer = make(two(kappa=3.0), "--lr_scheduler", "cosine_with_min_lr", "--ds.zero_stage", "2")
     rates = []
     for step in range(1, 6):
@@ -268,10 +275,9 @@ def test_a_schedule_keeps_the_ratio(make_trainer):
     assert len({leader for leader, _ in rates}) == 5
 
 
-def test_an_adapter_rests_while_the_other_learns(make_trainer):
+def test_an_adapter_rests_while_the_other_learns(make, plays):
     """kappa_mode alternate, in the steps of leader, follower, leader, follower: the momentum of one does not move it in the
     other's, and all stages of ZeRO do the same."""
-    make, plays = make_trainer
     found = []
     for more in (
         ("--ds.zero_stage", "0"),

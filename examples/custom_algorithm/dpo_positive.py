@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from openrlhf_sgpo.algorithms import Algorithm
+from openrlhf_sgpo.algorithms import PairAlgorithm
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.flags import setting
 
@@ -29,8 +29,8 @@ class DPOPositiveSettings:
     )
 
 
-class DPOPositive(Algorithm):
-    """One stage on the human pairs, the default of ``Algorithm.needs``."""
+class DPOPositive(PairAlgorithm):
+    """One stage on the human pairs, the default of ``PairAlgorithm.needs``."""
 
     name = "dpop"
     paper = "arXiv 2402.13228"

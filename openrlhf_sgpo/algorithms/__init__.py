@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from openrlhf_sgpo.algorithms.base import Algorithm
+from openrlhf_sgpo.algorithms.base import Algorithm, PairAlgorithm
+from openrlhf_sgpo.algorithms.plays import PlayAlgorithm
 from openrlhf_sgpo.registry import Registry
 
 ENTRY_POINT_GROUP = "openrlhf_sgpo.algorithms"
@@ -32,6 +33,8 @@ BUILT_INS = {
 
 
 def _complaint(algorithm: type[Algorithm]) -> str | None:
+    if not issubclass(algorithm, (PairAlgorithm, PlayAlgorithm)):
+        return "it must derive from PairAlgorithm or from PlayAlgorithm, the two kinds of Algorithm"
     if not (isinstance(algorithm.settings, type) and dataclasses.is_dataclass(algorithm.settings)):
         return "its attribute 'settings' must be a dataclass type"
     for item in dataclasses.fields(algorithm.settings):
@@ -43,4 +46,4 @@ def _complaint(algorithm: type[Algorithm]) -> str | None:
 _registry = Registry("algorithm", ENTRY_POINT_GROUP, BUILT_INS, Algorithm, _complaint)
 names, origin, get = _registry.names, _registry.origin, _registry.get
 
-__all__ = ["BUILT_INS", "ENTRY_POINT_GROUP", "Algorithm", "get", "names", "origin"]
+__all__ = ["BUILT_INS", "ENTRY_POINT_GROUP", "Algorithm", "PairAlgorithm", "PlayAlgorithm", "get", "names", "origin"]

@@ -1,7 +1,9 @@
-"""What an algorithm tells the round loop, and what the loop hands back to it.
+"""What an algorithm tells the loop, and what the loop hands back to it.
 
 An algorithm is one file: its settings (a dataclass, so also its flags), what it needs, and its loss, a pure function of
-tensors that returns one value per sample. The loop samples, ranks, measures margins, batches, reduces and steps.
+tensors that returns one value per sample. The loop samples, ranks, measures margins, batches, reduces and steps. There are
+two kinds, with the same hooks: a ``PairAlgorithm`` learns from pairs that are stored before a stage begins, a
+``PlayAlgorithm`` (``plays.py``) from answers that are sampled and judged in every step.
 This module and the settings of every algorithm import without torch.
 """
 
@@ -9,22 +11,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openrlhf_sgpo.config import Config
     from openrlhf_sgpo.data.records import Pair
     from openrlhf_sgpo.data.tokens import ChatFormat
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
 class Needs:
     """What the loop must provide.
 
-    rounds: the algorithm is made for self-annotated rounds, which follow a seed stage of DPO (False: one stage on the human
-    pairs, unless ``--rounds.count`` asks for rounds; then the seed stage has the algorithm's own loss too).
-    samples_per_prompt: the fewest responses per prompt that a round must sample.
+    rounds: the algorithm is made for rounds; one that learns from pairs then begins with a seed stage of DPO (False: one
+    stage on the human pairs, unless ``--rounds.count`` asks for rounds; then the seed stage has the algorithm's loss too).
+    samples_per_prompt: the fewest responses per prompt that a round of self-annotated pairs must sample.
     reference: the loss is relative to a reference (False: the reference's log-probabilities are 0 everywhere, and there are no
     rounds).
     """
@@ -36,9 +41,13 @@ class Needs:
 
 @dataclass(frozen=True)
 class Stage:
-    """The stage of training that begins. number: 0 for the seed, then the round. steps: optimiser steps it will take.
-    seed: decides what is random."""
+    """The stage of training that begins.
 
+    margins: of all its pairs, shape (N,) on the CPU, under the reference and beta of the loss; None where there are no stored
+    pairs. number: 0 for the seed, then the round. steps: optimiser steps it takes. seed: decides what is random.
+    """
+
+    margins: Tensor | None = None
     number: int = 1
     steps: int = 1
     seed: int = 0
@@ -76,11 +85,14 @@ class NoSettings:
     """Settings of an algorithm that has none of its own."""
 
 
-class Algorithm:
-    """Base of every algorithm; hooks are named after the moment at which the trainer calls them.
+class Algorithm(Generic[Batch]):
+    """Base of both kinds; hooks are named after the moment at which the loop calls them. Every stage has an instance of its
+    own.
 
     Class attributes: ``name`` (flag value and flag group), ``paper``, ``summary``, ``settings`` (a dataclass type),
-    ``needs``, ``defaults`` (shared settings whose default is another one here, by flag name).
+    ``needs``, ``defaults`` (shared settings whose default is another one here, by flag name), ``fresh_answers`` (whether
+    answers are sampled and judged in every step, so there are no stored pairs and no seed stage), ``mixes`` (whether some
+    answers come from a mixture of policy and reference, from which transformers samples whatever the engine).
     """
 
     name: ClassVar[str]
@@ -89,10 +101,8 @@ class Algorithm:
     settings: ClassVar[type] = NoSettings
     needs: ClassVar[Needs] = Needs()
     defaults: ClassVar[dict[str, Any]] = {}
-
-    # Where this is lambda > 0 after begin_stage, batches carry the log-probabilities under softmax of
-    # (1 + lambda) * (logits of the policy) - lambda * (logits of the loss's reference). It costs a forward pass of both.
-    extrapolation: float = 0.0
+    fresh_answers: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def __init__(self, options: Any, beta: float):
         self.options = options
@@ -103,36 +113,55 @@ class Algorithm:
         """Problems with a combination of settings, each naming its flag; empty when all is well. Needs no torch."""
         return []
 
+    def problems(self, config: Config) -> list[str]:
+        """Problems of the algorithm's settings with the shared ones, each naming its flag; empty when all is well."""
+        return []
+
     @classmethod
     def pairs(cls, pairs: Sequence[Pair], chat: ChatFormat) -> Sequence[Pair]:
         """What is trained and evaluated on in place of the pairs of the data, where the two differ."""
         return pairs
 
-    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:
-        """Called once before a stage's training with the margins of all its pairs, shape (N,) on the CPU, under the
-        reference and beta of the loss. Returns what to store as the round's certificate (JSON-serialisable), empty if there
-        is none."""
+    def begin_stage(self, stage: Stage) -> dict[str, Any]:
+        """Called once before a stage's training. Returns what to store as the stage's certificate (JSON-serialisable), empty if
+        there is none."""
         return {}
 
-    def loss(self, batch: PairBatch) -> Tensor:
-        """Loss of each pair, shape (batch,). Never reduced here."""
+    def loss(self, batch: Batch) -> Tensor:
+        """Loss of each sample, shape (batch,). Never reduced here."""
         raise NotImplementedError
 
-    def watched(self, batch: PairBatch) -> Tensor:
-        """What ``after_step`` is to see of each pair, shape (batch,); by default its margin."""
-        return batch.margins(self.beta)
+    def watched(self, batch: Batch) -> Tensor:
+        """What ``after_step`` is to see of each sample, shape (batch,)."""
+        raise NotImplementedError
 
     def after_step(self, watched: Tensor) -> dict[str, Any]:
-        """Called after each optimiser step with ``watched`` of the step's pairs over all ranks, shape (train.batch_size,),
-        detached. Returns metrics to log, by name."""
+        """Called after each optimiser step with ``watched`` of the step's samples over all ranks, shape (train.batch_size,),
+        detached, on the CPU. Returns metrics to log, by name."""
         return {}
+
+    def resting(self, step: int) -> tuple[str, ...]:
+        """LoRA adapters that stay as they are in this step."""
+        return ()
 
     def state_dict(self) -> dict[str, Any]:
         """What ``after_step`` has changed since ``begin_stage``, for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``; called after ``begin_stage`` when training goes on from a checkpoint."""
+        """Inverse of ``state_dict``; called after ``begin_stage`` when a stage goes on from a checkpoint."""
 
 
-__all__ = ["Algorithm", "Needs", "NoSettings", "PairBatch", "Stage"]
+class PairAlgorithm(Algorithm[PairBatch]):
+    """Base of the algorithms that learn from stored pairs: human ones, and those that rounds annotate."""
+
+    # Where this is lambda > 0 after begin_stage, batches carry the log-probabilities under softmax of
+    # (1 + lambda) * (logits of the policy) - lambda * (logits of the loss's reference). It costs a forward pass of both.
+    extrapolation: float = 0.0
+
+    def watched(self, batch: PairBatch) -> Tensor:
+        """Margins."""
+        return batch.margins(self.beta)
+
+
+__all__ = ["Algorithm", "Needs", "NoSettings", "PairAlgorithm", "PairBatch", "Stage"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
+from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.flags import setting
 
@@ -25,7 +25,7 @@ class CDPOSettings:
     label_smoothing: float = setting(0.1, "assumed share of wrong labels e (0: DPO)", low=0, below=0.5)
 
 
-class CDPO(Algorithm):
+class CDPO(PairAlgorithm):
     """One stage on the human pairs in which each label is believed with probability 1 - e only.
 
     The loss of a pair has its minimum where sigmoid(m) = 1 - e, so that no margin is driven to infinity.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
+from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ def dpo_loss(margins: Tensor) -> Tensor:
     return -logsigmoid(margins)
 
 
-class DPO(Algorithm):
+class DPO(PairAlgorithm):
     """One stage of supervised preference training on the human pairs; no sampling, no rounds."""
 
     name = "dpo"

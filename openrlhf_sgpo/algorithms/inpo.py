@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Plays, Role
 from openrlhf_sgpo.algorithms.online_ipo import soft_ipo_loss
+from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays, Role
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class INPOSettings:
     )
 
 
-class INPO(OnPolicyAlgorithm):
+class INPO(PlayAlgorithm):
     """Iterative Nash policy optimisation (Zhang et al., arXiv 2407.00617), tau = ``--model.beta``, eta = ``inverse_step``:
 
         h = log pi(y)/pi(y') - (tau/eta) log ref(y)/ref(y') - (1 - tau/eta) log pi_t(y)/pi_t(y')
@@ -50,7 +50,7 @@ class INPO(OnPolicyAlgorithm):
     def roles(self) -> tuple[Role, ...]:
         return ("previous", "previous")
 
-    def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
+    def loss(self, batch: Plays) -> Tensor:
         share = self.beta / self.options.inverse_step
         anchored = batch.log_probs - share * batch.reference - (1 - share) * batch.previous
         first, second = anchored.sum(-1).unbind(-1)

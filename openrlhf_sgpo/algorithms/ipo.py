@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
+from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class IPOSettings:
     )
 
 
-class IPO(Algorithm):
+class IPO(PairAlgorithm):
     """One stage on the human pairs that regresses the difference of log-ratios on 1 / (2 tau), tau = ``--model.beta``.
 
     DPO's loss falls for ever when labels are certain; this one has its minimum at a finite difference. With

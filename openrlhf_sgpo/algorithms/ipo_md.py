@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from openrlhf_sgpo.algorithms.on_policy import Role
 from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
+from openrlhf_sgpo.algorithms.plays import Role
 from openrlhf_sgpo.flags import setting
 
 
@@ -25,6 +25,7 @@ class IPOMD(OnlineIPO):
     name = "ipo_md"
     summary = "IPO-MD: online IPO on answers of a mixture of policy and reference"
     settings = IPOMDSettings
+    mixes = True
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch
+from openrlhf_sgpo.algorithms.base import Needs, PairAlgorithm, PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class IterDPO(Algorithm):
+class IterDPO(PairAlgorithm):
     """DPO's loss on answers that a reward model ranks (Xu et al., arXiv 2312.16682; the baseline of SPA and SSAPO).
 
     Round t starts from the policy of round t - 1, which is also the reference of its loss.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from openrlhf_sgpo.algorithms.on_policy import LEVEL_HELP, Level, OnPolicyAlgorithm, Plays, Role, policy_gradient_loss
+from openrlhf_sgpo.algorithms.plays import LEVEL_HELP, Level, PlayAlgorithm, Plays, Role, policy_gradient_loss
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class NashMDSettings:
     kl_level: Level = setting("sequence", LEVEL_HELP)
 
 
-class NashMD(OnPolicyAlgorithm):
+class NashMD(PlayAlgorithm):
     """Nash-MD-PG (Munos et al., arXiv 2312.00886): the policy learns to win against a mixture of itself and the
     reference,
 
@@ -39,6 +39,7 @@ class NashMD(OnPolicyAlgorithm):
     paper = "arXiv 2312.00886"
     summary = "Nash-MD-PG: policy gradient against a mixture of policy and reference"
     settings = NashMDSettings
+    mixes = True
     defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.008}
 
     @property
@@ -53,7 +54,7 @@ class NashMD(OnPolicyAlgorithm):
     def full_vocabulary(self) -> bool:
         return self.options.kl_level == "full_vocabulary"
 
-    def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
+    def loss(self, batch: Plays) -> Tensor:
         gain = batch.preferences[:, 0, 1] - 0.5
         own, reference = batch.log_probs[:, 0], batch.reference[:, 0]
         divergence = None if batch.divergence is None else batch.divergence[:, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from openrlhf_sgpo.algorithms.ipo import ipo_loss
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Plays, Role
+from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ def soft_ipo_loss(differences: Tensor, preferences: Tensor, tau: float) -> Tenso
     return preferences * ipo_loss(differences, tau) + (1 - preferences) * ipo_loss(-differences, tau)
 
 
-class OnlineIPO(OnPolicyAlgorithm):
+class OnlineIPO(PlayAlgorithm):
     """IPO's regression on two fresh answers of the policy (Calandriello et al., arXiv 2403.08635), tau = ``--model.beta``.
 
     No gradient flows through the drawing. Its expected gradient is proportional to that of self-play, so that its fixed
@@ -35,6 +35,6 @@ class OnlineIPO(OnPolicyAlgorithm):
     def roles(self) -> tuple[Role, ...]:
         return ("policy", "policy")
 
-    def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
+    def loss(self, batch: Plays) -> Tensor:
         ratios = batch.log_ratios()
         return soft_ipo_loss(ratios[:, 0] - ratios[:, 1], batch.preferences[:, 0, 1], self.beta)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch
+from openrlhf_sgpo.algorithms.base import Needs, PairAlgorithm, PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.data.pairwise import LETTERS, fitted
 from openrlhf_sgpo.data.records import Pair
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 ORDERS = ("chosen_first", "rejected_first")
 
 
-class PreferenceModel(Algorithm):
+class PreferenceModel(PairAlgorithm):
     """The chat model learns to name the better of two answers: the oracle ``preference_model`` asks what it then says.
 
     Each pair is shown in both orders. With c the letter of the chosen answer and o the other one, the loss of a comparison is

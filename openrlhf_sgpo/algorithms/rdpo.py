@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
+from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.flags import setting
 
@@ -24,7 +24,7 @@ class RDPOSettings:
     flip_rate: float = setting(0.1, "share of the labels that are known to be swapped, e (0: DPO)", low=0, below=0.5)
 
 
-class RDPO(Algorithm):
+class RDPO(PairAlgorithm):
     """One stage on human pairs whose labels are swapped at random at a known rate e.
 
     Over the swaps the loss has the expectation of DPO's loss on the true labels. On a single pair it falls without

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Plays, Role
+from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays, Role
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ class RLOOSettings:
     answers: int = setting(2, "answers per prompt", low=2)
 
 
-class RLOO(OnPolicyAlgorithm):
+class RLOO(PlayAlgorithm):
     """REINFORCE on k answers per prompt (Ahmadian et al., arXiv 2402.14740), with the win rate among them as reward:
 
         -(1/k) sum_i [ (r_i - 1/2) - tau * (s_i - mean_{j != i} s_j) ] * log pi(y_i),   r_i = mean_{j != i} p(y_i > y_j),
@@ -36,7 +36,7 @@ class RLOO(OnPolicyAlgorithm):
     def roles(self) -> tuple[Role, ...]:
         return ("policy",) * self.options.answers
 
-    def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
+    def loss(self, batch: Plays) -> Tensor:
         count = self.options.answers
         # The diagonal, an answer against itself, is one half.
         rewards = (batch.preferences.sum(-1) - 0.5) / (count - 1)

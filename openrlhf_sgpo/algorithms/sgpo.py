@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch, Stage
+from openrlhf_sgpo.algorithms.base import Needs, PairAlgorithm, PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.flags import setting
 
@@ -54,7 +54,7 @@ class SGPOSettings(FollowerSettings):
     )
 
 
-class SGPO(Algorithm):
+class SGPO(PairAlgorithm):
     r"""Stackelberg game between the policy and a worst-case preference distribution (Chu et al., arXiv 2502.18099).
 
     min_theta  V = sup { E_{xi ~ alpha}[-log sigmoid(xi)] : W1(alpha, law of the margins) <= radius, supp(alpha) in [a, b] }.
@@ -79,21 +79,23 @@ class SGPO(Algorithm):
         self._recent: Tensor | None = None
         self._steps = 0
 
-    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:  # noqa: B008 - frozen
-        """Solve the follower on all margins, shape (N,); returns the certificate.
+    def begin_stage(self, stage: Stage) -> dict[str, Any]:
+        """Solve the follower on all margins; returns the certificate.
 
         Raises SaturatedBallError if the ball moves everything, ValueError for margins that are not finite.
         """
         import torch
 
+        margins = stage.margins
+        assert margins is not None
         self._window = None
         self._solution = self._solve(margins)
-        self._window = getattr(self._solution, "window", None)
+        self._window = self._solution.window
         self._start = margins.detach()
         # The latest margins push these out. Which of them come first must not depend on the order of the data.
         order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(stage.seed))
         self._recent = margins.detach()[order[: self.options.refresh_window]]
-        return certificate(self._solution)
+        return self._solution.certificate()
 
     def loss(self, batch: PairBatch) -> Tensor:
         margins = batch.margins(self.beta)
@@ -119,7 +121,7 @@ class SGPO(Algorithm):
         if self._steps % self.options.refresh_steps:
             return {}
         self._solution = self._solve(self._recent)
-        figures = certificate(self._solution)
+        figures = self._solution.certificate()
         return {f"{self.name}/{name}": value for name, value in figures.items() if isinstance(value, (int, float))}
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,34 +166,3 @@ def saturated_ball(name: str, radius: float, margins: Tensor, place: str, remedy
         f"left. Margins range from {margins.min():.4g} to {margins.max():.4g}. Lower --{name}.radius{remedy}. With "
         "--rounds.loss_reference previous all margins are 0 when a round begins."
     )
-
-
-def certificate(solution: WorstCase | BestCase) -> dict[str, Any]:
-    """What proves the follower's answer and describes it, JSON-serialisable; see docs/algorithms/sgpo.md."""
-    from openrlhf_sgpo.dro import BestCase, solve_worst_case
-
-    is_best = isinstance(solution, BestCase)
-    place = "level" if is_best else "edge"
-    names = (
-        "value",
-        "dual_value",
-        "gap",
-        "empirical",
-        "bound",
-        "slope",
-        place,
-        "fraction_moved",
-        "budget_used",
-        "radius",
-    )
-    figures: dict[str, Any] = {name: getattr(solution, name) for name in names}
-    # At radius 0 nothing is below the threshold, and JSON has no minus infinity.
-    figures["threshold"] = solution.threshold if solution.radius else None
-    figures |= {"ball": "best" if is_best else "worst", "space": solution.space, "pairs": len(solution.margins)}
-    if isinstance(solution, BestCase):
-        return figures
-    figures |= {"pieces": solution.pieces, "window": list(solution.window)}
-    if solution.pieces and solution.space == "margin":
-        exact = solve_worst_case(solution.margins, solution.radius, window=solution.window)
-        figures["delta_K"] = exact.value - solution.value
-    return figures

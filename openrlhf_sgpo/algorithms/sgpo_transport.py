@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from openrlhf_sgpo import extras
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch, Stage
+from openrlhf_sgpo.algorithms.base import Needs, PairAlgorithm, PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
-from openrlhf_sgpo.algorithms.sgpo import certificate, saturated_ball
+from openrlhf_sgpo.algorithms.sgpo import saturated_ball
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class SGPOTransportSettings:
     )
 
 
-class SGPOTransport(Algorithm):
+class SGPOTransport(PairAlgorithm):
     r"""The follower's answer is fixed when a round begins, as atoms that are displaced by d_ik = q_ik / s_ik and weigh s_ik.
     The leader minimises the loss of the atoms, which keep their distance from the policy's margins:
 
@@ -60,13 +60,15 @@ class SGPOTransport(Algorithm):
         super().__init__(options, beta)
         self._atoms: tuple[Tensor, Tensor] | None = None  # s and displacement of all pairs, (N, K)
 
-    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:  # noqa: B008 - frozen
-        """Solve the follower group by group, all groups in the window of all margins, shape (N,); returns the certificate.
+    def begin_stage(self, stage: Stage) -> dict[str, Any]:
+        """Solve the follower group by group, all groups in the window of all margins; returns the certificate.
 
         Raises SaturatedBallError if a group's ball moves everything, ValueError for margins that are not finite.
         """
         import torch
 
+        margins = stage.margins
+        assert margins is not None
         whole = self._exact(margins, None)
         size = self.options.group_size or len(margins)
         order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(stage.seed))
@@ -76,7 +78,7 @@ class SGPOTransport(Algorithm):
             if solution.saturated:
                 raise saturated_ball(self.name, self.options.radius, margins[group], f"the edge {solution.edge:.4g}")
         value = sum(len(group) * each.value for group, each in zip(groups, solutions, strict=True)) / len(margins)
-        figures = certificate(whole) | {"groups": len(groups), "grouping_loss": whole.value - value}
+        figures = whole.certificate() | {"groups": len(groups), "grouping_loss": whole.value - value}
         if not self.options.radius:
             return figures
         answers = [

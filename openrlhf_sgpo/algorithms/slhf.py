@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from openrlhf_sgpo.algorithms.on_policy import LEVEL_HELP, Level, OnPolicyAlgorithm, Plays, Role, policy_gradient_loss
+from openrlhf_sgpo.algorithms.plays import LEVEL_HELP, Level, PlayAlgorithm, Plays, Role, policy_gradient_loss
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class SLHFSettings:
     )
 
 
-class SLHF(OnPolicyAlgorithm):
+class SLHF(PlayAlgorithm):
     """Stackelberg learning from human feedback (Pasztor et al., arXiv 2512.16626), by policy gradients in both roles.
 
         max_pi min_omega  E[ p(y > y') + tau_F KL(omega(.|x,y) || omega_ref(.|x,y)) ] - tau_L KL(pi || pi_ref),
@@ -93,11 +93,12 @@ class SLHF(OnPolicyAlgorithm):
         return problems
 
     def problems(self, config: Config) -> list[str]:
+        problems = super().problems(config)
         if self.options.baseline == "leave_one_out" and config.train.micro_batch_size == 1:
-            return [
+            problems.append(
                 "--train.micro_batch_size: 1 leaves no other play for --slhf.baseline leave_one_out; use at least 2"
-            ]
-        return []
+            )
+        return problems
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -129,7 +130,7 @@ class SLHF(OnPolicyAlgorithm):
     def full_vocabulary(self) -> bool:
         return self.options.kl_level == "full_vocabulary"
 
-    def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
+    def loss(self, batch: Plays) -> Tensor:
         """Leader's loss plus the mean of the followers' losses, with kappa as its weight if it is one; or one of the two; shape
         (batch,)."""
         wins = batch.preferences[:, 0, 1:]  # of the draft against each follower answer

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from openrlhf_sgpo.algorithms.base import Algorithm, Needs, PairBatch, Stage
+from openrlhf_sgpo.algorithms.base import Needs, PairAlgorithm, PairBatch, Stage
 from openrlhf_sgpo.algorithms.cdpo import cdpo_loss
 from openrlhf_sgpo.flags import setting
 
@@ -73,7 +73,7 @@ class SPASettings:
     )
 
 
-class SPA(Algorithm):
+class SPA(PairAlgorithm):
     """Self-annotated rounds of DPO that smooth the labels the policy itself doubts (Kim et al., arXiv 2406.04412).
 
     A pair is in doubt if its confidence is among the lowest ``noisy_share`` of the latest ones. The confidence is the
@@ -117,7 +117,7 @@ class SPA(Algorithm):
         self._threshold = -math.inf
         self._forget()
 
-    def begin_stage(self, margins: Tensor, stage: Stage = Stage()) -> dict[str, Any]:  # noqa: B008 - frozen
+    def begin_stage(self, stage: Stage) -> dict[str, Any]:
         """A round's confidences say nothing about those of the next, whose reference is another one: start anew."""
         self._stage = stage
         values = self.options.extrapolation

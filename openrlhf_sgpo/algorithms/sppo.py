@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Plays, Role
+from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays, Role
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SPPOSettings:
     )
 
 
-class SPPO(OnPolicyAlgorithm):
+class SPPO(PlayAlgorithm):
     """Self-play by multiplicative weights: pi_{t+1} proportional to pi_t exp(eta * p(y > pi_t)) (Wu et al., arXiv 2405.00675).
 
     Answers come from pi_t, the policy of the round's beginning, against which the log-ratio is taken too; ``--model.beta`` and
@@ -50,7 +50,7 @@ class SPPO(OnPolicyAlgorithm):
     def roles(self) -> tuple[Role, ...]:
         return ("previous",) * self.options.answers
 
-    def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
+    def loss(self, batch: Plays) -> Tensor:
         win_rates = batch.preferences.mean(-1)
         ratios = (batch.log_probs - batch.previous).sum(-1)
         losses = sppo_loss(ratios, win_rates, self.options.step)

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from openrlhf_sgpo import __version__, algorithms, extras, flags, run_settings
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.cli import ending
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.launch import COMMAND, follow_deepspeed
@@ -63,13 +62,9 @@ def run(settings: Config, algorithm: type[algorithms.Algorithm], options: Any) -
     if problem := extras.missing("transformers", "deepspeed", "peft", "openrlhf"):
         raise ValueError(problem)
     check_run(settings, algorithm, options)
-    if issubclass(algorithm, OnPolicyAlgorithm):
-        from openrlhf_sgpo.plays import PlayRun
+    from openrlhf_sgpo.loop import execute
 
-        return PlayRun(settings, algorithm, options).execute()
-    from openrlhf_sgpo.rounds import Rounds
-
-    return Rounds(settings, algorithm, options).execute()
+    return execute(settings, algorithm, options)
 
 
 def data(argv: list[str]) -> int:
@@ -82,13 +77,11 @@ def data(argv: list[str]) -> int:
     with other_packages_apart():
         from openrlhf_sgpo.data.report import require
         from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
+        from openrlhf_sgpo.rollout.roles import prompt_room
 
         records = load_run(settings, with_prompts=True)
-        (chat, _), room = load_policy_chat(settings), settings.rollout.max_new_tokens
-        if issubclass(algorithm, OnPolicyAlgorithm):
-            from openrlhf_sgpo.rollout.roles import prompt_room
-
-            room = prompt_room(algorithm(instances[algorithm.name], settings.model.beta), chat, room)
+        chat, _ = load_policy_chat(settings)
+        room = prompt_room(algorithm, instances[algorithm.name], settings, chat)
         reports = inspect_run(records, chat, settings, room).reports
         say("\n".join(report.text() for report in reports), end="")
         require(reports)

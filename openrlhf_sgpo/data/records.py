@@ -40,6 +40,11 @@ class Prompt:
     rejected: str | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    def to_row(self) -> dict[str, Any]:
+        """A JSON row, from which ``load_prompts`` reads the same prompt."""
+        labelled = {} if self.chosen is None else {"chosen": self.chosen, "rejected": self.rejected}
+        return {"id": self.id, "prompt": self.messages, **template_columns(self.template_kwargs), **labelled}
+
 
 @dataclass
 class Pair:

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,31 @@ class BestCase:
     space: str
     radius: float
     margins: Tensor
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """Of the support, which has no ends."""
+        return (-math.inf, math.inf)
+
+    def certificate(self) -> dict[str, Any]:
+        """What proves this answer and describes it, JSON-serialisable; see docs/algorithms/sgpo.md."""
+        return {
+            "value": self.value,
+            "dual_value": self.dual_value,
+            "gap": self.gap,
+            "empirical": self.empirical,
+            "bound": self.bound,
+            "slope": self.slope,
+            "level": self.level,
+            "fraction_moved": self.fraction_moved,
+            "budget_used": self.budget_used,
+            "radius": self.radius,
+            # At radius 0 nothing is below the threshold, and JSON has no infinity.
+            "threshold": self.threshold if self.radius else None,
+            "ball": "best",
+            "space": self.space,
+            "pairs": len(self.margins),
+        }
 
     @property
     def gap(self) -> float:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,31 @@ class WorstCase:
     def fraction_moved(self) -> float:
         """Share of all mass that moves to the edge, 0 to 1."""
         return float(self.moved.mean(dtype=torch.float64))
+
+    def certificate(self) -> dict[str, Any]:
+        """What proves this answer and describes it, JSON-serialisable; see docs/algorithms/sgpo.md."""
+        # At radius 0 nothing is below the threshold, and JSON has no minus infinity.
+        figures: dict[str, Any] = {
+            "value": self.value,
+            "dual_value": self.dual_value,
+            "gap": self.gap,
+            "empirical": self.empirical,
+            "bound": self.bound,
+            "slope": self.slope,
+            "edge": self.edge,
+            "fraction_moved": self.fraction_moved,
+            "budget_used": self.budget_used,
+            "radius": self.radius,
+            "threshold": self.threshold if self.radius else None,
+            "ball": "worst",
+            "space": self.space,
+            "pairs": len(self.margins),
+            "pieces": self.pieces,
+            "window": list(self.window),
+        }
+        if self.pieces and self.space == "margin":
+            figures["delta_K"] = solve_worst_case(self.margins, self.radius, window=self.window).value - self.value
+        return figures
 
     @property
     def gradient(self) -> Tensor:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
-    from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+    from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays
 
 
-PAIRS = 3600  # that stand for all pairs of a game where an algorithm looks at many; preferences are multiples of 1/200
+# Samples that stand for all that can be drawn where an algorithm looks at many; preferences are multiples of 1/200.
+OCCURRENCES = 3600
 
 
 @dataclass
@@ -56,54 +57,52 @@ def start(game: Game, policy: Any = None, follower: Any = None) -> Policies:
 
 
 def expected_loss(
-    game: Game, algorithm: Algorithm, policies: Policies, samples: int = 0, generator: Any = None
+    game: Game, algorithm: Algorithm[Any], policies: Policies, samples: int = 0, generator: Any = None
 ) -> Tensor:
     """The expectation of the algorithm's loss over everything that can be drawn, differentiable.
 
     Every combination of answers is one item of a large batch, weighted by its probability, through which no gradient flows:
     it is the drawing. Algorithms of pairs get all pairs of two draws from ``game.behaviour``, labelled both ways, in
-    proportion to the preference. With samples > 0 that many plays of an on-policy algorithm are drawn instead, and
-    preferences with them (0 or 1), as an oracle of single votes would give them.
+    proportion to the preference. With samples > 0 that many plays of an algorithm that learns from fresh answers are drawn
+    instead, and preferences with them (0 or 1), as an oracle of single votes would give them.
     """
-    from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+    batch, weights = _batch(game, algorithm, policies, samples, generator)
+    return (weights * algorithm.loss(batch)).sum()
 
-    if isinstance(algorithm, OnPolicyAlgorithm):
-        return _expected_plays(game, algorithm, policies, samples, generator)
+
+def _batch(
+    game: Game, algorithm: Algorithm[Any], policies: Policies, samples: int, generator: Any
+) -> tuple[PairBatch | Plays, Tensor]:
+    """What may be drawn, and how likely each is."""
+    from openrlhf_sgpo.algorithms.plays import PlayAlgorithm
+
+    if isinstance(algorithm, PlayAlgorithm):
+        return _all_plays(game, algorithm, policies, samples, generator)
     if samples:
         raise ValueError(f"{algorithm.name} trains on pairs, of which all are taken: leave samples at 0")
-    return _expected_pairs(game, algorithm, policies)
-
-
-def _expected_pairs(game: Game, algorithm: Algorithm, policies: Policies) -> Tensor:
-    batch, weights = _all_pairs(game, policies)
-    return 2 * (weights * algorithm.loss(batch)).sum()
+    return _all_pairs(game, policies)
 
 
 def _all_pairs(game: Game, policies: Policies) -> tuple[PairBatch, Tensor]:
-    """All pairs of two draws from ``game.behaviour``, labelled both ways, and how likely each is; that sums to one half."""
+    """All pairs of two draws from ``game.behaviour``, labelled both ways, and how likely each is."""
     import torch
 
     from openrlhf_sgpo.algorithms.base import PairBatch
 
-    own, reference = policies.policy.log_softmax(-1), torch.tensor(game.leader_reference).log()
+    policy, reference = policies.policy.log_softmax(-1), torch.tensor(game.leader_reference).log()
     chosen, rejected = torch.tensor(list(product(range(game.size), repeat=2))).T
     behaviour = torch.tensor(game.behaviour)
-    weights = behaviour[chosen] * behaviour[rejected] * torch.tensor(game.preferences)[chosen, rejected]
-    return PairBatch(own[chosen], own[rejected], reference[chosen], reference[rejected]), weights
+    weights = 2 * behaviour[chosen] * behaviour[rejected] * torch.tensor(game.preferences)[chosen, rejected]
+    return PairBatch(policy[chosen], policy[rejected], reference[chosen], reference[rejected]), weights
 
 
-def _watched(game: Game, algorithm: Algorithm, policies: Policies) -> Tensor:
-    """What the algorithm watches, of each pair as often as it occurs among ``PAIRS``: its hooks know no weights."""
-    batch, weights = _all_pairs(game, policies)
-    return algorithm.watched(batch).detach().repeat_interleave((2 * PAIRS * weights).round().long())
-
-
-def _expected_plays(
-    game: Game, algorithm: OnPolicyAlgorithm, policies: Policies, samples: int, generator: Any
-) -> Tensor:
+def _all_plays(
+    game: Game, algorithm: PlayAlgorithm, policies: Policies, samples: int, generator: Any
+) -> tuple[Plays, Tensor]:
+    """All combinations of answers by role, or ``samples`` that were drawn, and how likely each is."""
     import torch
 
-    from openrlhf_sgpo.algorithms.on_policy import Plays
+    from openrlhf_sgpo.algorithms.plays import Plays
 
     own, follower = policies.policy.log_softmax(-1), policies.follower.log_softmax(-1)
     reference = torch.tensor(game.leader_reference).log()
@@ -138,7 +137,7 @@ def _expected_plays(
         torch.stack(column, dim=1)[chosen].unsqueeze(-1) for column in zip(*columns, strict=True)
     )
     plays = Plays(log_probs, base, previous, preferences, exact if algorithm.full_vocabulary else None)
-    return (weights * algorithm.loss(plays)).sum()
+    return plays, weights
 
 
 def _votes(preferences: Tensor, generator: Any) -> Tensor:
@@ -152,7 +151,7 @@ def _votes(preferences: Tensor, generator: Any) -> Tensor:
 
 def drive(
     game: Game,
-    algorithm: Algorithm,
+    algorithm: Algorithm[Any],
     *,
     steps: int,
     learning_rate: float,
@@ -168,18 +167,23 @@ def drive(
     """
     import torch
 
-    from openrlhf_sgpo.algorithms.base import Stage
-    from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
+    from openrlhf_sgpo.algorithms.base import Algorithm, Stage
 
     policies = start(game) if policies is None else policies
-    learns_from_pairs = not isinstance(algorithm, OnPolicyAlgorithm)
+    # The hooks know no weights: they see each sample as often as it occurs among ``OCCURRENCES``, as it is after the step.
+    watches = type(algorithm).after_step is not Algorithm.after_step
+
+    def watched() -> Tensor:
+        batch, weights = _batch(game, algorithm, policies, samples, generator)
+        return algorithm.watched(batch).detach().repeat_interleave((OCCURRENCES * weights).round().long())
+
     parameters = [policies.policy, policies.follower]
     generator = torch.Generator().manual_seed(seed)
     leaders, followers = [_probabilities(policies.policy)], [_probabilities(policies.follower)]
     for number in range(rounds):
         policies.new_round()
-        if learns_from_pairs:
-            algorithm.begin_stage(_watched(game, algorithm, policies), Stage(number + 1, steps, seed))
+        margins = None if algorithm.fresh_answers else watched()
+        algorithm.begin_stage(Stage(margins, number + 1, steps, seed))
         for _ in range(steps):
             loss = expected_loss(game, algorithm, policies, samples, generator)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -187,8 +191,8 @@ def drive(
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
                         parameter -= learning_rate * gradient
-            if learns_from_pairs:
-                algorithm.after_step(_watched(game, algorithm, policies))
+            if watches:
+                algorithm.after_step(watched())
             leaders.append(_probabilities(policies.policy))
             followers.append(_probabilities(policies.follower))
         if not np.isfinite(leaders[-1]).all() or not np.isfinite(followers[-1]).all():

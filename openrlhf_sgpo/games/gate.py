@@ -177,7 +177,7 @@ CHECKS = (
     Check(
         "sgpo",
         "condorcet",
-        SGPO(SGPOSettings(radius=RADIUS, refresh_window=driver.PAIRS), TAU),
+        SGPO(SGPOSettings(radius=RADIUS, refresh_window=driver.OCCURRENCES), TAU),
         "least worst case",
         _sgpo,
         500,
@@ -186,7 +186,7 @@ CHECKS = (
     Check(
         "sgpo, wide window",
         "condorcet",
-        SGPO(SGPOSettings(radius=RADIUS, window_pad=1e5, refresh_window=driver.PAIRS), TAU),
+        SGPO(SGPOSettings(radius=RADIUS, window_pad=1e5, refresh_window=driver.OCCURRENCES), TAU),
         "Bradley-Terry",
         _dpo,
         500,

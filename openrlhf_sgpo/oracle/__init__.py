@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from openrlhf_sgpo.algorithms.base import Algorithm
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.oracle.base import (
     Answer,
     Comparison,
@@ -37,7 +36,7 @@ names, get = _registry.names, _registry.get
 
 def judges_itself(config: Config, algorithm: type[Algorithm]) -> bool:
     """Whether each round's own policy ranks its answers, so that the oracle is another one in every round."""
-    return config.oracle == "implicit" and not issubclass(algorithm, OnPolicyAlgorithm)
+    return config.oracle == "implicit" and not algorithm.fresh_answers
 
 
 def problems(name: str, config: Inference) -> list[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Role
 from openrlhf_sgpo.rollout.base import Rollout, Sample, prompt_seed
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm, Role
+    from openrlhf_sgpo.algorithms import Algorithm
+    from openrlhf_sgpo.config import Config
     from openrlhf_sgpo.data.records import Messages, Prompt
     from openrlhf_sgpo.data.tokens import ChatFormat
+    from openrlhf_sgpo.ledger import Stopwatch
 
 Tokens = tuple[int, ...]
 
@@ -58,25 +60,29 @@ def follower_room(chat: ChatFormat, instruction: str, max_new_tokens: int) -> in
     return len(revision) - len(chat.prompt(question)) + 2 * max_new_tokens
 
 
-def prompt_room(algorithm: OnPolicyAlgorithm, chat: ChatFormat, max_new_tokens: int) -> int:
-    """Tokens that a prompt must leave for everything that is drawn after it."""
-    if "follower" not in algorithm.roles:
-        return max_new_tokens
-    return follower_room(chat, algorithm.follower_prompt, max_new_tokens)
+def prompt_room(algorithm: type[Algorithm[Any]], options: Any, config: Config, chat: ChatFormat) -> int:
+    """Tokens that a prompt must leave for everything that is drawn after it in a run of this algorithm."""
+    room = config.rollout.max_new_tokens
+    if not issubclass(algorithm, PlayAlgorithm):
+        return room
+    play = algorithm(options, config.model.beta)
+    return follower_room(chat, play.follower_prompt, room) if "follower" in play.roles else room
 
 
 class Roles:
     """Draws the answers of plays. engine: for every role but the mixture with the reference. mixture: for that one; may be the
-    engine where the reference's share is 0. folders: with the weights of each role, which are loaded before it answers."""
+    engine where the reference's share is 0. folders: with the weights of each role, which are loaded before it answers. clock:
+    times the loading as the part ``sync``."""
 
     def __init__(
         self,
-        algorithm: OnPolicyAlgorithm,
+        algorithm: PlayAlgorithm,
         chat: ChatFormat,
         engine: Rollout,
         mixture: Rollout,
         folders: Mapping[Role, str],
         longest: int,
+        clock: Stopwatch,
     ):
         self.runs = [(role, len(list(run))) for role, run in groupby(algorithm.roles)]
         self.instruction = algorithm.follower_prompt
@@ -84,8 +90,8 @@ class Roles:
         self.engine = engine
         self.mixture = mixture
         self.folders = folders
-        self.seconds_loading = 0.0
         self.longest = longest  # context of an answer, in tokens
+        self.clock = clock
 
     def answer(
         self, prompts: Sequence[Prompt], tokens: Sequence[Tokens], seed: int
@@ -100,9 +106,8 @@ class Roles:
                     for prompt, own in zip(prompts, answers, strict=True)
                 ]
             rollout = self.mixture if role == "mixture" else self.engine
-            start = time.perf_counter()
-            rollout.load(self.folders[role])  # nothing happens if the role before had the same
-            self.seconds_loading += time.perf_counter() - start
+            with self.clock("sync"):
+                rollout.load(self.folders[role])  # nothing happens if the role before had the same
             found = rollout.generate(contexts, count, prompt_seed(seed, (place,)), label="")
             for own, context, samples in zip(answers, contexts, found, strict=True):
                 own += [(context, sample) for sample in samples]

@@ -7,6 +7,7 @@ is no padding, and logits are computed at the positions that predict response to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +31,14 @@ def check_layout(config: Config, model: PretrainedConfig) -> None:
     if others or (window and config.data.max_len > window):
         reason = f"layers of kind {', '.join(sorted(others))}" if others else f"a sliding window of {window} tokens"
         raise ValueError(f"--train.layout shared_prefix does not work with {reason}: use padded")
+
+
+def implicit_margins(
+    policy: Sequence[tuple[float, ...]], reference: Sequence[tuple[float, ...]], beta: float
+) -> Tensor:
+    """beta * [(log-ratio of chosen) - (log-ratio of rejected)], shape (pairs,), float64, from summed log-probabilities."""
+    ratio = torch.tensor(policy, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
+    return beta * (ratio[:, 0] - ratio[:, 1])
 
 
 class Logits(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from openrlhf_sgpo.algorithms import Algorithm
-from openrlhf_sgpo.algorithms.on_policy import OnPolicyAlgorithm
 from openrlhf_sgpo.config import Config, TrainSettings
 from openrlhf_sgpo.flags import SettingsError
 
@@ -63,7 +62,7 @@ def check_sizes(
     """Raises SettingsError with every stage that so many usable human pairs and prompts, None where that is not known, leave
     with too few. Of a round the pairs are not known yet, but they are not more than its prompts."""
     problems, counts = [], []
-    if issubclass(algorithm, OnPolicyAlgorithm):
+    if algorithm.fresh_answers:
         batch = config.train.batch_size
         if prompts is not None and prompts < batch:
             problems.append(

@@ -1,229 +1,186 @@
-"""The pair trainer: OpenRLHF's DPOTrainer with an algorithm in place of its loss and references that are already known."""
+"""The trainer: optimiser steps on batches of either kind, on OpenRLHF's DeepSpeed strategy."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from openrlhf_sgpo.algorithms.base import Algorithm, PairBatch
-from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.finite import check_figures, check_trained
-from openrlhf_sgpo.openrlhf import Actor, DistributedSampler, DPOTrainer
-from openrlhf_sgpo.output import Progress
+from openrlhf_sgpo.ledger import Stopwatch
+from openrlhf_sgpo.memory import release_memory
+from openrlhf_sgpo.openrlhf import load_actor, resting
 from openrlhf_sgpo.training.checkpoints import Checkpoints
-from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
+from openrlhf_sgpo.training.policies import load_trained, seed_generators, write_policy
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.metrics import Metrics
+    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy
+
+
+class Forward(Protocol):
+    """What is particular about a kind of samples; see ``PairForward`` and ``PlayForward``."""
+
+    def batch(self, model: Actor, samples: Any, step: int) -> Any:
+        """What the loss reads of a micro-batch, with gradient."""
+
+    def log_probs(self, model: Actor, samples: Any) -> Tensor:
+        """Of the responses of a micro-batch under the policy, one dimension."""
+
+    def recorded(self, batch: Any) -> Tensor:
+        """What a step records of each sample of a batch, shape (batch, c)."""
+
+    def tokens(self, samples: Any) -> list[int]:
+        """Tokens of each sample."""
+
+    def summary(self, recorded: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+        """Figures that must be finite, causes first, and metrics of a step, from all that it recorded."""
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """index (batch,): positions among the stage's pairs. reference (batch, 2): of chosen and rejected."""
+class TrainingStage:
+    """What is trained, and from where to where.
 
-    index: Tensor
-    groups: list[Group]
-    reference: Tensor
+    number, label: of the round. algorithm: after ``begin_stage``. forward: makes the forward pass from the frozen models by
+    name. start: folder of the policy. frozen: folders of the models that the forward pass reads. first, last: steps after
+    ``first`` are taken, up to ``last``, of a learning-rate schedule over ``scheduled`` steps. adapters: names of the LoRA
+    adapters where there are several, each with its multiple of the learning rate. policies: where the policy of each adapter
+    goes. checkpoints: their folder. keeps_optimizer: the next stage goes on with this optimiser, so the last step is a
+    checkpoint too. generator: name of the random numbers of adapters and dropout. facts: for the manifest. cost: what the stage
+    has cost so far.
+    """
+
+    number: int
+    algorithm: Algorithm[Any]
+    forward: Callable[[Mapping[str, Actor], Stopwatch], Forward]
+    start: str
+    learning_rate: float
+    first: int
+    last: int
+    scheduled: int
+    policies: dict[str, Path]
+    checkpoints: Path
+    generator: str
+    frozen: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, float] = field(default_factory=dict)
+    keeps_optimizer: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"round {self.number}"
 
 
-def seed_generators(*parts: object) -> None:
-    """Seed torch's generators, of the GPUs too, with a number that stands for ``parts``."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+class Trainer:
+    """Trains the policy of a stage, step by step. A context: inside it the models are in memory. Every method is collective.
 
-
-class PairDataset(Dataset):
-    """Tokenised pairs with the reference log-probabilities of (chosen, rejected)."""
-
-    def __init__(self, groups: list[Group], reference: Sequence[tuple[float, ...]]):
-        self.groups = groups
-        self.reference = torch.tensor(reference)
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, index: int) -> int:
-        return index
-
-    def collate(self, indices: list[int]) -> MicroBatch:
-        index = torch.tensor(indices)
-        return MicroBatch(index, [self.groups[i] for i in indices], self.reference[index])
-
-
-class PairTrainer(DPOTrainer):
-    """One stage of training on pairs.
-
-    Beside OpenRLHF's arguments: ``algorithm`` gives the per-pair loss, ``layout`` the forward (see ``log_probs``),
-    ``metrics`` is where each step is logged under ``stage``, which ends after
-    ``steps``. Reference log-probabilities come with the batch; a
-    ``reference`` model is held only for an algorithm that extrapolates logits. Numbers are read from the device once per
-    optimiser step. ``checkpoints`` are written every ``ckpt.save_steps`` steps.
+    A step is OpenRLHF's: the strategy accumulates the mean losses of micro-batches, clips, and steps optimiser and schedule.
+    Numbers are read from the device once per step.
     """
 
     def __init__(
-        self,
-        *,
-        algorithm: Algorithm,
-        layout: str,
-        metrics: Metrics,
-        stage: str,
-        steps: int,
-        checkpoints: Checkpoints | None = None,
-        reference: Actor | None = None,
-        **openrlhf: Any,
+        self, stage: TrainingStage, config: Config, strategy: DeepspeedStrategy, tokenizer: PreTrainedTokenizerBase
     ):
-        super().__init__(ref_model=None, eval_dataloader=None, **openrlhf)
-        self.algorithm = algorithm
-        self.layout = layout
-        self.metrics = metrics
         self.stage = stage
-        self.steps = steps
-        self.checkpoints = checkpoints
-        self.reference = reference
-        self.tokens_trained = 0
+        self.config = config
+        self.strategy = strategy
+        self.tokenizer = tokenizer
+        self.algorithm = stage.algorithm
+        self.clock = Stopwatch(stage.cost)
+        self.checkpoints = Checkpoints(stage.checkpoints, strategy)
+        self._latest: Any = None  # micro-batch
 
-    def fit(self, args: Any = None, consumed_samples: int = 0, num_update_steps_per_epoch: int | None = None) -> None:
-        """Train for ``steps``, within ``max_epochs``, from ``consumed_samples`` on; the signature is OpenRLHF's. Collective.
-
-        Raises NotFiniteError on every rank at the first step whose loss, log-probabilities or gradient are not finite, and
-        before a checkpoint or the end if the policy's weights or log-probabilities are not.
-        """
-        accumulation = self.strategy.accumulated_gradient
-        micro_steps = len(self.train_dataloader)  # of an epoch, per rank
-        first_step = step = consumed_samples // self.strategy.train_batch_size
-        first_epoch, skipped = divmod(step * accumulation, micro_steps)
-        device = next(self.model.parameters()).device
-        records: list[Tensor] = []
-        progress = Progress(
-            total=self.steps,
-            initial=step,
-            desc=f"{self.stage}: train",
-            unit="step",
-            disable=not self.strategy.is_rank_0(),
+    def __enter__(self) -> Trainer:
+        stage, config = self.stage, self.config
+        self.actor, self.optimizer, self.scheduler = load_trained(
+            *(stage.start, config, self.strategy, stage.learning_rate, stage.scheduled, stage.generator, stage.adapters)
         )
-        self.model.train()
-        for epoch in range(first_epoch, self.epochs):
-            if isinstance(self.train_dataloader.sampler, DistributedSampler):
-                done = skipped * self.strategy.micro_train_batch_size * self.strategy.world_size
-                self.train_dataloader.sampler.set_epoch(epoch, consumed_samples=done if epoch == first_epoch else 0)
-            for batch in self.train_dataloader:
-                if step == self.steps:  # --train.max_steps, or what is left does not fill a batch
-                    break
-                if not records:
-                    # Dropout draws the same numbers in a step, whether or not training was resumed before it.
-                    seed_generators(self.args.train.seed, self.stage, step, self.strategy.get_rank())
-                records.append(self._micro_step(batch, device))
-                if len(records) == accumulation:
-                    step += 1
-                    self._finish_step(step, records, progress)
-                    if self._saves(step):
-                        self._check_policy(step, batch)
-                        self._save_checkpoint(step)
-                    records = []
-        progress.close()
-        if step > first_step:
-            self._check_policy(step, batch)
+        self.frozen = {}
+        for name, folder in stage.frozen.items():
+            self.frozen[name] = self.strategy.prepare(load_actor(folder, config, self.strategy, trainable=False))
+            self.frozen[name].eval()
+        self.forward = stage.forward(self.frozen, self.clock)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for model in (self.actor, *self.frozen.values()):
+            model.model.destroy()
+        del model, self.actor, self.optimizer, self.scheduler, self.frozen, self.forward
+        release_memory()
 
     def restore(self) -> int:
-        """Take up the latest checkpoint, if there is one; returns the samples that it has consumed. Collective."""
-        state = self.checkpoints.restore(self.model.model) if self.checkpoints else None
-        if state is None:
-            return 0
-        self.algorithm.load_state_dict(state["algorithm"])
-        # The checkpoint has the sum over all ranks, and so will the end of the stage.
-        self.tokens_trained = state["tokens_trained"] if self.strategy.is_rank_0() else 0
-        return state["consumed_samples"]
+        """Take up the latest checkpoint, if there is one; returns the step after which training goes on."""
+        state = self.checkpoints.restore(self.actor.model)
+        if state is None or state["step"] < self.stage.first:
+            return self.stage.first
+        if state["step"] > self.stage.first:  # otherwise it is the end of the stage before
+            self.algorithm.load_state_dict(state["algorithm"])
+            self.stage.cost.update(state["cost"])
+        return state["step"]
 
-    def _saves(self, step: int) -> bool:
-        every = self.args.ckpt.save_steps
-        return self.checkpoints is not None and every > 0 and step % every == 0
+    def step(self, number: int, samples: list[Any]) -> tuple[dict[str, Any], Tensor]:
+        """One optimiser step on this rank's micro-batches. Returns its metrics, and what was recorded of every sample of all
+        ranks, shape (train.batch_size, c).
 
-    def _check_policy(self, step: int, batch: MicroBatch) -> None:
-        """Raises NotFiniteError if what a step has left cannot be used: a step may be finite and lead out of the range."""
-        self.model.eval()
-        with torch.no_grad():
-            log_probs = response_log_probs(self.model, batch.groups, self.layout, self.tokenizer.pad_token_id)
-        self.model.train()
-        check_trained(self.model, log_probs, f"{self.stage}, after step {step}", self.strategy.args.ds.param_dtype)
+        Raises NotFiniteError on every rank if a loss, a log-probability or the gradient is not finite.
+        """
+        # Dropout draws the same numbers in a step, whether or not training was resumed before it.
+        seed_generators(self.config.train.seed, self.stage.generator, number, self.strategy.get_rank())
+        self.actor.train()
+        learning_rate = self.scheduler.get_last_lr()[0]
+        with self.clock("train"):
+            rows = [self._micro_step(number, micro_batch) for micro_batch in samples]
+            table = self.strategy.all_gather(torch.cat(rows)).cpu()
+        self._latest = samples[-1]
+        losses, watched, tokens, recorded = table[:, 0], table[:, 1], table[:, 2], table[:, 3:]
+        place, dtype = f"{self.stage.label}, step {number}", self.config.ds.param_dtype
+        causes, metrics = self.forward.summary(recorded)
+        metrics = {"loss": losses.mean().item(), **metrics, "grad_norm": self.strategy.get_grad_norm(self.actor)}
+        check_figures(causes | {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]}, place, dtype)
+        figures = self.algorithm.after_step(watched)
+        check_figures({f"metric {name}": value for name, value in figures.items()}, place, dtype)
+        self.stage.cost["tokens_trained"] = self.stage.cost.get("tokens_trained", 0) + int(tokens.sum())
+        metrics |= {"learning_rate": learning_rate, **figures}
+        return {f"train/{name}": value for name, value in metrics.items()}, recorded
 
-    def _save_checkpoint(self, step: int) -> None:
-        assert self.checkpoints is not None
-        state = {
-            "consumed_samples": step * self.strategy.train_batch_size,
-            "tokens_trained": int(self.strategy.all_reduce(self.tokens_trained, "sum")),
-            "algorithm": self.algorithm.state_dict(),
-        }
-        self.checkpoints.save(self.model.model, step, state)
+    def end_step(self, number: int) -> None:
+        """Check the policy and save a checkpoint where one is due, or the stage ends. Raises NotFiniteError on every rank if a
+        weight of the policy, or a log-probability of its latest responses, is not finite: a step may be finite and lead out of
+        the range."""
+        every, last = self.config.ckpt.save_steps, number == self.stage.last
+        due = (every > 0 and number % every == 0) or (last and self.stage.keeps_optimizer)
+        if due or last:
+            self.actor.eval()
+            with torch.no_grad():
+                log_probs = self.forward.log_probs(self.actor, self._latest)
+            self.actor.train()
+            place = f"{self.stage.label}, after step {number}"
+            check_trained(self.actor, log_probs, place, self.config.ds.param_dtype)
+        if due:
+            state = {"step": number, "algorithm": self.algorithm.state_dict(), "cost": self.stage.cost}
+            self.checkpoints.save(self.actor.model, number, state)
 
-    def _micro_step(self, batch: MicroBatch, device: torch.device) -> Tensor:
-        """Forward, backward, and the optimiser at an accumulation boundary. Returns (batch, 7), detached."""
-        log_probs, extrapolated = self._forward(batch.groups)
-        chosen, rejected = log_probs.view(-1, 2).T
-        reference_chosen, reference_rejected = batch.reference.to(device).T
-        lengths = [[len(response) for response in group.responses] for group in batch.groups]
-        chosen_length, rejected_length = torch.tensor(lengths, dtype=log_probs.dtype, device=device).T
-        pairs = PairBatch(
-            *(chosen, rejected, reference_chosen, reference_rejected, batch.index, chosen_length, rejected_length),
-            *((None, None) if extrapolated is None else extrapolated.view(-1, 2).T),
+    def write_policies(self) -> None:
+        """The policy of each adapter, see ``write_policy``."""
+        for adapter, destination in self.stage.policies.items():
+            write_policy(self.actor, self.tokenizer, destination, self.strategy, adapter)
+
+    def _micro_step(self, number: int, samples: Any) -> Tensor:
+        """Forward, backward, and the optimiser at an accumulation boundary. Returns (batch, 3 + c), detached: loss, what the
+        algorithm watches, tokens, and what is recorded."""
+        batch = self.forward.batch(self.actor, samples, number)
+        losses = self.algorithm.loss(batch)
+        self.strategy.backward(losses.mean(), self.actor, self.optimizer)
+        with resting(self.actor, self.algorithm.resting(number)):
+            self.strategy.optimizer_step(self.optimizer, self.actor, self.scheduler)
+        columns = torch.stack(
+            [losses, self.algorithm.watched(batch), losses.new_tensor(self.forward.tokens(samples))], dim=1
         )
-        losses = self.algorithm.loss(pairs)
-        self.strategy.backward(losses.mean(), self.model, self.optimizer)
-        self.strategy.optimizer_step(self.optimizer, self.model, self.scheduler)
-        self.tokens_trained += sum(map(len, batch.groups))
-        reward_chosen = self.beta * (chosen - reference_chosen)
-        reward_rejected = self.beta * (rejected - reference_rejected)
-        margins, watched = pairs.margins(self.beta), self.algorithm.watched(pairs)
-        columns = (losses, reward_chosen, reward_rejected, margins, chosen, rejected, watched)
-        return torch.stack(columns, dim=1).detach()
-
-    def _forward(self, groups: list[Group]) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of all responses, and those under the extrapolated logits where the algorithm wants them."""
-        pad = self.tokenizer.pad_token_id
-        if self.reference is None:
-            return response_log_probs(self.model, groups, self.layout, pad), None
-        policy = response_logits(self.model, groups, self.layout, pad)
-        with torch.no_grad():
-            reference = response_logits(self.reference, groups, self.layout, pad)
-            extrapolated = extrapolated_log_probs(policy, reference, self.algorithm.extrapolation)
-        return policy.log_probs(), extrapolated
-
-    def _finish_step(self, step: int, records: list[Tensor], progress: Progress) -> None:
-        table = self.strategy.all_gather(torch.cat(records))
-        accurate = (table[:, 3] > 0).to(table)
-        loss, chosen, rejected, margin, logp_chosen, logp_rejected, accuracy = (
-            torch.cat([table[:, :6], accurate[:, None]], dim=1).mean(0).tolist()
-        )
-        place, dtype = f"{self.stage}, step {step}", self.strategy.args.ds.param_dtype
-        gradient_norm = self.strategy.get_grad_norm(self.model)
-        # In this order: what comes first is the cause of what follows. All ranks have the same figures.
-        figures = {
-            "mean log-probability of the chosen responses": logp_chosen,
-            "mean log-probability of the rejected responses": logp_rejected,
-            "mean reward of the chosen responses, against their reference": chosen,
-            "mean reward of the rejected responses, against their reference": rejected,
-            "loss": loss,
-            "gradient norm": gradient_norm,
-        }
-        check_figures(figures, place, dtype)
-        extra = self.algorithm.after_step(table[:, 6])
-        check_figures({f"metric {name}": value for name, value in extra.items()}, place, dtype)
-        row = {
-            "train/loss": loss,
-            "train/rewards/chosen": chosen,
-            "train/rewards/rejected": rejected,
-            "train/rewards/margins": margin,
-            "train/rewards/accuracies": accuracy,
-            "train/logps/chosen": logp_chosen,
-            "train/logps/rejected": logp_rejected,
-            "train/grad_norm": gradient_norm,
-            "train/learning_rate": self.scheduler.get_last_lr()[0],
-        } | {f"train/{name}": value for name, value in extra.items()}
-        self.metrics.log(self.stage, step, row)
-        progress.set_postfix(loss=f"{loss:.4f}", margin=f"{margin:.3f}", accuracy=f"{accuracy:.2f}")
-        progress.update()
+        return torch.cat([columns, self.forward.recorded(batch)], dim=1).detach()

@@ -94,7 +94,7 @@ def test_a_circle_can_be_learned(tiny_model, make_resources, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from openrlhf_sgpo.oracle import Answer, Question
-    from openrlhf_sgpo.oracle.preference_model import PreferenceModel as Oracle
+    from openrlhf_sgpo.oracle.preference_model import PreferenceModelOracle as Oracle
 
     beats = {("rock", "scissors"), ("scissors", "paper"), ("paper", "rock")}
     prompt = [{"role": "user", "content": "?"}]
@@ -129,7 +129,7 @@ def test_a_run_learns_the_rule_and_the_oracle_says_the_same(tiny_model, make_res
     """The word yes is better than none. Through the command line: the held-out comparisons come out right, the oracle's
     preferences are the averages of both orders, and a second run asks it to rank."""
     from openrlhf_sgpo.oracle import Answer, Question
-    from openrlhf_sgpo.oracle.preference_model import PreferenceModel as Oracle
+    from openrlhf_sgpo.oracle.preference_model import PreferenceModelOracle as Oracle
 
     generator = random.Random(0)
 

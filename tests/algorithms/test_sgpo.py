@@ -44,7 +44,7 @@ def follower(options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_radius_0_is_dpo_to_the_last_bit(dtype):
     algorithm = sgpo(radius=0.0)
-    certificate = algorithm.begin_stage(draw(10, dtype=dtype))
+    certificate = algorithm.begin_stage(Stage(draw(10, dtype=dtype)))
     margins = draw(10, seed=1, dtype=dtype)
     assert torch.equal(algorithm.loss(batch(margins)), dpo_loss(margins))
     for name in ("value", "dual_value", "bound"):
@@ -59,14 +59,14 @@ def test_loss_and_gradient_are_continuous_in_the_radius_down_to_0(options):
     above the threshold gets the very same ones; the threshold itself falls to the smallest margin."""
     margins = draw(40)
     without = sgpo(**{**options, "radius": 0.0})
-    without.begin_stage(margins)
+    without.begin_stage(Stage(margins))
     expected, expected_gradient = without.loss(batch(margins)), gradient_of(without, margins)
     if options == MARGIN:
         assert torch.equal(expected, dpo_loss(margins))
     distances = []
     for radius in (1e-2, 1e-4, 1e-6, 1e-8):
         algorithm = sgpo(**{**options, "radius": radius})
-        algorithm.begin_stage(margins)
+        algorithm.begin_stage(Stage(margins))
         loss, gradient = algorithm.loss(batch(margins)), gradient_of(algorithm, margins)
         distances.append(float((loss - expected).abs().max() + (gradient - expected_gradient).abs().max()))
     assert all(later <= earlier + 1e-15 for earlier, later in pairwise(distances))
@@ -80,7 +80,7 @@ def test_margins_of_a_batch_are_those_of_the_paper():
     expected = BETA * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
     assert torch.allclose(pairs.margins(BETA), expected, rtol=0, atol=1e-12)
     algorithm = sgpo(radius=0.0)
-    algorithm.begin_stage(expected)
+    algorithm.begin_stage(Stage(expected))
     assert torch.allclose(algorithm.loss(pairs), -torch.log(torch.sigmoid(expected)), rtol=0, atol=1e-12)
 
 
@@ -90,7 +90,7 @@ def test_margins_of_a_batch_are_those_of_the_paper():
 @pytest.mark.parametrize("options", FOLLOWERS)
 def test_certificate(options):
     margins = draw(25)
-    certificate = sgpo(**options).begin_stage(margins)
+    certificate = sgpo(**options).begin_stage(Stage(margins))
     assert certificate["empirical"] < certificate["value"] <= certificate["bound"] + 1e-12
     assert abs(certificate["gap"]) < 1e-12
     assert certificate["dual_value"] == close(certificate["value"])
@@ -106,10 +106,10 @@ def test_certificate(options):
 def test_the_value_is_never_below_the_loss_without_an_attack_unless_tangents_are_named():
     margins = 0.5 + draw(200) / 1.5
     plain = float(dpo_loss(margins).mean())
-    certificate = sgpo(radius=0.01).begin_stage(margins)
+    certificate = sgpo(radius=0.01).begin_stage(Stage(margins))
     assert certificate["value"] > certificate["empirical"] == pytest.approx(plain)
     assert "delta_K" not in certificate
-    with_tangents = sgpo(radius=0.01, pieces=6).begin_stage(margins)
+    with_tangents = sgpo(radius=0.01, pieces=6).begin_stage(Stage(margins))
     assert with_tangents["value"] < plain  # which is why the certificate says how much the tangents hide
     assert with_tangents["delta_K"] == close(certificate["value"] - with_tangents["value"])
 
@@ -119,7 +119,7 @@ def test_what_the_leader_minimises_is_the_value(options):
     """V = slope * radius + mean phi (dual)."""
     margins = draw(25)
     algorithm = sgpo(**options)
-    certificate = algorithm.begin_stage(margins)
+    certificate = algorithm.begin_stage(Stage(margins))
     mean = float(algorithm.loss(batch(margins)).mean())
     assert certificate["slope"] * options["radius"] + mean == close(certificate["value"])
 
@@ -129,7 +129,7 @@ def test_gradient_is_that_of_the_worst_case(options):
     """Danskin's theorem, against the follower's own gradient and against differences of its value."""
     margins = draw(12)
     algorithm = sgpo(**options)
-    algorithm.begin_stage(margins)
+    algorithm.begin_stage(Stage(margins))
     gradient = gradient_of(algorithm, margins)
     worst = solve_worst_case(margins, **follower(options))
     assert torch.allclose(gradient, worst.gradient, rtol=0, atol=1e-14)
@@ -162,7 +162,7 @@ def test_gradient_at_ties_and_in_tiny_samples_is_that_of_the_value(case, space):
     margins, radius = TIED[case][0].double(), TIED[case][1]
     radius = radius if space == "margin" else radius / 5
     algorithm = sgpo(space=space, radius=radius)
-    algorithm.begin_stage(margins)
+    algorithm.begin_stage(Stage(margins))
     gradient = gradient_of(algorithm, margins)
     worst = solve_worst_case(margins, radius, space=space)
     assert torch.allclose(gradient, worst.gradient, rtol=0, atol=1e-15)
@@ -180,7 +180,7 @@ def test_gradient_at_the_edge_is_the_slope_of_the_chord():
     """A margin at the edge is moved for nothing; raising it costs the follower budget, and so lam."""
     margins = torch.tensor([-1.0, 0.0, 0.0, 3.0], dtype=torch.float64)
     algorithm = sgpo(radius=0.2, window_pad=0.0)
-    certificate = algorithm.begin_stage(margins)
+    certificate = algorithm.begin_stage(Stage(margins))
     gradient = gradient_of(algorithm, margins)
     assert certificate["edge"] == -1.0
     assert float(gradient[0]) == pytest.approx(-certificate["slope"] / 4, abs=1e-15)
@@ -196,7 +196,7 @@ def test_bad_pairs_get_one_weight_and_a_changed_policy_keeps_it():
     """The part below the threshold is a straight chord, also left of the edge; right of it the loss is DPO's."""
     margins = draw(40)
     algorithm = sgpo(**MARGIN)
-    certificate = algorithm.begin_stage(margins)
+    certificate = algorithm.begin_stage(Stage(margins))
     moved_on = torch.cat([margins + 0.1 * draw(40, seed=1), margins.new_tensor([certificate["edge"] - 2])])
     gradient = gradient_of(algorithm, moved_on) * 41
     low, high = moved_on < certificate["threshold"], moved_on > certificate["threshold"]
@@ -219,7 +219,7 @@ def test_refresh_answers_the_latest_margins_in_the_window_of_the_stage(options):
     start, later = draw(16), torch.linspace(-5, 5, 16, dtype=torch.float64)
     steps = [draw(4, seed) - 0.3 * seed for seed in range(1, 7)]
     algorithm = sgpo(**options, refresh_steps=3, refresh_window=20)
-    window = algorithm.begin_stage(start, Stage(seed=3))["window"]
+    window = algorithm.begin_stage(Stage(start, seed=3))["window"]
     shuffled = start[torch.randperm(16, generator=torch.Generator().manual_seed(3))]
     pairs = batch(later)
     before = algorithm.loss(pairs)
@@ -248,7 +248,7 @@ def test_a_long_start_is_sampled_whatever_the_order_of_the_data():
     """Not the last pairs, which with --rounds.data all are the newest."""
     start = torch.cat([torch.zeros(500), torch.ones(500)]).double()
     algorithm = sgpo(radius=0.1, refresh_window=100)
-    algorithm.begin_stage(start)
+    algorithm.begin_stage(Stage(start))
     algorithm.after_step(torch.zeros(0, dtype=torch.float64))
     share = float(algorithm._recent.mean())
     assert len(algorithm._recent) == 100 and 0.3 < share < 0.7
@@ -256,7 +256,7 @@ def test_a_long_start_is_sampled_whatever_the_order_of_the_data():
 
 def test_margins_that_leave_the_window_are_answered():
     algorithm = sgpo(radius=0.1, refresh_window=4)
-    edge = algorithm.begin_stage(draw(8))["edge"]
+    edge = algorithm.begin_stage(Stage(draw(8)))["edge"]
     far_right = algorithm.after_step(torch.full((4,), 50.0, dtype=torch.float64))
     assert far_right["sgpo/edge"] == edge and far_right["sgpo/value"] < 0.1 * (50 - edge)
     with pytest.raises(SaturatedBallError, match="all 4 margins to the edge"):
@@ -267,7 +267,7 @@ def test_a_buffer_that_the_caller_reuses_does_no_harm():
     algorithm, other = sgpo(**MARGIN), sgpo(**MARGIN)
     buffer = draw(4, seed=1)
     for each in (algorithm, other):
-        each.begin_stage(draw(8))
+        each.begin_stage(Stage(draw(8)))
         each.after_step(buffer.clone() if each is other else buffer)
     buffer.fill_(5.0)
     assert algorithm.after_step(draw(4, seed=2)) == other.after_step(draw(4, seed=2))
@@ -276,7 +276,7 @@ def test_a_buffer_that_the_caller_reuses_does_no_harm():
 @pytest.mark.parametrize("options", [{**MARGIN, "refresh_steps": 0}, {"radius": 0.0, "refresh_steps": 1}])
 def test_without_refresh_the_answer_stays(options):
     algorithm = sgpo(**options)
-    algorithm.begin_stage(draw(8))
+    algorithm.begin_stage(Stage(draw(8)))
     before = algorithm.loss(batch(draw(8, seed=1)))
     for seed in range(3):
         assert algorithm.after_step(draw(8, seed=seed) - 3) == {}
@@ -287,7 +287,7 @@ def test_without_refresh_the_answer_stays(options):
 def test_a_checkpoint_restores_the_answer(refresh_steps):
     algorithm, resumed = (sgpo(**MARGIN, refresh_steps=refresh_steps, refresh_window=10) for _ in range(2))
     for each in (algorithm, resumed):
-        each.begin_stage(draw(16))
+        each.begin_stage(Stage(draw(16)))
     for seed in range(1, 6):
         algorithm.after_step(draw(4, seed))
     resumed.load_state_dict(algorithm.state_dict())
@@ -301,7 +301,7 @@ def test_next_stage_has_its_own_margins_and_window():
     for seed in (0, 1):
         margins = draw(8, seed) - 3 * seed
         worst = solve_worst_case(margins, **follower(MARGIN))
-        assert algorithm.begin_stage(margins)["value"] == close(worst.value)
+        assert algorithm.begin_stage(Stage(margins))["value"] == close(worst.value)
         assert algorithm.after_step(draw(4, seed + 2))["sgpo/edge"] == worst.edge
 
 
@@ -312,7 +312,7 @@ def test_the_proximal_term_is_the_squared_distance_from_the_start():
     start, later = draw(10), draw(10, seed=1)
     algorithm, plain = sgpo(**MARGIN, prox=0.7), sgpo(**MARGIN)
     for each in (algorithm, plain):
-        each.begin_stage(start)
+        each.begin_stage(Stage(start))
     index = torch.tensor([7, 2, 9])
     added = algorithm.loss(batch(later[index], index)) - plain.loss(batch(later[index], index))
     assert torch.allclose(added, 0.7 * (later[index] - start[index]) ** 2)
@@ -327,22 +327,22 @@ def test_the_proximal_term_is_the_squared_distance_from_the_start():
 def test_saturated_ball_in_margin_space():
     algorithm = sgpo(radius=1.0, window_pad=1.0)  # all margins 0: exactly enough to move them all
     with pytest.raises(SaturatedBallError) as caught:
-        algorithm.begin_stage(torch.zeros(7))
+        algorithm.begin_stage(Stage(torch.zeros(7)))
     for part in ("--sgpo.radius 1.0", "all 7 margins", "edge -1,", "Margins range from 0 to 0."):
         assert part in str(caught.value)
     for remedy in ("Lower --sgpo.radius", "or raise --sgpo.window_pad", "--rounds.loss_reference previous"):
         assert remedy in str(caught.value)
-    sgpo(radius=0.99, window_pad=1.0).begin_stage(torch.zeros(7))
+    sgpo(radius=0.99, window_pad=1.0).begin_stage(Stage(torch.zeros(7)))
 
 
 def test_saturated_ball_in_probability_space():
     margins = draw(9)
     enough = float(torch.sigmoid(margins).mean())
     with pytest.raises(SaturatedBallError, match=r"Lower --sgpo\.radius\. ") as caught:
-        sgpo(space="probability", radius=enough + 1e-9).begin_stage(margins)
+        sgpo(space="probability", radius=enough + 1e-9).begin_stage(Stage(margins))
     assert "window_pad" not in str(caught.value)
     assert f"from {margins.min():.4g} to {margins.max():.4g}" in str(caught.value)
-    sgpo(space="probability", radius=enough - 1e-9).begin_stage(margins)
+    sgpo(space="probability", radius=enough - 1e-9).begin_stage(Stage(margins))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -350,7 +350,7 @@ def test_margins_that_are_not_finite(bad):
     margins = draw(6)
     margins[2] = bad
     with pytest.raises(ValueError, match="sample 2"):
-        sgpo(**MARGIN).begin_stage(margins)
+        sgpo(**MARGIN).begin_stage(Stage(margins))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from pair_batches import BETA, batch, close, draw, gradient_of
 
 from openrlhf_sgpo import flags
+from openrlhf_sgpo.algorithms.base import Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.algorithms.sgpo import SaturatedBallError
 from openrlhf_sgpo.algorithms.sgpo_best import SGPOBest, SGPOBestSettings
@@ -29,7 +30,7 @@ def best_case(margins, options):
 def test_certificate_and_value(options):
     margins = draw(25)
     algorithm = sgpo_best(**options)
-    certificate = algorithm.begin_stage(margins)
+    certificate = algorithm.begin_stage(Stage(margins))
     assert certificate["bound"] - 1e-12 <= certificate["value"] < certificate["empirical"]
     assert abs(certificate["gap"]) < 1e-12
     assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
@@ -57,7 +58,7 @@ def test_certificate_and_value(options):
 @pytest.mark.parametrize("margins", [draw(20), torch.zeros(10).double(), torch.tensor([-0.3]).double()])
 def test_gradient_is_that_of_the_value(options, margins):
     algorithm = sgpo_best(**options)
-    algorithm.begin_stage(margins)
+    algorithm.begin_stage(Stage(margins))
     gradient = gradient_of(algorithm, margins)
     step = 1e-5 * torch.eye(len(margins), dtype=torch.float64)
 
@@ -71,7 +72,7 @@ def test_gradient_is_that_of_the_value(options, margins):
 @pytest.mark.parametrize("options", FOLLOWERS)
 def test_gentler_than_dpo_where_the_policy_ranks_badly(options):
     algorithm = sgpo_best(**options)
-    threshold = algorithm.begin_stage(draw(40))["threshold"]
+    threshold = algorithm.begin_stage(Stage(draw(40)))["threshold"]
     later = draw(40, seed=1)
     gradient = gradient_of(algorithm, later) * 40
     low = later < threshold
@@ -83,7 +84,7 @@ def test_gentler_than_dpo_where_the_policy_ranks_badly(options):
 @pytest.mark.parametrize("space", ["margin", "probability"])
 def test_radius_0_is_dpo_to_the_last_bit(space):
     algorithm = sgpo_best(space=space, radius=0.0)
-    certificate = algorithm.begin_stage(draw(10))
+    certificate = algorithm.begin_stage(Stage(draw(10)))
     later = draw(10, seed=1)
     assert torch.equal(algorithm.loss(batch(later)), dpo_loss(later))
     assert certificate["value"] == close(certificate["empirical"])
@@ -96,11 +97,11 @@ def test_refreshes_and_resumes(options):
     start, steps, later = draw(16), [draw(4, seed) - 0.3 for seed in (1, 2, 3)], torch.linspace(-5, 5, 16).double()
     settings = {**options, "refresh_steps": 2, "refresh_window": 24}
     algorithm, resumed = sgpo_best(**settings), sgpo_best(**settings)
-    algorithm.begin_stage(start)
+    algorithm.begin_stage(Stage(start))
     before = algorithm.loss(batch(later))
     assert algorithm.after_step(steps[0]) == {}
     assert torch.equal(algorithm.loss(batch(later)), before)
-    resumed.begin_stage(start)
+    resumed.begin_stage(Stage(start))
     resumed.load_state_dict(algorithm.state_dict())
     assert torch.equal(resumed.loss(batch(later)), before)
     metrics = algorithm.after_step(steps[1])
@@ -119,12 +120,12 @@ def test_saturated_best_case():
     margins = draw(9)
     enough = float(torch.sigmoid(-margins).mean())
     with pytest.raises(SaturatedBallError, match="all 9 margins to probability 1, .* no gradient") as caught:
-        sgpo_best(space="probability", radius=enough + 1e-9).begin_stage(margins)
+        sgpo_best(space="probability", radius=enough + 1e-9).begin_stage(Stage(margins))
     for part in ("Lower --sgpo_best.radius.", "--rounds.loss_reference previous"):
         assert part in str(caught.value)
     assert "window_pad" not in str(caught.value)
-    sgpo_best(space="probability", radius=enough - 1e-9).begin_stage(margins)
-    sgpo_best(radius=100.0).begin_stage(margins)  # the line has no end to move to
+    sgpo_best(space="probability", radius=enough - 1e-9).begin_stage(Stage(margins))
+    sgpo_best(radius=100.0).begin_stage(Stage(margins))  # the line has no end to move to
 
 
 def test_check_names_its_own_flags():

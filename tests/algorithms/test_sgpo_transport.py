@@ -8,7 +8,7 @@ import torch
 from pair_batches import BETA, batch, close, draw
 
 from openrlhf_sgpo import flags
-from openrlhf_sgpo.algorithms.base import PairBatch
+from openrlhf_sgpo.algorithms.base import PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 from openrlhf_sgpo.algorithms.sgpo import SaturatedBallError
 from openrlhf_sgpo.algorithms.sgpo_released import SGPOReleased, SGPOReleasedSettings
@@ -32,7 +32,7 @@ def split(count, size):
 @pytest.mark.parametrize("algorithm", [SGPOTransport, SGPOReleased])
 def test_radius_0_is_dpo_to_the_last_bit(algorithm, dtype, group_size):
     algorithm = algorithm(algorithm.settings(radius=0.0, group_size=group_size), BETA)
-    certificate = algorithm.begin_stage(draw(10, dtype=dtype))
+    certificate = algorithm.begin_stage(Stage(draw(10, dtype=dtype)))
     margins = draw(10, seed=1, dtype=dtype)
     assert torch.equal(algorithm.loss(batch(margins)), dpo_loss(margins))
     assert certificate["value"] == close(certificate["empirical"])
@@ -47,7 +47,7 @@ def test_transport_attains_the_worst_case(solver, group_size):
         pytest.importorskip("cvxpy")
     margins = draw(10)
     algorithm = transport(radius=0.3, pieces=0, solver=solver, group_size=group_size)
-    certificate = algorithm.begin_stage(margins)
+    certificate = algorithm.begin_stage(Stage(margins))
     assert (certificate["groups"], certificate["grouping_loss"]) == (1, 0.0)
     assert float(algorithm.loss(batch(margins)).mean()) == pytest.approx(certificate["value"], abs=1e-6)
     # The atoms move with the policy: every pair keeps its own, in whatever batch it comes.
@@ -66,7 +66,7 @@ def test_groups_share_the_window_of_all_pairs(solver):
         pytest.importorskip("cvxpy")
     margins, later = draw(23), draw(23, seed=1)
     algorithm = transport(radius=0.3, pieces=0, group_size=5, solver=solver)
-    certificate = algorithm.begin_stage(margins)
+    certificate = algorithm.begin_stage(Stage(margins))
     whole = solve_worst_case(margins, 0.3)
     assert certificate["window"] == list(whole.window) and certificate["groups"] == 5
     expected, value = torch.empty_like(margins), 0.0
@@ -91,8 +91,8 @@ def test_groups_share_the_window_of_all_pairs(solver):
 def test_single_precision():
     margins = draw(17, dtype=torch.float32)
     single, double = transport(radius=0.3, group_size=5), transport(radius=0.3, group_size=5)
-    single.begin_stage(margins)
-    double.begin_stage(margins.double())
+    single.begin_stage(Stage(margins))
+    double.begin_stage(Stage(margins.double()))
     loss = single.loss(batch(margins))
     assert loss.dtype == torch.float32
     assert torch.allclose(loss.double(), double.loss(batch(margins.double())), atol=1e-5)
@@ -102,7 +102,7 @@ def test_released_is_slsqp_and_its_clamped_logarithm():
     pytest.importorskip("scipy")
     margins = draw(6)
     algorithm = SGPOReleased(SGPOReleasedSettings(radius=0.02, pieces=2, group_size=0), BETA)
-    certificate = algorithm.begin_stage(margins)
+    certificate = algorithm.begin_stage(Stage(margins))
     answer = slsqp(margins, 0.02, pieces=2)
     assert float(answer.displacement.abs().max()) > 0  # the attack took place
     later = draw(6, seed=1).requires_grad_()
@@ -132,14 +132,14 @@ def test_why_released_is_not_offered_with_the_exact_solver():
 
 def test_one_saturated_group_is_enough():
     margins = torch.cat([torch.zeros(8), torch.full((8,), 9.0)]).double()
-    transport(radius=1.5, group_size=0).begin_stage(margins)
+    transport(radius=1.5, group_size=0).begin_stage(Stage(margins))
     with pytest.raises(SaturatedBallError, match=r"--sgpo_transport\.radius 1\.5 .* all 1 margins"):
-        transport(radius=1.5, group_size=1).begin_stage(margins)
+        transport(radius=1.5, group_size=1).begin_stage(Stage(margins))
 
 
 def test_a_batch_must_say_which_pairs_it_holds():
     algorithm = transport(radius=0.3)
-    algorithm.begin_stage(draw(4))
+    algorithm.begin_stage(Stage(draw(4)))
     pairs = batch(draw(4))
     with pytest.raises(ValueError, match="which pairs it holds"):
         algorithm.loss(PairBatch(pairs.policy_chosen, *[pairs.policy_rejected] * 3))

@@ -29,7 +29,7 @@ def spa(stage: Stage = Stage(steps=100), beta: float = BETA, **options) -> SPA: 
     chosen = SPASettings(**{"warmup_share": 0.0, "extrapolation": [0.0], **options})
     assert SPA.check(chosen) == []
     algorithm = SPA(chosen, beta)
-    assert algorithm.begin_stage(torch.zeros(8), stage) == {}
+    assert algorithm.begin_stage(stage) == {}
     return algorithm
 
 
@@ -106,7 +106,7 @@ def test_a_value_per_round_and_the_last_one_for_later_rounds():
     assert algorithm.extrapolation == 0
     found = []
     for number in range(6):
-        algorithm.begin_stage(torch.zeros(4), Stage(number=number))
+        algorithm.begin_stage(Stage(torch.zeros(4), number=number))
         found.append(algorithm.extrapolation)
     assert found == [0.5, 0.5, 0.25, 0.125, 0.125, 0.125]
 
@@ -295,7 +295,7 @@ def test_a_stage_begins_anew():
     algorithm, fresh = (spa(first, smoothing=0.2, warmup_share=0.5) for first in (Stage(steps=30), stage))
     for step in range(20):
         algorithm.after_step(draw(8, seed=step) + 5)
-    algorithm.begin_stage(torch.zeros(8), stage)
+    algorithm.begin_stage(stage)
     for step in range(20):
         margins = draw(8, seed=100 + step)
         assert torch.equal(algorithm.loss(batch(margins)), fresh.loss(batch(margins)))

@@ -17,7 +17,6 @@ from openrlhf_sgpo.oracle.implicit import as_group
 from openrlhf_sgpo.refinement.drafts import load_drafts
 from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.rollout.roles import follower_context
-from openrlhf_sgpo.rounds import _prompt_row
 from openrlhf_sgpo.run_folder import write_jsonl
 
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}
@@ -99,7 +98,7 @@ def test_a_runs_own_files_keep_them(tmp_path):
     pair = Pair("a", CALLED, "Noon.", "Late.", source="implicit", round=1, template_kwargs=TOLD)
     write_jsonl(tmp_path / "pairs.jsonl", [pair.to_row()])
     assert load_run_pairs(str(tmp_path / "pairs.jsonl")) == [pair]
-    write_jsonl(tmp_path / "prompts.jsonl", [_prompt_row(Prompt("a", CALLED, template_kwargs=TOLD))])
+    write_jsonl(tmp_path / "prompts.jsonl", [Prompt("a", CALLED, template_kwargs=TOLD).to_row()])
     assert load_prompts(str(tmp_path / "prompts.jsonl")) == [Prompt("a", CALLED, template_kwargs=TOLD)]
     plain = Pair("a", CALLED[:1], "Noon.", "Late.")
     assert not {"tools", "chat_template_kwargs", "template_kwargs"} & plain.to_row().keys()

@@ -12,8 +12,8 @@ from openrlhf_sgpo import flags, games
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
 from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
 from openrlhf_sgpo.algorithms.nash_md import NashMD, NashMDSettings
-from openrlhf_sgpo.algorithms.on_policy import Plays
 from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
+from openrlhf_sgpo.algorithms.plays import Plays
 from openrlhf_sgpo.algorithms.rloo import RLOO, RLOOSettings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings

@@ -38,7 +38,7 @@ def train(steps=800, stages=1, **options):
     algorithm = SGPO(SGPOSettings(**options, refresh_window=PAIRS), BETA)
     logits, ends = torch.zeros(4, dtype=torch.float64, requires_grad=True), []
     for number in range(stages):
-        algorithm.begin_stage(batch(logits).margins(BETA).detach(), Stage(number + 1, steps))
+        algorithm.begin_stage(Stage(batch(logits).margins(BETA).detach(), number + 1, steps))
         for _ in range(steps):
             (gradient,) = torch.autograd.grad(algorithm.loss(batch(logits)).mean(), logits)
             with torch.no_grad():

@@ -17,33 +17,17 @@ from openrlhf_sgpo.finite import NotFiniteError
 @pytest.fixture
 def train(make_config, groups, tokenizer, tmp_path):
     """Six steps of DPO with a checkpoint after each into a folder of this name."""
-    from openrlhf_sgpo.metrics import Metrics
+    from trainers import make_trainer, train_on_pairs
+
     from openrlhf_sgpo.openrlhf import build_strategy
-    from openrlhf_sgpo.training.stage import train_stage
+    from openrlhf_sgpo.training.pairs import PairBatches
 
     config = make_config(ckpt__save_steps=1, ckpt__max_num=2)
     strategy = build_strategy(config)
 
     def run(name: str) -> dict:
-        metrics = Metrics(tmp_path / name, config, {}, writes=True)
-        try:
-            train_stage(
-                Pairs(NoSettings(), 0.1),
-                groups,
-                [(-20.0, -20.0)] * len(groups),
-                start=config.model.model_name_or_path,
-                loss_reference=config.model.model_name_or_path,
-                destination=tmp_path / name / "policy",
-                epochs=1,
-                learning_rate=1e-3,
-                label="round 0",
-                config=config,
-                strategy=strategy,
-                tokenizer=tokenizer,
-                metrics=metrics,
-            )
-        finally:
-            metrics.close()
+        trainer = make_trainer(Pairs(NoSettings(), 0.1), config, strategy, tokenizer, tmp_path / name, 6)
+        train_on_pairs(trainer, PairBatches(groups, [(-20.0, -20.0)] * len(groups), strategy))
         return load_file(tmp_path / name / "policy/model.safetensors")
 
     run.strategy = strategy
@@ -85,7 +69,7 @@ def test_damaged_checkpoints(train, tmp_path, monkeypatch, capsys):
 
     expected = train("whole")
     monkeypatch.setenv("POISONED_STEP", "5")
-    with pytest.raises(NotFiniteError, match="round 0, step 5: the loss is nan"):
+    with pytest.raises(NotFiniteError, match="round 1, step 5: the loss is nan"):
         train("stopped")
     monkeypatch.delenv("POISONED_STEP")
     folder = tmp_path / "stopped/checkpoints"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from openrlhf_sgpo.algorithms.base import NoSettings
+from openrlhf_sgpo.algorithms.base import NoSettings, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
 
@@ -63,39 +62,23 @@ def weights(actor):
     return {name: weight.clone() for name, weight in actor.model.module.state_dict().items()}
 
 
-def our_losses(config, groups, tokenizer, tmp_path, algorithm):
-    """Losses per optimiser step of train_stage, and the saved weights."""
+def our_losses(config, groups, tokenizer, tmp_path, algorithm, look=lambda step, metrics: None):
+    """Losses per optimiser step of our trainer, and the saved weights; two epochs, or --train.max_steps."""
     from safetensors.torch import load_file
+    from trainers import make_trainer, train_on_pairs
 
-    from openrlhf_sgpo.metrics import Metrics
     from openrlhf_sgpo.openrlhf import build_strategy
+    from openrlhf_sgpo.training.pairs import PairBatches
     from openrlhf_sgpo.training.scoring import Scorer
-    from openrlhf_sgpo.training.stage import train_stage
+    from openrlhf_sgpo.training.sizes import optimiser_steps
 
     strategy = build_strategy(config)
-    start = config.model.model_name_or_path
-    reference = Scorer(config, strategy, 0).score(start, groups, "reference")
-    margins = torch.zeros(len(groups))
-    algorithm.begin_stage(margins)
-    metrics = Metrics(tmp_path, config, {}, writes=True)
-    train_stage(
-        algorithm,
-        groups,
-        reference,
-        start=start,
-        loss_reference=start,
-        destination=tmp_path / "policy",
-        epochs=2,
-        learning_rate=config.adam.lr,
-        label="round 1",
-        config=config,
-        strategy=strategy,
-        tokenizer=tokenizer,
-        metrics=metrics,
-    )
-    metrics.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    return [row["train/loss"] for row in rows], load_file(tmp_path / "policy" / "model.safetensors")
+    reference = Scorer(config, strategy, 0).score(config.model.model_name_or_path, groups, "reference")
+    steps = optimiser_steps(len(groups), 2, config, strategy.world_size)
+    algorithm.begin_stage(Stage(torch.zeros(len(groups)), 1, steps))
+    trainer = make_trainer(algorithm, config, strategy, tokenizer, tmp_path, steps)
+    losses = train_on_pairs(trainer, PairBatches(groups, reference, strategy), look)
+    return losses, load_file(tmp_path / "policy" / "model.safetensors")
 
 
 @pytest.mark.parametrize("layout", [pytest.param("padded", marks=pytest.mark.slow), "shared_prefix"])
@@ -132,57 +115,41 @@ def test_gradient_accumulation_equals_one_large_batch(make_config, groups, token
         torch.testing.assert_close(weight, four_weights[name], rtol=0, atol=2e-4)
 
 
-def test_too_few_pairs_are_an_error_before_the_model_is_loaded(make_config, groups, tokenizer, tmp_path):
-    config = make_config(train__batch_size=64)
-    with pytest.raises(ValueError, match=r"24 pairs are fewer than --train.batch_size 64"):
-        our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), 0.1))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [5, 15])
 def test_max_steps_ends_a_stage_with_a_schedule_of_its_own(make_config, groups, tokenizer, tmp_path, steps):
     """Two epochs are 12 steps: fewer, and more, which go on into further epochs. Warm-up and decay are over those steps."""
     config = make_config(train__max_steps=steps, lr_scheduler="linear", lr_warmup_ratio=0.0)
-    found, _ = our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), 0.1))
-    assert len(found) == steps
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, steps + 1))
-    # The rate that a row shows is that of the step after it.
-    expected = [1e-3 * (1 - step / steps) for step in range(1, steps + 1)]
-    assert [row["train/learning_rate"] for row in rows] == pytest.approx(expected, abs=1e-9)
-    whole, _ = our_losses(make_config(), groups, tokenizer, tmp_path / "whole", DPO(NoSettings(), 0.1))
-    assert found[0] == whole[0] and len(whole) == 12
+    rates = []
+    dpo = DPO(NoSettings(), config.model.beta)
+    losses, _ = our_losses(
+        config, groups, tokenizer, tmp_path, dpo, lambda step, metrics: rates.append(metrics.get("train/learning_rate"))
+    )
+    assert len(losses) == steps
+    assert rates[:-1] == pytest.approx([1e-3 * (1 - step / steps) for step in range(steps)], abs=1e-9)
+    whole, _ = our_losses(make_config(), groups, tokenizer, tmp_path / "whole", DPO(NoSettings(), config.model.beta))
+    assert losses[0] == whole[0] and len(whole) == 12
 
 
 @pytest.mark.slow
-def test_max_steps_survives_a_kill(make_config, groups, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", [8, None], ids=["in the last step", "before the policy is written"])
+def test_max_steps_survives_a_kill(make_config, groups, tokenizer, tmp_path, moment):
     """Killed in its last step, and killed when all steps are done and the policy is not yet written: the same bytes."""
-    from openrlhf_sgpo.training import stage, trainer
-
     config = make_config(train__max_steps=8, ckpt__save_steps=4)
 
-    def losses(folder):
-        return our_losses(config, groups, tokenizer, tmp_path / folder, DPO(NoSettings(), 0.1))
+    def train(folder, look=lambda step, metrics: None):
+        return our_losses(config, groups, tokenizer, tmp_path / folder, DPO(NoSettings(), config.model.beta), look)
 
-    def die(*_, **__):
-        raise KeyboardInterrupt
+    def die(step, metrics):
+        if step == moment:
+            raise KeyboardInterrupt
 
-    def die_in_the_last_step(self, number, *rest):
-        return die() if number == 8 else finish_step(self, number, *rest)
-
-    finish_step = trainer.PairTrainer._finish_step
-    expected, weights = losses("whole")
-    for owner, name, dies in (
-        (trainer.PairTrainer, "_finish_step", die_in_the_last_step),
-        (stage, "write_policy", die),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, dies)
-            with pytest.raises(KeyboardInterrupt):
-                losses(name)
-        found, again = losses(name)
-        assert found == expected
-        assert all(torch.equal(again[key], weight) for key, weight in weights.items())
+    losses, weights = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", die)
+    resumed, again = train("killed")
+    assert resumed == (losses[4:] if moment else [])
+    assert all(torch.equal(again[key], weight) for key, weight in weights.items())
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from openrlhf_sgpo.algorithms.on_policy import Plays, policy_gradient_loss
+from openrlhf_sgpo.algorithms.plays import Plays, policy_gradient_loss
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings, sppo_loss
 

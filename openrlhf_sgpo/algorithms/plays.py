@@ -1,6 +1,6 @@
-"""What algorithms that learn from their own fresh answers have in common: who answers, and what they get back.
+"""What algorithms that learn from fresh answers have in common: who answers, and what the loss gets.
 
-In every play some answers are drawn for one prompt, each by a role, and an oracle says for all of them who is preferred.
+In a play, answers to one prompt are drawn, each by a role, and an oracle says how likely each is preferred to each other.
 """
 
 from __future__ import annotations
@@ -50,20 +50,36 @@ class Plays:
         return (self.log_probs - self.reference).sum(-1)
 
 
-class OnPolicyAlgorithm(Algorithm):
-    """Base of the algorithms that sample in training. ``loss`` takes ``Plays`` and returns one value per play, (batch,).
+class PlayAlgorithm(Algorithm[Plays]):
+    """Base of the algorithms that sample in every step.
 
     models: whose log-probabilities the loss reads beside the policy's. steps_per_sync: optimiser steps between two times
     that the engines take over the policy: 1, or 0 for once a round, where answers come from the role ``previous``.
     """
 
     needs = Needs(rounds=True)
+    fresh_answers = True
     models: ClassVar[tuple[Model, ...]] = ("reference",)
     steps_per_sync: ClassVar[int] = 1
 
     def problems(self, config: Config) -> list[str]:
-        """Problems of the algorithm's settings with the shared ones, each naming its flag; empty when all is well."""
-        return []
+        problems = []
+        if config.rollout.top_p < 1:
+            problems.append(
+                f"--rollout.top_p: {config.rollout.top_p} cuts the distribution whose log-probabilities --algo {self.name} "
+                "needs whole; use 1"
+            )
+        if self.adapters and config.ds.lora.rank == 0:
+            names = " and ".join(self.adapters.values())
+            problems.append(
+                f"--ds.lora.rank: 0, but --algo {self.name} is to train the adapters {names}; use at least 1"
+            )
+        if "follower" in self.roles and 2 * config.rollout.max_new_tokens >= config.data.max_len:
+            problems.append(
+                f"--data.max_len: {config.data.max_len} leaves no room for a prompt, a draft and the follower's answer of "
+                f"--rollout.max_new_tokens {config.rollout.max_new_tokens} each; raise the one or lower the other"
+            )
+        return problems
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -90,17 +106,14 @@ class OnPolicyAlgorithm(Algorithm):
         """Multiples of the learning rate, by adapter."""
         return dict.fromkeys(self.adapters.values(), 1.0)
 
-    def resting(self, step: int) -> tuple[str, ...]:
-        """Adapters that stay as they are in this step."""
-        return ()
-
     @property
     def full_vocabulary(self) -> bool:
         """Whether the loss reads ``Plays.divergence``."""
         return False
 
-    def loss(self, batch: Plays) -> Tensor:  # type: ignore[override]
-        raise NotImplementedError
+    def watched(self, batch: Plays) -> Tensor:
+        """Mean preference for the first answer over the others."""
+        return batch.preferences[:, 0, 1:].mean(-1)
 
 
 def policy_gradient_loss(
@@ -141,4 +154,4 @@ def _to_come(values: Tensor) -> Tensor:
     return values.flip(-1).cumsum(-1).flip(-1)
 
 
-__all__ = ["LEVEL_HELP", "Level", "Model", "OnPolicyAlgorithm", "Plays", "Role", "policy_gradient_loss"]
+__all__ = ["LEVEL_HELP", "Level", "Model", "PlayAlgorithm", "Plays", "Role", "policy_gradient_loss"]

@@ -1,130 +1,90 @@
-"""What is measured of a policy between rounds: held-out pairs, fresh samples, and that the engines really hold it."""
+"""What is measured of a policy between rounds: that the engines really hold it, held-out pairs, and fresh samples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
-
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.messages import template_columns
 from openrlhf_sgpo.data.records import Pair
-from openrlhf_sgpo.data.tokens import ChatFormat, Group
+from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.intervals import scores, share_error, standard_error
-from openrlhf_sgpo.oracle import Answer, Oracle, Question
-from openrlhf_sgpo.rollout import Rollout, Sample
-from openrlhf_sgpo.run_folder import read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.oracle import Answer, Question
+from openrlhf_sgpo.rollout import Sample
+from openrlhf_sgpo.run import Run
+from openrlhf_sgpo.run_folder import read_jsonl, write_jsonl
+from openrlhf_sgpo.training.log_probs import implicit_margins
 from openrlhf_sgpo.training.probe import check_weights_arrived
-from openrlhf_sgpo.training.scoring import Scorer
 
-
-def margins(policy: Sequence[tuple[float, ...]], reference: Sequence[tuple[float, ...]], beta: float) -> torch.Tensor:
-    """beta * [(log-ratio of chosen) - (log-ratio of rejected)], shape (pairs,), float64, from summed log-probabilities."""
-    ratio = torch.tensor(policy, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
-    return beta * (ratio[:, 0] - ratio[:, 1])
+PROBES = 16  # fixed texts that prove a weight sync
 
 
 class Evaluator:
-    """Evaluates policies on the held-out pairs, and with samples where there are engines.
+    """Evaluates policies of a run on the held-out pairs, and with samples where there are engines."""
 
-    held_out: pairs with their token groups (prompt, [chosen, rejected]). probes: fixed texts that prove a weight sync.
-    engine: starts the engines or gives them another policy; None where the run does not sample. oracle: of a run in which it
-    stays the same; then answers are also compared with those of the start.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        scorer: Scorer,
-        chat: ChatFormat,
-        held_out: list[tuple[Pair, Group]],
-        probes: list[Group],
-        engine: Callable[[str], Rollout] | None,
-        oracle: Callable[[], Oracle] | None,
-        writes: bool,
-    ):
-        self.config = config
-        self.scorer = scorer
-        self.chat = chat
-        self.held_out = held_out
-        self.probes = probes
-        self.engine = engine
-        self.oracle = oracle
-        self.writes = writes
+    def __init__(self, run: Run):
+        self.run = run
+        self.config = run.config
+        self.scorer = run.scorer
+        self.held_out = self._held_out()
+        self.probes = self._probes() if run.samples else []
         self._noise: float | None = None
 
-    def evaluate(
-        self, name: str, policy: str, previous: str | None, path: Path, cost: dict[str, float]
-    ) -> dict[str, Any]:
-        """The figures of the policy folder ``policy``, also written to ``path``/evaluation.json. Collective.
-
-        Held-out accuracy and margin (each pair's in held_out.jsonl); with engines also length and truncation of one fresh
-        sample per held-out prompt and its divergence from the initial reference (each in samples.jsonl), with an oracle how
-        often it is preferred to the start's, and the probe, at which it is proved that the engines took over the policy from
-        the ``previous`` one, which is None for the start. ``cost`` gets samples, tokens and judgements.
-        """
-        row: dict[str, Any] = {"name": name}
-        if self.held_out:
-            row |= self._preferences(name, policy, path)
-        if self.engine:
-            engine = self.engine(policy)
-            log_probs = self._probe(policy, f"{name}: probe")
-            before = self._probe(previous, f"{name}: probe, before") if previous else None
-            row["probe"] = check_weights_arrived(
-                engine, self.probes, log_probs, before, self.config.ds.param_dtype, self._noise
-            )
-            if self.held_out:
-                row |= self._samples(name, policy, previous, path, engine, cost)
-        if self.writes:
-            write_json(path / "evaluation.json", row)
-        ranks.barrier()
-        return row
+    def sync(self, name: str, policy: str, previous: str | None) -> dict[str, float]:
+        """Give the engines the policy, and prove that they hold it and not the ``previous`` one, None for the start. Returns
+        the figures of the proof. Raises WeightSyncError. Collective."""
+        engine = self.run.engine(policy)
+        log_probs = self._probe(policy, f"{name}: probe")
+        before = self._probe(previous, f"{name}: probe, before") if previous else None
+        return check_weights_arrived(engine, self.probes, log_probs, before, self.config.ds.param_dtype, self._noise)
 
     def calibrate(self, start: dict[str, Any]) -> None:
         """How far engine and trainer are apart on the same weights, from the row of the start, before there is a sync."""
         self._noise = start.get("probe", {}).get("noise")
 
-    def _probe(self, policy: str, label: str) -> list[float]:
-        return [one for (one,) in self.scorer.score(policy, self.probes, label)]
-
-    def _preferences(self, name: str, policy: str, path: Path) -> dict[str, Any]:
+    def preferences(self, name: str, policy: str, path: Path) -> dict[str, Any]:
+        """Accuracy and mean margin on the held-out pairs, each pair's in ``path``/held_out.jsonl; empty without such pairs.
+        Collective."""
+        if not self.held_out:
+            return {}
         initial = self.config.ref.model_name_or_path
         groups = [group for _, group in self.held_out]
         reference = self.scorer.score(initial, groups, f"{name}: evaluate, reference")
         scored = self.scorer.score(policy, groups, f"{name}: evaluate")
-        found = margins(scored, reference, self.config.model.beta)
-        if self.writes:
-            rows = zip(self.held_out, found.tolist(), strict=True)
+        margins = implicit_margins(scored, reference, self.config.model.beta)
+        if self.run.writes:
+            rows = zip(self.held_out, margins.tolist(), strict=True)
             write_jsonl(path / "held_out.jsonl", ({"id": pair.id, "margin": margin} for (pair, _), margin in rows))
-        values = found.tolist()
+        values = margins.tolist()
         right = scores(values)
         return {
             "accuracy": mean(right),
             "accuracy_error": share_error(right),
-            "margin": found.mean().item(),
+            "margin": margins.mean().item(),
             "margin_error": standard_error(values),
-            "pairs": len(found),
+            "pairs": len(margins),
         }
 
-    def _samples(
-        self, name: str, policy: str, previous: str | None, path: Path, engine: Rollout, cost: dict[str, float]
-    ) -> dict[str, Any]:
+    def samples(self, name: str, policy: str, path: Path, cost: dict[str, float]) -> dict[str, Any]:
+        """Length and truncation of one fresh sample per held-out prompt from the engines, which hold the policy, and its
+        divergence from the initial reference, each in ``path``/samples.jsonl; with an oracle how often it is preferred to the
+        start's. ``cost`` gets samples, tokens and judgements. Empty without held-out prompts. Collective."""
         longest = self.config.data.max_len - self.config.rollout.max_new_tokens
         asked = [(pair, group.prompt) for pair, group in self.held_out if len(group.prompt) <= longest]
         asked = asked[: self.config.eval.max_prompts or None]
         if not asked:
             return {}
         prompts = [prompt for _, prompt in asked]
-        samples = [one for (one,) in engine.generate(prompts, 1, self.config.train.seed, f"{name}: sample")]
+        samples = [
+            one for (one,) in self.run.engine(policy).generate(prompts, 1, self.config.train.seed, f"{name}: sample")
+        ]
         cost["samples"] = len(samples)
         cost["tokens_generated"] = sum(one.tokens for one in samples)
         room = self.config.data.max_len
         responses = [
-            self.chat.response(one.text, one.truncated, room - len(prompt))
+            self.run.chat.response(one.text, one.truncated, room - len(prompt))
             for prompt, one in zip(prompts, samples, strict=True)
         ]
         initial = self.config.ref.model_name_or_path
@@ -138,9 +98,9 @@ class Evaluator:
             found = iter(self.scorer.divergence(policy, initial, spoken, f"{name}: divergence") if spoken else [])
             divergences = [next(found) if response else 0.0 for response in responses]
         wins: dict[str, Any] = {}
-        if self.oracle and previous is not None:
+        if self.run.has_oracle and path.name != "initial":
             wins = self._wins([pair for pair, _ in asked], samples, path.parent / "initial", name, cost)
-        if self.writes:
+        if self.run.writes:
             rows = zip(asked, samples, divergences, strict=True)
             write_jsonl(
                 path / "samples.jsonl",
@@ -164,14 +124,32 @@ class Evaluator:
             **wins,
         }
 
+    def _held_out(self) -> list[tuple[Pair, Group]]:
+        """The held-out pairs as the algorithm sees them, with their tokens."""
+        known, chat = self.run.data.held_out, self.run.chat
+        pairs = self.run.algorithm.pairs(known.pairs, chat)
+        tokens = ((pair, known.tokens_of(pair) or chat.pair(pair)) for pair in pairs)
+        return [(pair, group) for pair, group in tokens if group is not None]
+
+    def _probes(self) -> list[Group]:
+        """Fixed texts for the weight probe; an engine wants room for one more token."""
+        data, longest = self.run.data, self.config.data.max_len - 1
+        candidates = data.held_out.groups[:PROBES] or data.human.groups[:PROBES]
+        if not candidates:
+            # A run on prompts alone: the end of a prompt is as good a text.
+            return [Group(ids[:-4], (ids[-4:],)) for ids in data.prompts.tokens[:PROBES]]
+        return [Group(group.prompt, (group.responses[0][: longest - len(group.prompt)],)) for group in candidates]
+
+    def _probe(self, policy: str, label: str) -> list[float]:
+        return [log_prob for (log_prob,) in self.scorer.score(policy, self.probes, label)]
+
     def _wins(
         self, pairs: list[Pair], samples: list[Sample], start: Path, name: str, cost: dict[str, float]
     ) -> dict[str, Any]:
         """How often the oracle prefers these samples to those of the start, each prompt's preference counting. Over the prompts
         that the start answered too, which may be others since a run was resumed; nothing if there are none."""
-        assert self.oracle is not None
         path = start / "samples.jsonl"
-        rows = ranks.from_rank_0(read_jsonl(path) if self.writes and path.is_file() else [])
+        rows = ranks.from_rank_0(read_jsonl(path) if self.run.writes and path.is_file() else [])
         before_training = {row["id"]: Answer(row["text"], row["truncated"]) for row in rows}
         questions = [
             Question(
@@ -185,7 +163,7 @@ class Evaluator:
         ]
         if not questions:
             return {}
-        oracle = self.oracle()
+        oracle = self.run.frozen_oracle()
         before = oracle.usage()
         found = [matrix[0][1] for matrix in oracle.preferences(questions, f"{name}: compare")]
         cost |= {one: total - before[one] for one, total in oracle.usage().items()}

@@ -1,8 +1,6 @@
-"""The loop: seed stage, then rounds of sample, rank, follower, train, evaluate. Every rank runs it.
+"""Stored pairs: the human seed, and rounds in which the policy samples and an oracle ranks its answers.
 
-    prompts -> rollout -> responses -> oracle -> pairs -> log-probs -> margins -> worst case -> leader steps -> policy
-
-Each stage starts from what is on disk and leaves its result on disk; that is also how a run is resumed.
+prompts -> rollout -> responses -> oracle -> pairs -> log-probabilities -> margins -> worst case
 """
 
 from __future__ import annotations
@@ -12,90 +10,87 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import starmap
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from torch import distributed
 
-from openrlhf_sgpo.algorithms.base import NoSettings, Stage
+from openrlhf_sgpo.algorithms.base import NoSettings, PairAlgorithm, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.data.inspection import prompt_key
-from openrlhf_sgpo.data.messages import template_columns, template_kwargs
+from openrlhf_sgpo.data.messages import template_kwargs
 from openrlhf_sgpo.data.records import Pair, Prompt, load_run_pairs
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import Group
-from openrlhf_sgpo.evaluation.between_rounds import margins
-from openrlhf_sgpo.oracle import Answer, Oracle, Question, Resources, judges_itself
+from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER
+from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.oracle.base import agreement, rank
 from openrlhf_sgpo.oracle.implicit import ImplicitReward
 from openrlhf_sgpo.run import Run
-from openrlhf_sgpo.run_check import check_round, metrics_digest
-from openrlhf_sgpo.run_folder import (
-    read_json,
-    read_jsonl,
-    write_json,
-    write_jsonl,
-)
+from openrlhf_sgpo.run_check import check_round
+from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.sources.base import Source
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
-from openrlhf_sgpo.training.sizes import check_sizes, prompt_counts, stage_epochs
-from openrlhf_sgpo.training.stage import check_enough, train_stage
+from openrlhf_sgpo.training.log_probs import implicit_margins
+from openrlhf_sgpo.training.pairs import PairBatches, PairForward, PairSamples
+from openrlhf_sgpo.training.sizes import check_sizes, optimiser_steps, prompt_counts, stage_epochs, too_few
+from openrlhf_sgpo.training.trainer import TrainingStage
+
+CERTIFICATE = "worst_case.json"
 
 
-class Rounds(Run):
-    """A seed stage and rounds. ``execute`` is the loop; the other methods are its stages."""
+class StoredPairs(Source):
+    """A seed stage on human pairs, then rounds on pairs that the policy's own answers make."""
 
-    def _check_prompts(self) -> None:
-        samples, available = self.config.rounds.count > 0, len(self.data.prompts.prompts)
+    training = "train"
+    shown: ClassVar[dict[str, str]] = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.config = run.config
+        self.folder = run.folder
+        self.data = run.data
+        available = len(self.data.prompts.prompts)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))  # there is no process group yet
-        check_sizes(self.config, self.algorithm, len(self.data.human.pairs), available, world_size)
-        self.prompt_counts = prompt_counts(self.config, available) if samples else []
+        check_sizes(self.config, run.algorithm, len(self.data.human.pairs), available, world_size)
+        self.prompt_counts = prompt_counts(self.config, available) if self.config.rounds.count else []
         self._shuffled: list[Prompt] | None = None
+        self._batches: PairBatches | None = None
 
-    # The loop -------------------------------------------------------------------------------------------------------
+    @property
+    def numbers(self) -> Sequence[int]:
+        return range(1 + self.config.rounds.count)
 
-    def execute(self) -> list[dict[str, Any]]:
-        """All stages that are not finished yet; returns the rows of the results table, start first."""
-        try:
-            rows = [self._evaluate(None)]
-            self.evaluator.calibrate(rows[0])
-            for number in range(1 + len(self.prompt_counts)):
-                if number == 0:
-                    self._seed_pairs()
-                    if self.prompt_counts:
-                        self._round_prompts(1)  # too few prompts must not show only after the seed stage
-                else:
-                    self._generate(number)
-                    self._annotate(number)
-                certificate = self._train(number)
-                row = self._evaluate(number)
-                labels = self.folder.manifest(number)["stages"]["pairs"].get("label_accuracy")
-                rows.append(row | {"value": certificate.get("value"), "label_accuracy": labels})
-            self._write_results(rows)
-            return rows
-        finally:
-            self._close()
-
-    def _plan(self) -> list[str]:
+    def plan(self) -> list[str]:
         plan = ["initial/evaluate"]
-        for number in range(1 + self.config.rounds.count):
+        for number in self.numbers:
             made = ("generate", "annotate") if number else ("pairs",)
             plan += [f"round_{number}/{stage}" for stage in (*made, "score", "train", "evaluate")]
         return plan
 
-    # Stages ---------------------------------------------------------------------------------------------------------
+    def prepare(self, number: int) -> None:
+        if number:
+            self._generate(number)
+            self._annotate(number)
+        else:
+            self._seed_pairs()
+            if self.prompt_counts:
+                self._round_prompts(1)  # too few prompts must not show only after the seed stage
 
     def _seed_pairs(self) -> None:
         """round_0/pairs.jsonl: the seed, chosen among the human pairs."""
-        if self._finished(0, "pairs"):
+        if self.run.finished(0, "pairs"):
             return
         seed, settings = self.config.train.seed, self.config.seed
-        with self._stage("round_0/pairs") as cost:
+        with self.run.stage("round_0/pairs") as cost:
             embeddings = None
             if settings.size and settings.selection == "fps":
                 prompts = [group.prompt for group in self.data.human.groups]
                 embeddings = prompt_embeddings(
-                    self.config.model.model_name_or_path, prompts, self.config, self.strategy
+                    self.config.model.model_name_or_path, prompts, self.config, self.run.strategy
                 )
             pairs = flip_labels(
                 select_seed(self.data.human.pairs, settings.size, seed, embeddings), settings.flip_rate, seed
@@ -105,12 +100,12 @@ class Rounds(Run):
 
     def _generate(self, number: int) -> None:
         """round_K/prompts.jsonl and responses.jsonl: samples from the policy that enters the round."""
-        if self._finished(number, "generate"):
+        if self.run.finished(number, "generate"):
             return
         rollout, path = self.config.rollout, self.folder.round(number)
         prompts = self._round_prompts(number)
-        with self._stage(f"round_{number}/generate") as cost:
-            samples = self._engine(self._policy_before(number)).generate(
+        with self.run.stage(f"round_{number}/generate") as cost:
+            samples = self.run.engine(self.run.policy_before(number)).generate(
                 [self.data.prompts.tokens_of(prompt) for prompt in prompts],
                 rollout.n_samples_per_prompt,
                 seed=self.config.train.seed + number,
@@ -118,18 +113,18 @@ class Rounds(Run):
             )
             cost["samples"] = len(prompts) * rollout.n_samples_per_prompt
             cost["tokens_generated"] = sum(sample.tokens for group in samples for sample in group)
-        if self.writes:
-            write_jsonl(path / "prompts.jsonl", map(_prompt_row, prompts))
+        if self.run.writes:
+            write_jsonl(path / "prompts.jsonl", (prompt.to_row() for prompt in prompts))
             rows = zip(prompts, samples, strict=True)
             write_jsonl(
                 path / "responses.jsonl",
                 ({"id": prompt.id, "responses": [one.to_row() for one in group]} for prompt, group in rows),
             )
-        self._finish(number, "generate", {"prompts": len(prompts)}, ["prompts.jsonl", "responses.jsonl"])
+        self.run.finish(number, "generate", {"prompts": len(prompts)}, ["prompts.jsonl", "responses.jsonl"])
 
     def _annotate(self, number: int) -> None:
         """round_K/pairs.jsonl: best and worst response of each prompt, as the oracle ranks them."""
-        if self._finished(number, "pairs"):
+        if self.run.finished(number, "pairs"):
             return
         path = self.folder.round(number)
         check_round(self.folder, number, ("generate",))
@@ -156,7 +151,7 @@ class Rounds(Run):
             )
         oracle = self._oracle(number)
         before = oracle.usage()
-        with self._stage(f"round_{number}/annotate") as cost:
+        with self.run.stage(f"round_{number}/annotate") as cost:
             rewards = oracle.rewards([*questions, *gold], f"round {number}: score")
             cost |= {name: total - before[name] for name, total in oracle.usage().items()}
         # Equal rewards are no preference; a label would only say which answer came first.
@@ -170,7 +165,7 @@ class Rounds(Run):
             "prompts_with_equal_rewards": len(questions) - len(ranked),
         }
         if oracle.name == "implicit":
-            facts["judge_reference"] = self._name(self._judge_reference(number))
+            facts["judge_reference"] = self.run.name_of(self._judge_reference(number))
         if gold:
             # How often the oracle agrees with people, on human pairs of the very prompts that it now labels.
             facts |= {"label_accuracy": agreement(rewards[len(questions) :]), "gold_pairs": len(gold)}
@@ -179,109 +174,115 @@ class Rounds(Run):
     def _no_preference(self, number: int, rewards: Sequence[Sequence[float]]) -> str:
         """Why all rewards are equal, and what to do."""
         start = f"round {number}: all answers to a prompt got the same reward, so that there is nothing to learn"
-        if any(any(row) for row in rewards) or not judges_itself(self.config, self.algorithm):
+        if any(any(row) for row in rewards) or self.run.has_oracle:
             return f"{start}: --oracle {self.config.oracle} does not tell such answers apart; choose another"
         flags = "--seed.lr or --seed.max_epochs" if number == 1 else "--adam.lr or --train.max_epochs"
         before = self.folder.round(number - 1)
         return (
-            f"{start}: the policy {self._name(str(self.folder.policy(number - 1)))} has not moved from "
-            f"{self._name(self._judge_reference(number))}. Raise {flags}: in another --{self.folder.flag}"
+            f"{start}: the policy {self.run.name_of(str(self.folder.policy(number - 1)))} has not moved from "
+            f"{self.run.name_of(self._judge_reference(number))}. Raise {flags}: in another --{self.folder.flag}"
             + (f", or delete {before} and {self.folder.round(number)} and add --resume" if number == 1 else "")
         )
 
-    def _train(self, number: int) -> dict[str, Any]:
-        """round_K/policy and worst_case.json: the follower's answer, then the leader's steps. Returns the certificate."""
-        path, config = self.folder.round(number), self.config
-        certificate_path = path / "worst_case.json"
-        if self._finished(number, "train"):
-            return read_json(certificate_path) if certificate_path.exists() else {}
-        start, loss_reference = self._policy_before(number), self._loss_reference(number)
+    def begin(self, number: int) -> TrainingStage:
+        """Score the round's pairs, and begin the stage: the follower's answer, whose certificate goes to worst_case.json."""
+        run, config = self.run, self.config
+        start, loss_reference = run.policy_before(number), self._loss_reference(number)
         # A seed stage has settings of its own; an algorithm that is made for rounds begins with DPO.
         is_seed = number == 0 and config.rounds.count > 0
-        own = not (is_seed and self.algorithm.needs.rounds)
-        algorithm = self.algorithm(self.options, config.model.beta) if own else DPO(NoSettings(), config.model.beta)
+        with_dpo = is_seed and run.algorithm.needs.rounds
+        algorithm = DPO(NoSettings(), config.model.beta) if with_dpo else run.algorithm(run.options, config.model.beta)
+        assert isinstance(algorithm, PairAlgorithm)
         epochs = stage_epochs(number, config)
         learning_rate = config.seed.lr if is_seed else config.adam.lr
 
         first = 0 if config.rounds.data == "all" else number
         pairs = [pair for k in range(first, number + 1) for pair in self._read_pairs(k)]
-        pairs, groups = self._tokenize(self.algorithm.pairs(pairs, self.chat))
-        label, by_itself = f"round {number}", judges_itself(self.config, self.algorithm)
-        steps = check_enough(label, len(groups), epochs, config)
-        self._say(
-            f"{label}: {len(pairs)} pairs, {steps} optimiser steps, policy {self._name(start)}, "
-            f"loss reference {self._name(loss_reference) or 'none'}"
-            + (f", judge reference {self._name(self._judge_reference(number))}" if number and by_itself else "")
+        pairs, groups = self._tokenize(run.algorithm.pairs(pairs, run.chat))
+        label, world_size = f"round {number}", distributed.get_world_size()
+        if reason := too_few(len(groups), epochs, config, world_size):
+            raise ValueError(f"{label}: {reason}, and add --resume")
+        steps = optimiser_steps(len(groups), epochs, config, world_size)
+        judged_by = "" if run.has_oracle or not number else self._judge_reference(number)
+        run.say(
+            f"{label}: {len(pairs)} pairs, {steps} optimiser steps, policy {run.name_of(start)}, "
+            f"loss reference {run.name_of(loss_reference) or 'none'}"
+            + (f", judge reference {run.name_of(judged_by)}" if judged_by else "")
         )
-        with self._stage(f"round_{number}/score"):
-            reference = self.scorer.score(loss_reference, groups, f"{label}: reference")
-            policy = self.scorer.score(start, groups, f"{label}: policy") if own else reference
-        certificate: dict[str, Any] = {}
-        if own:
-            at_start = margins(policy, reference, config.model.beta).float()
-            begin = time.perf_counter()
-            certificate = algorithm.begin_stage(at_start, Stage(number, steps, config.train.seed + number))
+        with run.stage(f"round_{number}/score"):
+            reference = run.scorer.score(loss_reference, groups, f"{label}: reference")
+            policy = reference if with_dpo else run.scorer.score(start, groups, f"{label}: policy")
+        if not with_dpo:
+            margins = implicit_margins(policy, reference, config.model.beta).float()
+            began = time.perf_counter()
+            certificate = algorithm.begin_stage(Stage(margins, number, steps, config.train.seed + number))
             if certificate:  # otherwise there is no follower
-                self.ledger.book(f"round_{number}/follower", {}, begin)
-                if self.writes:
-                    write_json(certificate_path, certificate | {"margins": at_start.tolist()})
+                run.ledger.book(f"round_{number}/follower", {}, began)
+                if run.writes:
+                    write_json(self._certificate(number), certificate | {"margins": margins.tolist()})
         if start != config.ref.model_name_or_path:
-            self.scorer.forget(start)
-        self.scorer.discard(str(self.folder.policy(number)))
-        with self._stage(f"round_{number}/train") as cost:
-            tokens = train_stage(
-                algorithm,
-                groups,
-                reference,
-                start=start,
-                loss_reference=loss_reference,
-                destination=self.folder.policy(number),
-                epochs=epochs,
-                learning_rate=learning_rate,
-                label=label,
-                config=config,
-                strategy=self.strategy,
-                tokenizer=self.tokenizer,
-                metrics=self.metrics,
-            )
-            cost["pairs"] = len(pairs)
-            cost["tokens_trained"] = tokens
-        facts = {
-            "policy": self._name(start),
-            "loss_reference": self._name(loss_reference),
-            "pairs": len(pairs),
-            "epochs": round(steps * config.train.batch_size / len(pairs), 3) if config.train.max_steps else epochs,
-            "steps": steps,
-            "learning_rate": learning_rate,
-            "seed": config.train.seed,
-            "ranks": distributed.get_world_size(),
-            "versions": {name: version(name) for name in ("openrlhf", "torch", "transformers", "deepspeed")},
-        }
-        if self.writes:
-            facts["metrics"] = metrics_digest(self.folder, number)
-        self._finish(number, "train", facts, ["policy", *(["worst_case.json"] if certificate else [])])
-        if self.writes:
-            # Only now have the checkpoints served: a kill before would otherwise cost the whole stage.
-            shutil.rmtree(path / "checkpoints", ignore_errors=True)
-        return certificate
+            run.scorer.forget(start)
+        run.scorer.discard(str(self.folder.policy(number)))
+        self._batches = PairBatches(groups, reference, run.strategy)
+        return TrainingStage(
+            number,
+            algorithm,
+            partial(PairForward, algorithm, config.train.layout, run.tokenizer.pad_token_id),
+            start,
+            learning_rate,
+            first=0,
+            last=steps,
+            scheduled=steps,
+            policies={DEFAULT_ADAPTER: self.folder.policy(number)},
+            checkpoints=self._checkpoints(number),
+            generator=label,
+            # Otherwise the reference's log-probabilities are all that is needed of it.
+            frozen={"reference": loss_reference} if algorithm.extrapolation else {},
+            cost={"pairs": len(pairs)},
+            facts={
+                "policy": run.name_of(start),
+                "loss_reference": run.name_of(loss_reference),
+                "pairs": len(pairs),
+                "epochs": round(steps * config.train.batch_size / len(pairs), 3) if config.train.max_steps else epochs,
+                "steps": steps,
+                "learning_rate": learning_rate,
+                "seed": config.train.seed,
+                "ranks": world_size,
+                "versions": {name: version(name) for name in ("openrlhf", "torch", "transformers", "deepspeed")},
+            },
+        )
 
-    # What a stage works with ----------------------------------------------------------------------------------------
+    def batch(self, step: int) -> list[PairSamples]:
+        assert self._batches is not None
+        return self._batches.step(step)
+
+    def files(self, number: int) -> list[str]:
+        return ["policy", *([CERTIFICATE] if self._certificate(number).exists() else [])]
+
+    def end(self, number: int) -> None:
+        self._batches = None
+        if self.run.writes:
+            # Only now have the checkpoints served: a kill before would otherwise cost the whole stage.
+            shutil.rmtree(self._checkpoints(number), ignore_errors=True)
+
+    def results(self, number: int) -> dict[str, Any]:
+        path = self._certificate(number)
+        value = read_json(path).get("value") if path.exists() else None
+        labels = self.folder.manifest(number)["stages"]["pairs"].get("label_accuracy")
+        return {"value": value, "label_accuracy": labels}
 
     def _judge_reference(self, number: int) -> str:
         initial = self.config.rounds.judge_reference == "initial" or number < 2
         return self.config.ref.model_name_or_path if initial else str(self.folder.policy(number - 2))
 
     def _oracle(self, number: int) -> Oracle:
-        if not judges_itself(self.config, self.algorithm):
-            return self._frozen_oracle()
-        resources = Resources(
-            self.config, self.strategy, self.chat, self.scorer, self.folder.path, moment=self.chat.template.moment
-        )
-        return ImplicitReward(resources, self._policy_before(number), self._judge_reference(number))
+        if self.run.has_oracle:
+            return self.run.frozen_oracle()
+        return ImplicitReward(self.run.resources(), self.run.policy_before(number), self._judge_reference(number))
 
     def _loss_reference(self, number: int) -> str:
         initial = self.config.rounds.loss_reference == "initial" or number == 0
-        return self.config.ref.model_name_or_path if initial else self._policy_before(number)
+        return self.config.ref.model_name_or_path if initial else self.run.policy_before(number)
 
     def _round_prompts(self, number: int) -> list[Prompt]:
         """This round's share of the prompts, which are shuffled once; those of seed and held-out pairs are left out."""
@@ -296,22 +297,23 @@ class Rounds(Run):
     def _tokenize(self, pairs: Sequence[Pair]) -> tuple[list[Pair], list[Group]]:
         """The pairs that fit into --data.max_len, and their tokens."""
         human = self.data.human
-        tokens = [(pair, (pair.round == 0 and human.tokens_of(pair)) or self.chat.pair(pair)) for pair in pairs]
+        tokens = [(pair, (pair.round == 0 and human.tokens_of(pair)) or self.run.chat.pair(pair)) for pair in pairs]
         kept = [(pair, group) for pair, group in tokens if group is not None]
         if pairs and not kept:
             raise ValueError(f"none of {len(pairs)} pairs fits into --data.max_len {self.config.data.max_len} tokens")
         return [pair for pair, _ in kept], [group for _, group in kept]
 
+    def _certificate(self, number: int) -> Path:
+        return self.folder.round(number) / CERTIFICATE
+
+    def _checkpoints(self, number: int) -> Path:
+        return self.folder.round(number) / "checkpoints"
+
     def _write_pairs(self, number: int, pairs: list[Pair], facts: dict[str, Any]) -> None:
-        if self.writes:
+        if self.run.writes:
             write_jsonl(self.folder.round(number) / "pairs.jsonl", (pair.to_row() for pair in pairs))
-        self._finish(number, "pairs", {"pairs": len(pairs), **facts}, ["pairs.jsonl"])
+        self.run.finish(number, "pairs", {"pairs": len(pairs), **facts}, ["pairs.jsonl"])
 
     def _read_pairs(self, number: int) -> list[Pair]:
         check_round(self.folder, number, ("pairs",))
         return load_run_pairs(str(self.folder.round(number) / "pairs.jsonl"))
-
-
-def _prompt_row(prompt: Prompt) -> dict[str, Any]:
-    gold = {} if prompt.chosen is None else {"chosen": prompt.chosen, "rejected": prompt.rejected}
-    return {"id": prompt.id, "prompt": prompt.messages, **template_columns(prompt.template_kwargs), **gold}

@@ -1,1 +1,0 @@
-"""What is measured of a policy between the rounds of a run."""

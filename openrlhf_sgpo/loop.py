@@ -1,0 +1,126 @@
+"""The loop, which every rank runs: evaluate the start, then stages of training, each with its source of batches.
+
+    stored pairs    prompts -> answers -> oracle -> pairs -> log-probabilities -> follower -> steps -> policy
+    fresh answers   in every step: prompts -> answers by role -> preferences -> loss -> step -> weights to the engines
+
+Each stage starts from what is on disk and leaves its result on disk; that is also how a run is resumed.
+"""
+
+from __future__ import annotations
+
+import os
+from shlex import quote
+from typing import Any
+
+from openrlhf_sgpo import ranks
+from openrlhf_sgpo.algorithms.base import Algorithm
+from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.evaluator import Evaluator
+from openrlhf_sgpo.output import Progress
+from openrlhf_sgpo.report import write_report
+from openrlhf_sgpo.run import Run
+from openrlhf_sgpo.run_check import metrics_digest
+from openrlhf_sgpo.run_folder import read_json, write_json, write_text
+from openrlhf_sgpo.sources import FreshAnswers, Source, StoredPairs
+from openrlhf_sgpo.table import results_table
+from openrlhf_sgpo.training.trainer import Trainer
+
+
+def execute(config: Config, algorithm: type[Algorithm[Any]], options: Any) -> list[dict[str, Any]]:
+    """Runs all stages that are not finished yet; returns the rows of the results table, the start's first.
+
+    Raises ValueError for whatever the user can mend, before a model is loaded where it can be known by then.
+    """
+    run = Run(config, algorithm, options)
+    source: Source = FreshAnswers(run) if algorithm.fresh_answers else StoredPairs(run)
+    run.open(source.numbers, source.plan())
+    try:
+        evaluator = Evaluator(run)
+        source.open()
+        rows = [evaluate(run, evaluator, None)]
+        evaluator.calibrate(rows[0])
+        for number in source.numbers:
+            source.prepare(number)
+            train(run, source, number)
+            source.end(number)
+            rows.append(evaluate(run, evaluator, number) | source.results(number))
+        write_results(run, rows)
+        source.finish()
+        return rows
+    finally:
+        source.close()
+        run.close()
+
+
+def train(run: Run, source: Source, number: int) -> None:
+    """The policy of a round, in optimiser steps on the source's batches."""
+    if run.finished(number, source.training):
+        return
+    stage = source.begin(number)
+    with (
+        run.stage(f"round_{number}/{source.training}") as cost,
+        Trainer(stage, run.config, run.strategy, run.tokenizer) as trainer,
+    ):
+        step = trainer.restore()
+        source.restore(stage, trainer, step)
+        run.metrics.rewind(stage.label, step)
+        progress = Progress(
+            total=stage.last,
+            initial=step,
+            desc=f"{stage.label}: {source.training}",
+            unit="step",
+            disable=not run.writes,
+        )
+        while step < stage.last:
+            step += 1
+            samples = source.batch(step)
+            metrics, recorded = trainer.step(step, samples)
+            metrics |= source.record(step, recorded)
+            run.metrics.log(stage.label, step, metrics)
+            if source.follows_policy and step < stage.last:
+                source.sync()
+            trainer.end_step(step)
+            shown = {name: metrics[f"train/{key}"] for key, name in source.shown.items()}
+            progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
+            progress.update()
+        progress.close()
+        trainer.write_policies()
+        cost |= stage.cost
+    if run.writes:
+        stage.facts["metrics"] = metrics_digest(run.folder, number)
+    run.finish(number, source.training, stage.facts, source.files(number))
+
+
+def evaluate(run: Run, evaluator: Evaluator, number: int | None) -> dict[str, Any]:
+    """evaluation.json of the policy after a round, or of the start (None). The engines take the policy over, and prove it."""
+    path = run.folder.round(number)
+    if not run.finished(number, "evaluate"):
+        policy = run.config.model.model_name_or_path if number is None else str(run.folder.policy(number))
+        previous = None if number is None else run.policy_before(number)
+        name = "start" if number is None else f"round {number}"
+        with run.stage(f"{path.name}/evaluate") as cost:
+            row = {"name": name, **evaluator.preferences(name, policy, path)}
+            if run.samples:
+                row["probe"] = evaluator.sync(name, policy, previous)
+                row |= evaluator.samples(name, policy, path, cost)
+            if run.writes:
+                write_json(path / "evaluation.json", row)
+        run.finish(number, "evaluate", {}, ["evaluation.json", "held_out.jsonl", "samples.jsonl"])
+    return ranks.from_rank_0(read_json(path / "evaluation.json") if run.writes else None)
+
+
+def write_results(run: Run, rows: list[dict[str, Any]]) -> None:
+    """table.txt, which is also printed, and report.html; then where the policy is, and what can be done with it."""
+    if not run.writes:
+        return
+    table = results_table(rows, run.ledger.stages)
+    write_text(run.folder.path / "table.txt", table)
+    report = write_report(run.folder.path)
+    folder = run.config.ckpt.output_dir
+    policy = os.path.join(folder, run.folder.round(run.numbers[-1]).name, "policy")
+    start = quote(f"start={run.config.model.model_name_or_path}")
+    models = f"--models {quote(folder)} {start} --out {quote(folder.rstrip('/') + '-leaderboard')}"
+    following = f"openrlhf-sgpo evaluate --tasks ifeval {models}\n        vllm serve {quote(policy)}"
+    if not run.algorithm.needs.reference:  # it judges, and does not chat
+        following = f"openrlhf-sgpo train --oracle preference_model --reward.model_name_or_path {quote(policy)} ..."
+    run.say(f"{table}\npolicy: {policy}\nreport: {report}\nnext:   {following}")

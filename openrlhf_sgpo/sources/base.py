@@ -1,0 +1,79 @@
+"""Where the batches of a stage of training come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from openrlhf_sgpo.training.trainer import Trainer, TrainingStage
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.run import Run
+
+
+class Source:
+    """Base of both sources; methods are in the order in which the loop calls them. All are collective.
+
+    Class attributes: ``training``, the name of the stage in which steps are taken; ``shown``, metrics beside the progress bar
+    by their short names; ``follows_policy``, whether batches are sampled from the policy as it is after each step.
+    """
+
+    training: ClassVar[str]
+    shown: ClassVar[dict[str, str]]
+    follows_policy = False
+
+    def __init__(self, run: Run):
+        """Raises ValueError if data is too little for a stage. The run is not open yet."""
+        self.run = run
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of the rounds, in their order."""
+        raise NotImplementedError
+
+    def plan(self) -> list[str]:
+        """All stages of the run in their order, by their names in the ledger."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        """The run is open and begins, or goes on."""
+
+    def prepare(self, number: int) -> None:
+        """What a round needs before its training, in stages of its own."""
+
+    def begin(self, number: int) -> TrainingStage:
+        """What is trained in a round, with an algorithm that has begun the stage."""
+        raise NotImplementedError
+
+    def restore(self, stage: TrainingStage, trainer: Trainer, step: int) -> None:
+        """Training goes on after ``step``."""
+
+    def batch(self, step: int) -> list[Any]:
+        """This rank's micro-batches of a step, which count from 1."""
+        raise NotImplementedError
+
+    def record(self, step: int, recorded: Tensor) -> dict[str, float]:
+        """Store what a step has recorded, see ``Trainer.step``, where the source does; returns further metrics."""
+        return {}
+
+    def sync(self) -> None:
+        """The next batch is sampled from the weights that were just trained."""
+
+    def files(self, number: int) -> list[str]:
+        """What the training of a round has left in its folder."""
+        raise NotImplementedError
+
+    def end(self, number: int) -> None:
+        """The training of a round is recorded as finished, now or by a process before this one."""
+
+    def results(self, number: int) -> dict[str, Any]:
+        """Further figures of a round for the results table."""
+        return {}
+
+    def finish(self) -> None:
+        """All rounds are done, and their results are written."""
+
+    def close(self) -> None:
+        """The run ends, done or not."""

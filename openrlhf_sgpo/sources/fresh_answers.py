@@ -1,0 +1,270 @@
+"""Fresh answers: in every step the policy answers, the oracle judges, the policy learns.
+
+    prompts -> answers by role -> preferences -> log-probabilities -> loss -> optimiser step -> weights to the engines
+
+A round is ``--rounds.steps`` steps; at its end the policy is saved and evaluated. Each round takes up weights and optimiser
+from the checkpoint at which the one before ended, as a resumed run does, so that both do the same.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from statistics import mean
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from openrlhf_sgpo import ranks
+from openrlhf_sgpo.algorithms.base import Stage
+from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Role
+from openrlhf_sgpo.data.inspection import prompt_key
+from openrlhf_sgpo.data.records import Prompt
+from openrlhf_sgpo.finite import NotFiniteError, in_training
+from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, save_weights
+from openrlhf_sgpo.oracle import Answer, Question
+from openrlhf_sgpo.rollout import Rollout
+from openrlhf_sgpo.rollout.base import prompt_seed
+from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
+from openrlhf_sgpo.rollout.roles import Roles
+from openrlhf_sgpo.run import Run
+from openrlhf_sgpo.run_folder import json_text, keep_rows, read_jsonl
+from openrlhf_sgpo.sources.base import Source
+from openrlhf_sgpo.training.checkpoints import Checkpoints
+from openrlhf_sgpo.training.plays import Play, PlayForward
+from openrlhf_sgpo.training.sizes import check_sizes
+from openrlhf_sgpo.training.trainer import Trainer, TrainingStage
+
+
+class FreshAnswers(Source):
+    """Rounds of steps, each on answers that were sampled and judged for it."""
+
+    training = "play"
+    shown: ClassVar[dict[str, str]] = {"loss": "loss", "wins": "wins", "grad_norm": "grad_norm"}
+
+    def __init__(self, run: Run):
+        super().__init__(run)
+        self.config = run.config
+        self.folder = run.folder
+        taken = run.data.held_out_prompts
+        self.prompts = [prompt for prompt in run.data.prompts.prompts if prompt_key(prompt.messages) not in taken]
+        check_sizes(self.config, run.algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
+        self.weights = self.folder.path / "engine_weights"
+        self._synced = 0
+        self._mixed: HuggingFaceRollout | None = None
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        return range(1, 1 + self.config.rounds.count)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder.path / "checkpoints"
+
+    def plan(self) -> list[str]:
+        stages = [f"round_{number}/{stage}" for number in self.numbers for stage in ("play", "evaluate")]
+        return ["initial/evaluate", *stages]
+
+    def open(self) -> None:
+        """Rounds that ended after the latest whole checkpoint are played again where another follows, which begins with it."""
+        done = sum(self.run.finished(number, self.training) for number in self.numbers)
+        if done in (0, len(self.numbers)):
+            return
+        latest = Checkpoints(self.checkpoints, self.run.strategy).latest()
+        for number in range(1 + latest // self.config.rounds.steps, 1 + done):
+            self.run.say(
+                f"round {number} is played again: round {done + 1} begins with the checkpoint of its last step"
+            )
+            self.run.scorer.discard(str(self.folder.policy(number)))
+            if self.run.writes:
+                for name in ("manifest.json", "evaluation.json"):
+                    (self.folder.round(number) / name).unlink(missing_ok=True)
+        ranks.barrier()
+
+    def begin(self, number: int) -> TrainingStage:
+        run, config = self.run, self.config
+        algorithm = run.algorithm(run.options, config.model.beta)
+        assert isinstance(algorithm, PlayAlgorithm)
+        steps, before = config.rounds.steps, run.policy_before(number)
+        algorithm.begin_stage(Stage(None, number, steps, config.train.seed + number))
+        folders = {"reference": config.ref.model_name_or_path, "previous": before}
+        return TrainingStage(
+            number,
+            algorithm,
+            partial(
+                PlayForward, algorithm, config.train.layout, run.tokenizer.pad_token_id, config.rollout.temperature
+            ),
+            config.model.model_name_or_path,
+            config.adam.lr,
+            first=(number - 1) * steps,
+            last=number * steps,
+            scheduled=config.rounds.count * steps,
+            policies={
+                adapter: self.folder.round(number) / role
+                for role, adapter in (algorithm.adapters or {"policy": DEFAULT_ADAPTER}).items()
+            },
+            checkpoints=self.checkpoints,
+            generator="plays",  # one training, whose adapters begin once
+            frozen={name: folders[name] for name in algorithm.models},
+            adapters=algorithm.learning_rates,
+            keeps_optimizer=True,
+            facts={"policy": run.name_of(before), "steps": steps},
+        )
+
+    def restore(self, stage: TrainingStage, trainer: Trainer, step: int) -> None:
+        assert isinstance(stage.algorithm, PlayAlgorithm)
+        self.play = stage.algorithm
+        self.trainer = trainer
+        self.number = stage.number
+        self._rewind(step)
+        policy = self.run.policy_before(self.number)
+        engine = self.run.engine(policy)
+        longest = self.config.data.max_len - self.config.rollout.max_new_tokens
+        mixture = self._mixture(engine, policy)
+        self.roles = Roles(self.play, self.run.chat, engine, mixture, self._folders(), longest, trainer.clock)
+        self.follows_policy = self.play.steps_per_sync > 0
+        if step > stage.first and self.follows_policy:
+            self.sync()
+
+    def batch(self, step: int) -> list[list[Play]]:
+        """Draw the step's plays, which are the same on every rank; each trains on its share."""
+        config, cost, oracle = self.config, self.trainer.stage.cost, self.run.frozen_oracle()
+        prompts = self._prompts_of(step)
+        tokens = [self.run.data.prompts.tokens_of(prompt) for prompt in prompts]
+        try:
+            with self.trainer.clock("generate"):
+                answers = self.roles.answer(prompts, tokens, prompt_seed(config.train.seed, (step,)))
+        except NotFiniteError as error:
+            place = f"{self.trainer.stage.label}, step {step}"
+            raise in_training(place, str(error), config.ds.param_dtype) from error
+        questions = [
+            Question(
+                prompt.id,
+                prompt.messages,
+                tuple(Answer(sample.text, sample.truncated) for _, sample in drawn),
+                prompt.template_kwargs,
+            )
+            for prompt, drawn in zip(prompts, answers, strict=True)
+        ]
+        before = oracle.usage()
+        with self.trainer.clock("oracle"):
+            matrices = oracle.preferences(questions, label="")
+        self.plays = [Play(*row) for row in zip(prompts, answers, matrices, strict=True)]
+        for name, amount in {
+            "steps": 1,
+            "samples": sum(len(play.answers) for play in self.plays),
+            "tokens_generated": sum(sample.tokens for play in self.plays for _, sample in play.answers),
+            "tokens_scored": sum(self.trainer.forward.tokens(self.plays)) * len(self.play.models),
+            **{name: total - before[name] for name, total in oracle.usage().items()},
+        }.items():
+            cost[name] = cost.get(name, 0) + amount
+        size, share = config.train.micro_batch_size, len(self.plays) // self.run.strategy.world_size
+        mine = self.run.strategy.get_rank() * share
+        return [self.plays[start : start + size] for start in range(mine, mine + share, size)]
+
+    def record(self, step: int, recorded: Tensor) -> dict[str, float]:
+        """A line of plays.jsonl for each play. Metrics: wins, the mean preference for the first answer over the others; of each
+        role the tokens per answer, and the share that the length limit cut."""
+        if self.run.writes:
+            with open(self._file(self.number), "a", encoding="utf-8") as file:
+                for play, log_probs in zip(self.plays, recorded.tolist(), strict=True):
+                    file.write(json_text(self._row(step, play, log_probs)) + "\n")
+        metrics: dict[str, float] = {
+            "train/wins": mean(mean(play.preferences[0][1:]) for play in self.plays),
+        }
+        for role in dict.fromkeys(self.play.roles):
+            samples = [
+                sample
+                for play in self.plays
+                for other, (_, sample) in zip(self.play.roles, play.answers, strict=True)
+                if other == role
+            ]
+            metrics[f"train/{role}/length"] = mean(sample.tokens for sample in samples)
+            metrics[f"train/{role}/truncated"] = mean(sample.truncated for sample in samples)
+        return metrics
+
+    def sync(self) -> None:
+        """The roles answer with the weights that were just trained, from folders that are there until the next time."""
+        with self.trainer.clock("sync"):
+            self._synced += 1
+            folder = self.weights / str(self._synced)
+            if self.run.writes:
+                shutil.rmtree(self.weights, ignore_errors=True)
+            adapters = {role: self.play.adapters.get(role, DEFAULT_ADAPTER) for role in self.play.roles}
+            for adapter in dict.fromkeys(adapters.values()):
+                save_weights(self.trainer.actor, str(folder / adapter), self.run.strategy, adapter)
+            self.roles.folders = {role: str(folder / adapter) for role, adapter in adapters.items()}
+
+    def files(self, number: int) -> list[str]:
+        return ["plays.jsonl", *(self.play.adapters or ("policy",))]
+
+    def finish(self) -> None:
+        if self.run.writes:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def close(self) -> None:
+        if self.run.writes:
+            shutil.rmtree(self.weights, ignore_errors=True)
+
+    def _row(self, step: int, play: Play, log_probs: list[float]) -> dict[str, Any]:
+        """A line of plays.jsonl. log_probs: of the answers under the policy, then under the first frozen model."""
+        count, anchor = len(play.answers), self.play.models[0]
+        columns = zip(self.play.roles, play.answers, log_probs[:count], log_probs[count:], strict=True)
+        answers = [
+            {"role": role, **sample.to_row(), "log_prob": policy, f"{anchor}_log_prob": frozen}
+            for role, (_, sample), policy, frozen in columns
+        ]
+        return {"step": step, "id": play.prompt.id, "answers": answers, "preferences": play.preferences}
+
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        """The batch of a step: the prompts in an order that is shuffled anew every epoch, in whole batches."""
+        size = self.config.train.batch_size
+        epoch, place = divmod(step - 1, len(self.prompts) // size)
+        order = _shuffled(len(self.prompts), prompt_seed(self.config.train.seed, (epoch,)))
+        return [self.prompts[index] for index in order[place * size : (place + 1) * size]]
+
+    def _file(self, number: int) -> Path:
+        return self.folder.round(number) / "plays.jsonl"
+
+    def _rewind(self, step: int) -> None:
+        """Drop what a killed process recorded after ``step``: those steps are taken again."""
+        path = self._file(self.number)
+        if self.run.writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            keep_rows(path, lambda row: row["step"] <= step)
+            count = (step - (self.number - 1) * self.config.rounds.steps) * self.config.train.batch_size
+            if (there := len(read_jsonl(path))) != count:
+                raise ValueError(
+                    f"{path}: {there} rows are there up to step {step}, {count} were written; restore it from a copy, or "
+                    "start again in another --ckpt.output_dir"
+                )
+
+    def _folders(self) -> dict[Role, str]:
+        """With the weights of each role when the round begins."""
+        folders = dict.fromkeys(self.play.roles, self.run.policy_before(self.number))
+        if self.number > 1:
+            before = self.folder.round(self.number - 1)
+            folders |= {role: str(before / role) for role in self.play.adapters}
+        return folders
+
+    def _mixture(self, engine: Rollout, policy: str) -> Rollout:
+        """The rollout that holds the mixture, with this policy; the engine where there is none."""
+        if not self.play.mixture:
+            return engine
+        if self._mixed is None:
+            self._mixed = HuggingFaceRollout(self.config, self.run.chat, policy, self.play.mixture)
+        self._mixed.load(policy)
+        return self._mixed
+
+
+@lru_cache(maxsize=1)
+def _shuffled(count: int, seed: int) -> list[int]:
+    """The numbers below ``count`` in the order of an epoch, which all its steps share."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order

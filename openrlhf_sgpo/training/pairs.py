@@ -1,0 +1,144 @@
+"""Stored pairs in training: their order, and the forward pass that turns some of them into a batch for the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
+from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.ledger import Stopwatch
+from openrlhf_sgpo.openrlhf import DistributedSampler
+from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy
+
+RECORDED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected")
+
+
+@dataclass(frozen=True)
+class PairSamples:
+    """A micro-batch. index (batch,): positions among the stage's pairs. reference (batch, 2): of chosen and rejected."""
+
+    index: Tensor
+    groups: list[Group]
+    reference: Tensor
+
+
+class PairBatches:
+    """The pairs of each step on this rank, in the order in which OpenRLHF's data loader takes them: shuffled anew in every
+    epoch, in whole micro-batches, with steps that may reach from one epoch into the next.
+
+    reference: log-probabilities of (chosen, rejected) of each group under the loss's reference.
+    """
+
+    def __init__(self, groups: list[Group], reference: Sequence[tuple[float, ...]], strategy: DeepspeedStrategy):
+        self.groups = groups
+        self.reference = torch.tensor(reference)
+        self.size: int = strategy.micro_train_batch_size
+        self.accumulation: int = strategy.accumulated_gradient
+        self.sampler = DistributedSampler(
+            groups,
+            num_replicas=strategy.world_size,
+            rank=strategy.get_rank(),
+            seed=strategy.seed,
+            drop_last=True,
+        )
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+
+    def step(self, number: int) -> list[PairSamples]:
+        """The micro-batches of a step, which count from 1."""
+        places = range((number - 1) * self.accumulation, number * self.accumulation)
+        return [self._micro_batch(place) for place in places]
+
+    def _micro_batch(self, place: int) -> PairSamples:
+        epoch, place = divmod(place, len(self.sampler) // self.size)
+        index = self._order(epoch)[place * self.size : (place + 1) * self.size]
+        return PairSamples(torch.tensor(index), [self.groups[number] for number in index], self.reference[index])
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        self.sampler.set_epoch(epoch)
+        return list(self.sampler)
+
+
+class PairForward:
+    """Forward passes over micro-batches of pairs. frozen: the model ``reference``, for an algorithm that extrapolates logits;
+    otherwise the log-probabilities that come with the pairs are all that is needed of it.
+
+    Log-probabilities are those at temperature 1, whatever ``--rollout.temperature``: the implicit reward is one of the policy
+    as people use it, and many pairs were not sampled from it.
+    """
+
+    def __init__(
+        self,
+        algorithm: PairAlgorithm,
+        layout: str,
+        pad_token_id: int,
+        frozen: Mapping[str, Actor],
+        clock: Stopwatch,
+    ):
+        self.algorithm = algorithm
+        self.layout = layout
+        self.pad_token_id = pad_token_id
+        self.reference = frozen.get("reference")
+
+    def batch(self, model: Actor, samples: PairSamples, step: int) -> PairBatch:
+        """What the loss reads, with gradient."""
+        log_probs, extrapolated = self._log_probs(model, samples.groups)
+        lengths = [[len(response) for response in group.responses] for group in samples.groups]
+        policy_chosen, policy_rejected = log_probs.view(-1, 2).T
+        reference_chosen, reference_rejected = samples.reference.to(log_probs.device).T
+        chosen_length, rejected_length = torch.tensor(lengths, dtype=log_probs.dtype, device=log_probs.device).T
+        return PairBatch(
+            policy_chosen,
+            policy_rejected,
+            reference_chosen,
+            reference_rejected,
+            samples.index,
+            chosen_length,
+            rejected_length,
+            *((None, None) if extrapolated is None else extrapolated.view(-1, 2).T),
+        )
+
+    def log_probs(self, model: Actor, samples: PairSamples) -> Tensor:
+        """Of all responses under the policy, shape (2 * batch,)."""
+        return response_log_probs(model, samples.groups, self.layout, self.pad_token_id)
+
+    def recorded(self, batch: PairBatch) -> Tensor:
+        """What a step records of each pair, shape (batch, len(RECORDED))."""
+        chosen = self.algorithm.beta * (batch.policy_chosen - batch.reference_chosen)
+        rejected = self.algorithm.beta * (batch.policy_rejected - batch.reference_rejected)
+        margins = batch.margins(self.algorithm.beta)
+        return torch.stack([chosen, rejected, margins, batch.policy_chosen, batch.policy_rejected], dim=1)
+
+    def tokens(self, samples: PairSamples) -> list[int]:
+        """Of each pair, the prompt once."""
+        return list(map(len, samples.groups))
+
+    def summary(self, recorded: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+        """Figures that must be finite, what comes first being the cause of what follows; and metrics of a step."""
+        accurate = (recorded[:, 2] > 0).to(recorded)
+        means = dict(zip(RECORDED, recorded.mean(0).tolist(), strict=True))
+        causes = {
+            "mean log-probability of the chosen responses": means["logps/chosen"],
+            "mean log-probability of the rejected responses": means["logps/rejected"],
+            "mean reward of the chosen responses, against their reference": means["rewards/chosen"],
+            "mean reward of the rejected responses, against their reference": means["rewards/rejected"],
+        }
+        return causes, means | {"rewards/accuracies": accurate.mean().item()}
+
+    def _log_probs(self, model: Actor, groups: list[Group]) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of all responses, and those under the extrapolated logits where the algorithm wants them."""
+        if self.reference is None:
+            return response_log_probs(model, groups, self.layout, self.pad_token_id), None
+        policy = response_logits(model, groups, self.layout, self.pad_token_id)
+        with torch.no_grad():
+            reference = response_logits(self.reference, groups, self.layout, self.pad_token_id)
+            extrapolated = extrapolated_log_probs(policy, reference, self.algorithm.extrapolation)
+        return policy.log_probs(), extrapolated
