@@ -202,7 +202,7 @@ class StoredPairs(Source):
         label, world_size = f"round {number}", distributed.get_world_size()
         if reason := too_few(len(groups), epochs, config, world_size):
             raise ValueError(f"{label}: {reason}, and add --resume")
-        steps = optimiser_steps(len(groups), epochs, config, world_size)
+        steps = optimiser_steps(len(groups), epochs, config.train, world_size)
         judged_by = "" if run.has_oracle or not number else self._judge_reference(number)
         run.say(
             f"{label}: {len(pairs)} pairs, {steps} optimiser steps, policy {run.name_of(start)}, "

@@ -74,7 +74,7 @@ def our_losses(config, groups, tokenizer, tmp_path, algorithm, look=lambda step,
 
     strategy = build_strategy(config)
     reference = Scorer(config, strategy, 0).score(config.model.model_name_or_path, groups, "reference")
-    steps = optimiser_steps(len(groups), 2, config, strategy.world_size)
+    steps = optimiser_steps(len(groups), 2, config.train, strategy.world_size)
     algorithm.begin_stage(Stage(torch.zeros(len(groups)), 1, steps))
     trainer = make_trainer(algorithm, config, strategy, tokenizer, tmp_path, steps)
     losses = train_on_pairs(trainer, PairBatches(groups, reference, strategy), look)
