@@ -37,13 +37,13 @@ def execute(config: Config, algorithm: type[Algorithm[Any]], options: Any) -> li
     try:
         evaluator = Evaluator(run)
         source.open()
-        rows = [evaluate(run, evaluator, None)]
+        rows = [evaluate_policy(run, evaluator, None)]
         evaluator.calibrate(rows[0])
         for number in source.numbers:
             source.prepare(number)
-            train(run, source, number)
+            train_round(run, source, number)
             source.end(number)
-            rows.append(evaluate(run, evaluator, number) | source.results(number))
+            rows.append(evaluate_policy(run, evaluator, number) | source.results(number))
         write_results(run, rows)
         source.finish()
         return rows
@@ -52,7 +52,7 @@ def execute(config: Config, algorithm: type[Algorithm[Any]], options: Any) -> li
         run.close()
 
 
-def train(run: Run, source: Source, number: int) -> None:
+def train_round(run: Run, source: Source, number: int) -> None:
     """The policy of a round, in optimiser steps on the source's batches."""
     if run.finished(number, source.training):
         return
@@ -91,7 +91,7 @@ def train(run: Run, source: Source, number: int) -> None:
     run.finish(number, source.training, stage.facts, source.files(number))
 
 
-def evaluate(run: Run, evaluator: Evaluator, number: int | None) -> dict[str, Any]:
+def evaluate_policy(run: Run, evaluator: Evaluator, number: int | None) -> dict[str, Any]:
     """evaluation.json of the policy after a round, or of the start (None). The engines take the policy over, and prove it."""
     path = run.folder.round(number)
     if not run.finished(number, "evaluate"):
