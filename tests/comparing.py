@@ -23,6 +23,7 @@ def arguments(model: Path, data: dict[str, Path], folder: Path, seed: int, *more
 def main(moment: str, argv: list[str]) -> int:
     from openrlhf_sgpo import run_folder
     from openrlhf_sgpo.cli.main import compare as command
+    from openrlhf_sgpo.comparison import compare
     from openrlhf_sgpo.rollout import hf
 
     def die() -> None:
@@ -43,7 +44,7 @@ def main(moment: str, argv: list[str]) -> int:
                 die()
             write(path, text)
 
-        run_folder.write_text = half
+        run_folder.write_text = compare.write_text = half
     return command(argv)
 
 
