@@ -216,14 +216,17 @@ class RunComparison(StagedCommand):
 
 
 def _records(settings: CompareSettings, runs: Sequence[ComparedRun]) -> Records[Prompt]:
-    """Raises ValueError if there is no --prompts and the runs do not share held-out prompts."""
+    """Prompts of --prompts, or held-out prompts that all runs were evaluated on. Raises ValueError if there are neither."""
     count = settings.max_prompts
     if settings.prompts:
         return load_prompts(settings.prompts, settings.split, count, TRAIN_SPLITS)
     held_out = runs[0].settings["eval"]
     if not held_out["dataset"] or len({run.digests().get("--eval.dataset") for run in runs}) > 1:
         raise ValueError("--prompts: missing, the runs do not share held-out prompts; give a file of prompts")
-    limits = [limit for limit in (count, held_out["max_samples"]) if limit]
+    sizes = {run.settings["eval"]["max_samples"] for run in runs}
+    limits = [limit for limit in (count, *sizes) if limit]
+    if len(sizes) > 1 and limits:
+        say(f"runs differ in --eval.max_samples: they are compared on the first {min(limits)} held-out prompts of all")
     return load_prompts(held_out["dataset"], held_out["split"], min(limits, default=0), TEST_SPLITS)
 
 

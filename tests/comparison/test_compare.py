@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 from statistics import mean
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from conftest import write_jsonl
 from running import ROOT, forked, read_jsonl, train
 from toy_oracles import Letters
 
+from openrlhf_sgpo.comparison.compare import _records
 from openrlhf_sgpo.comparison.compared_runs import group_warnings, oracle_warnings, read_groups
 from openrlhf_sgpo.comparison.settings import load
 from openrlhf_sgpo.flags import SettingsError, dump
@@ -156,6 +158,20 @@ def test_warnings_where_the_conditions_were_not_equal(tmp_path):
     assert (
         oracle_warnings(groups, ORACLE[1], "another model", "") == oracle_warnings(groups[1:], ORACLE[1], "", "") == []
     )
+
+
+def test_without_prompts_they_are_those_that_all_runs_saw(tiny_data, capsys):
+    def run(size: int) -> SimpleNamespace:
+        held_out = {"dataset": str(tiny_data["held_out"]), "split": "", "max_samples": size}
+        return SimpleNamespace(settings={"eval": held_out}, digests=lambda: {"--eval.dataset": "the same"})
+
+    def records(sizes: list[int], count: int = 0) -> int:
+        settings = SimpleNamespace(prompts="", max_prompts=count)
+        return len(_records(settings, [run(size) for size in sizes]))
+
+    assert records([6, 6]) == 6 and records([0, 0]) == 8 and capsys.readouterr().out == ""
+    assert records([6, 4, 0]) == records([0, 4]) == 4 and records([6, 4], 3) == 3
+    assert "differ in --eval.max_samples: they are compared on the first 4 held-out prompts" in capsys.readouterr().out
 
 
 # Real runs ----------------------------------------------------------------------------------------------------------
