@@ -12,7 +12,7 @@ from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.intervals import scores, share_error, standard_error
 from openrlhf_sgpo.oracle import Answer, Question
-from openrlhf_sgpo.rollout import Sample
+from openrlhf_sgpo.rollout import Sample, sampling_of
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_folder import read_jsonl, write_jsonl
 from openrlhf_sgpo.training.log_probs import implicit_margins
@@ -77,9 +77,8 @@ class Evaluator:
         if not asked:
             return {}
         prompts = [prompt for _, prompt in asked]
-        samples = [
-            one for (one,) in self.run.engine(policy).generate(prompts, 1, self.config.train.seed, f"{name}: sample")
-        ]
+        sampling = sampling_of(self.config.rollout, self.config.train.seed)
+        samples = [sample for (sample,) in self.run.engine(policy).generate(prompts, sampling, f"{name}: sample")]
         cost["samples"] = len(samples)
         cost["tokens_generated"] = sum(one.tokens for one in samples)
         room = self.config.data.max_len

@@ -32,8 +32,8 @@ def main(moment: str, argv: list[str]) -> int:
     kind, name = moment.split()
     if kind == "answers":
         generate = hf.HuggingFaceRollout.generate
-        hf.HuggingFaceRollout.generate = lambda self, prompts, n, seed, label: (
-            die() if label == name else generate(self, prompts, n, seed, label)
+        hf.HuggingFaceRollout.generate = lambda self, prompts, sampling, label: (
+            die() if label == name else generate(self, prompts, sampling, label)
         )
     else:
         write = run_folder.write_text

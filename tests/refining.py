@@ -45,9 +45,11 @@ class ScriptedEngine:
     def load(self, folder):
         pass
 
-    def generate(self, prompts, n, seed, label):
-        self.asked.append((prompts, n, seed))
-        return [[self.sample(number(prompt, seed, place)) for place in range(n)] for prompt in prompts]
+    def generate(self, prompts, sampling, label):
+        self.asked.append((prompts, sampling.n, sampling.seed))
+        return [
+            [self.sample(number(prompt, sampling.seed, place)) for place in range(sampling.n)] for prompt in prompts
+        ]
 
     def sample(self, key):
         return Sample(f"answer {key} mark {key % 4}", False, (9,) * (1 + key % 20))
@@ -82,8 +84,8 @@ def main(moment: str, argv: list[str]) -> int:
     kind, name = moment.split()
     if kind == "generating":
         generate = hf.HuggingFaceRollout.generate
-        hf.HuggingFaceRollout.generate = lambda self, prompts, n, seed, label: (
-            die() if label.startswith(name.replace("_", " ")) else generate(self, prompts, n, seed, label)
+        hf.HuggingFaceRollout.generate = lambda self, prompts, sampling, label: (
+            die() if label.startswith(name.replace("_", " ")) else generate(self, prompts, sampling, label)
         )
     else:  # half of the file is written
         write = run_folder.write_text

@@ -116,6 +116,7 @@ def test_a_learning_rate_that_leads_out_of_the_range(tiny_model, tiny_data, tmp_
 def test_weights_that_are_not_finite_are_neither_written_nor_sampled_from(tiny_model, make_resources, tmp_path):
     from openrlhf_sgpo.finite import NotFiniteError, check_trained
     from openrlhf_sgpo.openrlhf import load_actor
+    from openrlhf_sgpo.rollout import Sampling
     from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
     from openrlhf_sgpo.training.policies import write_policy
 
@@ -141,10 +142,9 @@ def test_weights_that_are_not_finite_are_neither_written_nor_sampled_from(tiny_m
 
     damaged = str(with_one_nan(tiny_model, tmp_path / "damaged"))
     for temperature in (1.0, 0.0):
-        config.rollout.temperature, config.rollout.max_new_tokens = temperature, 4
         rollout = HuggingFaceRollout(config, resources.chat, damaged)
         with pytest.raises(NotFiniteError, match=f"the next-token probabilities of the model {damaged} are not finite"):
-            rollout.generate([(5, 6), (7, 8, 9)], 1, 0, "")
+            rollout.generate([(5, 6), (7, 8, 9)], Sampling(temperature, 1.0, 4, 0), "")
         rollout.close()
 
 

@@ -92,6 +92,7 @@ def test_the_first_answer_is_a_plain_sample(tiny_model, tiny_data, tmp_path):
 
     from openrlhf_sgpo.data.tokens import ChatFormat
     from openrlhf_sgpo.refinement.settings import inference
+    from openrlhf_sgpo.rollout import sampling_of
     from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 
     argv = flags(tiny_model, tiny_data, tmp_path / "out", "--controls", "nothing")
@@ -102,7 +103,8 @@ def test_the_first_answer_is_a_plain_sample(tiny_model, tiny_data, tmp_path):
     sampler = HuggingFaceRollout(inference(settings, str(tiny_model)), ChatFormat(tokenizer, 64), str(tiny_model))
     text = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     prompts = [text.format(row["prompt"]) for row in read_jsonl(tiny_data["prompts"])]
-    samples = sampler.generate([tuple(ids) for ids in tokenizer(prompts)["input_ids"]], 1, 42, label="")
+    tokens = [tuple(ids) for ids in tokenizer(prompts)["input_ids"]]
+    samples = sampler.generate(tokens, sampling_of(settings.rollout, 42), label="")
     first = [row for row in rows if row["depth"] == 1]
     assert [(row["text"], row["tokens"], row["truncated"]) for row in first] == [
         (one.text, one.tokens, one.truncated) for (one,) in samples

@@ -15,6 +15,7 @@ from trainers import make_trainer
 
 from openrlhf_sgpo import run_settings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
+from openrlhf_sgpo.rollout import Sampling
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 TWO = ["--slhf.sharing", "two_adapters", "--slhf.kappa_mode", "learning_rate", "--ds.lora.rank", "4"]
@@ -59,14 +60,13 @@ class Call(NamedTuple):
 
     engine: Any
     contexts: list[tuple[int, ...]]
-    n: int
-    seed: int
+    sampling: Sampling
     samples: list[list[Any]]
 
     def answers_of(self, folder: str) -> list[list[Any]]:
         """What a fresh engine with the weights in this folder says to the same."""
         fresh = type(self.engine)(self.engine.config, self.engine.stop.chat, folder)
-        return fresh.generate(self.contexts, self.n, self.seed, label="")
+        return fresh.generate(self.contexts, self.sampling, label="")
 
 
 def record(patch: pytest.MonkeyPatch, wanted: str) -> list[Call]:
@@ -75,10 +75,10 @@ def record(patch: pytest.MonkeyPatch, wanted: str) -> list[Call]:
 
     generate, calls = HuggingFaceRollout.generate, []
 
-    def wrapped(self, prompts, n, seed, label):
-        samples = generate(self, prompts, n, seed, label)
+    def wrapped(self, prompts, sampling, label):
+        samples = generate(self, prompts, sampling, label)
         if label.startswith(wanted) and bool(label) == bool(wanted):
-            calls.append(Call(self, prompts, n, seed, samples))
+            calls.append(Call(self, prompts, sampling, samples))
         return samples
 
     patch.setattr(HuggingFaceRollout, "generate", wrapped)

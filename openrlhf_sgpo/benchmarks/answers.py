@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
-from openrlhf_sgpo.rollout import Rollout, Sample, start_rollout
+from openrlhf_sgpo.rollout import Rollout, Sample, Sampling, sampling_of, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.run_folder import json_text, keep_rows, read_growing, read_json, write_json, write_jsonl
 
@@ -207,10 +207,9 @@ class Answerer:
                     chat.prompt(_conversation(one, [sample.text for sample in answers[one.id]])) for one in group
                 ]
                 seed = prompt_seed(self.config.train.seed, (turn,))
+                sampling = replace(sampling_of(self.config.rollout, seed), temperature=temperature)
                 name = label + (f", turn {turn + 1}" if turn or len(asked[0].turns) > 1 else "")
-                for one, (sample,) in zip(
-                    group, self._generate(chat, folder, contexts, temperature, seed, name), strict=True
-                ):
+                for one, (sample,) in zip(group, self._generate(chat, folder, contexts, sampling, name), strict=True):
                     answers[one.id].append(sample)
         return [
             Responses(
@@ -223,18 +222,13 @@ class Answerer:
         ]
 
     def _generate(
-        self, chat: ChatFormat, folder: str, contexts: list[tuple[int, ...]], temperature: float, seed: int, label: str
+        self, chat: ChatFormat, folder: str, contexts: list[tuple[int, ...]], sampling: Sampling, label: str
     ) -> list[list[Sample]]:
-        own = self.config.rollout.temperature
         if self.rollout is None or self._kind != kind_of(folder):
             self.close()
             self.rollout, self._kind = start_rollout(self.config, chat, folder), kind_of(folder)
         self.rollout.load(folder)
-        try:
-            self.config.rollout.temperature = temperature  # engines read it when they are asked
-            return self.rollout.generate(contexts, 1, seed, label)
-        finally:
-            self.config.rollout.temperature = own
+        return self.rollout.generate(contexts, sampling, label)
 
 
 def _conversation(item: Item, answers: Sequence[str]) -> Messages:

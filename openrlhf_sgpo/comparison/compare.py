@@ -42,6 +42,7 @@ from openrlhf_sgpo.data.records import Prompt, Records, fingerprint, load_prompt
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.output import say
+from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.run_folder import ADDRESS, write_json, write_text
 from openrlhf_sgpo.staged_command import Row, StagedCommand
 
@@ -102,8 +103,8 @@ class RunComparison(StagedCommand):
         """One answer to each prompt, by the weights in a folder; the same random numbers for everyone."""
 
         def work(cost: dict[str, float]) -> list[Row]:
-            engine = self.engine(folder)
-            samples = [one for (one,) in engine.generate(self.tokens, 1, self.config.train.seed, name)]
+            sampling = sampling_of(self.config.rollout, self.config.train.seed)
+            samples = [sample for (sample,) in self.engine(folder).generate(self.tokens, sampling, name)]
             cost["samples"] = len(samples)
             cost["tokens_generated"] = sum(one.tokens for one in samples)
             return [{"id": prompt.id, **one.to_row()} for prompt, one in zip(self.prompts, samples, strict=True)]

@@ -31,7 +31,7 @@ from openrlhf_sgpo.refinement.results import (
     refinement_table,
 )
 from openrlhf_sgpo.refinement.settings import RefineSettings, inference
-from openrlhf_sgpo.rollout import Sample
+from openrlhf_sgpo.rollout import Sample, sampling_of
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room
 from openrlhf_sgpo.run_folder import write_json, write_jsonl, write_text
@@ -164,7 +164,8 @@ class Refinement(StagedCommand):
                 numbers = [number for number, (_, wanted) in enumerate(requests) if wanted == n]
                 contexts = [requests[number][0] for number in numbers]
                 label = name.replace("_", " ") + (f", {n} each" if n > 1 else "")
-                found |= dict(zip(numbers, engine.generate(contexts, n, seed, label), strict=True))
+                samples = engine.generate(contexts, sampling_of(self.config.rollout, seed, n), label)
+                found |= dict(zip(numbers, samples, strict=True))
                 cost["tokens_prompt"] = cost.get("tokens_prompt", 0) + sum(map(len, contexts))
             cost["samples"] = sum(map(len, found.values()))
             cost["tokens_generated"] = sum(one.tokens for own in found.values() for one in own)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from openrlhf_sgpo.config import RolloutSettings
     from openrlhf_sgpo.data.tokens import ChatFormat
 
 
@@ -27,6 +28,23 @@ class Sample:
 
     def to_row(self) -> dict[str, Any]:
         return {"text": self.text, "truncated": self.truncated, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. temperature: 0 draws the likeliest token each time. top_p: nucleus sampling mass.
+    max_new_tokens: of the longest response. seed: decides, with a prompt's tokens, what is drawn for it. n: per prompt."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    n: int = 1
+
+
+def sampling_of(settings: RolloutSettings, seed: int, n: int = 1) -> Sampling:
+    """As --rollout says."""
+    return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, seed, n)
 
 
 class Stop:
@@ -96,9 +114,9 @@ class Rollout(Protocol):
     def load(self, folder: str) -> None:
         """Take over the weights in a policy folder, or in one with the weights alone of a model like the present one."""
 
-    def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
-        """n samples per prompt, in the order of the prompts; the same seed gives each prompt the same random numbers
-        wherever in the list it stands. label: of the progress bar; empty for none."""
+    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
+        """``sampling.n`` samples per prompt, in the order of the prompts; the same seed gives each prompt the same random
+        numbers wherever in the list it stands. label: of the progress bar; empty for none."""
 
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         """Log-probability of each token after the first, per sequence, under the engine's own weights."""

@@ -17,7 +17,7 @@ from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.output import Progress
-from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
+from openrlhf_sgpo.rollout.base import Sample, Sampling, Stop, prompt_seed
 
 
 class Mixture(LogitsProcessor):
@@ -117,7 +117,7 @@ class HuggingFaceRollout:
         model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
         return model
 
-    def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
+    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
         """Raises NotFiniteError on every rank if the model's next-token probabilities are not finite."""
         size = self.config.rollout.batch_size
         rank, world = distributed.get_rank(), distributed.get_world_size()
@@ -127,42 +127,41 @@ class HuggingFaceRollout:
         mine: dict[int, list[Sample]] = {}
         finite = Finite(self.model.device)
         for batch in Progress(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
-            mine.update(zip(batch, self._sample([prompts[index] for index in batch], n, seed, finite), strict=True))
+            mine.update(zip(batch, self._sample([prompts[index] for index in batch], sampling, finite), strict=True))
         problem = NotFiniteError(f"the next-token probabilities of the model {self.folder} are not finite")
         ranks.raise_together(None if finite.all else problem)
         merged = {index: samples for part in ranks.gather(mine) for index, samples in part.items()}
         return [merged[index] for index in range(len(prompts))]
 
     @torch.no_grad()
-    def _sample(self, prompts: list[tuple[int, ...]], n: int, seed: int, finite: Finite) -> list[list[Sample]]:
+    def _sample(self, prompts: list[tuple[int, ...]], sampling: Sampling, finite: Finite) -> list[list[Sample]]:
         """Left-padded batch. The random numbers depend on the batch's first prompt: transformers has one generator."""
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         tokens = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         device = self.model.device
-        rows = attention.repeat_interleave(n, dim=0).to(device)
+        rows = attention.repeat_interleave(sampling.n, dim=0).to(device)
         processors = [Mixture(self.reference, self.share, rows), finite] if self.share else [finite]
-        rollout = self.config.rollout
-        sampling: dict[str, Any] = {"do_sample": False}  # at temperature 0, as in vLLM
-        if rollout.temperature > 0:
-            sampling = {"do_sample": True, "temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": 0}
+        drawn: dict[str, Any] = {"do_sample": False}  # at temperature 0, as in vLLM
+        if sampling.temperature > 0:
+            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(prompt_seed(seed, prompts[0]))
+            torch.manual_seed(prompt_seed(sampling.seed, prompts[0]))
             output = self.model.generate(
                 tokens.to(device),
                 attention_mask=attention.to(device),
                 logits_processor=processors,
-                num_return_sequences=n,
-                max_new_tokens=min(rollout.max_new_tokens, self.config.data.max_len - longest),
-                **sampling,
+                num_return_sequences=sampling.n,
+                max_new_tokens=min(sampling.max_new_tokens, self.config.data.max_len - longest),
+                **drawn,
                 stopping_criteria=[StopText(self.stop, longest)] if self.stop.text else [],
                 eos_token_id=sorted(self.stop.tokens),
                 pad_token_id=pad,
                 use_cache=True,
             )
         samples = [self.stop.sample(row) for row in output[:, longest:].tolist()]
-        return [samples[start : start + n] for start in range(0, len(samples), n)]
+        return [samples[start : start + sampling.n] for start in range(0, len(samples), sampling.n)]
 
     @torch.no_grad()
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:

@@ -7,11 +7,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Role
-from openrlhf_sgpo.rollout.base import Rollout, Sample, prompt_seed
+from openrlhf_sgpo.rollout.base import Rollout, Sample, prompt_seed, sampling_of
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.algorithms import Algorithm
-    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.config import Config, RolloutSettings
     from openrlhf_sgpo.data.records import Messages, Prompt
     from openrlhf_sgpo.data.tokens import ChatFormat
     from openrlhf_sgpo.ledger import Stopwatch
@@ -82,6 +82,7 @@ class Roles:
         mixture: Rollout,
         folders: Mapping[Role, str],
         longest: int,
+        settings: RolloutSettings,
         clock: Stopwatch,
     ):
         self.runs = [(role, len(list(run))) for role, run in groupby(algorithm.roles)]
@@ -90,6 +91,7 @@ class Roles:
         self.engine = engine
         self.mixture = mixture
         self.folders = folders
+        self.settings = settings
         self.longest = longest  # context of an answer, in tokens
         self.clock = clock
 
@@ -108,7 +110,7 @@ class Roles:
             rollout = self.mixture if role == "mixture" else self.engine
             with self.clock("sync"):
                 rollout.load(self.folders[role])  # nothing happens if the role before had the same
-            found = rollout.generate(contexts, count, prompt_seed(seed, (place,)), label="")
+            found = rollout.generate(contexts, sampling_of(self.settings, prompt_seed(seed, (place,)), count), label="")
             for own, context, samples in zip(answers, contexts, found, strict=True):
                 own += [(context, sample) for sample in samples]
         return answers

@@ -12,7 +12,7 @@ from openrlhf_sgpo import ranks, ray_session
 from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.output import Progress, say
-from openrlhf_sgpo.rollout.base import Sample, Stop, prompt_seed
+from openrlhf_sgpo.rollout.base import Sample, Sampling, Stop, prompt_seed
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT
 
 
@@ -143,16 +143,15 @@ class VllmRollout:
         self.compared = min(self._all("load_policy", self.folder))
         self._sleep()
 
-    def generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
-        return ranks.on_rank_0(lambda: self._generate(prompts, n, seed, label))
+    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
+        return ranks.on_rank_0(lambda: self._generate(prompts, sampling, label))
 
-    def _generate(self, prompts: list[tuple[int, ...]], n: int, seed: int, label: str) -> list[list[Sample]]:
-        rollout = self.config.rollout
-        sampling = {
-            "n": n,
-            "temperature": rollout.temperature,
-            "top_p": rollout.top_p,
-            "max_tokens": rollout.max_new_tokens,
+    def _generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
+        parameters = {
+            "n": sampling.n,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sorted(self.stop.tokens),
             # The engine needs texts only to find an end of turn of several tokens, special ones among them.
             "stop": [self.stop.text] if self.stop.text else None,
@@ -161,7 +160,11 @@ class VllmRollout:
         }
         self._wake()
         calls = [
-            (number % len(self.engines), "sample", (list(prompt), {**sampling, "seed": prompt_seed(seed, prompt)}))
+            (
+                number % len(self.engines),
+                "sample",
+                (list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}),
+            )
             for number, prompt in enumerate(prompts)
         ]
         results = [[self.stop.sample(ids) for ids in answer] for answer in self._ask(calls, label)]

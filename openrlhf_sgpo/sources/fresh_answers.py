@@ -125,7 +125,9 @@ class FreshAnswers(Source):
         engine = self.run.engine(policy)
         longest = self.config.data.max_len - self.config.rollout.max_new_tokens
         mixture = self._mixture(engine, policy)
-        self.roles = Roles(self.play, self.run.chat, engine, mixture, self._folders(), longest, trainer.clock)
+        self.roles = Roles(
+            self.play, self.run.chat, engine, mixture, self._folders(), longest, self.config.rollout, trainer.clock
+        )
         self.follows_policy = self.play.steps_per_sync > 0
         if step > stage.first and self.follows_policy:
             self.sync()

@@ -29,6 +29,7 @@ from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.oracle.base import agreement, rank
 from openrlhf_sgpo.oracle.implicit import ImplicitReward
+from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_check import check_round
 from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
@@ -107,8 +108,7 @@ class StoredPairs(Source):
         with self.run.stage(f"round_{number}/generate") as cost:
             samples = self.run.engine(self.run.policy_before(number)).generate(
                 [self.data.prompts.tokens_of(prompt) for prompt in prompts],
-                rollout.n_samples_per_prompt,
-                seed=self.config.train.seed + number,
+                sampling_of(rollout, self.config.train.seed + number, rollout.n_samples_per_prompt),
                 label=f"round {number}: generate",
             )
             cost["samples"] = len(prompts) * rollout.n_samples_per_prompt

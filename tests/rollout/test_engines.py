@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.rollout import Sampling
 
 PROMPTS = [(1, 10, 20, 30), (1, 40, 50, 60, 70, 80), (1, 9)]
 TEXTS = [(1, 10, 20, 30, 40, 50), (1, 99, 98, 97, 3, 4, 5)]
@@ -13,7 +14,7 @@ TEXTS = [(1, 10, 20, 30, 40, 50), (1, 99, 98, 97, 3, 4, 5)]
 
 def configuration(engine: str) -> Config:
     config = Config()
-    config.rollout.engine, config.rollout.max_new_tokens, config.rollout.temperature = engine, 8, 1.0
+    config.rollout.engine = engine
     config.ds.param_dtype, config.data.max_len = "fp32", 64
     config.train.batch_size = config.train.micro_batch_size = 1
     config.vllm.num_engines = 2
@@ -70,7 +71,7 @@ def test_loading_replaces_every_weight_tied_embeddings_included(rollout, tiny_mo
 
 
 def test_n_samples_per_prompt_in_order_and_within_the_limit(rollout):
-    samples = rollout.generate(PROMPTS, 3, seed=5, label="test")
+    samples = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
     assert [len(group) for group in samples] == [3, 3, 3]
     assert all(0 < one.tokens <= 8 for group in samples for one in group)
     assert all(one.truncated == (one.tokens == 8) or one.tokens == 8 for group in samples for one in group)
@@ -78,16 +79,16 @@ def test_n_samples_per_prompt_in_order_and_within_the_limit(rollout):
 
 
 def test_the_seed_decides_the_samples(rollout):
-    first = rollout.generate(PROMPTS, 2, seed=5, label="test")
-    assert rollout.generate(PROMPTS, 2, seed=5, label="test") == first
-    assert rollout.generate(PROMPTS, 2, seed=6, label="test") != first
+    first = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=2), label="test")
+    assert rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=2), label="test") == first
+    assert rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=6, n=2), label="test") != first
 
 
 def test_samples_follow_the_new_weights(rollout, other_tiny_model):
     """Equal seeds and prompts: if cached keys and values of the old weights were reused, samples would not change."""
-    before = rollout.generate(PROMPTS, 2, seed=5, label="test")
+    before = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=2), label="test")
     rollout.load(str(other_tiny_model))
-    after = rollout.generate(PROMPTS, 2, seed=5, label="test")
+    after = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=2), label="test")
     assert after != before
 
 

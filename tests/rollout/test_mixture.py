@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.rollout.base import prompt_seed
+from openrlhf_sgpo.rollout.base import Sampling, prompt_seed
 
 PROMPTS = [(1, 10, 20, 30), (1, 40, 50, 60, 70, 80), (1, 9)]
 NEW, SAMPLES, SEED = 8, 2, 5
@@ -20,7 +20,7 @@ def rollout_with(tiny_model, other_tiny_model):
     from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 
     config = Config()
-    config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.batch_size = NEW, 0.7, 4
+    config.rollout.batch_size = 4
     config.ds.param_dtype, config.data.max_len = "fp32", 64
     config.train.batch_size = config.train.micro_batch_size = 1
     config.ref.model_name_or_path = str(other_tiny_model)
@@ -30,7 +30,7 @@ def rollout_with(tiny_model, other_tiny_model):
 
 
 def sampled(rollout):
-    found = rollout.generate(PROMPTS, SAMPLES, SEED, label="")
+    found = rollout.generate(PROMPTS, Sampling(0.7, 1.0, NEW, SEED, SAMPLES), label="")
     return [[one.token_ids for one in row] for row in found]
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from openrlhf_sgpo import ray_session
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.rollout import Sampling
 
 PROMPTS = [(1, 10, 20, 30), (1, 40, 50, 60, 70, 80), (1, 9)] * 8
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MY_PASSWORD")
@@ -29,7 +30,7 @@ def session(tiny_model):
     from openrlhf_sgpo.rollout import start_rollout
 
     config = Config()
-    config.rollout.engine, config.rollout.max_new_tokens, config.rollout.temperature = "vllm", 8, 1.0
+    config.rollout.engine = "vllm"
     config.ds.param_dtype, config.data.max_len, config.vllm.num_engines = "fp32", 64, 1
     config.train.batch_size = config.train.micro_batch_size = 1
     build_strategy(config)
@@ -103,10 +104,10 @@ def test_workers_know_no_keys(session):
 @pytest.mark.slow
 def test_an_engine_that_dies_is_started_again_and_asked_again(session, capsys):
     rollout, folder = session
-    undisturbed = rollout.generate(PROMPTS, 3, seed=5, label="test")
+    undisturbed = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
     (engine,) = [process for process in ray_session._processes(folder) if "RolloutEngine" in process.name()]
     threading.Timer(0.1, engine.kill).start()
-    assert rollout.generate(PROMPTS, 3, seed=5, label="test") == undisturbed
+    assert rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test") == undisturbed
     assert "vLLM engine 0 died; it is started again" in capsys.readouterr().out
     assert not engine.is_running()
 
@@ -118,7 +119,7 @@ def test_an_engine_that_dies_twice_ends_the_run_with_one_message_and_leaves_noth
     engine.kill()
     monkeypatch.setattr(rollout, "_restart", lambda number: None)  # as if it had died at once
     with pytest.raises(RuntimeError, match="vLLM engine 0 died twice over the same prompts"):
-        rollout.generate(PROMPTS, 3, seed=5, label="test")
+        rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
     begin = Path(folder).stat().st_mtime
     rollout.close()
     assert ray_session._processes(folder) == [] and not Path(folder).exists()

@@ -11,7 +11,7 @@ import torch
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
-from openrlhf_sgpo.rollout.base import Stop
+from openrlhf_sgpo.rollout.base import Sampling, Stop
 
 LIMIT = 12
 QUESTION = [{"role": "user", "content": "Why?"}]
@@ -59,7 +59,6 @@ def rollout(request, model):
 
     config = Config()
     config.rollout.engine = "vllm" if request.param == "vllm" else "hf"
-    config.rollout.max_new_tokens, config.rollout.temperature = LIMIT, 1.0
     config.ds.param_dtype, config.data.max_len = "fp32", 64
     config.train.batch_size = config.train.micro_batch_size = 1
     config.ref.model_name_or_path = model
@@ -77,7 +76,7 @@ def test_every_engine_stops_at_the_end_that_training_appends(rollout, end):
     chat = rollout.stop.chat
     other = [{"role": "user", "content": "Another, longer question?"}]
     prompts = [chat.prompt(QUESTION), chat.prompt(other)]
-    for sample in (one for row in rollout.generate(prompts, 2, seed=1, label="") for one in row):
+    for sample in (one for row in rollout.generate(prompts, Sampling(1.0, 1.0, LIMIT, 1, 2), label="") for one in row):
         assert (sample.text, sample.truncated) == ("Hi", False)
         assert sample.token_ids == chat.response("Hi", False, LIMIT)
         assert chat.tokenizer.decode(sample.token_ids) == f"Hi{end}"
