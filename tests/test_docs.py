@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from openrlhf_sgpo.cli.main import main
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -39,19 +41,14 @@ def test_there_are_commands_to_test():
 
 
 @pytest.mark.parametrize("command", TRAINING)
-def test_training_commands_resolve(command, tmp_path):
+def test_training_commands_resolve(command, monkeypatch, capsys):
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.endswith("train_ssapo.sh") or word == "train")
     argv = words[script + 1 :]
     if argv[:1] == ["--num_gpus"]:
         argv = argv[2:]
-    process = subprocess.run(
-        [sys.executable, "-m", "openrlhf_sgpo.cli.main", "train", *argv, "--dry_run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
+    monkeypatch.chdir(ROOT)
+    assert main(["train", *argv, "--dry_run"]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", EVALUATING)
