@@ -81,21 +81,14 @@ class Evaluator:
         samples = [sample for (sample,) in self.run.engine(policy).generate(prompts, sampling, f"{name}: sample")]
         cost["samples"] = len(samples)
         cost["tokens_generated"] = sum(one.tokens for one in samples)
-        room = self.config.data.max_len
-        responses = [
-            self.run.chat.response(one.text, one.truncated, room - len(prompt))
-            for prompt, one in zip(prompts, samples, strict=True)
-        ]
         initial = self.config.ref.model_name_or_path
-        if policy == initial:
-            divergences = [0.0] * len(samples)
-        else:
-            # An empty response has no tokens on which two policies could differ.
-            spoken = [
-                Group(prompt, (response,)) for prompt, response in zip(prompts, responses, strict=True) if response
+        divergences = [0.0] * len(samples)
+        if policy != initial:
+            groups = [
+                Group(prompt, (sample.token_ids[: self.config.data.max_len - len(prompt)],))
+                for prompt, sample in zip(prompts, samples, strict=True)
             ]
-            found = iter(self.scorer.divergence(policy, initial, spoken, f"{name}: divergence") if spoken else [])
-            divergences = [next(found) if response else 0.0 for response in responses]
+            divergences = self.scorer.divergence(policy, initial, groups, f"{name}: divergence")
         wins: dict[str, Any] = {}
         if self.run.has_oracle and path.name != "initial":
             wins = self._wins([pair for pair, _ in asked], samples, path.parent / "initial", name, cost)
@@ -149,12 +142,12 @@ class Evaluator:
         that the start answered too, which may be others since a run was resumed; nothing if there are none."""
         path = start / "samples.jsonl"
         rows = ranks.from_rank_0(read_jsonl(path) if self.run.writes and path.is_file() else [])
-        before_training = {row["id"]: Answer(row["text"], row["truncated"]) for row in rows}
+        before_training = {row["id"]: Answer.from_row(row) for row in rows}
         questions = [
             Question(
                 pair.id,
                 pair.prompt,
-                (Answer(one.text, one.truncated), before_training[pair.id]),
+                (Answer(one.text, one.truncated, one.token_ids), before_training[pair.id]),
                 pair.template_kwargs,
             )
             for pair, one in zip(pairs, samples, strict=True)

@@ -106,6 +106,38 @@ def test_pairs_are_ranked_by_implicit_reward_and_margins_are_its_differences(run
 
 
 @pytest.mark.slow
+def test_what_an_engine_drew_is_what_is_scored_and_trained(run, tiny_model):
+    """Token by token: the toy policy draws bytes that are no text, which another tokenisation of the text would change."""
+    from transformers import AutoTokenizer
+
+    from openrlhf_sgpo.data.tokens import ChatFormat
+    from openrlhf_sgpo.training.scoring import token_key
+
+    folder, _ = run
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), 128)
+    responses = {
+        row["id"]: [answer["token_ids"] for answer in row["responses"]]
+        for row in read_jsonl(folder / "round_1/responses.jsonl")
+    }
+    scored = [set().union(*map(dict.keys, read_scores(path))) for path in (folder / "log_probs").iterdir()]
+    others = 0
+    for pair in read_jsonl(folder / "round_1/pairs.jsonl"):
+        prompt = chat.prompt(pair["prompt"])
+        for side in ("chosen", "rejected"):
+            drawn = pair[f"{side}_token_ids"]
+            assert drawn in responses[pair["id"].removeprefix("round_1/")]
+            key = token_key(prompt, tuple(drawn))
+            assert sum(key in keys for keys in scored) == 2, "under the policy and under its reference"
+            text, truncated = pair[side][0]["content"], pair[f"{side}_truncated"]
+            others += tuple(drawn) != chat.response(text, truncated, 100)
+    assert others > 0, "otherwise this proves nothing"
+
+
+def read_scores(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+@pytest.mark.slow
 def test_evaluations_say_what_their_files_say(run):
     """Row by row: accuracy and margin from held_out.jsonl; length, truncation and divergence from samples.jsonl."""
     folder, process = run

@@ -117,20 +117,13 @@ class RunComparison(StagedCommand):
 
         def work(cost: dict[str, float]) -> list[Row]:
             before = self.scorer.tokens_scored
-            responses = [
-                self.chat.response(one["text"], one["truncated"], room - len(prompt))
-                for prompt, one in zip(self.tokens, answers, strict=True)
+            groups = [
+                Group(prompt, (tuple(answer["token_ids"])[: room - len(prompt)],))
+                for prompt, answer in zip(self.tokens, answers, strict=True)
             ]
-            # An empty answer has no tokens on which two policies could differ.
-            spoken = [Group(prompt, (own,)) for prompt, own in zip(self.tokens, responses, strict=True) if own]
-            label = f"{name}: divergence"
-            found = self.scorer.divergence(run.policy.folder, self.reference, spoken, label) if spoken else []
-            rest = iter(found)
+            divergences = self.scorer.divergence(run.policy.folder, self.reference, groups, f"{name}: divergence")
             cost["tokens_scored"] = self.scorer.tokens_scored - before
-            return [
-                {"id": prompt.id, "kl": next(rest) if own else 0.0}
-                for prompt, own in zip(self.prompts, responses, strict=True)
-            ]
+            return [{"id": prompt.id, "kl": kl} for prompt, kl in zip(self.prompts, divergences, strict=True)]
 
         return [row["kl"] for row in self.stage(f"kl_{name}", work)]
 
@@ -142,7 +135,10 @@ class RunComparison(StagedCommand):
         def work(cost: dict[str, float]) -> list[Row]:
             questions = [
                 Question(
-                    prompt.id, prompt.messages, (_answer(one[place]), _answer(other[place])), prompt.template_kwargs
+                    prompt.id,
+                    prompt.messages,
+                    (Answer.from_row(one[place]), Answer.from_row(other[place])),
+                    prompt.template_kwargs,
                 )
                 for one in first
                 for other in second
@@ -233,10 +229,6 @@ def _records(settings: CompareSettings, runs: Sequence[ComparedRun]) -> Records[
 
 def _named(group: RunGroup) -> list[tuple[str, ComparedRun]]:
     return [(f"{group.name}_{number}", run) for number, run in enumerate(group.runs, start=1)]
-
-
-def _answer(row: Row) -> Answer:
-    return Answer(row["text"], row["truncated"])
 
 
 def _summary(group: RunGroup, answers: Sequence[list[Row]], divergences: Sequence[list[float]]) -> Row:

@@ -51,7 +51,8 @@ class Pair:
     """One preference: ``chosen`` is the better response to ``prompt``.
 
     source: human, or the oracle that ranked the responses. round: 0 for the seed. truncated: the response was cut
-    by the length limit, so that no end-of-turn token may follow it. scores: what the ranking was based on.
+    by the length limit, so that no end-of-turn token may follow it. token_ids: of the response as an engine drew it, empty
+    where people wrote it. scores: what the ranking was based on.
     template_kwargs: as in ``Prompt``.
     """
 
@@ -64,6 +65,8 @@ class Pair:
     flipped: bool = False
     chosen_truncated: bool = False
     rejected_truncated: bool = False
+    chosen_token_ids: tuple[int, ...] = ()
+    rejected_token_ids: tuple[int, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -71,6 +74,7 @@ class Pair:
         """A JSON row in TRL's conversational preference format, with this package's further columns."""
         row = asdict(self)
         row |= template_columns(row.pop("template_kwargs"))
+        row = {name: value for name, value in row.items() if name not in _TOKEN_IDS or value}
         row["chosen"] = [{"role": "assistant", "content": self.chosen}]
         row["rejected"] = [{"role": "assistant", "content": self.rejected}]
         return row
@@ -108,11 +112,15 @@ def _truncation(row: dict[str, Any]) -> dict[str, Any]:
     return {column: bool(row.get(column)) for column in columns}
 
 
+_TOKEN_IDS = ("chosen_token_ids", "rejected_token_ids")
+
+
 def _pair_of_a_run(row: dict[str, Any], name: str) -> Pair:
     kinds = {"source": str, "round": int, "flipped": bool, "scores": dict}
     if wrong := [column for column, kind in kinds.items() if not isinstance(row.get(column), kind)]:
         raise DataError(f"column {' and '.join(wrong)} is missing or of another type than a run writes; {_found(row)}")
-    return replace(_pair(row, name), **{column: row[column] for column in kinds})
+    token_ids = {column: tuple(row.get(column, ())) for column in _TOKEN_IDS}
+    return replace(_pair(row, name), **{column: row[column] for column in kinds} | token_ids)
 
 
 def _pair(row: dict[str, Any], name: str) -> Pair:

@@ -58,6 +58,8 @@ def flip_labels(pairs: list[Pair], rate: float, seed: int) -> list[Pair]:
             rejected=pair.chosen,
             chosen_truncated=pair.rejected_truncated,
             rejected_truncated=pair.chosen_truncated,
+            chosen_token_ids=pair.rejected_token_ids,
+            rejected_token_ids=pair.chosen_token_ids,
             scores={_OTHER.get(name, name): score for name, score in pair.scores.items()},
             flipped=True,
         )

@@ -227,10 +227,10 @@ class ChatFormat:
         return len(prompt) <= self.max_len - 2
 
     def encode(self, pairs: Sequence[Pair]) -> list[PairTokens | None]:
-        """Tokens of pairs, all at once; None where the template refuses the prompt."""
+        """Tokens of pairs, all at once; None where the template refuses the prompt. What an engine drew keeps its tokens."""
         prompts = self.prompts([pair.prompt for pair in pairs], [pair.template_kwargs for pair in pairs])
-        chosen = self._encode_responses([pair.chosen for pair in pairs])
-        rejected = self._encode_responses([pair.rejected for pair in pairs])
+        chosen = self._encode_responses(["" if pair.chosen_token_ids else pair.chosen for pair in pairs])
+        rejected = self._encode_responses(["" if pair.rejected_token_ids else pair.rejected for pair in pairs])
         rows = zip(prompts, zip(chosen, rejected, strict=True), strict=True)
         return [None if prompt is None else PairTokens(prompt, responses) for prompt, responses in rows]
 
@@ -239,8 +239,8 @@ class ChatFormat:
         if not self.fits(tokens.prompt):
             return None
         room = self.max_len - len(tokens.prompt)
-        chosen = self._end(tokens.responses[0], pair.chosen_truncated, room)
-        rejected = self._end(tokens.responses[1], pair.rejected_truncated, room)
+        chosen = pair.chosen_token_ids[:room] or self._end(tokens.responses[0], pair.chosen_truncated, room)
+        rejected = pair.rejected_token_ids[:room] or self._end(tokens.responses[1], pair.rejected_truncated, room)
         return Group(tokens.prompt, (chosen, rejected)) if chosen and rejected and chosen != rejected else None
 
     def pair(self, pair: Pair) -> Group | None:

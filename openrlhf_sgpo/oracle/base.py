@@ -30,10 +30,17 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Answer:
-    """truncated: the length limit stopped it, so that no end of turn follows."""
+    """truncated: the length limit stopped it, so no end of turn follows. token_ids: as an engine with the policy's tokenizer
+    drew them; empty for a text that people wrote."""
 
     text: str
     truncated: bool = False
+    token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Answer:
+        """The answer in a row that ``Sample.to_row`` made."""
+        return cls(row["text"], row["truncated"], tuple(row["token_ids"]))
 
 
 @dataclass(frozen=True)
@@ -345,6 +352,8 @@ def rank(question: Question, rewards: Sequence[float], source: str, number: int)
         round=number,
         chosen_truncated=chosen.truncated,
         rejected_truncated=rejected.truncated,
+        chosen_token_ids=chosen.token_ids,
+        rejected_token_ids=rejected.token_ids,
         template_kwargs=question.template_kwargs,
         scores={"chosen": rewards[best], "rejected": rewards[worst]},
     )

@@ -78,8 +78,11 @@ class ImplicitReward(RewardOracle):
 
 
 def as_group(question: Question, chat: ChatFormat) -> Group:
-    """Tokens of a question as the policy answered it. Of an answer without any text the end is scored."""
+    """Tokens of a question as the policy answered it: those that were drawn, or those of a text that people wrote. Of an answer
+    without any the end is scored."""
     prompt = chat.prompt(question.prompt, question.template_kwargs)
     room = chat.max_len - len(prompt)
-    responses = (chat.response(one.text, one.truncated, room) for one in question.answers)
+    responses = (
+        answer.token_ids[:room] or chat.response(answer.text, answer.truncated, room) for answer in question.answers
+    )
     return Group(prompt, tuple(response or chat.end_of_turn for response in responses))

@@ -29,7 +29,7 @@ class Answers:
     draft_by: str = ""
 
     def question(self, samples: Sequence[Sample]) -> Question:
-        answers = tuple(Answer(one.text, one.truncated) for one in samples)
+        answers = tuple(Answer(one.text, one.truncated, one.token_ids) for one in samples)
         return Question(self.prompt.id, self.prompt.messages, answers, self.prompt.template_kwargs)
 
 

@@ -27,7 +27,12 @@ class Sample:
         return len(self.token_ids)
 
     def to_row(self) -> dict[str, Any]:
-        return {"text": self.text, "truncated": self.truncated, "tokens": self.tokens}
+        return {
+            "text": self.text,
+            "truncated": self.truncated,
+            "tokens": self.tokens,
+            "token_ids": list(self.token_ids),
+        }
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class FreshAnswers(Source):
             Question(
                 prompt.id,
                 prompt.messages,
-                tuple(Answer(sample.text, sample.truncated) for _, sample in drawn),
+                tuple(Answer(sample.text, sample.truncated, sample.token_ids) for _, sample in drawn),
                 prompt.template_kwargs,
             )
             for prompt, drawn in zip(prompts, answers, strict=True)
@@ -217,7 +217,14 @@ class FreshAnswers(Source):
         count, anchor = len(play.answers), self.play.models[0]
         columns = zip(self.play.roles, play.answers, log_probs[:count], log_probs[count:], strict=True)
         answers = [
-            {"role": role, **sample.to_row(), "log_prob": policy, f"{anchor}_log_prob": frozen}
+            {
+                "role": role,
+                "text": sample.text,
+                "truncated": sample.truncated,
+                "tokens": sample.tokens,
+                "log_prob": policy,
+                f"{anchor}_log_prob": frozen,
+            }
             for role, (_, sample), policy, frozen in columns
         ]
         return {"step": step, "id": play.prompt.id, "answers": answers, "preferences": play.preferences}

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
-from itertools import starmap
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -134,13 +133,13 @@ class StoredPairs(Source):
         for row in read_jsonl(path / "responses.jsonl"):
             prompt = prompts[row["id"]]
             # Only distinct answers that say something can be ranked.
-            distinct = {one["text"]: one["truncated"] for one in row["responses"] if one["text"].strip()}
+            answers = map(Answer.from_row, row["responses"])
+            distinct = {answer.text: answer for answer in answers if answer.text.strip()}
             told = template_kwargs(prompt)
             if len(distinct) < 2:
                 skipped += 1
             else:
-                answers = tuple(starmap(Answer, distinct.items()))
-                questions.append(Question(row["id"], prompt["prompt"], answers, told))
+                questions.append(Question(row["id"], prompt["prompt"], tuple(distinct.values()), told))
             if prompt.get("chosen") is not None:
                 labelled = (Answer(prompt["chosen"]), Answer(prompt["rejected"]))
                 gold.append(Question(row["id"], prompt["prompt"], labelled, told))
