@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 from statistics import mean
 
 import pytest
@@ -111,7 +112,7 @@ def test_what_an_engine_drew_is_what_is_scored_and_trained(run, tiny_model):
     from transformers import AutoTokenizer
 
     from openrlhf_sgpo.data.tokens import ChatFormat
-    from openrlhf_sgpo.training.scoring import token_key
+    from openrlhf_sgpo.training.scoring import tokens_key
 
     folder, _ = run
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), 128)
@@ -126,7 +127,7 @@ def test_what_an_engine_drew_is_what_is_scored_and_trained(run, tiny_model):
         for side in ("chosen", "rejected"):
             drawn = pair[f"{side}_token_ids"]
             assert drawn in responses[pair["id"].removeprefix("round_1/")]
-            key = token_key(prompt, tuple(drawn))
+            key = tokens_key(prompt, tuple(drawn))
             assert sum(key in keys for keys in scored) == 2, "under the policy and under its reference"
             text, truncated = pair[side][0]["content"], pair[f"{side}_truncated"]
             others += tuple(drawn) != chat.response(text, truncated, 100)

@@ -119,11 +119,11 @@ def log_odds(folder, chat, messages) -> float:
 
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 def test_the_pairwise_model_is_asked_in_both_orders(other_tiny_model, make_resources, layout):
-    from openrlhf_sgpo.oracle.preference_model import PreferenceModel
+    from openrlhf_sgpo.oracle.preference_model import PreferenceModelOracle
 
     resources = make_resources(reward__model_name_or_path=str(other_tiny_model), train__layout=layout)
-    judge = PreferenceModel(resources)
-    PreferenceModel.check(resources.config)
+    judge = PreferenceModelOracle(resources)
+    PreferenceModelOracle.check(resources.config)
     found = judge.preferences(QUESTIONS, "test")
     assert judge.calls == len(QUESTIONS) * 6, "three pairs of distinct answers, in two orders"
     for question, matrix in zip(QUESTIONS, found, strict=True):
@@ -139,24 +139,24 @@ def test_the_pairwise_model_is_asked_in_both_orders(other_tiny_model, make_resou
         assert matrix[1][3] == 0.5
     used = judge.usage()
     assert used["judge_calls"] == 18 and used["judge_tokens"] > 18 * 200, "a comparison has some 200 letters of its own"
-    again = PreferenceModel(resources)
+    again = PreferenceModelOracle(resources)
     assert again.preferences(QUESTIONS, "test") == found
     assert again.usage() == {"judge_calls": 0, "judge_tokens": 0}
 
 
 def test_the_pairwise_model_is_checked(tiny_model, tiny_reward_model, make_resources):
-    from openrlhf_sgpo.oracle.preference_model import PreferenceModel
+    from openrlhf_sgpo.oracle.preference_model import PreferenceModelOracle
 
     def config(model, **changes):
         return make_resources(reward__model_name_or_path=str(model), **changes).config
 
-    assert PreferenceModel.problems(config("")) and not PreferenceModel.problems(config(tiny_model))
+    assert PreferenceModelOracle.problems(config("")) and not PreferenceModel.problems(config(tiny_model))
     with pytest.raises(ValueError, match=f"--reward.model_name_or_path {tiny_reward_model} is a reward model; use"):
-        PreferenceModel.check(config(tiny_reward_model))
+        PreferenceModelOracle.check(config(tiny_reward_model))
     with pytest.raises(ValueError, match="leaves no room within 64; raise --data.max_len"):
-        PreferenceModel.check(config(tiny_model, reward__max_len=64))
+        PreferenceModelOracle.check(config(tiny_model, reward__max_len=64))
     with pytest.raises(ValueError, match="--reward.model_name_or_path no/such model cannot be loaded"):
-        PreferenceModel.check(config("no/such model"))
+        PreferenceModelOracle.check(config("no/such model"))
 
 
 # The frozen implicit reward -------------------------------------------------------------------------------------------
