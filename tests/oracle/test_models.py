@@ -150,7 +150,7 @@ def test_the_pairwise_model_is_checked(tiny_model, tiny_reward_model, make_resou
     def config(model, **changes):
         return make_resources(reward__model_name_or_path=str(model), **changes).config
 
-    assert PreferenceModelOracle.problems(config("")) and not PreferenceModel.problems(config(tiny_model))
+    assert PreferenceModelOracle.problems(config("")) and not PreferenceModelOracle.problems(config(tiny_model))
     with pytest.raises(ValueError, match=f"--reward.model_name_or_path {tiny_reward_model} is a reward model; use"):
         PreferenceModelOracle.check(config(tiny_reward_model))
     with pytest.raises(ValueError, match="leaves no room within 64; raise --data.max_len"):
