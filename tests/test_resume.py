@@ -26,10 +26,10 @@ def flags(tiny_model, tiny_data, folder: Path) -> list[str]:
 
 
 def play_flags(tiny_model, tiny_data, folder: Path) -> list[str]:
-    """Adapters, dropout, a mixture and a checkpoint in the middle of rounds."""
+    """Adapters, dropout, a mixture, a running figure that the loss reads, and a checkpoint in the middle of rounds."""
     more = ("--rounds.steps", "2", "--ckpt.save_steps", "3", "--ds.lora.rank", "4", "--ds.lora.dropout", "0.2")
     less = ("--eval.max_samples", "4", "--eval.max_prompts", "2")
-    return test_plays.flags(tiny_model, tiny_data, folder, "nash_md", *more, *less)
+    return test_plays.flags(tiny_model, tiny_data, folder, "toy_states:RunningBaseline", *more, *less)
 
 
 def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
@@ -40,7 +40,7 @@ def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("argv", [flags, play_flags], ids=["sgpo", "nash_md"])
+@pytest.mark.parametrize("argv", [flags, play_flags], ids=["pairs", "fresh answers"])
 def test_killed_at_every_write(argv, tiny_model, tiny_data, tmp_path):
     killed_at_every_write(tmp_path, lambda folder: ["train", *argv(tiny_model, tiny_data, folder)])
 
