@@ -80,7 +80,7 @@ class Evaluator:
         sampling = sampling_of(self.config.rollout, self.config.train.seed)
         samples = [sample for (sample,) in self.run.engine(policy).generate(prompts, sampling, f"{name}: sample")]
         cost["samples"] = len(samples)
-        cost["tokens_generated"] = sum(one.tokens for one in samples)
+        cost["tokens_generated"] = sum(sample.tokens for sample in samples)
         initial = self.config.ref.model_name_or_path
         divergences = [0.0] * len(samples)
         if policy != initial:
@@ -101,16 +101,16 @@ class Evaluator:
                         "id": pair.id,
                         "prompt": pair.prompt,
                         **template_columns(pair.template_kwargs),
-                        **one.to_row(),
+                        **sample.to_row(),
                         "kl": kl,
                     }
-                    for (pair, _), one, kl in rows
+                    for (pair, _), sample, kl in rows
                 ),
             )
         return {
             "prompts": len(samples),
-            "response_length": mean(one.tokens for one in samples),
-            "truncated": mean(one.truncated for one in samples),
+            "response_length": mean(sample.tokens for sample in samples),
+            "truncated": mean(sample.truncated for sample in samples),
             "kl": mean(divergences),
             "kl_error": standard_error(divergences),
             **wins,
@@ -147,16 +147,16 @@ class Evaluator:
             Question(
                 pair.id,
                 pair.prompt,
-                (Answer(one.text, one.truncated, one.token_ids), before_training[pair.id]),
+                (Answer(sample.text, sample.truncated, sample.token_ids), before_training[pair.id]),
                 pair.template_kwargs,
             )
-            for pair, one in zip(pairs, samples, strict=True)
+            for pair, sample in zip(pairs, samples, strict=True)
             if pair.id in before_training
         ]
         if not questions:
             return {}
         oracle = self.run.frozen_oracle()
         before = oracle.usage()
-        found = [matrix[0][1] for matrix in oracle.preferences(questions, f"{name}: compare")]
-        cost |= {one: total - before[one] for one, total in oracle.usage().items()}
-        return {"win_rate": mean(found), "win_rate_error": standard_error(found)}
+        wins = [matrix[0][1] for matrix in oracle.preferences(questions, f"{name}: compare")]
+        cost |= {count: total - before[count] for count, total in oracle.usage().items()}
+        return {"win_rate": mean(wins), "win_rate_error": standard_error(wins)}

@@ -165,8 +165,8 @@ class FreshAnswers(Source):
         }.items():
             cost[name] = cost.get(name, 0) + amount
         size, share = config.train.micro_batch_size, len(self.plays) // self.run.strategy.world_size
-        mine = self.run.strategy.get_rank() * share
-        return [self.plays[start : start + size] for start in range(mine, mine + share, size)]
+        first = self.run.strategy.get_rank() * share
+        return [self.plays[start : start + size] for start in range(first, first + share, size)]
 
     def record(self, step: int, recorded: Tensor) -> dict[str, float]:
         """A line of plays.jsonl for each play. Metrics: wins, the mean preference for the first answer over the others; of each

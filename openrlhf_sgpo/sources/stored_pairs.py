@@ -117,7 +117,7 @@ class StoredPairs(Source):
             rows = zip(prompts, samples, strict=True)
             write_jsonl(
                 path / "responses.jsonl",
-                ({"id": prompt.id, "responses": [one.to_row() for one in group]} for prompt, group in rows),
+                ({"id": prompt.id, "responses": [sample.to_row() for sample in group]} for prompt, group in rows),
             )
         self.run.finish(number, "generate", {"prompts": len(prompts)}, ["prompts.jsonl", "responses.jsonl"])
 
@@ -145,7 +145,7 @@ class StoredPairs(Source):
                 gold.append(Question(row["id"], prompt["prompt"], labelled, told))
         if not questions:
             raise ValueError(
-                f"round {number}: no prompt got two different answers, so that there is nothing to rank: raise "
+                f"round {number}: no prompt got two different answers, so there is nothing to rank: raise "
                 f"--rollout.temperature or --rollout.n_samples_per_prompt, in another --{self.folder.flag}"
             )
         oracle = self._oracle(number)
@@ -172,7 +172,7 @@ class StoredPairs(Source):
 
     def _no_preference(self, number: int, rewards: Sequence[Sequence[float]]) -> str:
         """Why all rewards are equal, and what to do."""
-        start = f"round {number}: all answers to a prompt got the same reward, so that there is nothing to learn"
+        start = f"round {number}: all answers to a prompt got the same reward, so there is nothing to learn"
         if any(any(row) for row in rewards) or self.run.has_oracle:
             return f"{start}: --oracle {self.config.oracle} does not tell such answers apart; choose another"
         flags = "--seed.lr or --seed.max_epochs" if number == 1 else "--adam.lr or --train.max_epochs"
@@ -287,7 +287,9 @@ class StoredPairs(Source):
         """This round's share of the prompts, which are shuffled once; those of seed and held-out pairs are left out."""
         if self._shuffled is None:
             taken = {prompt_key(pair.prompt) for pair in self._read_pairs(0)} | self.data.held_out_prompts
-            self._shuffled = [one for one in self.data.prompts.prompts if prompt_key(one.messages) not in taken]
+            self._shuffled = [
+                prompt for prompt in self.data.prompts.prompts if prompt_key(prompt.messages) not in taken
+            ]
             random.Random(self.config.train.seed).shuffle(self._shuffled)
             self.prompt_counts = prompt_counts(self.config, len(self._shuffled))
         first = sum(self.prompt_counts[: number - 1])

@@ -1,4 +1,4 @@
-"""DeepSpeed checkpoints of training that may be killed at any moment, and whose files may be damaged or exchanged meanwhile."""
+"""DeepSpeed checkpoints. Training may be killed at any moment, and files may be damaged or replaced before it resumes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ DIGESTS = "digests.json"
 class Checkpoints:
     """Checkpoints ``step_N`` in ``folder``, written by OpenRLHF's strategy; the latest ``ckpt.max_num + 1`` of them are kept.
 
-    Each has ``digests.json``, the digest of every other file in it, which is written last. DeepSpeed's files are pickles, which
-    run what is in them, so that nothing is read whose digest is another one.
+    Each has ``digests.json`` with the digest of every other file in it, written last. DeepSpeed's files are pickles, which run
+    code when they are read, so a file is read only if its digest matches.
     """
 
     def __init__(self, folder: Path, strategy: DeepspeedStrategy):
         self.folder = folder
         self.strategy = strategy
-        self._latest: int | None = None  # that was found whole, or written, by this process
+        self._latest: int | None = None  # checked or written by this process
 
     def latest(self) -> int:
         """The step of the latest checkpoint that is whole, 0 if there is none. Later ones are deleted, and a line says why.
@@ -113,9 +113,9 @@ def _digest(path: Path) -> str:
 
 
 def _written(path: Path) -> dict[str, str] | None:
-    """The digests that were written with a checkpoint; None if they are not there, or no JSON."""
+    """The digests that were written with a checkpoint; None if they are missing or not JSON."""
     try:
-        found = read_json(path)
+        digests = read_json(path)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return digests if isinstance(digests, dict) else None

@@ -23,12 +23,12 @@ def prompt_embeddings(
     world, rank = distributed.get_world_size(), distributed.get_rank()
     # ZeRO-3 gathers parameters collectively: every rank must run the same number of forwards.
     share = -(-len(prompts) // world)
-    mine = [prompts[index % len(prompts)] for index in range(rank * share, (rank + 1) * share)]
+    dealt = [prompts[index % len(prompts)] for index in range(rank * share, (rank + 1) * share)]
     actor = strategy.prepare(load_actor(model, config, strategy, trainable=False))
     actor.eval()
     device = next(actor.parameters()).device
     rows = []
-    for prompt in Progress(mine, desc="seed: embed prompts", unit="prompt", disable=not strategy.is_rank_0()):
+    for prompt in Progress(dealt, desc="seed: embed prompts", unit="prompt", disable=not strategy.is_rank_0()):
         tokens = torch.tensor([prompt], device=device)
         output = actor.model(tokens, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         rows.append(output.hidden_states[-1][0, -1].float().cpu())

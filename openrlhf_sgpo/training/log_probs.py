@@ -98,10 +98,10 @@ def extrapolated_log_probs(policy: Logits, reference: Logits, extrapolation: flo
 
         (1 + lambda) * policy - lambda * reference,    lambda = ``extrapolation``,
 
-    token by token (the de-coupled noise detection of SPA, arXiv 2406.04412). 0 gives the policy's own.
+    token by token (the de-coupled noise detection of SPA, arXiv 2406.04412). 0 gives those of the policy.
     """
-    own = policy.values.detach()
-    return policy.log_probs(own + extrapolation * (own - reference.values)).detach()
+    values = policy.values.detach()
+    return policy.log_probs(values + extrapolation * (values - reference.values)).detach()
 
 
 def sequence_divergence(policy: Logits, reference: Logits) -> Tensor:
@@ -118,8 +118,8 @@ def token_log_probs(logits: Logits, temperature: float) -> Tensor:
 
 def token_divergence(policy: Logits, reference: Logits, temperature: float = 1.0) -> Tensor:
     """KL(policy || reference) of the next-token distributions over the whole vocabulary, in nats, shape (T,)."""
-    ours, theirs = ((one.values / temperature).log_softmax(-1) for one in (policy, reference))
-    return (ours.exp() * (ours - theirs)).sum(-1)
+    log_p, log_q = ((logits.values / temperature).log_softmax(-1) for logits in (policy, reference))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def padded_rows(groups: list[Group], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:

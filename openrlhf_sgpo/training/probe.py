@@ -43,7 +43,7 @@ def check_weights_arrived(
     # Entry t of an answer belongs to token t + 1.
     sums = [sum(answer[len(group.prompt) - 1 :]) for answer, group in zip(answers, probes, strict=True)]
     tokens = sum(len(group.responses[0]) for group in probes)
-    errors = [ours - theirs for ours, theirs in zip(sums, trained, strict=True)]
+    errors = [engine_sum - trainer_sum for engine_sum, trainer_sum in zip(sums, trained, strict=True)]
     figures = {
         "engine_to_trainer": sum(map(abs, errors)) / tokens,
         "noise": math.dist(sums, trained) / len(probes) ** 0.5,
@@ -51,11 +51,11 @@ def check_weights_arrived(
     stale = False
     if before is not None:
         movement = [new - old for new, old in zip(trained, before, strict=True)]
-        squares = sum(one * one for one in movement)
+        squares = sum(change * change for change in movement)
         figures["moved_by_training"] = sum(map(abs, movement)) / tokens
         if squares > 0:
             noise = TOLERANCE[dtype] * tokens / len(probes) if noise is None else noise
-            product = sum((ours - old) * one for ours, old, one in zip(sums, before, movement, strict=True))
+            product = sum((now - old) * change for now, old, change in zip(sums, before, movement, strict=True))
             figures["followed"] = product / squares
             figures["noise_to_movement"] = noise / (squares / len(probes)) ** 0.5
             stale = figures["noise_to_movement"] < CONCLUSIVE and figures["followed"] < FOLLOWED

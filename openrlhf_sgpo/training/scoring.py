@@ -34,11 +34,11 @@ def tokens_key(prompt: tuple[int, ...], response: tuple[int, ...]) -> str:
 
 
 class Scorer:
-    """Scores groups under a model folder; one model is in memory at a time, and no response is scored twice.
+    """Scores groups under the models in folders, one model in memory at a time. No response is scored twice.
 
-    Results are kept per model by a hash of the tokens, in memory and in ``folder`` (one file per model), so that a
-    reference is evaluated once whoever asks, and a resumed run sees the very numbers it saw before. resident: models that
-    were asked for stay in memory until ``close``, for those that are asked again at every step.
+    Results are kept per model by a hash of the tokens, in memory and in ``folder`` (one file per model), so a reference is
+    evaluated once for all who ask, and a resumed run sees the same numbers as before. resident: models stay in memory until
+    ``close``, because they score at every step.
     """
 
     figure: ClassVar[str] = "log-probability"
@@ -97,9 +97,9 @@ class Scorer:
             }
         self.responses_scored += len(missing)
         if missing:
-            for found in self._sweep([model], _by_prompt(list(missing.values())), label):
-                known.update(found)
-                self._append(model, found)
+            for scores in self._sweep([model], _by_prompt(list(missing.values())), label):
+                known.update(scores)
+                self._append(model, scores)
         return [tuple(known[key] for key in row) for row in keys]
 
     def _file(self, model: str) -> Path:
@@ -116,44 +116,44 @@ class Scorer:
                 known.update(part)
         return known
 
-    def _append(self, model: str, found: dict[str, float]) -> None:
+    def _append(self, model: str, scores: dict[str, float]) -> None:
         if self.folder is None:
             return
         if self.strategy.is_rank_0():
-            # A part is one line, so that it is there or not: if some of its responses were missing, they would be scored in
-            # other batches, and differ in the last digit.
-            keep_line(self._file(model), found)
+            # One line per part: if only some of its responses were kept, the others would be scored in other batches, and
+            # differ in the last digit.
+            keep_line(self._file(model), scores)
         ranks.barrier()
 
     def divergence(self, policy: str, reference: str, groups: list[Group], label: str) -> list[float]:
         """KL(policy || reference) of the first response of each group (see ``sequence_divergence``), in nats. Collective."""
-        found: dict[str, float] = {}
+        divergences: dict[str, float] = {}
         for part in self._sweep([policy, reference], groups, label):
-            found |= part
-        return [found[tokens_key(group.prompt, group.responses[0])] for group in groups]
+            divergences |= part
+        return [divergences[tokens_key(group.prompt, group.responses[0])] for group in groups]
 
     def _sweep(self, models: list[str], groups: list[Group], label: str) -> Iterator[dict[str, float]]:
-        """One figure per response by its content key, in parts, so that a killed run loses only the last of them."""
+        """One figure per response by its content key, in parts, so a killed run loses only the last part."""
         self.tokens_scored += sum(map(len, groups)) * len(models)
-        # Neighbours of similar length waste least; longest first, so that memory runs out at once or never.
+        # Neighbours of similar length waste the least padding; longest first, so memory runs out at once or never.
         groups = sorted(groups, key=len, reverse=True)
         world, rank = distributed.get_world_size(), distributed.get_rank()
         size = self.config.train.micro_batch_size
         batches = [groups[start : start + size] for start in range(0, len(groups), size)]
-        mine = batches[rank::world]
+        share = batches[rank::world]
         # ZeRO-3 gathers parameters collectively: every rank must run the same number of forwards.
-        mine += [batches[0]] * (-(-len(batches) // world) - len(mine))
+        share += [batches[0]] * (-(-len(batches) // world) - len(share))
         actors = [self._held.get(model) or self.strategy.prepare(self._load(model)) for model in models]
         if self.resident:
             self._held |= dict(zip(models, actors, strict=True))
         progress = Progress(
-            total=len(mine), desc=label, unit="batch", disable=not (label and self.strategy.is_rank_0())
+            total=len(share), desc=label, unit="batch", disable=not (label and self.strategy.is_rank_0())
         )
         try:
             for actor in actors:
                 actor.eval()
-            for start in range(0, len(mine), PART):
-                part = mine[start : start + PART]
+            for start in range(0, len(share), PART):
+                part = share[start : start + PART]
                 figures = []
                 with torch.no_grad():
                     for batch in part:
@@ -215,11 +215,11 @@ class RewardScorer(Scorer):
 
 
 def _by_prompt(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[Group]:
-    """(prompt, response) pairs as groups, so that a prompt is computed once for all its responses."""
+    """(prompt, response) pairs as groups, so a prompt is computed once for all its responses."""
     responses: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
     for prompt, response in sequences:
         responses.setdefault(prompt, []).append(response)
-    return [Group(prompt, tuple(found)) for prompt, found in responses.items()]
+    return [Group(prompt, tuple(several)) for prompt, several in responses.items()]
 
 
 def _engine(actor: Any) -> Any:

@@ -84,6 +84,7 @@ def our_losses(config, groups, tokenizer, tmp_path, algorithm, look=lambda step,
 @pytest.mark.parametrize("layout", [pytest.param("padded", marks=pytest.mark.slow), "shared_prefix"])
 def test_dpo_follows_openrlhf_step_by_step(make_config, groups, tokenizer, tiny_data, tmp_path, layout):
     config = make_config(train__layout=layout)
+    assert config.rollout.temperature != 1, "log-probabilities of pairs are those at temperature 1, as OpenRLHF's are"
     expected, expected_weights = upstream_losses(config, tiny_data, tokenizer)
     found, found_weights = our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), config.model.beta))
     assert len(found) == len(expected) == 2 * 24 // 4
