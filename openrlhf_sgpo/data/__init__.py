@@ -1,4 +1,4 @@
-"""Preference pairs and prompts: reading and inspecting them, choosing a seed among them, turning them into tokens."""
+"""Preference pairs and prompts: reading, inspecting and tokenizing them, and selecting a seed."""
 
 from openrlhf_sgpo.data.files import DataError
 from openrlhf_sgpo.data.records import Pair, Prompt, load_pairs, load_prompts

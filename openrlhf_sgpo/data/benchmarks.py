@@ -1,4 +1,4 @@
-"""Prompts of AlpacaEval and MT-Bench, recognised by hashes: the package does not ship their texts."""
+"""Recognises prompts of AlpacaEval and MT-Bench by their hashes; the package does not ship the texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def normalised(text: str) -> str:
-    """Letters and digits only, without case, so that punctuation and spaces do not hide an equal text."""
+    """Letters and digits only, case-folded, so punctuation, spaces and case do not hide equal texts."""
     return _NEITHER_LETTER_NOR_DIGIT.sub("", text.casefold())
 
 
@@ -25,16 +25,16 @@ def prompt_hash(text: str) -> str:
 
 @cache
 def benchmark_hashes() -> dict[str, frozenset[str]]:
-    """The hashes of each benchmark's prompts, as ``eval/benchmark_prompts.py`` wrote them."""
+    """The prompt hashes of each benchmark, as written by ``eval/benchmark_prompts.py``."""
     text = (files("openrlhf_sgpo.data") / "benchmark_prompts.json").read_text(encoding="utf-8")
     return {name: frozenset(hashes) for name, hashes in json.loads(text).items()}
 
 
 def benchmarks_with(messages: Messages) -> list[str]:
-    """Benchmarks that ask what the conversation's first user message asks.
+    """Benchmarks with a prompt equal to the conversation's first user message.
 
-    The first, because a conversation that begins with a benchmark's prompt holds an answer to it, however it goes on.
+    The first, because a conversation that begins with a benchmark prompt contains an answer to it, however it continues.
     """
     first = next((message["content"] for message in messages if message["role"] == "user"), "")
-    found = prompt_hash(first)
-    return [name for name, hashes in benchmark_hashes().items() if found in hashes]
+    first_hash = prompt_hash(first)
+    return [name for name, hashes in benchmark_hashes().items() if first_hash in hashes]

@@ -1,4 +1,4 @@
-"""Rows of files and hub datasets, each with the place where it stands; what a row means is not known here."""
+"""Rows of files and hub datasets, each with its position; their meaning is left to ``records.py``."""
 
 from __future__ import annotations
 
@@ -15,35 +15,21 @@ from typing import Any
 TRAIN_SPLITS = ("train", "train_prefs")
 TEST_SPLITS = ("test", "test_prefs")
 KINDS = (".jsonl", ".json", ".parquet")
-# Other endings of files; what follows the last dot of a hub dataset's name is a version or a size.
+# Extensions of other files. Not any extension: after the last dot of a hub dataset's name comes a version or a size.
 _UNREADABLE = (
-    *(
-        ".arrow",
-        ".avro",
-        ".bz2",
-        ".csv",
-        ".db",
-        ".feather",
-        ".gz",
-        ".h5",
-        ".jsonlines",
-        ".ndjson",
-        ".npy",
-        ".npz",
-        ".orc",
-    ),
-    *(".pickle", ".pkl", ".pt", ".sqlite", ".tar", ".tgz", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".xz", ".yaml"),
-    *(".yml", ".zip", ".zst"),
+    *(".arrow", ".avro", ".bz2", ".csv", ".db", ".feather", ".gz", ".h5", ".jsonlines", ".ndjson", ".npy", ".npz"),
+    *(".orc", ".pickle", ".pkl", ".pt", ".sqlite", ".tar", ".tgz", ".tsv", ".txt", ".xls", ".xlsx", ".xml", ".xz"),
+    *(".yaml", ".yml", ".zip", ".zst"),
 )
 EXPECTED = "expected .jsonl, .json (either also .gz), .parquet, or the name of a hub dataset"
-_SHOWN = 20  # different reasons that a message spells out
+_SHOWN = 20  # distinct reasons that a message spells out
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message names each bad row once, with file, line and remedy.
+    """Unusable data; the message names each bad row once, with file, line and remedy.
 
-    problems: one text per bad row, however many rows the message puts into one line.
+    problems: one text per bad row, even where the message lists several rows in one line.
     """
 
     def __init__(self, message: str, problems: Sequence[str] = ()):
@@ -56,9 +42,9 @@ _TOO_LARGE = DataError("not a row: a number has more digits than can be read")
 
 @dataclass(frozen=True)
 class Rows:
-    """A source's rows as (place, row); in place of a row that cannot be read stands a DataError.
+    """The rows of a source as (place, row), with a DataError instead of a row that cannot be read.
 
-    unit: what a place counts, lines from 1 or rows from 0. published: a dataset that its reader cannot mend.
+    unit: what places count, lines from 1 or rows from 0. published: a dataset that its user cannot fix.
     """
 
     unit: str
@@ -67,26 +53,26 @@ class Rows:
 
 
 def is_data_file(source: str) -> bool:
-    """Whether the source is a local file of data, by its ending or because there is a file."""
+    """Whether the source is a local data file, judging by its extension or because the file exists."""
     return _kind(source) in KINDS or Path(source).is_file()
 
 
 def is_file(source: str) -> bool:
-    """Whether the source is meant as a local file: also by another file's ending, or as a path that no hub dataset has."""
+    """Whether the source is meant as a local file: also by an unreadable file's extension, or by a path no hub dataset has."""
     path = Path(source)
     outside_the_hub = source.startswith(("/", "./", "../", "~")) or len(path.parts) > 2
     return is_data_file(source) or (not path.is_dir() and (path.suffix.lower() in _UNREADABLE or outside_the_hub))
 
 
 def check_data_source(source: str, split: str = "") -> None:
-    """Raises DataError if the source is meant as a file and there is no such file, or one of an unknown kind."""
+    """Raises DataError if the source is meant as a file that does not exist or is of an unknown kind."""
     if not is_file(source):
         return
     path, kind = Path(source), _kind(source)
     if not path.is_file():
         raise DataError(f"{source}: no such file; check the path{'' if kind in KINDS else f' ({EXPECTED})'}")
     if split:
-        raise DataError(f"{source}: a file has no splits, leave the split {split!r} out")
+        raise DataError(f"{source}: a file has no splits, remove the split {split!r}")
     if kind not in KINDS or (kind == ".parquet" and path.suffix.lower() != ".parquet"):
         raise DataError(f"{source}: unknown kind of file; {EXPECTED}; write its rows as one of these")
     if not path.stat().st_size:
@@ -94,8 +80,10 @@ def check_data_source(source: str, split: str = "") -> None:
 
 
 def count_rows(source: str) -> int | None:
-    """Rows of a JSONL or Parquet file, usable or not; None where counting them means to read the whole source. Raises
-    DataError as ``read_rows`` does."""
+    """Number of rows of a JSONL or Parquet file, usable or not; None where counting would mean parsing the whole source.
+
+    Raises DataError as ``read_rows`` does.
+    """
     if not is_file(source):
         return None
     check_data_source(source)
@@ -107,9 +95,9 @@ def count_rows(source: str) -> int | None:
 
 
 def read_rows(source: str, split: str = "", splits: Sequence[str] = TRAIN_SPLITS) -> Rows:
-    """Rows of a JSONL or JSON file (also .gz), a Parquet file, or a hub dataset's ``split`` (default: first of splits).
+    """Rows of a JSONL or JSON file (also .gz), a Parquet file, or a hub dataset's ``split`` (default: first of ``splits``).
 
-    Raises DataError if there is no such source or split, or if a file is not what its name says.
+    Raises DataError if the source or split does not exist, or if a file is not of the kind that its name says.
     """
     check_data_source(source, split)
     path, kind = Path(source), _kind(source)
@@ -121,15 +109,15 @@ def read_rows(source: str, split: str = "", splits: Sequence[str] = TRAIN_SPLITS
 
 
 def listing(source: str, unit: str, problems: Sequence[tuple[int, str]]) -> tuple[list[str], list[str]]:
-    """(lines that name every bad place once, one text per bad place); places with the same reason share a line."""
+    """(lines that name every bad place once, one text per bad place). Places with the same reason share a line."""
     places: dict[str, list[int]] = {}
     for place, reason in problems:
         places.setdefault(reason, []).append(place)
     reasons = list(places)
     lines = [f"{source}, {_places(unit, places[reason])}: {reason}" for reason in reasons[:_SHOWN]]
-    others = sorted(place for reason in reasons[_SHOWN:] for place in places[reason])
-    if others:
-        lines.append(f"{source}, {_places(unit, others)}: other reasons, shown after these rows are fixed")
+    not_shown = sorted(place for reason in reasons[_SHOWN:] for place in places[reason])
+    if not_shown:
+        lines.append(f"{source}, {_places(unit, not_shown)}: other reasons, shown after these rows are fixed")
     return lines, [f"{source}, {unit} {place}: {reason}" for place, reason in problems]
 
 
@@ -152,7 +140,7 @@ def _kind(source: str) -> str:
 
 
 def _bytes(path: Path) -> Iterator[bytes]:
-    """Lines with their ends. Raises DataError where a compressed file breaks off, or if it is UTF-16."""
+    """Lines with their line endings. Raises DataError if a compressed file is cut off, or if the file is UTF-16."""
     opener: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opener(path, "rb") as file:
@@ -165,7 +153,9 @@ def _bytes(path: Path) -> Iterator[bytes]:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
                 yield line
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged or not what its name says ({error}); fetch or write it again") from error
+        raise DataError(
+            f"{path}: damaged, or not of the kind its name says ({error}); download or write it again"
+        ) from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -199,7 +189,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
         whole = None
     if isinstance(whole, dict) and len(whole) == 1 and isinstance(next(iter(whole.values())), list):
         key = next(iter(whole))
-        raise DataError(f"{path}: an object with the one key {key!r}; expected an array of rows, write the list alone")
+        raise DataError(f"{path}: an object with the one key {key!r}; expected an array of rows, write only the list")
     if isinstance(whole, dict):
         yield 1, whole
     else:
@@ -207,7 +197,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _array(text: str) -> Iterator[tuple[int, Any]]:
-    """The items of a JSON array with the lines on which they begin; nothing after a syntax error."""
+    """The items of a JSON array with the lines on which they begin, up to the first syntax error."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
 
     def skip(position: int) -> int:
@@ -233,21 +223,21 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
         if text[position : position + 1] == ",":
             position = skip(position + 1)
         elif text[position : position + 1] != "]":
-            yield line, DataError("not JSON: expected a comma or the end of the array behind this row")
+            yield line, DataError("not JSON: expected a comma or the end of the array after this row")
             return
 
 
 @contextmanager
 def _parquet_file(path: Path) -> Iterator[Any]:
-    """Raises DataError where the file cannot be read."""
+    """An open Parquet file. Raises DataError if it cannot be read."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
         yield ParquetFile(path)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # dates beyond the year 9999, say
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # such as dates beyond the year 9999
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path}: damaged, or not a Parquet file ({reason}); fetch or write it again") from error
+        raise DataError(f"{path}: damaged, or not a Parquet file ({reason}); download or write it again") from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -260,15 +250,15 @@ def _hub(source: str, split: str, splits: Sequence[str], expected: str) -> Itera
 
     try:
         table = load_dataset(source, split=split or None)
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{source}: cannot be loaded ({reason}); {expected}, with an existing split") from error
     if not split:
-        found = [name for name in splits if name in table]
-        if not found:
+        existing = [name for name in splits if name in table]
+        if not existing:
             raise DataError(
                 f"{source}: no split {' or '.join(splits)}; choose one of {', '.join(table)} with "
                 "--data.dataset_split, --data.prompt_split or --eval.split"
             )
-        table = table[found[0]]
+        table = table[existing[0]]
     return ((number, dict(row)) for number, row in enumerate(table))

@@ -1,4 +1,4 @@
-"""Looks at every row once, tokenizes it once, and says which rows are used."""
+"""Inspects and tokenizes every row once, and decides which rows are used."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data.benchmarks import benchmarks_with, normalised
-from openrlhf_sgpo.data.messages import common_start
+from openrlhf_sgpo.data.messages import common_prefix_length
 from openrlhf_sgpo.data.records import Messages, Pair, Prompt, Records
 from openrlhf_sgpo.data.report import COUNTED, LEFT_OUT, DataReport, Tally, quantiles
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, PairTokens
 
-NEARLY = 0.95  # share of common words from which responses count as near-identical
+NEARLY = 0.95  # share of common words at which responses count as near-identical
 BATCH = 512  # rows per call of the tokenizer
-# With which well-known chat templates begin: a text that does was rendered before.
+# Openings of well-known chat templates: a text that begins with one has already been rendered.
 _HEADERS = (
     "<|im_start|>",
     "<|begin_of_text|>",
@@ -34,7 +34,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class InspectedPairs:
-    """The pairs that are used, their tokens, and what was found in all of them."""
+    """The pairs that are used, their tokens, and the report on all pairs."""
 
     pairs: list[Pair]
     groups: list[Group]
@@ -45,23 +45,21 @@ class InspectedPairs:
         return {pair.id: (pair, group) for pair, group in zip(self.pairs, self.groups, strict=True)}
 
     def tokens_of(self, pair: Pair) -> Group | None:
-        """Tokens of one of these pairs, its labels flipped or not; None if it is none of them."""
-        known, group = self._by_id.get(pair.id, (None, None))
-        if (
-            known is None
-            or group is None
-            or (pair.prompt, pair.template_kwargs) != (known.prompt, known.template_kwargs)
-        ):
+        """Tokens of one of these pairs, labels flipped or not; None for any other pair."""
+        inspected, group = self._by_id.get(pair.id, (None, None))
+        if inspected is None or group is None or pair.prompt != inspected.prompt:
             return None
-        if (pair.chosen, pair.rejected) == (known.chosen, known.rejected):
+        if pair.template_kwargs != inspected.template_kwargs:
+            return None
+        if (pair.chosen, pair.rejected) == (inspected.chosen, inspected.rejected):
             return group
-        flipped = (pair.chosen, pair.rejected) == (known.rejected, known.chosen)
+        flipped = (pair.chosen, pair.rejected) == (inspected.rejected, inspected.chosen)
         return Group(group.prompt, group.responses[::-1]) if flipped else None
 
 
 @dataclass(frozen=True)
 class InspectedPrompts:
-    """The prompts that are used, their tokens, and what was found in all of them."""
+    """The prompts that are used, their tokens, and the report on all prompts."""
 
     prompts: list[Prompt]
     tokens: list[tuple[int, ...]]
@@ -76,7 +74,7 @@ class InspectedPrompts:
 
 
 def near_identical(first: str, second: str) -> bool:
-    """Whether two texts have the same letters and digits, or at least 95% of their words in common.
+    """Whether two texts have the same letters and digits, or share at least 95% of their words.
 
     Common words: 2 |A and B| / (|A| + |B|) of the multisets A and B of words, in any order.
     """
@@ -90,7 +88,7 @@ def near_identical(first: str, second: str) -> bool:
 
 
 def unfinished(text: str) -> bool:
-    """Whether a response of at least 20 words seems to stop in the middle of a sentence.
+    """Whether a response of at least 20 words seems to stop mid-sentence.
 
     A guess: the last line is prose (five words, no list item) and ends in a letter, a comma or a semicolon.
     """
@@ -100,30 +98,32 @@ def unfinished(text: str) -> bool:
 
 
 def repeats_prompt(pair: Pair) -> list[str]:
-    """The responses that begin with the prompt's last question, but for white space. Both do if their common beginning holds
-    it: some data repeat the whole conversation, or the prompt as a chat template renders it."""
+    """The responses that begin with the prompt's last question, ignoring white space.
+
+    Both count if their common prefix contains it: some datasets repeat the whole conversation, or the rendered prompt.
+    """
     question = next((message["content"] for message in reversed(pair.prompt) if message["role"] == "user"), "")
-    asked = " ".join(question.split())
-    if not asked:
+    words = " ".join(question.split())
+    if not words:
         return []
-    if asked in " ".join(pair.chosen[: common_start(pair.chosen, pair.rejected)].split()):
+    if words in " ".join(pair.chosen[: common_prefix_length(pair.chosen, pair.rejected)].split()):
         return ["chosen", "rejected"]
     sides = {"chosen": pair.chosen, "rejected": pair.rejected}
-    return [side for side, text in sides.items() if " ".join(text[: 2 * len(question)].split()).startswith(asked)]
+    return [side for side, text in sides.items() if " ".join(text[: 2 * len(question)].split()).startswith(words)]
 
 
 def digest(*parts: Any) -> bytes:
-    """16 bytes that stand for the values."""
+    """A 16-byte hash of the values."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def prompt_key(messages: Messages) -> bytes:
-    """Equal for conversations that differ in white space only."""
+    """A hash that is equal for conversations that differ only in white space."""
     return digest(*(message | {"content": " ".join(message["content"].split())} for message in messages))
 
 
 class _SpecialTokens:
-    """Which special tokens a conversation has once too often."""
+    """Finds special tokens that a conversation contains and the chat template adds again."""
 
     def __init__(self, chat: ChatFormat):
         tokenizer = chat.tokenizer
@@ -152,10 +152,10 @@ def inspect_pairs(
     held_out: Sequence[Messages] | None = None,
     trained_on: bool = True,
 ) -> InspectedPairs:
-    """Tokenizes pairs and counts what ``docs/data.md`` defines. Exceeded limits are reported; ``require`` raises for them.
+    """Tokenizes pairs and counts the findings of ``docs/data.md``. Reports exceeded limits; ``require`` raises for them.
 
-    name: how the report calls the data. held_out: prompts that should not occur; None if the question does not arise.
-    trained_on: false for pairs that only evaluate, which may be a benchmark's.
+    name: of the data, in the report. held_out: prompts that should not occur; None if there are no held-out prompts.
+    trained_on: false for pairs that are only evaluated, which may come from a benchmark.
     """
     tally, special = Tally(), _SpecialTokens(chat)
     left_out = _count_left_out(pairs, tally)
@@ -164,8 +164,8 @@ def inspect_pairs(
     lengths: dict[str, list[int]] = {column: [] for column in ("prompt", "chosen", "rejected", "needed")}
     longer: Counter[str] = Counter()
     seen: set[bytes] = set()
-    not_wanted = set(map(prompt_key, held_out or []))
-    met: set[bytes] = set()
+    held_out_keys = set(map(prompt_key, held_out or []))
+    seen_held_out: set[bytes] = set()
     for pair, tokens in _encoded(pairs, chat):
         if tokens is None:
             tally.add("refused", f"{pair.id} ({chat.refusal(pair.prompt, pair.template_kwargs)})")
@@ -190,8 +190,8 @@ def inspect_pairs(
         if cut:
             tally.add("truncated", pair.id, cut)
         responses = dict(zip(("chosen", "rejected"), group.responses, strict=True))
-        if lacking := [side for side in whole if not (special.is_end and responses[side][-end:] == chat.end_of_turn)]:
-            tally.add("missing_eos", pair.id, lacking)
+        if unended := [side for side in whole if not (special.is_end and responses[side][-end:] == chat.end_of_turn)]:
+            tally.add("missing_eos", pair.id, unended)
         texts = [message["content"] for message in pair.prompt] + [pair.chosen, pair.rejected]
         for finding in special.findings(tokens.prompt, texts):
             tally.add(finding, pair.id)
@@ -204,19 +204,19 @@ def inspect_pairs(
         if repeating := repeats_prompt(pair):
             tally.add("repeats_prompt", pair.id, repeating)
         key, chosen_text, rejected_text = prompt_key(pair.prompt), pair.chosen.strip(), pair.rejected.strip()
-        asked = digest(key, pair.template_kwargs)
-        if digest(asked, chosen_text, rejected_text) in seen:
+        rendered_key = digest(key, pair.template_kwargs)
+        if digest(rendered_key, chosen_text, rejected_text) in seen:
             tally.add("duplicate", pair.id)
-        if digest(asked, rejected_text, chosen_text) in seen:
+        if digest(rendered_key, rejected_text, chosen_text) in seen:
             tally.add("contradictory", pair.id)
-        seen.add(digest(asked, chosen_text, rejected_text))
+        seen.add(digest(rendered_key, chosen_text, rejected_text))
         if open_ended := [side for side in whole if unfinished(getattr(pair, side))]:
             tally.add("unfinished", pair.id, open_ended)
-        if found := benchmarks_with(pair.prompt):
-            tally.add("benchmark", pair.id, found)
-        # However many pairs a prompt has, it spoils one held-out prompt.
-        if key in not_wanted and key not in met:
-            met.add(key)
+        if benchmarks := benchmarks_with(pair.prompt):
+            tally.add("benchmark", pair.id, benchmarks)
+        # The count is of held-out prompts, so further pairs of the same prompt do not add to it.
+        if key in held_out_keys and key not in seen_held_out:
+            seen_held_out.add(key)
             tally.add("held_out", pair.id)
     rows = len(pairs) + left_out
     names = [*LEFT_OUT, *(finding for finding in COUNTED if finding != "held_out" or held_out is not None)]
@@ -226,7 +226,7 @@ def inspect_pairs(
         rows=rows,
         kept=len(kept),
         findings=tally.findings(
-            names, rows, limits, of={"held_out": len(not_wanted)}, unlimited=[] if trained_on else ["benchmark"]
+            names, rows, limits, of={"held_out": len(held_out_keys)}, unlimited=[] if trained_on else ["benchmark"]
         ),
         lengths={column: quantiles(values) for column, values in lengths.items() if values},
         longer={side: longer[side] / len(kept) for side in ("chosen", "equal")} if kept else {},
@@ -243,9 +243,9 @@ def inspect_prompts(
     room: int,
     held_out: Sequence[Messages] | None = None,
 ) -> InspectedPrompts:
-    """The same for prompts. room: tokens that a prompt must leave for an answer.
+    """Tokenizes and inspects prompts. room: tokens that a prompt must leave for a response.
 
-    Held-out prompts are counted without a limit and kept: a run leaves them out itself.
+    Held-out prompts are counted without a limit and kept: the run leaves them out itself.
     """
     tally, special = Tally(), _SpecialTokens(chat)
     left_out = _count_left_out(prompts, tally)
@@ -253,7 +253,7 @@ def inspect_prompts(
     encoded: list[tuple[int, ...]] = []
     lengths: list[int] = []
     seen: set[bytes] = set()
-    not_wanted = set(map(prompt_key, held_out or []))
+    held_out_keys = set(map(prompt_key, held_out or []))
     for prompt, tokens in _encoded_prompts(prompts, chat):
         if tokens is None:
             tally.add("refused", f"{prompt.id} ({chat.refusal(prompt.messages, prompt.template_kwargs)})")
@@ -267,13 +267,13 @@ def inspect_prompts(
         for finding in special.findings(tokens, [message["content"] for message in prompt.messages]):
             tally.add(finding, prompt.id)
         key = prompt_key(prompt.messages)
-        asked = digest(key, prompt.template_kwargs)
-        if asked in seen:
+        rendered_key = digest(key, prompt.template_kwargs)
+        if rendered_key in seen:
             tally.add("duplicate", prompt.id)
-        seen.add(asked)
-        if found := benchmarks_with(prompt.messages):
-            tally.add("benchmark", prompt.id, found)
-        if key in not_wanted:
+        seen.add(rendered_key)
+        if benchmarks := benchmarks_with(prompt.messages):
+            tally.add("benchmark", prompt.id, benchmarks)
+        if key in held_out_keys:
             tally.add("held_out", prompt.id)
     rows = len(prompts) + left_out
     names = ["malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate", "benchmark"]
@@ -299,8 +299,8 @@ def _encoded(pairs: Sequence[Pair], chat: ChatFormat) -> Iterator[tuple[Pair, Pa
 def _encoded_prompts(prompts: Sequence[Prompt], chat: ChatFormat) -> Iterator[tuple[Prompt, tuple[int, ...] | None]]:
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
-        told = [prompt.template_kwargs for prompt in batch]
-        yield from zip(batch, chat.prompts([prompt.messages for prompt in batch], told), strict=True)
+        arguments = [prompt.template_kwargs for prompt in batch]
+        yield from zip(batch, chat.prompts([prompt.messages for prompt in batch], arguments), strict=True)
 
 
 def _is_blank(messages: Messages) -> bool:
@@ -308,7 +308,7 @@ def _is_blank(messages: Messages) -> bool:
 
 
 def _defect(pair: Pair) -> str | None:
-    """Why the pair is not used, as far as its texts say."""
+    """Why the pair cannot be used, judging by its texts alone."""
     chosen, rejected = pair.chosen.strip(), pair.rejected.strip()
     if chosen == rejected:
         return "identical"
@@ -316,14 +316,14 @@ def _defect(pair: Pair) -> str | None:
 
 
 def _lost(tokens: PairTokens, chat: ChatFormat) -> tuple[str, list[str]]:
-    """Why the format has no tokens for a pair with sound texts: the finding and its parts."""
+    """Why a pair with valid texts does not fit the length limit: the finding and its parts."""
     if not chat.fits(tokens.prompt):
         return "too_long", []
     return ("identical", ["once cut"]) if all(tokens.responses) else ("empty", [])
 
 
 def _cut(pair: Pair, tokens: PairTokens, max_len: int) -> list[str]:
-    """The responses that are marked as cut, or whose text is longer than the limit allows."""
+    """The responses that are marked as truncated, or are longer than the limit allows."""
     room = max_len - len(tokens.prompt)
     marked = {"chosen": pair.chosen_truncated, "rejected": pair.rejected_truncated}
     return [side for side, ids in zip(marked, tokens.responses, strict=True) if marked[side] or len(ids) > room]

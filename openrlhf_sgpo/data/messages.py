@@ -1,5 +1,6 @@
-"""Conversations in the shapes that rows have: messages, texts, Anthropic's dialogues, and what the chat template needs beside
-them. ``docs/data.md`` lists the accepted shapes.
+"""Conversations as rows hold them: messages, texts, Anthropic's dialogues, and further arguments of the chat template.
+
+``docs/data.md`` lists the accepted shapes.
 """
 
 from __future__ import annotations
@@ -15,8 +16,13 @@ from openrlhf_sgpo.data.files import DataError
 Messages = list[dict[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
-FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name")  # of a message, which a chat template may render
-# Roles and fields of other formats, with their names here.
+FIELDS = (
+    "reasoning_content",
+    "tool_calls",
+    "tool_call_id",
+    "name",
+)  # of a message, beside its content, that a chat template may render
+# Roles and fields of other formats, and their names here.
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ROLES |= {"chatgpt": "assistant", "chatbot": "assistant", "function": "tool", "observation": "tool"}
 _FIELDS = {"function_call": "tool_calls", "reasoning": "reasoning_content", "thinking": "reasoning_content"}
@@ -27,7 +33,7 @@ _REFUSED = {
     "functions": "rename it to 'tools'",
 }
 _SYSTEM = ("system", "system_prompt")
-# What chat templates get from this package, and arguments of the tokenizer's method that are none of the template.
+# What this package passes to chat templates, and arguments of ``apply_chat_template`` that do not reach the template.
 NOT_FOR_TEMPLATES = {
     *("self", "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
@@ -40,37 +46,34 @@ _PROMPTS = {
     *("message", "messages", "conversation", "conversations", "history", "context_messages", "chat", "turns"),
 }
 _KNOWN = {"id", "prompt_id", "chosen", "rejected", "tools", "chat_template_kwargs", *_SYSTEM}
-_WORDS = 4  # from which on the text of a column with any other name may be a prompt
-_DEEPEST = 32  # levels of lists and objects in tools and their calls
+_WORDS = 4  # with at least so many words, a column of any other name may hold the prompt
+_DEEPEST = 32  # levels of nested lists and objects in tools and tool calls
 
-# A message, or a list of messages or of a message's parts, that was written as text: as JSON or as Python prints it.
+# A message, or a list of messages or message parts, written as text: as JSON or as Python prints it.
 _LISTED = re.compile(r"""\s*(array\()?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
-_SAID = re.compile(r"""['"](content|value)['"]\s*:""")
-_BY = re.compile(rf"""['"](role|from)['"]\s*:\s*['"]({"|".join((*ROLES, *_ROLES))})['"]""")
+_CONTENT = re.compile(r"""['"](content|value)['"]\s*:""")
+_ROLE = re.compile(rf"""['"](role|from)['"]\s*:\s*['"]({"|".join((*ROLES, *_ROLES))})['"]""")
 _PARTS = re.compile(r"""\s*\[\s*\{\s*['"]type['"]\s*:\s*['"]text['"]\s*,\s*['"]text['"]\s*:""")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
-# Values -------------------------------------------------------------------------------------------------------------
-
-
 def checked_text(value: str, column: str) -> str:
-    """Raises DataError for a text that cannot be written as UTF-8, and for messages that were written as text."""
+    """The text itself. Raises DataError if it cannot be written as UTF-8, or holds messages written as text."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"column {column!r} holds half of a character ({value[error.start]!r}); write the text again as UTF-8"
+            f"column {column!r} holds half a character ({value[error.start]!r}); rewrite the text as UTF-8"
         ) from error
-    listed = _PARTS.match(value) or (_LISTED.match(value) and _SAID.search(value) and _BY.search(value))
+    listed = _PARTS.match(value) or (_LISTED.match(value) and _CONTENT.search(value) and _ROLE.search(value))
     if listed and value.rstrip()[-1] in "]})":
-        raise DataError(f"column {column!r} holds messages that were written as text; write the list itself")
+        raise DataError(f"column {column!r} holds messages written as text; write the list itself")
     return value
 
 
 def _without_nulls(value: Any, column: str, depth: int = 0) -> Any:
-    """The value without the nulls that a table puts where a row lacks a key. Raises DataError unless it is plain JSON."""
+    """The value without the nulls that tables hold for missing keys. Raises DataError unless it is plain JSON."""
     if depth > _DEEPEST:
         raise DataError(f"column {column!r} is nested too deeply")
     if isinstance(value, str):
@@ -86,7 +89,7 @@ def _without_nulls(value: Any, column: str, depth: int = 0) -> Any:
 
 
 def _from_json(value: Any, column: str, kind: type, expected: str) -> Any:
-    """A list or an object, which may be written as JSON text; empty if there is none."""
+    """A list or an object, possibly written as JSON text; empty if the column is."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -99,15 +102,12 @@ def _from_json(value: Any, column: str, kind: type, expected: str) -> Any:
     return _without_nulls(value, column)
 
 
-def _given(value: Any) -> bool:
+def _is_filled(value: Any) -> bool:
     return value is not None and value not in ("", [], {})
 
 
-# Messages -----------------------------------------------------------------------------------------------------------
-
-
 def messages_of(value: Any, column: str) -> Messages:
-    """Messages with role and content, a text, and with those of FIELDS that are given. A text is a user's message."""
+    """Messages with role, content (a text) and any of FIELDS. A text becomes a user message."""
     if isinstance(value, str) and value.strip():
         return [{"role": "user", "content": checked_text(value, column)}]
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
@@ -124,19 +124,19 @@ def _message(message: dict[str, Any], column: str, where: str) -> dict[str, Any]
             f"{where} has 'from' and 'value'; expected {{role, content}}, with the roles user and assistant"
         )
     if role not in ROLES:
-        known = {**_ROLES, **dict(zip(ROLES, ROLES, strict=True))}.get(str(role).casefold())
-        remedy = f"; write {known!r}" if known else ""
+        equivalent = {**_ROLES, **dict(zip(ROLES, ROLES, strict=True))}.get(str(role).casefold())
+        remedy = f"; write {equivalent!r}" if equivalent else ""
         raise DataError(f"{where} of {{role, content}} has the role {role!r}, none of {', '.join(ROLES)}{remedy}")
-    for name in (name for name in (*_FIELDS, *_MEDIA) if _given(message.get(name))):
+    for name in (name for name in (*_FIELDS, *_MEDIA) if _is_filled(message.get(name))):
         remedy = f"rename it to {_FIELDS[name]!r}" if name in _FIELDS else "only text can be trained on"
         raise DataError(f"{where} has the field {name!r}; {remedy}")
-    fields = {name: _without_nulls(message[name], column) for name in FIELDS if _given(message.get(name))}
+    fields = {name: _without_nulls(message[name], column) for name in FIELDS if _is_filled(message.get(name))}
     if content is None and "tool_calls" in fields:
         content = ""
     if isinstance(content, list):
         content = _joined(content, where)
     if not isinstance(content, str):
-        raise DataError(f"{where} of {{role, content}} needs a text as content, found {_kind(content)}")
+        raise DataError(f"{where} of {{role, content}} needs text as its content, found {_kind(content)}")
     return {"role": role, "content": checked_text(content, column), **fields}
 
 
@@ -145,16 +145,16 @@ def _kind(value: Any) -> str:
 
 
 def _joined(parts: list[Any], where: str) -> str:
-    """The text of a content that is a list of parts."""
+    """The text of a content given as a list of parts."""
     for part in parts:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise DataError(f"{where} has a part of the kind {kind!r}; only text can be trained on")
+            raise DataError(f"{where} has a part of kind {kind!r}; only text can be trained on")
     return "".join(part["text"] for part in parts)
 
 
 def _transcript(text: str) -> Messages | None:
-    """The turns of a dialogue in Anthropic's notation (``Human: ... Assistant: ...``); None if it is none."""
+    """The turns of a dialogue in Anthropic's notation (``Human: ... Assistant: ...``); None for other texts."""
     opening, *parts = _TURN.split("\n\n" + text.lstrip())
     if opening.strip() or "Assistant" not in parts[::2]:
         return None
@@ -162,11 +162,8 @@ def _transcript(text: str) -> Messages | None:
     return [{"role": _SPEAKERS[speaker], "content": content.strip()} for speaker, content in turns]
 
 
-# Prompts ------------------------------------------------------------------------------------------------------------
-
-
 def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the columns ``tools`` and ``chat_template_kwargs`` give to the chat template, as its arguments. Raises DataError."""
+    """Arguments for the chat template from the columns ``tools`` and ``chat_template_kwargs``. Raises DataError."""
     tools = _from_json(row.get("tools"), "tools", list, "a list of objects that describe functions")
     if not all(isinstance(tool, dict) for tool in tools):
         raise DataError("column 'tools' must be a list of objects that describe functions")
@@ -177,32 +174,34 @@ def template_kwargs(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def template_columns(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that ``template_kwargs`` reads, without those that would be empty."""
+    """The inverse of ``template_kwargs``: its columns, without empty ones."""
     further = {name: value for name, value in arguments.items() if name != "tools"}
     columns = {"tools": arguments.get("tools"), "chat_template_kwargs": further}
     return {name: value for name, value in columns.items() if value}
 
 
 def with_system(row: Mapping[str, Any], messages: Messages) -> Messages:
-    """The messages behind the text of the column ``system``, or ``system_prompt``, if they do not begin with it already."""
+    """The messages, preceded by the text of column ``system`` or ``system_prompt`` unless they already begin with it."""
     for column in _SYSTEM:
         text = row.get(column)
         if text is not None and not isinstance(text, str):
-            raise DataError(f"column {column!r} must be a text")
+            raise DataError(f"column {column!r} must be text")
         if not text or not text.strip():
             continue
         first = messages[0]
         if first["role"] not in ("system", "developer"):
             messages = [{"role": "system", "content": checked_text(text, column)}, *messages]
         elif first["content"].strip() != text.strip():
-            raise DataError(f"column {column!r} differs from the system message with which the prompt begins; keep one")
+            raise DataError(
+                f"column {column!r} differs from the system message at the start of the prompt; keep one of the two"
+            )
     return messages
 
 
 def refuse_unread_columns(row: Mapping[str, Any]) -> None:
-    """Raises DataError for columns that say something about the prompt which would be lost."""
+    """Raises DataError for columns that are part of the prompt but would be ignored."""
     for column in _REFUSED:
-        if _given(row.get(column)):
+        if _is_filled(row.get(column)):
             raise DataError(f"column {column!r} is not read: {_REFUSED[column]}")
 
 
@@ -210,18 +209,15 @@ def prompt_messages(value: Any, column: str = "prompt") -> Messages:
     """The messages of a prompt in any shape that the column ``prompt`` may have. Raises DataError."""
     turns = _transcript(value) if isinstance(value, str) else None
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
-        value = turns[:-1]  # a dialogue up to the point where the assistant is to speak
+        value = turns[:-1]  # the dialogue up to the assistant's turn
     messages = messages_of(value, column)
     if messages[-1]["role"] == "assistant":
-        raise DataError("the prompt ends with an assistant message; the response belongs into chosen and rejected")
+        raise DataError("the prompt ends with an assistant message; the response belongs in chosen and rejected")
     return messages
 
 
-# Preferences --------------------------------------------------------------------------------------------------------
-
-
 def _response(value: Any, column: str) -> tuple[Messages, str]:
-    """(messages before the response, response text, which may be empty)"""
+    """(messages before the response, text of the response, which may be empty)"""
     if isinstance(value, str):
         return [], checked_text(value, column)
     messages = messages_of(value, column)
@@ -230,22 +226,22 @@ def _response(value: Any, column: str) -> tuple[Messages, str]:
     *before, response = messages
     if further := [name for name in FIELDS if name in response]:
         raise DataError(
-            f"the response in column {column!r} has {', '.join(further)}; write all that the model is to say into content"
+            f"the response in column {column!r} has {', '.join(further)}; write all that the model should say into content"
         )
     return before, response["content"]
 
 
-def common_start(one: str, other: str) -> int:
-    """With how many equal characters two texts begin."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (first, second) in pairs if first != second), min(len(one), len(other)))
+def common_prefix_length(first: str, second: str) -> int:
+    """Number of characters in the longest common prefix of two texts."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
-    """Two texts that begin with the same prompt, as in TRL: their longest common beginning, up to the end of a word."""
-    end = common_start(chosen, rejected)
+    """(prompt, chosen, rejected) of two texts that begin with one prompt, as in TRL: their common prefix of whole words."""
+    end = common_prefix_length(chosen, rejected)
     if any(text[end : end + 1].strip() for text in (chosen, rejected)):
-        end = next((at + 1 for at in range(end - 1, -1, -1) if chosen[at].isspace()), 0)
+        end = next((index + 1 for index in range(end - 1, -1, -1) if chosen[index].isspace()), 0)
     if not chosen[:end].strip():
         raise DataError("missing column prompt, and chosen and rejected do not share their beginning")
     # The space between prompt and response belongs to neither: the chat template separates them.
@@ -253,9 +249,9 @@ def _shared_text(chosen: str, rejected: str) -> tuple[Messages, str, str]:
 
 
 def _may_be_prompt(column: Any, value: Any) -> bool:
-    """Whether a column beside chosen and rejected seems to hold the question that they answer."""
+    """Whether a column beside chosen and rejected seems to hold their prompt."""
     if str(column).casefold() in _PROMPTS:
-        return _given(value)
+        return _is_filled(value)
     return column not in _KNOWN and isinstance(value, str) and len(value.split()) >= _WORDS
 
 
@@ -265,9 +261,9 @@ def _implicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         turns = _transcript(checked_text(chosen, "chosen")), _transcript(checked_text(rejected, "rejected"))
         if None in turns:
-            if others := [repr(column) for column, value in row.items() if _may_be_prompt(column, value)]:
+            if candidates := [repr(column) for column, value in row.items() if _may_be_prompt(column, value)]:
                 raise DataError(
-                    f"missing column prompt; rename {' or '.join(others)} if it is the prompt, or else remove it"
+                    f"missing column prompt; rename {' or '.join(candidates)} if it is the prompt, or else remove it"
                 )
             if "prompt" in row:
                 raise DataError("column prompt is null; fill it, or remove it if both texts begin with their prompt")
@@ -279,20 +275,22 @@ def _implicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
     if before[-1]["role"] == "assistant":
         raise DataError("two assistant messages end the conversation; the response must be one message")
     if all(message["role"] in ("system", "developer") for message in before):
-        raise DataError("missing column prompt, and before the response there is no message but the system's")
+        raise DataError("missing column prompt, and no message but the system's precedes the response")
     return before, text, text_rejected
 
 
-def _same_end(one: Messages, other: Messages) -> bool:
-    """Whether one of two conversations says the same as the other's end."""
-    said, also_said = ([message["content"].strip() for message in messages] for messages in (one, other))
-    shorter = min(len(said), len(also_said))
-    return said[len(said) - shorter :] == also_said[len(also_said) - shorter :]
+def _same_end(first: Messages, second: Messages) -> bool:
+    """Whether the contents of the shorter conversation are those at the end of the longer one."""
+    a, b = ([message["content"].strip() for message in messages] for messages in (first, second))
+    shorter = min(len(a), len(b))
+    return a[len(a) - shorter :] == b[len(b) - shorter :]
 
 
 def _explicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
-    """(prompt, chosen, rejected) of a row with the column prompt, which chosen and rejected may repeat, and with more before
-    it: then the prompt is what they repeat."""
+    """(prompt, chosen, rejected) of a row with the column prompt.
+
+    chosen and rejected may repeat the prompt, preceded by earlier turns: then the prompt is all that they repeat.
+    """
     prompt = prompt_messages(row["prompt"])
     start = row["prompt"].strip() if isinstance(row["prompt"], str) else None
     responses: dict[str, str] = {}
@@ -300,12 +298,14 @@ def _explicit(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
         before, response = _response(row[column], column)
         if turns := _transcript(row[column]) if isinstance(row[column], str) else None:
             *repeated, last = turns
-            written_alike = bool(start) and row[column].strip().startswith(start)
-            if repeated and last["role"] == "assistant" and (written_alike or _same_end(repeated, prompt)):
+            same_text = bool(start) and row[column].strip().startswith(start)
+            if repeated and last["role"] == "assistant" and (same_text or _same_end(repeated, prompt)):
                 before, response = repeated, last["content"]
-                prompt = repeated if written_alike else prompt
+                prompt = repeated if same_text else prompt
         if before and not _same_end(before, prompt):
-            raise DataError(f"the messages of column {column!r} before the response are not those of column 'prompt'")
+            raise DataError(
+                f"the messages of column {column!r} before the response differ from those of column 'prompt'"
+            )
         prompt = max(prompt, before, key=len)
         responses[column] = response
     return prompt, responses["chosen"], responses["rejected"]
@@ -319,6 +319,6 @@ def preference(row: Mapping[str, Any]) -> tuple[Messages, str, str]:
 
 
 def question(row: Mapping[str, Any], column: str = "prompt") -> Messages:
-    """The prompt of a row that has it in ``column``. Raises DataError."""
+    """The prompt in ``column`` of a row. Raises DataError."""
     refuse_unread_columns(row)
     return with_system(row, prompt_messages(row[column], column))

@@ -1,4 +1,4 @@
-"""The question "which answer is better, A or B?", as the preference model is trained on it and as judges are asked it."""
+"""The question "Which answer is better, A or B?" that the preference model is trained on and that judges are asked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LETTERS = ("A", "B")
 MARK = " [...] "  # where a text was cut
 
-# A trained model learns from its pairs what counts; a judge has to be told.
+# A trained model learns from its pairs what matters; judges get a longer introduction that says so.
 TRAINED = "Here are a conversation and two answers to its last message."
 LAYOUT = """{introduction}
 
@@ -32,12 +32,12 @@ Which answer is better, A or B? Reply with one letter and nothing else."""
 
 
 def transcript(messages: Messages, tools: Sequence[Any] = ()) -> str:
-    """The conversation as text, with all that its messages hold and, in front, the tools that the assistant may call."""
+    """The conversation as text: the tools that the assistant may call, then every field of every message."""
 
     def turn(message: dict[str, Any]) -> str:
         further = [f"[{name}: {_plain(value)}]" for name, value in message.items() if name not in ("role", "content")]
-        said = [message["content"]] if message["content"] or not further else []
-        return f"{message['role'].capitalize()}: " + "\n".join(further + said)
+        content = [message["content"]] if message["content"] or not further else []
+        return f"{message['role'].capitalize()}: " + "\n".join(further + content)
 
     offered = [f"Tools: {_plain(tools)}"] if tools else []
     return "\n\n".join(offered + list(map(turn, messages)))
@@ -48,7 +48,7 @@ def _plain(value: Any) -> str:
 
 
 def pairwise_messages(introduction: str, conversation: str, first: str, second: str) -> Messages:
-    """One message, because some chat templates know no system's."""
+    """The question as one user message, because some chat templates have no system message."""
     text = LAYOUT.format(introduction=introduction, conversation=conversation, first=first, second=second)
     return [{"role": "user", "content": text}]
 
@@ -56,19 +56,19 @@ def pairwise_messages(introduction: str, conversation: str, first: str, second: 
 def fitted(
     prompt: Messages, first: str, second: str, chat: ChatFormat, tools: Sequence[Any] = ()
 ) -> tuple[Messages, Messages]:
-    """The comparison of two answers for the trained model, with ``first`` as A and with it as B, within ``chat.max_len``.
+    """The comparison of two answers in both orders, ``first`` as A and ``first`` as B, for the trained model.
 
-    Where it is too long, both answers are cut at their ends to one number of characters, to half of the room at most; then
-    the conversation at its beginning. Both orders have the same cuts. Raises ValueError if there is no room for anything.
+    If it exceeds ``chat.max_len``, the ends of both answers are cut to the same number of characters, taking up at most half
+    of the room, and then the beginning of the conversation. Both orders are cut alike. Raises ValueError if nothing fits.
     """
     conversation = transcript(prompt, tools)
     whole, longest = len(conversation), max(len(first), len(second))
 
     def orders(kept: int, each: int) -> tuple[Messages, Messages]:
-        """With the last ``kept`` characters of the conversation and the first ``each`` of both answers."""
-        said = conversation if kept == whole else MARK + conversation[whole - kept :]
+        """Both orders, with the last ``kept`` characters of the conversation and the first ``each`` of both answers."""
+        context = conversation if kept == whole else MARK + conversation[whole - kept :]
         a, b = (text if len(text) <= each else text[:each] + MARK for text in (first, second))
-        return pairwise_messages(TRAINED, said, a, b), pairwise_messages(TRAINED, said, b, a)
+        return pairwise_messages(TRAINED, context, a, b), pairwise_messages(TRAINED, context, b, a)
 
     def length(kept: int, each: int) -> int:
         return max(len(chat.prompt(messages)) for messages in orders(kept, each))
@@ -90,7 +90,7 @@ def fitted(
 
 
 def _largest(top: int, fits: Callable[[int], bool]) -> int:
-    """The largest count in 0..top that fits; 0 is known to."""
+    """The largest count in 0..top that fits, by bisection; 0 must fit."""
     low = 0
     while low < top:
         middle = (low + top + 1) // 2

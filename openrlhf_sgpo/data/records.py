@@ -1,6 +1,6 @@
-"""Pair and prompt records: TRL's columns in, TRL's columns out. ``docs/data.md`` lists the accepted shapes.
+"""Pairs and prompts, read from and written in TRL's columns. ``docs/data.md`` lists the accepted shapes.
 
-Written rows are conversational (message lists) and carry further columns that TRL ignores.
+Written rows are conversational (lists of messages) and have further columns, which TRL ignores.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Record = TypeVar("Record", "Pair", "Prompt")
 
 @dataclass
 class Prompt:
-    """A prompt; chosen and rejected are a labelled pair's answers to it, which only measure label accuracy.
+    """A prompt. chosen, rejected: responses of a labelled pair, used only to measure label accuracy.
 
-    template_kwargs: further arguments of the chat template for this prompt (``tools``, and what the row's
-    ``chat_template_kwargs`` hold).
+    template_kwargs: further arguments of the chat template for this prompt (``tools``, and those in the row's
+    ``chat_template_kwargs``).
     """
 
     id: str
@@ -41,9 +41,9 @@ class Prompt:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
-        """A JSON row, from which ``load_prompts`` reads the same prompt."""
-        labelled = {} if self.chosen is None else {"chosen": self.chosen, "rejected": self.rejected}
-        return {"id": self.id, "prompt": self.messages, **template_columns(self.template_kwargs), **labelled}
+        """A JSON row from which ``load_prompts`` reads the same prompt."""
+        labels = {} if self.chosen is None else {"chosen": self.chosen, "rejected": self.rejected}
+        return {"id": self.id, "prompt": self.messages, **template_columns(self.template_kwargs), **labels}
 
 
 @dataclass
@@ -51,8 +51,8 @@ class Pair:
     """One preference: ``chosen`` is the better response to ``prompt``.
 
     source: human, or the oracle that ranked the responses. round: 0 for the seed. truncated: the response was cut
-    by the length limit, so that no end-of-turn token may follow it. token_ids: of the response as an engine drew it, empty
-    where people wrote it. scores: what the ranking was based on.
+    by the length limit, so it must not be followed by an end-of-turn token. token_ids: of the response as an engine
+    sampled it, empty where people wrote it. scores: what the ranking was based on.
     template_kwargs: as in ``Prompt``.
     """
 
@@ -81,9 +81,9 @@ class Pair:
 
 
 class Records(list[Record]):
-    """The records of one source, and the rows that were left out of it (``row 7 (reason)``).
+    """The records of one source. left_out: rows that were skipped (``row 7 (reason)``).
 
-    Only rows of a hub dataset are left out, for its reader cannot mend them.
+    Only rows of hub datasets are skipped, because users cannot fix those.
     """
 
     def __init__(self, records: Sequence[Any] = (), left_out: Sequence[str] = ()):
@@ -91,10 +91,7 @@ class Records(list[Record]):
         self.left_out = tuple(left_out)
 
 
-# Rows ---------------------------------------------------------------------------------------------------------------
-
-
-def _found(row: dict[str, Any]) -> str:
+def _columns(row: dict[str, Any]) -> str:
     return f"found {', '.join(sorted(map(str, row))) or 'nothing'}"
 
 
@@ -118,7 +115,9 @@ _TOKEN_IDS = ("chosen_token_ids", "rejected_token_ids")
 def _pair_of_a_run(row: dict[str, Any], name: str) -> Pair:
     kinds = {"source": str, "round": int, "flipped": bool, "scores": dict}
     if wrong := [column for column, kind in kinds.items() if not isinstance(row.get(column), kind)]:
-        raise DataError(f"column {' and '.join(wrong)} is missing or of another type than a run writes; {_found(row)}")
+        raise DataError(
+            f"column {' and '.join(wrong)} is missing or not of the type that a run writes; {_columns(row)}"
+        )
     token_ids = {column: tuple(row.get(column, ())) for column in _TOKEN_IDS}
     return replace(_pair(row, name), **{column: row[column] for column in kinds} | token_ids)
 
@@ -126,11 +125,11 @@ def _pair_of_a_run(row: dict[str, Any], name: str) -> Pair:
 def _pair(row: dict[str, Any], name: str) -> Pair:
     missing = [column for column in ("chosen", "rejected") if row.get(column) is None]
     if missing:
-        raise DataError(f"missing column {' and '.join(missing)}; {_found(row)}")
+        raise DataError(f"missing column {' and '.join(missing)}; {_columns(row)}")
     try:
         prompt, chosen, rejected = preference(row)
     except DataError as error:
-        raise error if row.get("prompt") is not None else DataError(f"{error}; {_found(row)}") from error
+        raise error if row.get("prompt") is not None else DataError(f"{error}; {_columns(row)}") from error
     return Pair(_id(row, name), prompt, chosen, rejected, template_kwargs=template_kwargs(row), **_truncation(row))
 
 
@@ -146,12 +145,12 @@ def _prompt(row: dict[str, Any], name: str) -> Prompt:
     if row.get("prompt") is not None:
         return Prompt(_id(row, name), question(row), template_kwargs=template_kwargs(row))
     if row.get("messages") is None:
-        raise DataError(f"missing column prompt; {_found(row)}")
+        raise DataError(f"missing column prompt; {_columns(row)}")
     refuse_unread_columns(row)
     messages = messages_of(row["messages"], "messages")
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not messages or messages[-1]["role"] == "assistant":
-        raise DataError("column 'messages' holds no question before its last answer")
+        raise DataError("column 'messages' holds no prompt before its last response")
     return Prompt(_id(row, name), with_system(row, messages), template_kwargs=template_kwargs(row))
 
 
@@ -171,7 +170,7 @@ def _load(
             if not isinstance(row, dict):
                 raise DataError(f"expected an object, found {type(row).__name__}")
             record = parse(row, f"row-{number}")
-            # Files are joined by id, so that an id must mean one row.
+            # Files are joined by id, so ids must be unique.
             record.id = f"{record.id}#{number}" if record.id in seen else record.id
             seen.add(record.id)
             records.append(record)
@@ -193,19 +192,21 @@ def fingerprint(records: Sequence[Pair] | Sequence[Prompt]) -> str:
 def load_pairs(source: str, split: str = "", limit: int = 0, splits: Sequence[str] = TRAIN_SPLITS) -> Records[Pair]:
     """Preference pairs of a JSONL or JSON file (also .gz), a Parquet file, or a hub dataset; at most ``limit`` unless 0.
 
-    split: of a hub dataset; by default the first of ``splits`` that it has. Empty and identical responses are loaded:
-    the report counts them and leaves them out. Unusable rows of a file raise a DataError that names them all; those of
-    a hub dataset are in ``left_out``. Raises DataError if there is no usable row.
+    split: of a hub dataset; by default the first of ``splits`` that exists. Empty and identical responses are loaded: the
+    report counts them and leaves them out. Unusable rows of a hub dataset are listed in ``left_out``. Raises DataError that
+    names all unusable rows of a file, and if no row is usable.
     """
     return _load(source, split, splits, limit, _pair)
 
 
 def load_run_pairs(path: str) -> Records[Pair]:
-    """The pairs in a run's pairs.jsonl, with what this package wrote beside TRL's columns. In other files, columns of these
-    names (UltraFeedback has a ``source``) are somebody else's."""
+    """The pairs in a run's pairs.jsonl, with this package's own columns, such as ``source``.
+
+    ``load_pairs`` ignores these columns: in other files they may mean something else (UltraFeedback has a ``source``).
+    """
     return _load(path, "", TRAIN_SPLITS, 0, _pair_of_a_run)
 
 
 def load_prompts(source: str, split: str = "", limit: int = 0, splits: Sequence[str] = TRAIN_SPLITS) -> Records[Prompt]:
-    """Prompts of the same kinds of source; those of a preference file keep its answers. Raises DataError."""
+    """Prompts of a source as in ``load_pairs``; those of preference pairs keep their responses. Raises DataError."""
     return _load(source, split, splits, limit, _prompt)

@@ -1,4 +1,4 @@
-"""What a data set looks like once loaded and tokenized: counts of defects, lengths, and limits that stop a run.
+"""The report on a loaded and tokenized dataset: counts of defects, lengths, and limits that stop a run.
 
 ``docs/data.md`` defines every finding; the limits are ``DataLimits``.
 """
@@ -17,15 +17,15 @@ from openrlhf_sgpo.data.files import DataError
 from openrlhf_sgpo.integrity import sealed
 from openrlhf_sgpo.table import aligned
 
-# In this order in the report. Rows with one of the first kind are not trained on, and are looked at no further.
+# In the order of the report. Rows with a finding of LEFT_OUT are not trained on and not inspected further.
 LEFT_OUT = ("malformed", "refused", "empty", "identical", "too_long")
 COUNTED = (
     *("truncated", "missing_eos", "double_bos", "double_eos", "open_thought", "near_identical", "repeats_prompt"),
     *("duplicate", "contradictory", "unfinished", "benchmark", "held_out"),
 )
 EXAMPLES = 5
-FEW = 2  # rows that stop no run, whatever their share, unless they are half of all
-NOTED = 0.1  # share from which a finding is worth a note
+FEW = 2  # so few rows do not stop a run, whatever their share, unless they are half of all
+NOTED = 0.1  # above this share a finding gets a note
 _QUANTILES = {"5%": 0.05, "50%": 0.5, "95%": 0.95, "max": 1.0}
 _REMEDIES = {
     "malformed": "give a file without these rows",
@@ -50,7 +50,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Finding:
-    """count of ``of`` rows show it. limit: None if none applies. parts: counts by response or benchmark."""
+    """What ``count`` of ``of`` rows show. limit: None if none applies. parts: counts by response or benchmark."""
 
     name: str
     count: int
@@ -65,24 +65,27 @@ class Finding:
 
     @property
     def exceeded(self) -> bool:
-        """Whether the share is above the limit. One or two rows of a small file say little about its share: they stop a run
-        only where they are half of its rows, or where the limit is 0."""
+        """Whether the share is above the limit.
+
+        One or two rows of a small file say little about the share: they stop a run only if they are half of its rows, or if
+        the limit is 0.
+        """
         if self.limit is None or self.share <= self.limit:
             return False
         return self.limit == 0 or self.count > FEW or 2 * self.count >= self.of
 
     @property
     def noted(self) -> bool:
-        """Whether many rows show it, or a larger share than the limit, and the run goes on."""
+        """Whether the share is above the limit or ``NOTED``, but does not stop the run."""
         return self.limit is not None and not self.exceeded and self.share > min(self.limit, NOTED)
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """One data set. rows: all that it has; kept: those that are used.
+    """The report on one dataset. rows: number of all rows; kept: number of rows that are used.
 
-    lengths: quantiles in tokens of all tokenized rows before anything is cut; ``needed`` is prompt plus longer response.
-    longer: shares of the kept pairs in which chosen has more tokens than rejected, or as many.
+    lengths: quantiles, in tokens, over all tokenized rows before truncation; ``needed`` is prompt plus longer response.
+    longer: shares of the kept pairs in which chosen has more tokens than rejected, or equally many.
     """
 
     name: str
@@ -94,16 +97,17 @@ class DataReport:
     longer: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values with a hash of them, for JSON."""
+        """Plain values for JSON, sealed with their hash."""
         shares = [{"share": finding.share} for finding in self.findings]
         row = asdict(self)
         row["findings"] = [finding | share for finding, share in zip(row["findings"], shares, strict=True)]
         return sealed(row)
 
     def text(self) -> str:
-        """What was found, as an aligned table of at most 120 columns (ids of any length aside); what was not, in a line."""
+        """Findings as an aligned table of at most 120 columns (unless ids are long), absent ones in one line."""
         cells = [["", "count", "share", "limit", "", "such as"]]
-        for finding in (one for one in self.findings if one.count):
+        present = [finding for finding in self.findings if finding.count]
+        for finding in present:
             parts = [f"{name} {count}" for name, count in finding.parts.items()]
             note = ", ".join(["left out"] * (finding.name in LEFT_OUT) + parts)
             limit = "" if finding.limit is None else f"{finding.limit:.1%}"
@@ -131,23 +135,25 @@ class DataReport:
         return "\n  ".join(lines) + "\n"
 
     def problems(self) -> list[str]:
-        """Every limit that is exceeded, with count, examples, remedy and the flag that moves it."""
-        found = []
-        for finding in (one for one in self.findings if one.exceeded):
+        """Every exceeded limit, with count, examples, remedy and the flag that raises it."""
+        problems = []
+        for finding in self.findings:
+            if not finding.exceeded:
+                continue
             accepted = math.ceil(finding.share * 1000) / 1000
             examples = f", such as {', '.join(finding.examples)}" if finding.examples else ""
-            found.append(
+            problems.append(
                 f"{self.name}: {finding.name} {finding.count} of {finding.of} ({finding.share:.1%}, limit "
                 f"{finding.limit:.1%}){examples}; {_REMEDIES[finding.name]}, or --data.limits.{finding.name} "
                 f"{accepted:g} accepts this"
             )
-        if not self.kept and not found:
-            found.append(f"{self.name}: none of {self.rows} {self.kind} can be used")
-        return found
+        if not self.kept and not problems:
+            problems.append(f"{self.name}: none of {self.rows} {self.kind} can be used")
+        return problems
 
 
 def require(reports: Sequence[DataReport]) -> None:
-    """Raises DataError with every limit that one of the reports exceeds."""
+    """Raises DataError with every limit that a report exceeds."""
     problems = [problem for report in reports for problem in report.problems()]
     if problems:
         raise DataError("the data exceeds its limits:\n  " + "\n  ".join(problems), problems)
@@ -176,7 +182,7 @@ class Tally:
         of: Mapping[str, int] | None = None,
         unlimited: Sequence[str] = (),
     ) -> list[Finding]:
-        """The findings ``names`` in the report's order, as shares of ``rows``, or of another number that ``of`` has."""
+        """The findings in ``names``, in the order of the report, as shares of ``rows`` or of the number given in ``of``."""
         return [
             Finding(
                 name=name,
@@ -192,6 +198,6 @@ class Tally:
 
 
 def quantiles(lengths: Sequence[int]) -> dict[str, int]:
-    """The smallest length that at least this share of the lengths does not exceed."""
+    """For each share, the smallest length that at least this share of the lengths does not exceed."""
     ordered = sorted(lengths)
     return {name: ordered[max(0, math.ceil(share * len(ordered)) - 1)] for name, share in _QUANTILES.items()}

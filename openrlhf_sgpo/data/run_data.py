@@ -1,4 +1,4 @@
-"""All data of a run: read before anything expensive, inspected once there is a tokenizer."""
+"""All data of a run: read before anything expensive, inspected once the tokenizer is loaded."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What --data.dataset, --eval.dataset and --data.prompt_dataset hold; empty where a flag is not given. held_out: all of it,
-    because no more than --eval.max_samples are evaluated, but none is trained on."""
+    """The records of --data.dataset, --eval.dataset and --data.prompt_dataset; empty where a flag is not set.
+
+    held_out: all of them; at most --eval.max_samples are evaluated, but none may be trained on.
+    """
 
     human: Records[Pair]
     held_out: Records[Pair]
@@ -33,7 +35,7 @@ class RunRecords:
 
 @dataclass(frozen=True)
 class RunData:
-    """The same, as far as it is used, with tokens and reports. held_out_prompts: ``prompt_key`` of all held-out prompts."""
+    """The data that a run uses, with tokens and reports. held_out_prompts: ``prompt_key`` of all held-out prompts."""
 
     human: InspectedPairs
     held_out: InspectedPairs
@@ -42,13 +44,13 @@ class RunData:
 
     @property
     def reports(self) -> list[DataReport]:
-        return [one.report for one in (self.human, self.held_out, self.prompts) if one.report.rows]
+        return [data.report for data in (self.human, self.held_out, self.prompts) if data.report.rows]
 
 
 def load_policy_chat(config: Config, moment: datetime | None = None) -> tuple[ChatFormat, PretrainedConfig]:
-    """The chat format of the policy to start from, and its config. moment: as in ``ChatFormat``.
+    """The chat format and config of the initial policy. moment: as in ``ChatFormat``.
 
-    Raises ValueError as ``load_chat`` does, where the reference lacks embeddings for the policy's tokens, and for variables of
+    Raises ValueError as ``load_chat`` does, if the reference lacks embeddings for the policy's tokens, and for variables in
     --data.chat_template_kwargs that the template does not read.
     """
     from transformers import AutoConfig
@@ -62,13 +64,13 @@ def load_policy_chat(config: Config, moment: datetime | None = None) -> tuple[Ch
     chat, settings = load_chat(name, trust, "model.model_name_or_path", config.data.max_len, variables, moment)
     refuse_unread_variables([chat.template])
     if reference and reference != name:
-        theirs = AutoConfig.from_pretrained(reference, trust_remote_code=trust)
-        chat.check_embeddings(theirs, f"--ref.model_name_or_path {reference}")
+        reference_settings = AutoConfig.from_pretrained(reference, trust_remote_code=trust)
+        chat.check_embeddings(reference_settings, f"--ref.model_name_or_path {reference}")
     return chat, settings
 
 
 def load_run(config: Config, with_prompts: bool) -> RunRecords:
-    """Raises DataError with the unusable rows of all three at once. with_prompts: whether the run samples."""
+    """Reads all three sources. with_prompts: whether the run samples. Raises DataError with all unusable rows at once."""
     data, held_out, errors = config.data, config.eval, []
 
     def attempt(load: Callable[..., Records[Any]], source: str, *arguments: Any, **options: Any) -> Records[Any]:
@@ -89,9 +91,9 @@ def load_run(config: Config, with_prompts: bool) -> RunRecords:
 
 
 def inspect_run(records: RunRecords, chat: ChatFormat, config: Config, room: int) -> RunData:
-    """Inspects all three; ``report.require`` then raises for exceeded limits. Each text is tokenized once.
+    """Inspects all three, tokenizing each text once; ``report.require`` then raises for exceeded limits.
 
-    room: tokens that a prompt must leave for answers.
+    room: tokens that a prompt must leave for responses.
     """
     limits = config.data.limits
     questions = [pair.prompt for pair in records.held_out] if records.held_out else None

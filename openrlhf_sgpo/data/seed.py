@@ -1,4 +1,4 @@
-"""The human seed: which pairs, and how many of their labels are flipped on purpose."""
+"""The human seed: selecting its pairs, and flipping a share of their labels on purpose."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _OTHER = {"chosen": "rejected", "rejected": "chosen"}
 
 
 def farthest_points(embeddings: Tensor, count: int, first: int) -> list[int]:
-    """Greedy max-min selection: each new point is the one farthest (cosine) from all chosen so far.
+    """Greedy max-min selection: each new point is the farthest (in cosine distance) from all points chosen so far.
 
-    embeddings: (N, D), none zero. Cost O(N * count * D) time, O(N) memory beside the embeddings; ties go to the lower
+    embeddings: (N, D), none zero. Cost O(N * count * D) time, O(N) memory besides the embeddings; ties go to the lower
     index. (Gonzalez 1985. The code released with arXiv 2502.18099 picks the largest *sum* of distances instead, which
     prefers the rim of the cloud and may choose near-duplicates.)
     Raises ValueError unless 1 <= count <= N.
@@ -30,14 +30,14 @@ def farthest_points(embeddings: Tensor, count: int, first: int) -> list[int]:
     chosen = [first]
     nearest = 1 - directions @ directions[first]
     for _ in range(count - 1):
-        nearest[chosen[-1]] = -1.0  # rounding must not choose a point twice
+        nearest[chosen[-1]] = -1.0  # otherwise rounding could choose a point twice
         chosen.append(int(nearest.argmax()))
         nearest = torch.minimum(nearest, 1 - directions @ directions[chosen[-1]])
     return chosen
 
 
 def select_seed(pairs: list[Pair], size: int, seed: int, embeddings: Tensor | None = None) -> list[Pair]:
-    """``size`` pairs (0: all, in their order): at random, or farthest points where embeddings (N, D) are given."""
+    """``size`` pairs (0: all, in their order): at random, or farthest points if embeddings (N, D) are given."""
     if not size:
         return list(pairs)
     if size > len(pairs):
@@ -49,7 +49,7 @@ def select_seed(pairs: list[Pair], size: int, seed: int, embeddings: Tensor | No
 
 
 def flip_labels(pairs: list[Pair], rate: float, seed: int) -> list[Pair]:
-    """Swap chosen and rejected of exactly round(rate * N) pairs, with all that belongs to them, and mark them ``flipped``."""
+    """Swaps chosen and rejected, and every field that refers to them, in exactly round(rate * N) pairs, marked ``flipped``."""
     flipped = set(random.Random(f"flip {seed}").sample(range(len(pairs)), round(rate * len(pairs))))
     return [
         replace(

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it is given, and what it must do with it."""
+"""A tokenizer's chat template: the arguments it gets, and checks that it renders all of them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo import yaml_files
-from openrlhf_sgpo.data.messages import NOT_FOR_TEMPLATES, Messages
+from openrlhf_sgpo.data.messages import NOT_FOR_TEMPLATES, Messages, common_prefix_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 FLAG = "data.chat_template_kwargs"
-# Fields of a message that link messages and say nothing.
+# Fields of a message that only link messages, without content.
 _LINKS = ("role", "tool_call_id")
 _MARKER = "another text"
 _THOUGHT = r"[<\[]((?:\w*think\w*)|thought|reasoning)[>\]]"
@@ -25,7 +25,7 @@ _EMPTY_THOUGHT = re.compile(_THOUGHT + r"\s*[<\[]/\1[>\]]", re.IGNORECASE)
 
 
 class TemplateError(ValueError):
-    """A chat template that fails on a conversation. reason: what it says."""
+    """A chat template fails on a conversation. reason: the template's own message."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -33,8 +33,10 @@ class TemplateError(ValueError):
 
 
 def template_arguments(items: Sequence[str]) -> dict[str, Any]:
-    """The variables that items give to chat templates: each is NAME=VALUE, or a JSON object. Values are read as YAML,
-    so that ``false`` is no text. Raises ValueError."""
+    """Variables for chat templates from items of the form NAME=VALUE or a JSON object. Raises ValueError.
+
+    Values are read as YAML, so ``false`` is a boolean.
+    """
     arguments: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
@@ -43,21 +45,15 @@ def template_arguments(items: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"--{FLAG}: {item[:80]!r} cannot be read ({error}); write NAME=VALUE") from error
         if item.lstrip().startswith("{"):
-            given = value
+            variables = value
         else:
-            given = {name.strip(): value if isinstance(value, (bool, int, float, list, dict)) else text}
-        if not isinstance(given, dict) or not (equals or given is value) or not all(map(_is_name, given)):
+            variables = {name.strip(): value if isinstance(value, (bool, int, float, list, dict)) else text}
+        if not isinstance(variables, dict) or not (equals or variables is value) or not all(map(_is_name, variables)):
             raise ValueError(f"--{FLAG}: {item!r} is not NAME=VALUE, such as enable_thinking=false")
-        if taken := sorted(given.keys() & NOT_FOR_TEMPLATES):
-            raise ValueError(f"--{FLAG}: {', '.join(taken)} cannot be set, chat templates get it from the run")
-        arguments |= given
+        if taken := sorted(variables.keys() & NOT_FOR_TEMPLATES):
+            raise ValueError(f"--{FLAG}: {', '.join(taken)} cannot be set; the run passes it to chat templates itself")
+        arguments |= variables
     return arguments
-
-
-def _common(first: str, second: str) -> int:
-    """Length of the beginning that two texts share."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _is_name(value: Any) -> bool:
@@ -65,22 +61,22 @@ def _is_name(value: Any) -> bool:
 
 
 def today() -> datetime:
-    """The beginning of the day, in UTC, which all ranks of a run share."""
+    """Midnight (UTC) of the current day, without a time zone."""
     return datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
 
 
 def open_thought(prompt: str) -> str:
-    """The tag that closes the thought with which a rendered prompt ends, such as ``</think>``; empty if it opens none."""
-    found = _OPEN_THOUGHT.search(prompt)
-    return f"{found[0].rstrip()[0]}/{found[0].rstrip()[1:]}" if found else ""
+    """The tag that closes the thought opened at the end of a rendered prompt, such as ``</think>``; empty if none is open."""
+    match = _OPEN_THOUGHT.search(prompt)
+    return f"{match[0].rstrip()[0]}/{match[0].rstrip()[1:]}" if match else ""
 
 
 class Template:
-    """The chat template of a tokenizer with the variables that a run gives it.
+    """A tokenizer's chat template with the variables of a run.
 
-    arguments: of every conversation. moment: what ``strftime_now`` tells templates that ask for the date, whenever they ask.
-    Raises ValueError, naming the tokenizer, if it has no template, or one that fails, that drops what messages say, or whose
-    generation prompt lacks the header of the assistant's turn.
+    arguments: variables for every conversation. moment: the time that ``strftime_now`` gives to templates, whenever called.
+    Raises ValueError, naming the tokenizer, if it has no template, or if the template fails, drops the content of messages, or
+    has a generation prompt that lacks the header of the assistant's turn.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], moment: datetime):
@@ -105,13 +101,13 @@ class Template:
         return [name for name in self.arguments if not self.reads(name)]
 
     def render(self, messages: Messages, arguments: Mapping[str, Any] = NONE, generation_prompt: bool = True) -> str:
-        """The text of a conversation. arguments: of this one. Raises TemplateError if the template fails."""
-        further: dict[str, Any] = {**self.arguments, **arguments, "strftime_now": self.moment.strftime}
+        """The text of a conversation. arguments: its own variables. Raises TemplateError if the template fails."""
+        variables: dict[str, Any] = {**self.arguments, **arguments, "strftime_now": self.moment.strftime}
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt, **further
+                messages, tokenize=False, add_generation_prompt=generation_prompt, **variables
             )
-        except Exception as error:  # a template is a program: it may fail in any way
+        except Exception as error:  # a template is a program and may fail in any way
             roles = ", ".join(message["role"] for message in messages)
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TemplateError(f"{self.name} fails on a conversation of {roles} ({reason})", reason) from error
@@ -119,21 +115,21 @@ class Template:
         return text
 
     def prompt(self, messages: Messages, arguments: Mapping[str, Any] = NONE) -> str:
-        """The text of a prompt, up to where an answer begins. Raises TemplateError, and ValueError if a part would be lost."""
+        """The text of a prompt up to its response. Raises TemplateError, and ValueError if part of it would be lost."""
         text = self.render(messages, arguments)
         if dropped := self._dropped(messages, arguments, text):
             raise ValueError(
                 f"{self.name} does not render {dropped} (in the conversation that begins {messages[0]['content'][:40]!r}); "
-                "use a model whose template renders it, or take it out of the data"
+                "use a model whose template renders it, or remove it from the data"
             )
         return text
 
     def _dropped(self, messages: Messages, arguments: Mapping[str, Any], text: str) -> str:
-        """What of the conversation is not in ``text``, its rendering: without it the template writes the same."""
+        """The part of the conversation that its rendering ``text`` lacks: changing or removing it leaves the text unchanged."""
 
-        def same(other: Messages, told: Mapping[str, Any] = arguments) -> bool:
+        def same(changed: Messages, variables: Mapping[str, Any] = arguments) -> bool:
             try:
-                return self.render(other, told) == text
+                return self.render(changed, variables) == text
             except TemplateError:
                 return False
 
@@ -141,9 +137,9 @@ class Template:
             for field, value in message.items():
                 if field in _LINKS or not value or (field == "content" and value.strip() in text):
                     continue
-                other = {name: part for name, part in message.items() if name != field}
-                other |= {"content": _MARKER} if field == "content" else {}
-                if same([*messages[:place], other, *messages[place + 1 :]]):
+                changed = {name: part for name, part in message.items() if name != field}
+                changed |= {"content": _MARKER} if field == "content" else {}
+                if same([*messages[:place], changed, *messages[place + 1 :]]):
                     return f"the field {field!r} of a message with the role {message['role']!r}"
         for name in arguments:
             if name != "tools" and not self.reads(name):
@@ -162,14 +158,14 @@ class Template:
     def _check(self) -> None:
         opening, answered = _probe()
         prompt, whole = self.render(opening), self.render(answered, generation_prompt=False)
-        for text, said, role in ((prompt, _QUESTION, "user"), (whole, _ANSWER, "assistant")):
-            if said not in text:
+        for text, content, role in ((prompt, _QUESTION, "user"), (whole, _ANSWER, "assistant")):
+            if content not in text:
                 raise ValueError(
-                    f"{self.name} does not render a message of the {role} whose content is text (it may want a list of "
-                    "parts); save a template with the tokenizer that writes content as it is"
+                    f"{self.name} does not render {role} messages whose content is text (it may expect a list of "
+                    "parts); save a template that writes text as it is with the tokenizer"
                 )
         header = whole[: whole.rindex(_ANSWER)]
-        missing = _EMPTY_THOUGHT.sub("", header[_common(prompt, header) :]).strip()
+        missing = _EMPTY_THOUGHT.sub("", header[common_prefix_length(prompt, header) :]).strip()
         adds_nothing = prompt.rstrip() == self.render(opening, generation_prompt=False).rstrip()
         if missing and (adds_nothing or header.startswith(prompt)):
             raise ValueError(
@@ -191,6 +187,6 @@ _QUESTION, _ANSWER = "question", "response"
 
 
 def _probe() -> tuple[Messages, Messages]:
-    """A question, and the same with its answer."""
+    """A question, and the question with its response."""
     opening: Messages = [{"role": "user", "content": _QUESTION}]
     return opening, [*opening, {"role": "assistant", "content": _ANSWER}]

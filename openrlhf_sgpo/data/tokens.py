@@ -1,4 +1,4 @@
-"""From messages to tokens, in one place, so that rollout, scoring and training see the same tokens."""
+"""From messages to tokens, in one place, so rollout, scoring and training see the same tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Token ids of one prompt and of responses to it. A pair is the group (prompt, [chosen, rejected])."""
+    """Token ids of a prompt and of responses to it. A pair is the group (prompt, [chosen, rejected])."""
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
@@ -26,14 +26,14 @@ class Group:
 
 
 class PairTokens(NamedTuple):
-    """Tokens of a pair before any limit: the rendered prompt and the texts of the responses, without an end of turn."""
+    """Token ids of a pair before any limit: the rendered prompt and the response texts, without an end of turn."""
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def load_tokenizer(model: str, trust_remote_code: bool, flag: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder or hub name. Raises ValueError, naming the flag, if there is none."""
+    """The tokenizer of a Hugging Face folder or hub name. Raises ValueError, naming the flag, if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     return _loaded(AutoTokenizer, model, trust_remote_code, flag)
@@ -58,10 +58,10 @@ def load_chat(
     moment: datetime | None = None,
     length_flag: str = "data.max_len",
 ) -> tuple[ChatFormat, PretrainedConfig]:
-    """The chat format of a model, with a padding token, and the model's config; no weights are loaded.
+    """The chat format of a model, with a padding token, and the model's config. Loads no weights.
 
     template_kwargs, moment: as in ``ChatFormat``. Raises ValueError, naming the flag, as ``load_tokenizer`` and ``ChatFormat``
-    do, where ``max_len`` exceeds the model's positions, and where tokenizer and model do not fit.
+    do, if ``max_len`` exceeds the model's positions, and if tokenizer and model do not match.
     """
     from transformers import AutoConfig
 
@@ -73,8 +73,8 @@ def load_chat(
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
-                f"--{flag} {model}: the tokenizer has neither a padding token nor an end-of-sequence token, so that no batch "
-                "can be padded; save it with one of them"
+                f"--{flag} {model}: the tokenizer has neither a padding token nor an end-of-sequence token, so batches "
+                "cannot be padded; save it with one of the two"
             )
         tokenizer.pad_token = tokenizer.eos_token
     try:
@@ -86,14 +86,14 @@ def load_chat(
 
 
 class ChatFormat:
-    """The tokenizer's chat template as prompt tokens and response tokens.
+    """Renders conversations with the tokenizer's chat template, and tokenizes prompts and responses.
 
     A response is its text followed by the template's end of turn, unless the length limit cut it: a cut response with an
-    end of turn would teach the model to stop in the middle of a sentence. Tokens that a template puts after the end of
-    turn (a newline, say) are never generated and are left out.
+    end of turn would teach the model to stop mid-sentence. Tokens that a template puts after the end of turn (such as a
+    newline) are never generated and are left out.
 
-    template_kwargs: variables that the template gets for every conversation; a conversation's own come on top. moment: that it
-    gets for the present (default: the beginning of the day).
+    template_kwargs: template variables for every conversation; those of a conversation are added. moment: the time that the
+    template sees (default: midnight UTC of today).
     Raises ValueError as ``Template`` does, and if neither template nor tokenizer has an end of turn.
     """
 
@@ -108,10 +108,10 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.max_len = max_len
         self.model = ""
-        # One int object per token of the vocabulary: 60,000 pairs held as tokens would otherwise take gigabytes.
+        # One shared int object per vocabulary entry: the tokens of 60,000 pairs would otherwise take gigabytes.
         self._ids = list(range(1 + max(tokenizer.get_vocab().values())))
-        # Responses are tokenized behind what the template puts before them: alone, some tokenizers (SentencePiece's)
-        # would begin each with a space that the policy never sampled.
+        # Responses are tokenized after the text that the template puts before them: alone, some tokenizers (SentencePiece)
+        # would start each with a space that the policy never sampled.
         self._anchor, ending = self.template.turn()
         self._anchor_ids = self._encode(self._anchor)
         self.end_of_turn: tuple[int, ...] = self._encode(ending)
@@ -119,14 +119,14 @@ class ChatFormat:
             if tokenizer.eos_token_id is None:
                 raise ValueError(
                     f"the tokenizer of {tokenizer.name_or_path} has no end-of-sequence token, and its chat template "
-                    "ends a response with nothing: a model could not learn to stop; save one of the two"
+                    "puts nothing after a response: a model could not learn to stop; save one of the two"
                 )
             self.end_of_turn = (tokenizer.eos_token_id,)
 
     def check_embeddings(self, settings: PretrainedConfig, model: str) -> None:
-        """From here on a token without an embedding raises ValueError. settings: the model's config; model: its flag and name.
+        """Makes later tokens without an embedding raise ValueError. settings: the model's config; model: its flag and name.
 
-        Raises ValueError at once if the tokenizer's padding or end, or a token of the template, has none.
+        Raises ValueError at once if a padding, end or template token has no embedding.
         """
         size = getattr(settings.get_text_config(), "vocab_size", None)
         if not isinstance(size, int) or size >= len(self._ids):
@@ -143,11 +143,11 @@ class ChatFormat:
         return ValueError(
             f"token id {token} ({self.tokenizer.convert_ids_to_tokens(token)}) of the tokenizer of "
             f"{self.tokenizer.name_or_path} is beyond the {len(self._ids)} embeddings of {self.model}{where}: save the model "
-            "with embeddings for all of its tokenizer (model.resize_token_embeddings), or the tokenizer without that token"
+            "with embeddings for its whole tokenizer (model.resize_token_embeddings), or the tokenizer without that token"
         )
 
     def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        # The rendered text already contains the special tokens; adding them again would double the BOS.
+        # Rendered text already contains the special tokens; adding them again would double the BOS.
         rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         try:
             return [tuple(map(self._ids.__getitem__, row)) for row in rows]
@@ -169,12 +169,12 @@ class ChatFormat:
         ]
 
     def _end(self, ids: tuple[int, ...], truncated: bool, room: int) -> tuple[int, ...]:
-        """Response tokens within ``room``: with the whole end of turn, or, if anything was cut, with none of it."""
+        """Response tokens cut to ``room``: with the whole end of turn or, if anything was cut, without it."""
         length = len(self.end_of_turn)
         if not truncated and len(ids) + length <= room:
             return ids + self.end_of_turn
         ids = ids[:room]
-        # A text may itself hold the characters of the end of turn, and the cut may fall behind them.
+        # The text itself may contain the end of turn, and the cut may fall right after it.
         while ids[-length:] == self.end_of_turn:
             ids = ids[:-length]
         return ids
@@ -182,10 +182,10 @@ class ChatFormat:
     def prompt(
         self, messages: Messages, template_kwargs: Mapping[str, Any] = NONE, complete: bool = True
     ) -> tuple[int, ...]:
-        """template_kwargs: further variables of the chat template for this prompt, as ``Prompt`` has them. complete: whether
-        it is an error that the template drops a part; some drop the reasoning of earlier turns on purpose.
+        """Tokens of a prompt. template_kwargs: template variables for this prompt, as in ``Prompt``.
 
-        Raises ValueError if the template fails, and for that error.
+        Raises ValueError if the template fails and, if ``complete``, if it drops a part of the prompt. (Some templates drop
+        the reasoning of earlier turns on purpose.)
         """
         render = self.template.prompt if complete else self.template.render
         return self._encode(render(messages, template_kwargs))
@@ -193,9 +193,9 @@ class ChatFormat:
     def prompts(
         self, conversations: Sequence[Messages], template_kwargs: Sequence[Mapping[str, Any]] = ()
     ) -> list[tuple[int, ...] | None]:
-        """Tokens of prompts, all at once; None where the template fails on the conversation (its order of roles, say).
+        """Tokens of a batch of prompts; None where the template fails on the conversation (on its order of roles, say).
 
-        template_kwargs: of each conversation; none at all if empty. Raises ValueError where it drops a part of one.
+        template_kwargs: one mapping per conversation, or empty. Raises ValueError if the template drops a part of one.
         """
         rendered: dict[int, str] = {}
         for index, messages in enumerate(conversations):
@@ -207,7 +207,7 @@ class ChatFormat:
         return [tokens.get(index) for index in range(len(conversations))]
 
     def refusal(self, messages: Messages, template_kwargs: Mapping[str, Any] = NONE) -> str:
-        """Whose template fails on a conversation, and why; empty if it does not."""
+        """Why the template fails on a conversation, after the tokenizer's name; empty if it does not fail."""
         try:
             self.template.render(messages, template_kwargs)
         except TemplateError as error:
@@ -215,7 +215,7 @@ class ChatFormat:
         return ""
 
     def open_thought(self, prompt: Sequence[int]) -> str:
-        """The tag that closes the thought that the template opens at the end of the prompt; empty if it opens none."""
+        """The tag that closes the thought opened at the end of the prompt; empty if none is open."""
         return open_thought(str(self.tokenizer.decode(list(prompt[-16:]))))
 
     def response(self, text: str, truncated: bool, room: int) -> tuple[int, ...]:
@@ -223,11 +223,11 @@ class ChatFormat:
         return self._end(self._encode_responses([text])[0], truncated, room)
 
     def fits(self, prompt: tuple[int, ...]) -> bool:
-        """Whether at least two response tokens fit behind the prompt."""
+        """Whether at least two response tokens fit after the prompt."""
         return len(prompt) <= self.max_len - 2
 
     def encode(self, pairs: Sequence[Pair]) -> list[PairTokens | None]:
-        """Tokens of pairs, all at once; None where the template refuses the prompt. What an engine drew keeps its tokens."""
+        """Tokens of a batch of pairs; None where the template fails on the prompt. Sampled responses keep their own tokens."""
         prompts = self.prompts([pair.prompt for pair in pairs], [pair.template_kwargs for pair in pairs])
         chosen = self._encode_responses(["" if pair.chosen_token_ids else pair.chosen for pair in pairs])
         rejected = self._encode_responses(["" if pair.rejected_token_ids else pair.rejected for pair in pairs])
@@ -235,7 +235,7 @@ class ChatFormat:
         return [None if prompt is None else PairTokens(prompt, responses) for prompt, responses in rows]
 
     def group(self, pair: Pair, tokens: PairTokens) -> Group | None:
-        """The pair within the limit; None if the prompt is too long, or the limit left both responses equal or one empty."""
+        """The pair cut to the limit; None if the prompt is too long, or if the cut makes responses equal or one empty."""
         if not self.fits(tokens.prompt):
             return None
         room = self.max_len - len(tokens.prompt)
@@ -244,6 +244,6 @@ class ChatFormat:
         return Group(tokens.prompt, (chosen, rejected)) if chosen and rejected and chosen != rejected else None
 
     def pair(self, pair: Pair) -> Group | None:
-        """Tokens of a pair; None as in ``group``, or if the template refuses the prompt."""
+        """Tokens of a pair; None as in ``group``, or if the template fails on the prompt."""
         (tokens,) = self.encode([pair])
         return None if tokens is None else self.group(pair, tokens)

@@ -213,8 +213,8 @@ def gzipped(content):
         ("commas.json", b"[{}\n{}]", "line 1: not JSON: expected a comma or the end"),
         ("open.json", b'[{"a": 1},\n', "line 2: not JSON"),
         ("deep.json", b"[" * 100_000, "nested too deeply"),
-        ("damaged.jsonl.gz", gzipped(json.dumps(GOOD).encode())[:-20], "damaged or not what its name says"),
-        ("plain.jsonl.gz", json.dumps(GOOD).encode(), "damaged or not what its name says"),
+        ("damaged.jsonl.gz", gzipped(json.dumps(GOOD).encode())[:-20], "damaged, or not of the kind its name says"),
+        ("plain.jsonl.gz", json.dumps(GOOD).encode(), "damaged, or not of the kind its name says"),
         (
             "digits.jsonl",
             b'{"id": ' + b"1" * 5000 + b"}",
@@ -240,7 +240,7 @@ def test_damaged_files(tmp_path, name, content, message, load):
 
 
 def test_a_file_has_no_splits(tmp_path):
-    with pytest.raises(DataError, match="a file has no splits, leave the split 'test' out"):
+    with pytest.raises(DataError, match="a file has no splits, remove the split 'test'"):
         load_pairs(str(write(tmp_path, GOOD)), split="test")
 
 

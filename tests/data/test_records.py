@@ -214,13 +214,13 @@ REFUSED = [
     ),
     (
         {name: TALK[:1] + said(text) for name, text in (("chosen", "yes"), ("rejected", "no"))},
-        ["missing column prompt, and before the response there is no message but the system's"],
+        ["missing column prompt, and no message but the system's precedes the response"],
     ),
     (without(prompt=[{"role": "narrator", "content": "Why?"}]), ["has the role 'narrator', none of system, user,"]),
     (without(prompt=[{"from": "human", "value": "Why?"}]), ["has 'from' and 'value'; expected {role, content}"]),
     (
         without(prompt=[{"role": "user", "content": [{"type": "image_url", "image_url": "x.png"}]}]),
-        ["message 1 has a part of the kind 'image_url'; only text"],
+        ["message 1 has a part of kind 'image_url'; only text"],
     ),
     (
         without(prompt=QUESTION + [{"role": "assistant", "content": "", "function_call": {"name": "f"}}] + QUESTION),
@@ -237,10 +237,10 @@ REFUSED = [
     (without(chat_template_kwargs={"tokenize": True}), ["column 'chat_template_kwargs' may not set tokenize"]),
     (
         {"prompt": "Why?", "chosen": TALK + said("yes"), "rejected": [*QUESTION, *TALK[1:], *said("no")]},
-        ["messages of column 'rejected' before the response are not those of column 'prompt'"],
+        ["messages of column 'rejected' before the response differ from those of column 'prompt'"],
     ),
     *(
-        (without(chosen=text), ["column 'chosen' holds messages that were written as text; write the list itself"])
+        (without(chosen=text), ["column 'chosen' holds messages written as text; write the list itself"])
         for text in (
             str(QUESTION + said("So.")),
             json.dumps(QUESTION + said("So.")),
@@ -251,10 +251,10 @@ REFUSED = [
             '[{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]',
         )
     ),
-    (without(prompt=json.dumps(QUESTION)), ["column 'prompt' holds messages that were written as text"]),
+    (without(prompt=json.dumps(QUESTION)), ["column 'prompt' holds messages written as text"]),
     (
         without(prompt=[{"role": "user", "content": "[{'type': 'text', 'text': 'Why?'}]"}]),
-        ["column 'prompt' holds messages that were written as text"],
+        ["column 'prompt' holds messages written as text"],
     ),
     *(
         (
@@ -267,7 +267,7 @@ REFUSED = [
             ("what_they_asked", "Why is that so?"),
         )
     ),
-    (without(system=["Be brief."]), ["column 'system' must be a text"]),
+    (without(system=["Be brief."]), ["column 'system' must be text"]),
     (without(system="Be long.", prompt=TALK), ["column 'system' differs from the system message"]),
     (without(images=["x.png"]), ["column 'images' is not read: only text"]),
     (without(history=[["Hello", "Hi"]]), ["column 'history' is not read: write its turns into 'prompt'"]),
@@ -276,8 +276,8 @@ REFUSED = [
     (without(chosen=QUESTION), ["column 'chosen'", "last message", "must have the role assistant"]),
     (without(prompt=TALK + said("Because")), ["prompt ends with an assistant message", "chosen and rejected"]),
     (without(prompt=[{"role": 3, "content": "Why?"}]), ["column 'prompt'", "{role, content}"]),
-    (without(chosen="half \ud83d"), ["column 'chosen' holds half of a character", "\\ud83d", "write the text again"]),
-    (without(prompt="\udc00"), ["column 'prompt' holds half of a character"]),
+    (without(chosen="half \ud83d"), ["column 'chosen' holds half a character", "\\ud83d", "rewrite the text"]),
+    (without(prompt="\udc00"), ["column 'prompt' holds half a character"]),
     (without(chosen_truncated="no"), ["column 'chosen_truncated' must be true or false"]),
     (
         {"chosen": QUESTION + said("a") + said("yes"), "rejected": QUESTION + said("a") + said("no")},
@@ -375,7 +375,7 @@ def test_implicit_prompts_of_preference_rows(tmp_path):
         ({"prompt": ""}, "column 'prompt' must be a non-empty string"),
         ({"prompt": 3}, "column 'prompt' must be a non-empty string"),
         ({"prompt": TALK[:3]}, "the prompt ends with an assistant message"),
-        ({"messages": said("an answer")}, "column 'messages' holds no question before its last answer"),
+        ({"messages": said("an answer")}, "column 'messages' holds no prompt before its last response"),
     ],
 )
 def test_refused_prompts(tmp_path, row, said_about_it):
@@ -454,7 +454,7 @@ def test_a_context_that_is_not_the_prompt_is_refused(tmp_path):
     path = tmp_path / "pairs.jsonl"
     talk = [{"role": "user", "content": "other"}, {"role": "assistant", "content": "a"}]
     path.write_text(json.dumps({"prompt": "question", "chosen": talk, "rejected": "b"}) + "\n")
-    with pytest.raises(DataError, match="column 'chosen' before the response are not those of column 'prompt'"):
+    with pytest.raises(DataError, match="column 'chosen' before the response differ from those of column 'prompt'"):
         load_pairs(str(path))
 
 

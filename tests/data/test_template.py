@@ -134,7 +134,7 @@ def test_the_error_names_tokenizer_and_flag(model_with):
 
 def test_a_template_that_wants_parts_or_fails_is_named(chat_with, tiny_model):
     parts = CHATML.replace("+ m['content'] +", "+ (m['content'] | map(attribute='text') | join) +")
-    with pytest.raises(ValueError, match=f"{tiny_model} does not render a message of the user whose content is text"):
+    with pytest.raises(ValueError, match=f"{tiny_model} does not render user messages whose content is text"):
         chat_with(parts)
     for failing in (
         CHATML.replace("m['content']", "m['content'][0]['text']"),

@@ -228,6 +228,6 @@ def test_neither_template_nor_tokenizer_has_an_end(tokenizer):
     endless.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     endless.eos_token = None
     with pytest.raises(
-        ValueError, match="has no end-of-sequence token, and its chat template ends a response with nothing"
+        ValueError, match="has no end-of-sequence token, and its chat template puts nothing after a response"
     ):
         ChatFormat(endless, PLENTY)
