@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from openrlhf_sgpo.data.pairwise import LAYOUT, transcript
 from openrlhf_sgpo.data.records import load_pairs
 from openrlhf_sgpo.judge.reply import Reply
-from openrlhf_sgpo.oracle.judge import TOP, judge_messages, letter_share
+from openrlhf_sgpo.oracle.judge import TOP_LOGPROBS, judge_messages, letter_share
 
 # The plain frame, which earlier versions of this package asked judges in.
 INTRODUCTION = (
@@ -55,7 +55,7 @@ class LocalJudge:
         )["input_ids"]
         with torch.inference_mode():
             log_probs = self.model(ids, logits_to_keep=1).logits[0, -1].log_softmax(-1)
-        values, tokens = log_probs.topk(10 * TOP)  # a small model may not have the letters among its first 20
+        values, tokens = log_probs.topk(10 * TOP_LOGPROBS)  # a small model may not have the letters among its first 20
         top = [
             (self.tokenizer.decode([token]), value)
             for token, value in zip(tokens.tolist(), values.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""Who is preferred: built-in oracles, entry points of the group ``openrlhf_sgpo.oracles``, or ``module:Class``."""
+"""Preference oracles: built-ins, entry points of the group ``openrlhf_sgpo.oracles``, or ``module:Class``."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ names, get = _registry.names, _registry.get
 
 
 def judges_itself(config: Config, algorithm: type[Algorithm]) -> bool:
-    """Whether each round's own policy ranks its answers, so that the oracle is another one in every round."""
+    """Whether each round's policy ranks its own answers, so the oracle changes from round to round."""
     return config.oracle == "implicit" and not algorithm.fresh_answers
 
 
 def problems(name: str, config: Inference) -> list[str]:
-    """What is wrong with --oracle ``name`` and the settings that it reads."""
+    """Problems with --oracle ``name`` and the settings that it reads."""
     try:
         return get(name).problems(config)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A policy's implicit reward as preference oracle: in self-annotated rounds the policy's own."""
+"""A policy's implicit reward as preference oracle; in self-annotated rounds, that of the policy being trained."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def implicit_rewards(policy: Sequence[float], reference: Sequence[float], beta: 
 class ImplicitReward(RewardOracle):
     """The reward of ``policy`` (a model folder) against ``reference``.
 
-    Without the two it is frozen: the policy of --reward.model_name_or_path against that of --ref.model_name_or_path.
-    A call is an answer that the policy scores.
+    If neither is given, it is frozen: --reward.model_name_or_path against --ref.model_name_or_path.
+    A call is one answer scored by the policy.
     """
 
     name = "implicit"
@@ -50,8 +50,8 @@ class ImplicitReward(RewardOracle):
         if config.reward.model_name_or_path:
             return []
         return [
-            "--reward.model_name_or_path: missing, --oracle implicit needs the policy whose implicit reward it is (such as "
-            "round_0/policy of a run of --algo dpo)"
+            "--reward.model_name_or_path: missing, --oracle implicit needs the policy whose implicit reward ranks answers, "
+            "such as round_0/policy of a run of --algo dpo"
         ]
 
     @classmethod
@@ -63,8 +63,8 @@ class ImplicitReward(RewardOracle):
         }
         if tokenizers["model"].get_vocab() != tokenizers["reward"].get_vocab():
             raise ValueError(
-                f"--reward.model_name_or_path {folders['reward']} has another vocabulary than --model.model_name_or_path "
-                f"{folders['model']}; --oracle implicit needs a policy that was trained from it"
+                f"--reward.model_name_or_path {folders['reward']} does not have the vocabulary of --model.model_name_or_path "
+                f"{folders['model']}; --oracle implicit needs a policy that was trained from that model"
             )
         load_chat(folders["reward"], trust, "reward.model_name_or_path", config.data.max_len)
 
@@ -78,8 +78,8 @@ class ImplicitReward(RewardOracle):
 
 
 def as_group(question: Question, chat: ChatFormat) -> Group:
-    """Tokens of a question as the policy answered it: those that were drawn, or those of a text that people wrote. Of an answer
-    without any the end is scored."""
+    """Tokens of a question and its answers: as sampled, or tokenised from text written by people. For an empty answer the end
+    of turn is scored."""
     prompt = chat.prompt(question.prompt, question.template_kwargs)
     room = chat.max_len - len(prompt)
     responses = (

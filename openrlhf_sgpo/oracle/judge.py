@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from openrlhf_sgpo.config import Inference
     from openrlhf_sgpo.data.records import Messages
 
-TOP = 20  # the most that OpenAI's servers say, and vLLM's without further settings
+TOP_LOGPROBS = 20  # the maximum of OpenAI's servers, and of vLLM's by default
 
-# What stands in an answer cannot end it: its author does not know the code, which depends on the answer.
-JUDGED = """Here are a conversation and two answers to its last message. Decide which answer serves the person who asked \
+# No text inside an answer can fake its end: its author does not know the code, which depends on the answer.
+JUDGE_PROMPT = """Here are a conversation and two answers to its last message. Decide which answer serves the person who asked \
 better: is it right, does it do what was asked, is it clear, does it do no harm? A longer answer is not better for its \
 length, nor is the first one for its place.
 
@@ -44,11 +44,11 @@ Which answer is better, A or B? Reply with one letter and nothing else."""
 
 
 def letter_share(reply: Reply, temperature: float) -> float:
-    """Probability of A: sigmoid((l_A - l_B) / temperature), l_X the log of the total probability of the tokens that are the
-    letter X but for white space. A letter that is not among the likeliest tokens has none.
+    """Probability of A: sigmoid((l_A - l_B) / temperature), with l_X the log of the total probability of the tokens that equal
+    the letter X apart from white space. A letter that is not among the likeliest tokens has probability 0.
 
-    (Arena-style pairwise judges read as in the released SLHF, arXiv 2512.16626, which knows no variants with a space and
-    takes a reply without either letter for a preference.) Raises Unusable if neither letter is there.
+    (Arena-style pairwise judges are read like this in the released SLHF, arXiv 2512.16626, which ignores variants with a space
+    and takes a reply without either letter for a preference.) Raises Unusable if neither letter is among the tokens.
     """
     a, b = letter_log_probs(reply, LETTERS)
     return sigmoid((a - b) / temperature)
@@ -60,15 +60,15 @@ def letter_written(reply: Reply) -> float:
 
 
 def judge_messages(conversation: str, first: str, second: str, seed: int) -> Messages:
-    """The comparison for a judge. Its code is a hash of the seed and of all texts, the same in both orders and whenever it is
-    asked, so that answers that are kept are found again."""
+    """The comparison as a judge sees it. Its code is a hash of the seed and all texts, the same in both orders and every time,
+    so cached judgements are found again."""
     code = content_key(seed, conversation, sorted((first, second)))[:12]
-    text = JUDGED.format(code=code, conversation=conversation, first=first, second=second)
+    text = JUDGE_PROMPT.format(code=code, conversation=conversation, first=first, second=second)
     return [{"role": "user", "content": text}]
 
 
 class Judge(PreferenceOracle):
-    """The model --judge.model of the server --judge.base_url. A call is a comparison in one order that the server answered."""
+    """The model --judge.model of the server --judge.base_url. A call is one comparison in one order, answered by the server."""
 
     name = "judge"
     reads: ClassVar[tuple[str, ...]] = ("judge.",)
@@ -91,7 +91,7 @@ class Judge(PreferenceOracle):
 
     @classmethod
     def check(cls, config: Inference) -> None:
-        """Asks the server one question: address, key, model and log-probabilities show before anything is loaded."""
+        """Asks the server one question: problems with address, key, model or log-probabilities show before models load."""
         messages = judge_messages("User: How much is two and two?", "Four.", "Five.", config.train.seed)
         _client(config).ask([Request("a first question", messages)], "judge: trial", _reader(config))
 
@@ -100,9 +100,9 @@ class Judge(PreferenceOracle):
         if self.config.judge.swap == "both":
             return both
         texts = sorted((comparison.first.text, comparison.second.text))
-        # A bit of the contents, so that the pair has one order wherever it is asked.
+        # Chosen by a bit of a hash of the contents, so a pair always has the same order.
         first = texts[int(content_key(self.config.train.seed, comparison.prompt, texts)[-1], 16) % 2]
-        return [one for one in both if one.first.text == first]
+        return [order for order in both if order.first.text == first]
 
     def compare(self, comparisons: Sequence[Comparison], label: str) -> list[float]:
         from openrlhf_sgpo import ranks
@@ -111,20 +111,17 @@ class Judge(PreferenceOracle):
             self.client = self.client or _client(self.config, self.path)
             requests = [
                 Request(
-                    f"the comparison of two answers to {one.question}",
-                    judge_messages(
-                        transcript(one.prompt, one.tools), one.first.text, one.second.text, self.config.train.seed
-                    ),
+                    f"the comparison of two answers to {question}",
+                    judge_messages(transcript(prompt, tools), first.text, second.text, self.config.train.seed),
                 )
-                for one in comparisons
+                for question, prompt, first, second, tools in comparisons
             ]
-            return self.client.ask(requests, label and f"{label}, judge", _reader(self.config)), dict(
-                self.client.counts
-            )
+            shares = self.client.ask(requests, label and f"{label}, judge", _reader(self.config))
+            return shares, dict(self.client.counts)
 
-        found, self.counts = ranks.on_rank_0(work)
+        shares, self.counts = ranks.on_rank_0(work)
         self.calls = self.counts.get("calls", 0)
-        return found
+        return shares
 
     def usage(self) -> dict[str, int]:
         names = ("calls", "prompt_tokens", "completion_tokens", "failures")
@@ -134,9 +131,9 @@ class Judge(PreferenceOracle):
 def _client(config: Inference, path: Path | None = None) -> ChatClient:
     if config.judge.logprobs:
         return ChatClient(
-            config.judge, {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP}, path
+            config.judge, {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP_LOGPROBS}, path
         )
-    # Some write a bracket or a space before the letter.
+    # Some models write a bracket or a space before the letter.
     return ChatClient(config.judge, {"max_tokens": 4, "temperature": 0}, path)
 
 

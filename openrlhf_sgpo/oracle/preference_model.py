@@ -1,4 +1,4 @@
-"""A pairwise model that was trained here from pairs (``--algo preference_model``) as preference oracle."""
+"""A pairwise model trained with ``--algo preference_model`` as preference oracle."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FLAG = "reward.model_name_or_path"
 
 
 class PreferenceModelOracle(PreferenceOracle):
-    """q(first, second) = sigmoid(log pi(A | x, first, second) - log pi(B | x, first, second)), pi the model of
-    --reward.model_name_or_path, averaged over both orders. A call is a comparison in one order.
+    """q(first, second) = sigmoid(log pi(A | x, first, second) - log pi(B | x, first, second)), with pi the model
+    of --reward.model_name_or_path, averaged over both orders. A call is one comparison in one order.
 
-    (The pairwise model of Dong et al., arXiv 2405.07863, and before them SLiC-HF, arXiv 2305.10425.)
+    (The pairwise model of Dong et al., arXiv 2405.07863, and earlier of SLiC-HF, arXiv 2305.10425.)
     """
 
     name = "preference_model"
@@ -59,9 +59,9 @@ class PreferenceModelOracle(PreferenceOracle):
 
     def compare(self, comparisons: Sequence[Comparison], label: str) -> list[float]:
         groups = []
-        for one in comparisons:
-            messages, _ = fitted(one.prompt, one.first.text, one.second.text, self.chat, one.tools)
+        for _, prompt, first, second, tools in comparisons:
+            messages, _ = fitted(prompt, first.text, second.text, self.chat, tools)
             groups.append(Group(self.chat.prompt(messages), self.letters))
-        found = self.scorer.score(self.model, groups, label and f"{label}, preference model")
+        log_probs = self.scorer.score(self.model, groups, label and f"{label}, preference model")
         self.calls = self.scorer.responses_scored // len(LETTERS)
-        return [sigmoid(a - b) for a, b in found]
+        return [sigmoid(a - b) for a, b in log_probs]

@@ -1,4 +1,4 @@
-"""Several reward models that vote: preferences that may go round in a circle."""
+"""Several reward models that vote, so preferences may be cyclic."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def votes(rewards: Sequence[Sequence[float]], i: int, j: int) -> float:
-    """Share of the heads that prefer answer i to answer j, a tie counting one half; rewards: a row per head.
+    """Share of the heads that prefer answer i to answer j; a tie counts one half. rewards: a row per head.
 
     (The oracle of SLHF's experiments, arXiv 2512.16626, with one model per attribute of HelpSteer2, arXiv 2406.08673; there
     a tie goes to the first answer.)
@@ -32,7 +32,7 @@ def votes(rewards: Sequence[Sequence[float]], i: int, j: int) -> float:
 
 
 class RewardHeads(PreferenceOracle):
-    """The models of --reward.heads, each with a vote. A call is an answer that one of them scores."""
+    """The models of --reward.heads, each with one vote. A call is one answer scored by one of them."""
 
     name = "reward_heads"
     reads: ClassVar[tuple[str, ...]] = ("reward.heads", "reward.max_len")
@@ -48,7 +48,7 @@ class RewardHeads(PreferenceOracle):
         if len(heads) < 2:
             return [f"--reward.heads: {len(heads)} given, --oracle reward_heads needs 2 or more reward models"]
         if len(set(heads)) < len(heads):
-            return ["--reward.heads: the same model twice would have two votes; leave one out"]
+            return ["--reward.heads: a model that is named twice would have two votes; name each once"]
         return []
 
     @classmethod

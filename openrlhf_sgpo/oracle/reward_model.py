@@ -1,4 +1,4 @@
-"""A reward model of OpenRLHF's kind as preference oracle."""
+"""An OpenRLHF reward model as preference oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def weight_names(folder: str) -> set[str]:
-    """The names of the weights in a folder; empty for a hub name, whose files are not here yet."""
+    """The names of the weights in a folder; empty for a hub name, whose files are not downloaded yet."""
     from safetensors import safe_open
 
     names: set[str] = set()
@@ -28,23 +28,23 @@ def weight_names(folder: str) -> set[str]:
 
 
 def reading_chat(model: str, flag: str, config: Inference, moment: datetime | None = None) -> ChatFormat:
-    """The chat format of a model that reads answers, within --reward.max_len. Raises ValueError as ``load_chat`` does."""
-    data, own = config.data, config.reward.max_len
+    """The chat format of a model that reads answers, limited to --reward.max_len. Raises ValueError as ``load_chat`` does."""
+    data, reward = config.data, config.reward
     variables = template_arguments(data.chat_template_kwargs)
-    length, length_flag = (own, "reward.max_len") if own else (data.max_len, "data.max_len")
+    length, length_flag = (reward.max_len, "reward.max_len") if reward.max_len else (data.max_len, "data.max_len")
     return load_chat(model, config.model.trust_remote_code, flag, length, variables, moment, length_flag)[0]
 
 
 def read_prompt(messages: Messages, template_kwargs: Mapping[str, Any], chat: ChatFormat) -> tuple[int, ...]:
-    """Tokens of a prompt for a model that reads it. Variables are the policy's: a template that does not read them says what it
-    says without. Raises ValueError if the template fails or drops a part."""
-    told = {name: value for name, value in template_kwargs.items() if name == "tools" or chat.template.reads(name)}
-    return chat.prompt(messages, told)
+    """Tokens of a prompt for a model that reads it. Template variables are the policy's; those that this template does not read
+    are left out. Raises ValueError if the template fails or drops a part."""
+    variables = {name: value for name, value in template_kwargs.items() if name == "tools" or chat.template.reads(name)}
+    return chat.prompt(messages, variables)
 
 
 def check_prompts_of(prompts: Sequence[Prompt], model: str, flag: str, config: Inference) -> None:
-    """Raises ValueError if the model's template fails on, or drops a part of, one of the kinds of prompts that there are: with
-    their roles, fields and tools."""
+    """Raises ValueError if the model's template fails on a prompt or drops a part of it. One prompt is tried for each
+    combination of roles, fields and tools."""
     chat = reading_chat(model, flag, config)
     kinds = {
         (*((message["role"], *message) for message in prompt.messages), "tools" in prompt.template_kwargs): prompt
@@ -58,8 +58,8 @@ def check_prompts_of(prompts: Sequence[Prompt], model: str, flag: str, config: I
 
 
 def check_reward_model(model: str, flag: str, config: Inference) -> None:
-    """Raises ValueError for what can be known of a reward model without loading it: a tokenizer with a chat template, and,
-    for a folder, the weights of a value head."""
+    """Raises ValueError for what is missing in a reward model, without loading it: a tokenizer with a chat template and, in a
+    folder, the weights of a value head."""
     from transformers import AutoConfig
 
     from openrlhf_sgpo.openrlhf import no_value_head, value_head
@@ -73,9 +73,9 @@ def check_reward_model(model: str, flag: str, config: Inference) -> None:
 
 
 class RewardReader:
-    """One reward model, which reads prompt and answer in its own tokenizer's chat template.
+    """One reward model, which reads prompt and answer in its own chat template.
 
-    Raises ValueError if that tokenizer has none.
+    Raises ValueError if its tokenizer has no chat template.
     """
 
     def __init__(self, model: str, flag: str, resources: Resources):
@@ -90,19 +90,19 @@ class RewardReader:
         )
 
     def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
-        """Collective."""
+        """A reward for each answer to each question. Collective."""
         groups = []
         for question in questions:
             prompt = read_prompt(question.prompt, question.template_kwargs, self.chat)
             room = self.chat.max_len - 1
-            answers = tuple(self.chat.response(one.text, one.truncated, room) for one in question.answers)
-            # Where both do not fit, the prompt's end, to which the answers reply, says more than its beginning.
+            answers = tuple(self.chat.response(answer.text, answer.truncated, room) for answer in question.answers)
+            # If both do not fit, keep the prompt's end: the answers reply to it.
             groups.append(Group(prompt[-(self.chat.max_len - max(map(len, answers))) :], answers))
         return [list(row) for row in self.scorer.score(self.model, groups, label)]
 
 
 class RewardModel(RewardOracle):
-    """The model of --reward.model_name_or_path. A call is an answer that it scores."""
+    """The model of --reward.model_name_or_path. A call is one answer that it scores."""
 
     name = "reward_model"
     reads: ClassVar[tuple[str, ...]] = ("reward.model_name_or_path", "reward.max_len")
@@ -127,6 +127,6 @@ class RewardModel(RewardOracle):
         check_prompts_of(prompts, config.reward.model_name_or_path, "reward.model_name_or_path", config)
 
     def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:
-        found = self.reader.rewards(questions, label and f"{label}, reward model")
+        rewards = self.reader.rewards(questions, label and f"{label}, reward model")
         self.calls = self.reader.scorer.responses_scored
-        return found
+        return rewards

@@ -154,7 +154,7 @@ def test_a_preference_must_be_a_probability():
         def prefer(self, prompt, first, second):
             return 1.5
 
-    with pytest.raises(ValueError, match="oracle first, question pair-0: prefer returned 1.5, no probability"):
+    with pytest.raises(ValueError, match="oracle first, question pair-0: prefer returned 1.5, not a probability"):
         ask(Wrong(), pairs())
 
 

@@ -119,7 +119,7 @@ def test_calls_are_counted_once_per_content_and_kept(kind, calls, tmp_path):
         ("score", RewardOracle, "nan", "score returned nan"),
         ("prefer", PreferenceOracle, "raise", "oracle odd, question q: prefer failed .ZeroDivisionError"),
         ("prefer", PreferenceOracle, "inf", "prefer returned inf"),
-        ("prefer", PreferenceOracle, "1.5", "oracle odd, question q: prefer returned 1.5, no probability"),
+        ("prefer", PreferenceOracle, "1.5", "oracle odd, question q: prefer returned 1.5, not a probability"),
     ],
 )
 def test_a_foreign_failure_is_an_error_and_no_preference(kind, base, value, message, tmp_path):
@@ -135,19 +135,19 @@ def test_a_foreign_failure_is_an_error_and_no_preference(kind, base, value, mess
 
 def test_foreign_rewards_of_another_shape():
     odd = type("Odd", (RewardOracle,), {"name": "odd", "scores": lambda self, questions, label: [[1.0]]})()
-    with pytest.raises(ValueError, match=r"oracle odd, question q: \[1.0\] are not the finite rewards of 2 answers"):
+    with pytest.raises(ValueError, match=r"oracle odd, question q: expected 2 finite rewards, got \[1.0\]"):
         odd.preferences([question("a", "b")], "test")
 
 
 @pytest.mark.parametrize(
     ("matrix", "message"),
     [
-        ([[0.5, 0.7], [0.4, 0.5]], "answer 0 is preferred to 1 with 0.7, 1 to 0 with 0.4; they must"),
-        ([[0.6, 0.7], [0.3, 0.5]], "answer 0 is preferred to 0 with 0.6, 0 to 0 with 0.6; equal answers"),
-        ([[0.5, 1.2], [-0.2, 0.5]], "with 1.2, 1 to 0 with -0.2"),
-        ([[0.5, math.nan], [math.nan, 0.5]], "with nan"),
-        ([[0.5, 0.7]], "must be 2 rows of 2"),
-        ([[0.5], [0.5]], "must be 2 rows of 2"),
+        ([[0.5, 0.7], [0.4, 0.5]], "preference [0][1] is 0.7, [1][0] is 0.4; they must"),
+        ([[0.6, 0.7], [0.3, 0.5]], "preference [0][0] is 0.6, [0][0] is 0.6; equal answers"),
+        ([[0.5, 1.2], [-0.2, 0.5]], "[0][1] is 1.2, [1][0] is -0.2"),
+        ([[0.5, math.nan], [math.nan, 0.5]], "[0][1] is nan"),
+        ([[0.5, 0.7]], "must be a 2 x 2 matrix"),
+        ([[0.5], [0.5]], "must be a 2 x 2 matrix"),
     ],
 )
 def test_what_is_no_preference_is_named(matrix, message):
@@ -160,10 +160,10 @@ def test_what_is_no_preference_is_named(matrix, message):
 def test_rounding_is_forgiven_and_equal_texts_are_not():
     check_preferences("fine", [question("a", "b")], [[[0.5, 0.7 + 1e-7], [0.3, 0.5]]])
     with pytest.raises(
-        ValueError, match="answer 0 is preferred to 1 with 0.7, 1 to 0 with 0.3; equal answers must have 1/2"
+        ValueError, match=r"preference \[0\]\[1\] is 0.7, \[1\]\[0\] is 0.3; equal answers must have 1/2"
     ):
         check_preferences("odd", [question("a", "a")], [[[0.5, 0.7], [0.3, 0.5]]])
-    with pytest.raises(ValueError, match="oracle odd: 0 matrices of preferences for 1 questions"):
+    with pytest.raises(ValueError, match="oracle odd: got 0 preference matrices for 1 questions"):
         check_preferences("odd", [question("a", "b")], [])
 
 
@@ -291,9 +291,9 @@ def test_results_of_another_number_are_an_error():
         def scores(self, questions, label):
             return []
 
-    with pytest.raises(ValueError, match="oracle many: 1 preferences for 2 comparisons"):
+    with pytest.raises(ValueError, match="oracle many: got 1 preferences for 2 comparisons"):
         Compares().preferences([question("a", "b")], "")
-    with pytest.raises(ValueError, match="oracle many: rewards of 0 questions for 1"):
+    with pytest.raises(ValueError, match="oracle many: got rewards for 0 of 1 questions"):
         Rewards().rewards([question("a", "b")], "")
 
 

@@ -196,7 +196,7 @@ def test_a_frozen_policy_must_share_the_vocabulary(tiny_model, make_resources, t
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="has another vocabulary than --model.model_name_or_path"):
+    with pytest.raises(ValueError, match="does not have the vocabulary of --model.model_name_or_path"):
         ImplicitReward.check(make_resources(reward__model_name_or_path=str(tmp_path / "other")).config)
 
 

@@ -41,7 +41,7 @@ def test_best_and_worst_are_the_extremes_and_differ(rewards):
 
 @pytest.mark.parametrize("rewards", [[], [1.0]])
 def test_no_preference_among_fewer_than_two(rewards):
-    with pytest.raises(ValueError, match=f"two responses, got {len(rewards)}"):
+    with pytest.raises(ValueError, match=f"two answers, got {len(rewards)}"):
         best_and_worst(rewards)
 
 
