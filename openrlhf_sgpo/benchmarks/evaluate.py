@@ -2,8 +2,8 @@
 
     items -> answers, by the rollout engines or from files -> judgements -> results -> leaderboard
 
-What is there is not made again: answers are kept by model and item, judgements by what was asked of which judge. So the same
-command, stopped at any moment and started again, asks for what is missing only, and models can be added to a leaderboard.
+Stored work is reused: answers are kept by model and item, judgements by judge and request. A command that was stopped at any
+moment and started again only asks for what is missing, and models can be added to a leaderboard.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from openrlhf_sgpo.run_folder import LOCK, MOMENT, RunFolder, read_json, write_j
 
 
 class Evaluation:
-    """One evaluation. Everything that can be wrong with files, models' folders and the judge is found first."""
+    """One evaluation. Problems with files and model folders are raised on construction, before anything expensive."""
 
     def __init__(self, loaded: Loaded):
         self.settings = settings = loaded.settings
@@ -40,17 +40,23 @@ class Evaluation:
         self.items = {name: task.items() for name, task in self.tasks.items()}
         self.config = settings.inference(ModelSettings(trust_remote_code=settings.trust_remote_code))
         if not loaded.max_len_given:
-            # Engines have one length for all models: the default is no longer than the shortest of them.
-            folders = [one.folder for one in self.contestants if one.folder]
-            shortest = min([settings.data.max_len, *(positions(one, self.config) for one in folders)])
+            # All models share the engines' length, so the default is capped at the shortest model's.
+            folders = [contestant.folder for contestant in self.contestants if contestant.folder]
+            shortest = min([settings.data.max_len, *(positions(folder, self.config) for folder in folders)])
             self.config = replace(self.config, data=replace(settings.data, max_len=shortest))
         self.answerer = Answerer(self.config)
-        self.given = {one.name: self._read(one) for one in self.contestants if one.file}
+        self.file_answers = {
+            contestant.name: self._read(contestant) for contestant in self.contestants if contestant.file
+        }
         self.folder = RunFolder(settings.out, "out")
         moment = self.folder.moment()
-        self.chats = {one.name: self.answerer.chat(one.folder, moment) for one in self.contestants if one.folder}
+        self.chats = {
+            contestant.name: self.answerer.chat(contestant.folder, moment)
+            for contestant in self.contestants
+            if contestant.folder
+        }
         refuse_unread_variables([chat.template for chat in self.chats.values()])
-        # By model and task, what it has room to answer.
+        # The items that fit, by model and task.
         self.fitting = {
             (name, task): self.answerer.fitting(chat, name, task, items, settings.partial)
             for name, chat in self.chats.items()
@@ -60,15 +66,15 @@ class Evaluation:
             check_rollout(self.config)
         self._take_folder()
         log_to(self.folder.path)
-        for one in self.contestants:
-            self._check_name(one)
+        for contestant in self.contestants:
+            self._check_name(contestant)
         self.ledger = Ledger(self.folder.path / "ledger.json", writes=True)
         for name, items in self.items.items():
-            rows = ({"id": one.id, "turns": one.turns, "category": one.category} for one in items)
+            rows = ({"id": item.id, "turns": item.turns, "category": item.category} for item in items)
             write_jsonl(self.folder.path / "items" / f"{name}.jsonl", rows)
 
     def execute(self) -> list[Result]:
-        """Everything that is not there yet, then the leaderboard, which is printed and drawn; the rows of this call."""
+        """Make all missing answers and judgements, then print and draw the leaderboard; returns the rows of this call."""
         judge, judged = None, any(task.judged for task in self.tasks.values())
         try:
             if judged:
@@ -76,17 +82,17 @@ class Evaluation:
             if judge and not judge.local:
                 self._preflight(judge)
             responses = self._answers()
-            if judge and judge.local:  # only now is there room for it
+            if judge and judge.local:  # the engines have freed its memory
                 self._preflight(judge)
             results = [
-                self._result(name, one, responses[one.name, name], judge)
+                self._result(name, contestant, responses[contestant.name, name], judge)
                 for name in self.tasks
-                for one in self.contestants
+                for contestant in self.contestants
             ]
-            unread = [one for one in results if one.parse_failures and not self.settings.partial]
-            for one in results:
-                if one not in unread:
-                    write_result(one, self._result_folder(one.model, one.task, one.judge))
+            unread = [result for result in results if result.parse_failures and not self.settings.partial]
+            for result in results:
+                if result not in unread:
+                    write_result(result, self._result_folder(result.model, result.task, result.judge))
         finally:
             self.answerer.close()
             if judge:
@@ -96,34 +102,38 @@ class Evaluation:
 
         say(write_report(self.folder.path))
         if unread:
-            listed = ", ".join(f"{one.model} {one.task} {one.parse_failures} of {one.expected}" for one in unread)
+            listed = ", ".join(
+                f"{result.model} {result.task} {result.parse_failures} of {result.expected}" for result in unread
+            )
             raise ValueError(
-                f"judgements that cannot be read: {listed}. These rows are not in the leaderboard; --partial accepts them, and "
-                "the rows then say so"
+                f"judgements that cannot be read: {listed}. These rows are not in the leaderboard; --partial accepts them and "
+                "notes it in the rows"
             )
         return results
 
     def _answers(self) -> dict[tuple[str, str], dict[str, Responses]]:
-        """By model and task."""
-        found = {}
+        """All responses, by model and task."""
+        responses = {}
         if self.chats:
             from openrlhf_sgpo.openrlhf import build_strategy
 
             build_strategy(self.config)  # engines are driven from a process group
-        for one in self.contestants:
+        for contestant in self.contestants:
             for name in self.tasks:
-                path = self._answers_of(one.name, name)
-                if one.file:
-                    found[one.name, name] = self.given[one.name]
-                    write_responses(path, self.items[name], found[one.name, name], _file_identity(one))
+                path = self._answers_of(contestant.name, name)
+                if contestant.file:
+                    responses[contestant.name, name] = self.file_answers[contestant.name]
+                    write_responses(
+                        path, self.items[name], responses[contestant.name, name], _file_identity(contestant)
+                    )
                     continue
-                with self.ledger.stage(f"{one.name}/{name}/answers", add=True) as cost:
-                    items = self.fitting[one.name, name]
-                    found[one.name, name] = self.answerer.answer(
-                        self.chats[one.name], one.folder, name, items, path, cost
+                with self.ledger.stage(f"{contestant.name}/{name}/answers", add=True) as cost:
+                    items = self.fitting[contestant.name, name]
+                    responses[contestant.name, name] = self.answerer.answer(
+                        self.chats[contestant.name], contestant.folder, name, items, path, cost
                     )
         self.answerer.close()  # a judge may need its memory
-        return found
+        return responses
 
     def _preflight(self, judge: EvaluationJudge) -> None:
         for task in self.tasks.values():
@@ -133,9 +143,9 @@ class Evaluation:
     def _result(
         self, name: str, contestant: Contestant, responses: Mapping[str, Responses], judge: EvaluationJudge | None
     ) -> Result:
-        """With files in the benchmark's own formats, but not written itself."""
+        """One row of the leaderboard, not written yet; files in the benchmark's own formats are."""
         task, items = self.tasks[name], self.items[name]
-        answered = [one for one in items if one.id in responses]
+        answered = [item for item in items if item.id in responses]
         identity = _identity(task, judge)
         folder = self._result_folder(contestant.name, name, identity)
         with self.ledger.stage(f"{contestant.name}/{name}/judge", add=True) as cost:
@@ -145,7 +155,7 @@ class Evaluation:
             finally:
                 cost |= {key: total - before[key] for key, total in judge.usage().items()} if judge else {}
         decoding = {"answers": contestant.file} if contestant.file else self.answerer.decoding()
-        if not contestant.file and all(one.temperature is not None for one in answered):
+        if not contestant.file and all(item.temperature is not None for item in answered):
             decoding["temperature"] = "the benchmark's"
         return replace(
             result,
@@ -159,38 +169,38 @@ class Evaluation:
         return self.folder.path / model / "answers" / f"{task}.jsonl"
 
     def _result_folder(self, model: str, task: str, judge: Mapping[str, Any] | None) -> Path:
-        """MODEL/TASK, and for judged tasks a folder for the judge, by its identity, in it."""
+        """MODEL/TASK, or MODEL/TASK/JUDGE for judged tasks."""
         folder = self.folder.path / model / task
         return folder / re.sub(r"[^\w.+-]+", "_", judge_name(judge).strip("/")) if judge else folder
 
     def _read(self, contestant: Contestant) -> dict[str, Responses]:
-        """Of a file of answers, those to items that are asked for. Raises ValueError if there is not one to each."""
+        """The responses to this evaluation's items in a file of answers. Raises ValueError if some are missing."""
         ((name, task),) = self.tasks.items()
         path = Path(contestant.file)
         try:
-            found = {one.id: one for one in task.read_responses(path)}
+            answers = {response.id: response for response in task.read_responses(path)}
         except ValueError as error:
-            if others := _formats(path) - {name}:
+            if formats := _formats(path) - {name}:
                 raise ValueError(
-                    f"--models {path} has the format of {' or '.join(sorted(others))}, not of {name}, whose rows have "
-                    f"{', '.join(task.answer_fields)}: give --tasks {min(others)}, or another file"
+                    f"--models {path} has the format of {' or '.join(sorted(formats))}, not of {name}, whose rows have "
+                    f"{', '.join(task.answer_fields)}: give --tasks {min(formats)}, or another file"
                 ) from error
             raise
-        asked = {one.id for one in self.items[name]}
-        missing = sorted(asked - found.keys())
-        if not asked & found.keys() or (missing and not self.settings.partial):
+        expected = {item.id for item in self.items[name]}
+        missing = sorted(expected - answers.keys())
+        if not expected & answers.keys() or (missing and not self.settings.partial):
             raise ValueError(
-                f"--models {contestant.file}: no answer to {len(missing)} of {len(asked)} items of {name}, such as "
+                f"--models {contestant.file}: no answer to {len(missing)} of {len(expected)} items of {name}, such as "
                 f"{', '.join(missing[:5])}; add them, or give --partial"
             )
-        return {key: one for key, one in found.items() if key in asked}
+        return {key: response for key, response in answers.items() if key in expected}
 
     def _check_name(self, contestant: Contestant) -> None:
-        """Raises ValueError if another model's answers are under this name, so that its rows are not replaced."""
+        """Raises ValueError if this name already holds another model's answers, whose rows would be replaced."""
         for settings in sorted((self.folder.path / contestant.name / "answers").glob(f"*{SETTINGS}")):
             task = settings.name.removesuffix(SETTINGS)
             answers, stored = self._answers_of(contestant.name, task), read_json(settings)
-            # A file says nothing of the model that wrote it: it stands for its own benchmark only.
+            # A file of answers does not identify its model, so it only counts for its own benchmark.
             if not answers.exists() or (task not in self.tasks and (contestant.file or "file" in stored)):
                 continue
             now = _file_identity(contestant) if contestant.file else identity(contestant.folder)
@@ -202,43 +212,43 @@ class Evaluation:
                 )
 
     def _take_folder(self) -> None:
-        """Raises ValueError if the folder is in use, or is something else's."""
+        """Lock the folder. Raises ValueError if it is in use or holds something else."""
         path = self.folder.path
-        own = {LOCK, MOMENT, "items"}  # a process that was killed at once left no more than these
-        others = {entry.name.removesuffix(".partial") for entry in path.glob("*")} - own
-        if others and not (path / "items").exists():
-            raise ValueError(f"--out {path} is not empty and no leaderboard: choose another folder")
+        harmless = {LOCK, MOMENT, "items"}  # all that an evaluation killed at its start can leave
+        entries = {entry.name.removesuffix(".partial") for entry in path.glob("*")} - harmless
+        if entries and not (path / "items").exists():
+            raise ValueError(f"--out {path} is not empty, and not a leaderboard: choose another folder")
         self.folder.lock()
         for chat in self.chats.values():
             self.folder.keep_moment(chat.template, begun=(path / "ledger.json").exists())
 
 
 def _file_identity(contestant: Contestant) -> dict[str, Any]:
-    """By which a file of answers is known again, wherever it lies."""
+    """What identifies a file of answers, wherever it is."""
     return {"file": hashlib.blake2b(Path(contestant.file).read_bytes(), digest_size=16).hexdigest()}
 
 
 def _formats(path: Path) -> set[str]:
-    """The benchmarks in whose format of answers a file may be."""
-    found = set()
+    """The benchmarks whose answer format the file has."""
+    formats = set()
     for name in tasks.names():
         try:
             read_fields(path, tasks.get(name).answer_fields)
         except ValueError:
             continue
-        found.add(name)
-    return found
+        formats.add(name)
+    return formats
 
 
 def _identity(task: Task, judge: EvaluationJudge | None) -> dict[str, Any] | None:
-    """Of the judge, as far as it matters to the task."""
+    """The judge's identity, limited to what affects the task."""
     if judge is None or not task.judged:
         return None
     return {name: value for name, value in judge.identity.items() if name != "logprobs" or task.reads_logprobs}
 
 
 def _remarks(items: int, responses: Mapping[str, Responses]) -> list[str]:
-    cut = sum(any(one.truncated) for one in responses.values())
+    cut = sum(any(response.truncated) for response in responses.values())
     missing = items - len(responses)
     return [f"{cut} of {len(responses)} answers were cut at --rollout.max_new_tokens"] * bool(cut) + [
         f"{missing} of {items} items have no answer"

@@ -1,4 +1,4 @@
-"""The judge of benchmarks: one cache for all of them, what its answers cost before and after, and its identity.
+"""The judge of benchmarks: one cache for all of them, costs before and after asking, and its identity.
 
 Imports no torch.
 """
@@ -28,73 +28,77 @@ CHARACTERS_PER_TOKEN = 4  # of English, roughly
 
 @dataclass
 class EvaluationJudgeSettings(ServerSettings):
-    """Without --judge.base_url the model is served here."""
+    """Without --judge.base_url, the model is served locally."""
 
     preset: str = setting(
         "",
-        "a preset of this package by its name, or a file: settings that the others of this group win over",
+        "a preset of this package by name, or a file; the other flags of this group override its settings",
     )
-    logprobs: bool = setting(True, "read probabilities where a benchmark does; off: the verdict that the judge writes")
+    logprobs: bool = setting(True, "read probabilities where a benchmark does; off: read the verdict the judge writes")
     api_version: str = setting(
         "", "version of Azure's API, such as 2024-10-21; --judge.base_url is then the resource's endpoint"
     )
     price_prompt: float = setting(0.0, "USD per million prompt tokens (0: unknown)", low=0)
     price_completion: float = setting(0.0, "USD per million completion tokens (0: unknown)", low=0)
-    max_cost: float = setting(0.0, "USD that judging may cost; what may cost more is not asked (0: no limit)", low=0)
+    max_cost: float = setting(
+        0.0, "USD that judging may cost; requests that may exceed it are not sent (0: no limit)", low=0
+    )
     max_len: int = setting(
         0,
-        "of a model that is served here: longest prompt plus reply, in tokens (0: the model's own)",
+        "for a model served locally: longest prompt plus reply, in tokens (0: the model's own)",
         low=0,
     )
-    gpu_memory_utilization: float = setting(
-        0.9, "of a model that is served here: share of a GPU's memory", above=0, high=1
-    )
-    tensor_parallel_size: int = setting(1, "of a model that is served here: GPUs", low=1)
+    gpu_memory_utilization: float = setting(0.9, "for a model served locally: share of a GPU's memory", above=0, high=1)
+    tensor_parallel_size: int = setting(1, "for a model served locally: GPUs", low=1)
 
 
-# Settings that only a server reads that is started here.
+# Settings that only the local server reads.
 _SERVED = ("max_len", "gpu_memory_utilization", "tensor_parallel_size")
 
 
 def with_preset(settings: EvaluationJudgeSettings, given: Mapping[str, str]) -> EvaluationJudgeSettings:
-    """The settings with those of their preset where the user gave none.
+    """The settings, completed from their preset where the user set none.
 
-    given: origins by the flags' names, as ``flags.parse`` returns them for the group ``judge``. Raises flags.SettingsError
-    if there is no such preset, or for what is wrong in its file, with the line.
+    given: origins by flag name, as ``flags.parse`` returns them for the group ``judge``. Raises flags.SettingsError for an
+    unknown preset, and for mistakes in its file, with the line.
     """
     if not settings.preset:
         return settings
-    named = PRESETS / f"{settings.preset}.yaml"
-    path = named if named.is_file() else Path(settings.preset)
+    built_in = PRESETS / f"{settings.preset}.yaml"
+    path = built_in if built_in.is_file() else Path(settings.preset)
     if not path.is_file():
-        raise flags.SettingsError(f"--judge.preset: {settings.preset} is no file, and none of {_presets()}")
-    instances, origins, _ = flags.parse(["--config", str(path)], {"": EvaluationJudgeSettings})
-    if "preset" in origins:
-        raise flags.SettingsError(f"--judge.preset: a preset has no preset itself ({origins['preset']}); leave it out")
-    missing = [name for name in origins if f"judge.{name}" not in given]
+        raise flags.SettingsError(f"--judge.preset: {settings.preset} is neither a file nor one of {_presets()}")
+    instances, preset_origins, _ = flags.parse(["--config", str(path)], {"": EvaluationJudgeSettings})
+    if "preset" in preset_origins:
+        raise flags.SettingsError(
+            f"--judge.preset: a preset cannot name a preset ({preset_origins['preset']}); leave it out"
+        )
+    missing = [name for name in preset_origins if f"judge.{name}" not in given]
     return replace(settings, **{name: getattr(instances[""], name) for name in missing})
 
 
 def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:
-    """What is wrong with the settings, ``with_preset``, each problem naming its flag."""
-    found = []
+    """Problems of settings returned by ``with_preset``, each naming its flag."""
+    problems = []
     if problem := extras.missing("openai"):
-        found.append(f"--judge.model: {problem}")
+        problems.append(f"--judge.model: {problem}")
     if not settings.model:
-        found.append(
-            f"--judge.model: missing, and nobody judges by default; name a model, or with --judge.preset one of {_presets()}"
+        problems.append(
+            f"--judge.model: missing, there is no default judge; name a model, or give --judge.preset one of {_presets()}"
         )
-    found += server_problems(settings, "judge") + _address_problems(settings) + flags.out_of_range({"judge": settings})
+    problems += (
+        server_problems(settings, "judge") + _address_problems(settings) + flags.out_of_range({"judge": settings})
+    )
     if settings.max_cost > 0 and not settings.price_prompt + settings.price_completion:
-        found.append("--judge.max_cost: needs --judge.price_prompt and --judge.price_completion")
-    return found
+        problems.append("--judge.max_cost: needs --judge.price_prompt and --judge.price_completion")
+    return problems
 
 
 def _address_problems(settings: EvaluationJudgeSettings) -> list[str]:
     address, model = settings.base_url, settings.model
     if address:
         return [
-            f"--judge.{item.name}: only a model that is served here reads it, and there is --judge.base_url; leave it out"
+            f"--judge.{item.name}: only for a model served locally, and --judge.base_url is set; leave it out"
             for item in fields(settings)
             if item.name in _SERVED and getattr(settings, item.name) != item.default
         ]
@@ -103,10 +107,10 @@ def _address_problems(settings: EvaluationJudgeSettings) -> list[str]:
     if model and "/" not in model and not Path(model).is_dir():
         return [
             f"--judge.base_url: missing, and --judge.model {model} is neither a folder nor a hub name (OWNER/MODEL) that could "
-            "be served here; give the server's address"
+            "be served locally; give the server's address"
         ]
     if model and (problem := extras.missing("vllm")):
-        return [f"--judge.base_url: missing, and no model can be served here: {problem}"]
+        return [f"--judge.base_url: missing, and no model can be served locally: {problem}"]
     return []
 
 
@@ -116,11 +120,11 @@ def _presets() -> str:
 
 
 class EvaluationJudge:
-    """Asks the judge of these settings (without ``judge_problems``) and keeps its answers in ``folder``/judgements, whatever
-    benchmark they are for. partial: replies that are unusable to the last attempt are left out, instead of an error.
+    """Asks a judge and keeps its answers, for all benchmarks, in ``folder``/judgements.
 
-    settings: with the model's name as its server knows it. identity: what is recorded with every score. local: whether the
-    model is served here, by a server that starts when it is first needed: a rerun that misses nothing starts none.
+    Takes settings without ``judge_problems``. partial: skip replies that are unusable after the last attempt, instead of
+    raising. Attributes: settings, with the model's name on its server; identity, recorded with every score; local, whether
+    the model is served locally. The local server starts when first needed, so a rerun with nothing missing starts none.
     """
 
     def __init__(self, settings: EvaluationJudgeSettings, folder: Path, partial: bool = False):
@@ -142,7 +146,7 @@ class EvaluationJudge:
             "preset": Path(settings.preset).name.removesuffix(".yaml"),
             "logprobs": settings.logprobs,
             "local": self.local,
-            # The host alone: ports change, and an address may hold somebody's key.
+            # Only the host: ports change, and an address may contain a key.
             "endpoint": urlsplit(settings.base_url).hostname or "",
             "api_version": settings.api_version,
         }
@@ -158,11 +162,11 @@ class EvaluationJudge:
         accept: Callable[[Reply], Value],
         label: str,
     ) -> list[Value | None]:
-        """What ``accept`` makes of each reply; None, with ``partial`` only, for those that stayed unusable.
+        """``accept`` of each reply; None, only with ``partial``, for replies that stayed unusable.
 
-        With a label it is printed under the name ``kind`` what is missing and what it may cost, and in the end what it did
-        cost. decoding: has max_tokens, which the estimate needs. Raises JudgeError where a request failed for good, and before
-        anything is asked where it may cost too much.
+        With a label, prints under the name ``kind`` what is missing and may cost, and at the end the actual cost. decoding:
+        must have max_tokens, for the estimate. Raises JudgeError if a request fails after all attempts, and, before asking,
+        if the cost may exceed the limit.
         """
 
         def say(what: str) -> None:
@@ -172,7 +176,7 @@ class EvaluationJudge:
         client = self._client(decoding)
         missing = list(client.missing(requests).values())
         if not missing:
-            say(f"all {len(requests)} answers are kept")
+            say(f"all {len(requests)} answers are stored already")
             return list(client.ask(requests, label, accept))
         say(f"{len(missing)} of {len(requests)} answers to judge; {self._estimate(missing, decoding)}")
         if self.server and not self.server.base_url:
@@ -182,24 +186,24 @@ class EvaluationJudge:
         try:
             return list((client.ask_partially if self.partial else client.ask)(requests, label, accept))
         except JudgeError as error:
-            advice = ". With --partial such judgements are left out" if isinstance(error, Unanswered) else ""
+            advice = ". --partial skips such judgements" if isinstance(error, Unanswered) else ""
             log = f". The log of its server is {self.server.log}" if self.server else ""
             raise JudgeError(f"{error}{advice}{log}") from error
         finally:
             say(self._spent_since(before))
 
     def usage(self) -> dict[str, float]:
-        """Running totals of what was asked, by their names in the ledger; in USD where the prices are known."""
+        """Running totals of calls, tokens and failures by their names in the ledger; also USD if prices are known."""
         names = ("calls", "prompt_tokens", "completion_tokens", "failures")
-        found: dict[str, float] = {
+        totals: dict[str, float] = {
             f"judge_{name}": sum(client.counts[name] for client in self.clients.values()) for name in names
         }
         if self._has_prices():
-            found["judge_usd"] = self._price(found["judge_prompt_tokens"], found["judge_completion_tokens"])
-        return found
+            totals["judge_usd"] = self._price(totals["judge_prompt_tokens"], totals["judge_completion_tokens"])
+        return totals
 
     def close(self) -> None:
-        """Ends the server that was started here."""
+        """Stop the local server, if it was started."""
         if self.server:
             self.server.stop()
 
@@ -218,8 +222,8 @@ class EvaluationJudge:
         return (prompt_tokens * settings.price_prompt + completion_tokens * settings.price_completion) / 1e6
 
     def _estimate(self, missing: Sequence[Request], decoding: Mapping[str, Any]) -> str:
-        """What the missing answers may cost, in words. Raises JudgeError if that is too much."""
-        characters = sum(len(message["content"]) for one in missing for message in one.messages)
+        """The possible cost of the missing answers, in words. Raises JudgeError if it exceeds the limit."""
+        characters = sum(len(message["content"]) for request in missing for message in request.messages)
         prompt, completion = characters // CHARACTERS_PER_TOKEN, len(missing) * decoding["max_tokens"]
         tokens = f"estimate: {prompt} prompt tokens ({CHARACTERS_PER_TOKEN} characters each), up to {completion} others"
         if not self._has_prices():
@@ -228,7 +232,7 @@ class EvaluationJudge:
         if limit and spent + price > limit:
             raise JudgeError(
                 f"--judge.max_cost {limit}: {len(missing)} missing answers may cost {price:.2f} USD ({tokens}), and "
-                f"{spent:.2f} USD are spent. They were not asked for: raise the limit, or ask for less"
+                f"{spent:.2f} USD are spent. No request was sent: raise the limit, or evaluate less"
             )
         return f"{tokens}, up to {price:.2f} USD"
 

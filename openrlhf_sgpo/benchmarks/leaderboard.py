@@ -1,4 +1,4 @@
-"""The leaderboard of a folder: the rows of all its models, as JSON, CSV and a table per benchmark and judge."""
+"""The leaderboard of a folder: the results of all its models as JSON, CSV and a table per benchmark and judge."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ def write_result(result: Result, folder: Path) -> None:
 
 
 def collect(out: Path) -> list[Result]:
-    """The results of all models in the folder, by task and judge, the best first."""
+    """The results of all models in the folder, grouped by task and judge, best first."""
     rows = [read_json(path) for path in sorted(out.glob(f"*/*/**/{RESULT}"))]
-    known = {item.name for item in fields(Result)}
-    results = [Result(**{name: value for name, value in row.items() if name in known}) for row in rows]
+    columns = {item.name for item in fields(Result)}
+    results = [Result(**{name: value for name, value in row.items() if name in columns}) for row in rows]
 
-    def place(one: Result) -> tuple[Any, ...]:
-        first = next(iter(one.figures.values()), None)
+    def place(result: Result) -> tuple[Any, ...]:
+        first = next(iter(result.figures.values()), None)
         return (
-            one.task,
-            judge_name(one.judge),
-            -one.expected,
+            result.task,
+            judge_name(result.judge),
+            -result.expected,
             -(first if first is not None else float("-inf")),
-            one.model,
+            result.model,
         )
 
     return sorted(results, key=place)
 
 
 def judge_name(judge: Mapping[str, Any] | None) -> str:
-    """The judge's model, and whether its written letters were read; empty for a task without a judge."""
+    """The judge's model, with " letters" if its written letters were read; empty for a task without a judge."""
     if not judge:
         return ""
     return str(judge["model"]) + (" letters" if judge.get("logprobs") is False else "")
 
 
 def write_leaderboard(out: Path) -> str:
-    """leaderboard.json, leaderboard.csv and table.txt in the folder; returns the table."""
+    """Write leaderboard.json, leaderboard.csv and table.txt to the folder; returns the table."""
     results = collect(out)
-    write_json(out / "leaderboard.json", {"rows": [asdict(one) for one in results]})
+    write_json(out / "leaderboard.json", {"rows": [asdict(result) for result in results]})
     write_text(out / "leaderboard.csv", _csv(results))
     text = leaderboard_table(results)
     write_text(out / "table.txt", text)
@@ -59,27 +59,27 @@ def write_leaderboard(out: Path) -> str:
 
 
 def leaderboard_table(results: Sequence[Result]) -> str:
-    """A block per benchmark, judge and number of items, so that scores that do not compare never share one."""
+    """One block per benchmark, judge and number of items, so only comparable scores share a block."""
     blocks = []
-    for (task, judge, _), rows in groupby(results, key=lambda one: (one.task, judge_name(one.judge), one.expected)):
+    for (task, judge, _), rows in groupby(results, key=lambda row: (row.task, judge_name(row.judge), row.expected)):
         blocks.append(_block(task, judge, list(rows)))
     return "\n".join(blocks)
 
 
 def _block(task: str, judge: str, rows: list[Result]) -> str:
-    names = list(dict.fromkeys(name for one in rows for name in one.figures))
+    names = list(dict.fromkeys(name for row in rows for name in row.figures))
     lines = [["", *(name.replace("_", " ") for name in names), "n", "unread", "length"]]
-    for one in rows:
-        figures = [_figure(one, name) for name in names]
+    for row in rows:
+        figures = [_figure(row, name) for name in names]
         lines.append(
-            [one.model, *figures, f"{one.n}/{one.expected}", str(one.parse_failures), f"{one.average_length:.0f}"]
+            [row.model, *figures, f"{row.n}/{row.expected}", str(row.parse_failures), f"{row.average_length:.0f}"]
         )
-    categories = list(dict.fromkeys(name for one in rows for name in one.categories))
+    categories = list(dict.fromkeys(name for row in rows for name in row.categories))
     table = [["", *categories]] + [
-        [one.model, *(f"{one.categories[name]:.2f}" if name in one.categories else "-" for name in categories)]
-        for one in rows
+        [row.model, *(f"{row.categories[name]:.2f}" if name in row.categories else "-" for name in categories)]
+        for row in rows
     ]
-    notes = list(dict.fromkeys(f"{one.model}: {note}" for one in rows for note in (_words(one.decoding), *one.notes)))
+    notes = list(dict.fromkeys(f"{row.model}: {note}" for row in rows for note in (_words(row.decoding), *row.notes)))
     title = f"{task}, judge {judge}" if judge else task
     parts = [title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", f"{PLUS_MINUS}", *notes]
     return "\n".join(parts) + "\n"
@@ -89,13 +89,13 @@ def _words(decoding: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in decoding.items())
 
 
-def _figure(one: Result, name: str) -> str:
-    value = one.figures.get(name)
-    return plus_minus(value, half_of_result(asdict(one), name), 2)
+def _figure(row: Result, name: str) -> str:
+    value = row.figures.get(name)
+    return plus_minus(value, half_of_result(asdict(row), name), 2)
 
 
 def _csv(results: Sequence[Result]) -> str:
-    """A line per model, benchmark and figure; categories are figures too."""
+    """One line per model, benchmark and figure; categories count as figures."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -104,17 +104,17 @@ def _csv(results: Sequence[Result]) -> str:
             *("parse_failures", "average_length", "decoding", "notes"),
         ]
     )
-    for one in results:
+    for row in results:
         shared = [
-            one.n,
-            one.expected,
-            one.parse_failures,
-            one.average_length,
-            _words(one.decoding),
-            "; ".join(one.notes),
+            row.n,
+            row.expected,
+            row.parse_failures,
+            row.average_length,
+            _words(row.decoding),
+            "; ".join(row.notes),
         ]
-        for name, value in {**one.figures, **{f"category {key}": mean for key, mean in one.categories.items()}}.items():
-            low, high = one.intervals.get(name, (None, None))
-            figures = [name, value, one.errors.get(name), low, high]
-            writer.writerow([one.task, judge_name(one.judge), one.model, *figures, *shared])
+        for name, value in {**row.figures, **{f"category {key}": mean for key, mean in row.categories.items()}}.items():
+            low, high = row.intervals.get(name, (None, None))
+            values = [name, value, row.errors.get(name), low, high]
+            writer.writerow([row.task, judge_name(row.judge), row.model, *values, *shared])
     return text.getvalue()

@@ -1,8 +1,8 @@
 """The length-controlled win rate of AlpacaEval 2.0 (Dubois et al., arXiv 2404.04475), by alpaca-eval's own model.
 
-The win probability of answer to instruction i is sigmoid(a tanh((l_baseline - l_model) / std) + b d_i + c), with lengths l in
-characters and d_i the instruction's difficulty; the rate is its mean without the first term. Difficulties and judgements of
-the baseline told to be concise or verbose, which keep a from being fitted to the model alone, are in df_gamed.csv.
+The win probability of the answer to instruction i is sigmoid(a tanh((l_baseline - l_model) / std) + b d_i + c), with lengths l
+in characters and d_i the instruction's difficulty; the rate is its mean without the first term. df_gamed.csv has the
+difficulties, and judgements of the baseline prompted to be concise or verbose, so a is not fitted to the model alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _COLUMNS = ("model", "index", "preference", "std_delta_len", "instruction_diffic
 
 
 def check_gamed(flag: str, path: Path) -> None:
-    """Raises ValueError unless the file can be what alpaca-eval means by df_gamed.csv."""
+    """Check that the file has the form of alpaca-eval's df_gamed.csv. Raises ValueError."""
     import pandas
 
     remedy = "expected df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval"
@@ -30,7 +30,7 @@ def check_gamed(flag: str, path: Path) -> None:
     missing = [name for name in _COLUMNS if name not in table]
     if missing:
         raise ValueError(f"--{flag}: {path} has no column {', '.join(missing)}; {remedy}")
-    # Upstream takes the difficulty of instruction i from row i.
+    # Upstream reads the difficulty of instruction i from row i.
     if table["index"].head(INSTRUCTIONS).tolist() != list(range(INSTRUCTIONS)):
         raise ValueError(f"--{flag}: {path} does not begin with the {INSTRUCTIONS} instructions in order; {remedy}")
     if table["not_gamed_baseline"].dtype != bool:
@@ -40,31 +40,31 @@ def check_gamed(flag: str, path: Path) -> None:
 def obstacle(annotations: Sequence[Mapping[str, Any]]) -> str:
     """Why these annotations have no length-controlled win rate; empty if they have one.
 
-    Upstream fits whatever it is given, with difficulties joined by row: to too few rows, or to others, it gives a wrong figure.
+    Upstream checks nothing and joins difficulties by row: with too few rows, or other instructions, its rate is wrong.
     """
     if sorted(row["index"] for row in annotations) != list(range(INSTRUCTIONS)):
         return f"it is defined for all {INSTRUCTIONS} instructions only"
     if all(row["preference"] is None for row in annotations):
-        return "there is no usable judgement"
+        return "no judgement is usable"
     if len({len(row["output_1"]) - len(row["output_2"]) for row in annotations}) == 1:
         return "all answers differ from the baseline's by the same length"
     return ""
 
 
 def length_controlled_win_rate(annotations: Sequence[Mapping[str, Any]], gamed: Path) -> tuple[float, float]:
-    """(rate, its standard error) in percent. annotations: as alpaca-eval has them, without an ``obstacle``, in any order; those
-    whose preference is None are not fitted, but predicted. gamed: path of df_gamed.csv."""
+    """(rate, its standard error) in percent. annotations: in alpaca-eval's format, without an ``obstacle``, in any order; those
+    whose preference is None are predicted, not fitted. gamed: path of df_gamed.csv."""
     metrics = upstream("alpaca_eval", "alpaca_eval.metrics")
     sklearn = upstream("alpaca_eval", "sklearn")
     rows = sorted(annotations, key=lambda row: row["index"])  # folds of the cross-validation depend on the order
     with _download_gives(gamed), sklearn.config_context():  # upstream changes the configuration of scikit-learn
-        found = metrics.get_length_controlled_winrate(rows, save_weights_dir=None)
-    return float(found["length_controlled_winrate"]), float(found["lc_standard_error"])
+        winrate = metrics.get_length_controlled_winrate(rows, save_weights_dir=None)
+    return float(winrate["length_controlled_winrate"]), float(winrate["lc_standard_error"])
 
 
 @contextmanager
 def _download_gives(gamed: Path) -> Iterator[None]:
-    """Within it, upstream's download of df_gamed.csv, which every fit repeats, gives this file: it takes no path."""
+    """Replace upstream's download of df_gamed.csv, repeated in every fit, by this file: upstream takes no path."""
     module = upstream("alpaca_eval", "alpaca_eval.metrics.glm_winrate")
     download = module.hf_hub_download
     module.hf_hub_download = lambda **_: str(gamed)

@@ -1,4 +1,4 @@
-"""What a benchmark is: items that models answer, and a result for the answers of one model.
+"""The interface of a benchmark: items for models to answer, and a result for one model's answers.
 
 This module imports without torch and without the benchmarks' packages.
 """
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that models are asked. turns: the user's messages, each sent after the answer to the one before.
-    temperature: at which the benchmark wants it answered; None: at the one that the user chose. facts: what else its task
-    needs to judge an answer (a reference, the baseline's output)."""
+    """One question of a benchmark. turns: the user's messages, each sent after the previous answer. temperature: set by the
+    benchmark; None: the user's. facts: what else the task needs to judge an answer (a reference, the baseline's output)."""
 
     id: str
     turns: tuple[str, ...]
@@ -32,8 +31,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Responses:
-    """A model's responses to one item, by turn. truncated: the length limit stopped one. tokens: None where another tool
-    wrote them and did not say."""
+    """A model's responses to one item, by turn. truncated: whether the length limit stopped each. tokens: number of each;
+    None for responses of another tool."""
 
     id: str
     turns: tuple[str, ...]
@@ -45,10 +44,10 @@ class Responses:
 class Result:
     """A row of the leaderboard.
 
-    expected: items that were asked for; n: those with a usable judgement. figures: by name, in the order in which they are
-    shown; None: it cannot be had, and ``notes`` say why. errors: standard errors of some figures. intervals: 95% intervals of
-    some figures. categories: a figure per category. average_length: characters per answer. notes: what a reader must know to
-    believe the row. judge: identity of the judge, None for a task without one. decoding: how the answers were made.
+    expected: items requested; n: those with a usable judgement. figures: by name, in display order; None: unavailable, for
+    the reason in ``notes``. errors: standard errors of some figures. intervals: 95% intervals of some figures. categories: one
+    figure per category. average_length: characters per answer. notes: caveats that readers of the row must know. judge:
+    identity of the judge, None for a task without one. decoding: how the answers were made.
     """
 
     task: str
@@ -69,10 +68,9 @@ class Result:
 class Task:
     """Base of every benchmark. One benchmark is one file of ``tasks/``.
 
-    Class attributes: name (value of --tasks, and of its group of flags), judged (whether it needs a judge), reads_logprobs
-    (whether a judge's log-probabilities matter to it), answer_fields (of every row of a file of
-    answers in the benchmark's own format), Settings (a dataclass of its flags), packages (that define it, by the names under
-    which they are imported).
+    Class attributes: name (in --tasks and as the group of its flags), judged (whether it needs a judge), reads_logprobs
+    (whether it uses the judge's log-probabilities), answer_fields (fields of each row in the benchmark's own answer format),
+    Settings (dataclass of its flags), packages (import names of the packages that define it).
     """
 
     name: ClassVar[str]
@@ -83,22 +81,22 @@ class Task:
     packages: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Any):
-        """Raises ValueError for a setting that is out of its range."""
+        """Raises ValueError for a setting out of range."""
         if problems := flags.out_of_range({self.name: settings}):
             raise flags.SettingsError(*problems)
         self.settings = settings
 
     def items(self) -> list[Item]:
-        """All items in their canonical order, or ``settings.limit`` of them. Raises ValueError if the benchmark's
-        files are unavailable, or not what they should be; the message names the flag."""
+        """All items in canonical order, or ``settings.limit`` of them. Raises ValueError, naming the flag, if the benchmark's
+        files are unavailable or invalid."""
         raise NotImplementedError
 
     def read_responses(self, path: Path) -> list[Responses]:
-        """Responses that another tool wrote in the benchmark's own format, in whatever order. Raises ValueError."""
+        """Responses that another tool wrote in the benchmark's own format, in any order. Raises ValueError."""
         raise NotImplementedError
 
     def preflight(self, judge: EvaluationJudge) -> list[str]:
-        """Asks the judge one question, before anything is paid for; what was noticed. Raises ValueError if it will not do."""
+        """Ask the judge a trial question before the paid ones; returns notes. Raises ValueError if the judge is unsuitable."""
         return []
 
     def evaluate(
@@ -109,6 +107,6 @@ class Task:
         judge: EvaluationJudge | None,
         folder: Path,
     ) -> Result:
-        """The result of one model's responses, which are keyed by item id; there are some to every item. Files in the
-        benchmark's own formats go to ``folder``."""
+        """The result of one model's responses, keyed by item id, with one entry for every item. Writes files in the
+        benchmark's own formats to ``folder``."""
         raise NotImplementedError

@@ -105,10 +105,10 @@ def test_an_item_that_asks_something_else_is_answered_again(config, tiny_model, 
 def test_answers_of_another_model_or_decoding_are_not_mixed(config, tiny_model, other_tiny_model, tmp_path):
     path = tmp_path / "toy.jsonl"
     ask(config, tiny_model, path)
-    with pytest.raises(ValueError, match=r"made with something else \(model: .*another name in --models"):
+    with pytest.raises(ValueError, match=r"made with other settings \(model: .*another name in --models"):
         ask(config, other_tiny_model, path)
     config.rollout.max_new_tokens = 5
-    with pytest.raises(ValueError, match="decoding: .*'max_new_tokens': 6.* there, .*'max_new_tokens': 5"):
+    with pytest.raises(ValueError, match="decoding: .*'max_new_tokens': 6.* now .*'max_new_tokens': 5"):
         ask(config, tiny_model, path)
     assert json.loads(path.with_suffix(".settings.json").read_text())["decoding"]["max_new_tokens"] == 6
 

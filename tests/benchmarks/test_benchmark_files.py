@@ -74,7 +74,7 @@ def test_without_hub_the_error_says_what_was_tried_and_what_helps(offline):
         "give --task.file, or pip install absent-package",
     ):
         assert part in message
-    with pytest.raises(ValueError, match=r"--task\.file is not given, the hub does not give .*give --task\.file$"):
+    with pytest.raises(ValueError, match=r"--task\.file is not set, .*give --task\.file$"):
         locate("task.file", "", HUB)
 
 

@@ -100,7 +100,7 @@ def test_a_file_in_the_format_of_another_benchmark_is_recognised(evaluation, tmp
     path = write_jsonl(tmp_path / "answers.jsonl", TURNS)
     with pytest.raises(ValueError, match="has the format of mt_bench, not of alpaca_eval, .*: give --tasks mt_bench"):
         evaluation(path)
-    assert evaluation(path, task="mt_bench").given["answers"]["81"].turns == ("one", "two")
+    assert evaluation(path, task="mt_bench").file_answers["answers"]["81"].turns == ("one", "two")
     with pytest.raises(ValueError, match="has the format of alpaca_eval, not of mt_bench"):
         evaluation(outputs(tmp_path / "outputs.json"), task="mt_bench")
     path = write_jsonl(tmp_path / "nothing.jsonl", [{"text": "one"}])

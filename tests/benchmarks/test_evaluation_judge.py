@@ -191,7 +191,7 @@ def test_what_it_may_cost_is_said_before_and_what_it_did_after(tmp_path, capsys)
         judge.ask("loud", WORDS, requests(4), lambda reply: reply.text, "test")
         before, after = capsys.readouterr().out.splitlines()
         judge.ask("loud", WORDS, requests(4), lambda reply: reply.text, "test")
-        assert capsys.readouterr().out == "judge org/rule, loud: all 4 answers are kept\n"
+        assert capsys.readouterr().out == "judge org/rule, loud: all 4 answers are stored already\n"
     # "m or M, item 0" has 14 characters, and 5 words, which the server counts as tokens.
     assert before == (
         "judge org/rule, loud: 4 of 4 answers to judge; estimate: 14 prompt tokens (4 characters each), up to 32 others, "
@@ -248,10 +248,10 @@ def test_a_preset_with_mistakes(tmp_path):
     assert f"modle is unknown; did you mean --model? ({path}:2)" in str(caught.value)
     assert f"timeout got 'soon', expected a number ({path}:3)" in str(caught.value)
     path.write_text("preset: gpt-4.1\n")
-    with pytest.raises(flags.SettingsError, match="a preset has no preset itself"):
+    with pytest.raises(flags.SettingsError, match="a preset cannot name a preset"):
         parsed("--judge.preset", str(path))
     with pytest.raises(
-        flags.SettingsError, match="--judge.preset: gpt-5000 is no file, and none of the presets .*gpt-4.1"
+        flags.SettingsError, match="--judge.preset: gpt-5000 is neither a file nor one of the presets .*gpt-4.1"
     ):
         parsed("--judge.preset", "gpt-5000")
 
@@ -276,7 +276,7 @@ def test_presets_of_this_checkout(path, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        ("", "--judge.model: missing, and nobody judges by default"),
+        ("", "--judge.model: missing, and there is no default judge"),
         ("--judge.model gpt-4.1", "--judge.base_url: missing, and --judge.model gpt-4.1 is neither a folder nor a hub name"),
         ("--judge.model m --judge.base_url localhost:8000", "--judge.base_url: not an address such as"),
         ("--judge.model m --judge.base_url http://x/v1 --judge.max_len 9", "--judge.max_len: only a model that is served"),

@@ -308,9 +308,9 @@ def test_outputs_that_do_not_fit_are_named(tmp_path):
     for bad, message in (
         ({"instruction": "Something else?", "output": "text"}, "unknown instruction .*'Something else"),
         (fine, "answered twice .*'Say something about number 0"),
-        ({"instruction": "Say something about number 1.", "output": None}, "outputs.json, line 1: output is no text"),
-        ({"instruction": None, "output": "text"}, "line 1: instruction is no text"),
-        ({"instruction": ["a"], "output": {}}, "line 1: instruction is no text and output is no text"),
+        ({"instruction": "Say something about number 1.", "output": None}, "outputs.json, line 1: output is not text"),
+        ({"instruction": None, "output": "text"}, "line 1: instruction is not text"),
+        ({"instruction": ["a"], "output": {}}, "line 1: instruction is not text and output is not text"),
         ({"instruction": "Say something about number 1."}, "no field output"),
     ):
         path.write_text(json.dumps([fine, bad]))

@@ -336,8 +336,8 @@ def test_answers_of_other_tools(tmp_path):
         (answers("other", {"q1": "?"}) * 2, r"question answered twice \(1\): 'q1'"),
         (answers("other", {"q1": {"text": "?"}}), "question q1 needs the text of an answer"),
         ([{"uid": "q1", "messages": []}], "question q1 needs the text of an answer"),
-        ([{"uid": "q1", "messages": {"a": 1}}], "messages is no list"),
-        ([{"uid": ["q1"], "messages": []}], "uid is no text"),
+        ([{"uid": "q1", "messages": {"a": 1}}], "messages is not a list"),
+        ([{"uid": ["q1"], "messages": []}], "uid is not text"),
         ([{"uid": "q1"}], "no field messages"),
     ):
         with pytest.raises(ValueError, match=message):

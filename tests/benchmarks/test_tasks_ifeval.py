@@ -369,8 +369,8 @@ def test_responses_of_other_tools(tmp_path):
     for wrong, message in (
         ([*rows, {"prompt": "prompt 4", "response": ""}], r"unknown prompt \(1\): 'prompt 4'"),
         ([*rows, rows[0]], r"prompt answered twice \(1\): 'prompt 3'"),
-        ([{"prompt": "prompt 1", "response": None}], "line 1: response is no text"),
-        ([*rows, {"prompt": 7, "response": ""}], "line 4: prompt is no text"),
+        ([{"prompt": "prompt 1", "response": None}], "line 1: response is not text"),
+        ([*rows, {"prompt": 7, "response": ""}], "line 4: prompt is not text"),
         ([{"prompt": "prompt 1"}], "no field response"),
     ):
         with pytest.raises(ValueError, match=message):

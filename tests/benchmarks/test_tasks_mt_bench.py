@@ -372,7 +372,7 @@ def test_answers_that_do_not_fit_are_named(tmp_path):
         ({"question_id": 82, "choices": "none"}, "question 82 needs the texts of two answers"),
         ({"question_id": 82, "choices": [[1]]}, "question 82 needs the texts of two answers"),
         ({"question_id": 82, "turns": "ab"}, "question 82 needs the texts of two answers"),
-        ({"question_id": [82], "turns": ["a", "b"]}, "line 2: question_id is no integer"),
+        ({"question_id": [82], "turns": ["a", "b"]}, "line 2: question_id is not an integer"),
         ({"turns": ["a", "b"]}, "line 2: no field question_id"),
     ):
         write_lines(path, [fine, bad])

@@ -45,8 +45,8 @@ PROMPT_NAMES = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-m
 FIGURES = ("turn_1", "turn_2", "average")
 
 
-INTEGER = Kind("integer", lambda value: type(value) is int)
-TWO_TEXTS = Kind("list of two texts", lambda value: TEXTS.holds(value) and len(value) == 2)
+INTEGER = Kind("an integer", lambda value: type(value) is int)
+TWO_TEXTS = Kind("a list of two texts", lambda value: TEXTS.holds(value) and len(value) == 2)
 
 
 def _turns(choices: Any) -> list[str]:
@@ -82,7 +82,7 @@ REFERENCES = BenchmarkFile(
     "data/mt_bench/reference_answer/gpt-4.jsonl",
     {
         "question_id": INTEGER,
-        "choices": Kind("list with two texts in [0].turns", lambda value: len(_turns(value)) == 2),
+        "choices": Kind("a list with two texts in [0].turns", lambda value: len(_turns(value)) == 2),
     },
     "c60658387b59a4d6e8c2b44be3ce0838",
 )
