@@ -322,7 +322,7 @@ def test_what_is_wrong_with_files_and_settings_is_named(tmp_path):
     with pytest.raises(ValueError, match="o3-mini-2025-01-31 has no answer to question q0"):
         task.items()
     strange, _ = task_of(tmp_path / "strange", [("poems", "good", "bad")])
-    with pytest.raises(ValueError, match=r"--arena_hard\.folder: category 'poems' is none of hard_prompt"):
+    with pytest.raises(ValueError, match=r"--arena_hard\.folder: category 'poems' is not one of hard_prompt"):
         strange.items()
 
 

@@ -390,7 +390,7 @@ def test_files_that_are_missing_or_others_are_named(tmp_path):
     references = folder / "reference_answer" / "gpt-4.jsonl"
     rows = references.read_text().splitlines(keepends=True)
     references.write_text("".join(rows[1:]))
-    with pytest.raises(ValueError, match=r"have none to question 83 \(math\)"):
+    with pytest.raises(ValueError, match=r"no reference answer to question 83 \(math\)"):
         MTBench(settings).items()
     (folder / "reference_answer_gpt-4.jsonl").write_text("".join(rows))
     references.unlink()

