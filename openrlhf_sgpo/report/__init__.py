@@ -1,7 +1,7 @@
-"""report.html: a run, a comparison or a leaderboard as one page that needs no network, made with plotly.
+"""report.html: a run, a comparison or a leaderboard as one page with plotly figures, which needs no network.
 
-The modules: ``markup`` escapes, ``page`` is the frame, with page.css and page.js, ``figures`` the plots, ``samples`` answers
-side by side; ``run_page``, ``comparison_page`` and ``leaderboard_page`` say what stands on their pages.
+``markup`` escapes text, ``page`` (with page.css and page.js) is the frame, ``figures`` makes plots, ``samples`` shows answers
+side by side; ``run_page``, ``comparison_page`` and ``leaderboard_page`` compose the three pages.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from openrlhf_sgpo.run_folder import write_text
 REPORT = "report.html"
 USAGE = """usage: openrlhf-sgpo report FOLDER...
 
-Writes report.html into each folder, which is that of a run, a comparison or a leaderboard.
+Writes report.html to each folder of a run, a comparison or a leaderboard.
 """
 
 
 def write_report(folder: Path) -> Path:
-    """The page of a run (resolved_config.yaml), a comparison (comparison.json) or a leaderboard (leaderboard.json), written to
-    ``folder``/report.html. Raises ValueError if the folder is none of them, or plotly is not installed."""
+    """Write ``folder``/report.html for a run (resolved_config.yaml), comparison (comparison.json) or leaderboard
+    (leaderboard.json). Raises ValueError if the folder is none of these, or plotly is not installed."""
     if problem := extras.missing("plotly"):
         raise ValueError(f"{REPORT}: {problem}")
     folder = folder.absolute()
@@ -42,7 +42,7 @@ def write_report(folder: Path) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command ``openrlhf-sgpo report``: the page of every folder. Raises ValueError as ``write_report`` does."""
+    """The command ``openrlhf-sgpo report``. Raises ValueError as ``write_report`` does."""
     if not argv or {"-h", "--help"} & set(argv):
         print(USAGE, end="")
         return 0 if argv else 2

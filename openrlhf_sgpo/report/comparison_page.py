@@ -1,4 +1,4 @@
-"""The page of a comparison, from comparison.json. Whatever that file lacks is left out."""
+"""The page of a comparison, from comparison.json. Sections whose data is missing are left out."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _FIGURES = (
 
 
 def comparison_page(folder: Path) -> Markup:
-    found = {key: value for key, value in read_json(folder / "comparison.json").items() if value is not None}
-    groups, cross_play = found.get("groups", []), found.get("cross_play", [])
+    comparison = {key: value for key, value in read_json(folder / "comparison.json").items() if value is not None}
+    groups, cross_play = comparison.get("groups", []), comparison.get("cross_play", [])
     runs = sum(len(group.get("runs") or []) for group in groups)
     facts = {
         "Compared": f"{len(groups)} groups, {runs} runs",
-        "Prompts": number(found.get("prompts"), 0),
-        "Oracle": found.get("oracle", {}).get("name") or MISSING,
+        "Prompts": number(comparison.get("prompts"), 0),
+        "Oracle": comparison.get("oracle", {}).get("name") or MISSING,
     }
     return page(
-        *("Comparison", folder.name, facts, comparison_verdict(cross_play, found.get("prompts"))),
-        found.get("warnings", []),
+        *("Comparison", folder.name, facts, comparison_verdict(cross_play, comparison.get("prompts"))),
+        comparison.get("warnings", []),
         {
             "Cross-play": _cross_play([group["name"] for group in groups], cross_play),
-            "Win rate against divergence": _versus_start(found.get("versus_start", [])),
+            "Win rate against divergence": _versus_start(comparison.get("versus_start", [])),
             "Figures": _figures(groups),
             "Cost": _cost(groups),
-            "Answers": _answers(found.get("samples", [])),
-            "Runs": _runs(groups, found.get("oracle", {})),
+            "Answers": _answers(comparison.get("samples", [])),
+            "Runs": _runs(groups, comparison.get("oracle", {})),
         },
     )
 
@@ -53,18 +53,21 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ma
     if not rows:
         return []
     names = list(dict.fromkeys([*names, *(row[side] for row in rows for side in ("first", "second"))]))
-    place = {name: number for number, name in enumerate(names)}
+    position = {name: number for number, name in enumerate(names)}
     values: list[list[float | None]] = [[None] * len(names) for _ in names]
     cells, hover = ([[""] * len(names) for _ in names] for _ in range(2))
     for row in rows:
         reverse = {"win_rate": 1 - row["win_rate"], "low": 1 - row["high"], "high": 1 - row["low"]}
-        for ours, theirs, one in ((row["first"], row["second"], row), (row["second"], row["first"], reverse)):
-            at, over = place[ours], place[theirs]
-            values[at][over] = one["win_rate"]
-            cells[at][over] = f"{one['win_rate']:.3f}" if is_significant(row) else f"({one['win_rate']:.3f})"
-            hover[at][over] = (
-                f"{ours} over {theirs}: {one['win_rate']:.3f}, 95% interval {one['low']:.3f} to {one['high']:.3f}, "
-                f"p {_p_value(row.get('p_holm'))} after Holm"
+        for row_name, column_name, result in (
+            (row["first"], row["second"], row),
+            (row["second"], row["first"], reverse),
+        ):
+            i, j = position[row_name], position[column_name]
+            values[i][j] = result["win_rate"]
+            cells[i][j] = f"{result['win_rate']:.3f}" if is_significant(row) else f"({result['win_rate']:.3f})"
+            hover[i][j] = (
+                f"{row_name} over {column_name}: {result['win_rate']:.3f}, 95% interval {result['low']:.3f} to "
+                f"{result['high']:.3f}, p {_p_value(row.get('p_holm'))} after Holm"
             )
     table_rows = [
         [
@@ -76,7 +79,7 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ma
         ]
         for row in rows
     ]
-    note = f"of the row over the column; in brackets where p is {SIGNIFICANT} or more after Holm's correction"
+    note = f"of the row over the column; in brackets if p is {SIGNIFICANT} or more after Holm's correction"
     figure = heat_map(names, values, cells, hover)
     return [
         plot("Win rate", figure, note, height=120 + 64 * len(names)),
@@ -117,20 +120,20 @@ def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Markup]:
 def _figures(groups: Sequence[dict[str, Any]]) -> list[Markup]:
     shown, columns = [], []
     for title, note, key, digits in _FIGURES:
-        known = {group["name"]: figure for group in groups if (figure := (group.get("figures") or {}).get(key))}
-        if not known:
+        measured = {group["name"]: figure for group in groups if (figure := (group.get("figures") or {}).get(key))}
+        if not measured:
             continue
-        names = list(known)
-        errors = [half_over_seeds(figure) for figure in known.values()]
-        means = Series("mean, 95% interval", names, [figure["mean"] for figure in known.values()], errors, errors)
-        seeds = {name: figure.get("values") or [] for name, figure in known.items()}
+        names = list(measured)
+        errors = [half_over_seeds(figure) for figure in measured.values()]
+        means = Series("mean, 95% interval", names, [figure["mean"] for figure in measured.values()], errors, errors)
+        seeds = {name: figure.get("values") or [] for name, figure in measured.items()}
         figure = groups_with_seeds(names, means, seeds, share=key == "accuracy")
         shown.append(plot(title, figure, note, height=110 + 34 * len(names)))
         columns.append((title.lower(), key, digits))
     if not shown:
         return []
     rows = [[group["name"], *(_mean(group, key, digits) for _, key, digits in columns)] for group in groups]
-    note = "Means over seeds, with intervals of Student's law, because seeds are few."
+    note = "Means over seeds, with Student's t intervals, because seeds are few."
     return [plots(*shown), html_table(["", *(title for title, _, _ in columns)], rows), tag("p", note, class_="quiet")]
 
 

@@ -1,6 +1,6 @@
-"""Plots: plotly figures without colours, which the script of the page gives them.
+"""Plotly figures without colours, which the page's script adds.
 
-Each function makes a figure of plain lists, so that what a page draws can be read back from it.
+Each function builds a figure from plain lists, so the page's data can be read back from it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 
 @dataclass(frozen=True)
 class Series:
-    """down, up: how far the error bars reach from y, None where a point has none."""
+    """down, up: length of the error bars below and above y; None for a point without one."""
 
     name: str
     x: Sequence[float | str]
@@ -33,8 +33,8 @@ class Series:
 
 
 def plot(title: str, figure: go.Figure, note: str = "", height: int = 250) -> Markup:
-    """A figure with its caption. height: in pixels; it is as wide as there is room."""
-    # A text in a figure must not end the script element that holds it.
+    """A figure with its caption. height: in pixels; the width adapts to the page."""
+    # Text in a figure must not close the script element around it.
     data = Markup(figure.to_json().replace("<", "\\u003c"))
     return tag(
         "figure",
@@ -44,9 +44,9 @@ def plot(title: str, figure: go.Figure, note: str = "", height: int = 250) -> Ma
     )
 
 
-def plots(*shown: Markup) -> Markup:
-    """Plots beside each other where there is room."""
-    return tag("div", *shown, class_="plots")
+def plots(*drawn: Markup) -> Markup:
+    """Plots side by side where there is room."""
+    return tag("div", *drawn, class_="plots")
 
 
 def lines(
@@ -57,11 +57,11 @@ def lines(
     breaks: Sequence[float] = (),
     share: bool = False,
 ) -> go.Figure:
-    """mode: plotly's, such as lines+markers. level: a horizontal line to compare with. breaks: places of vertical ones. share:
-    the values are shares, and all of [0, 1] is shown; the axis of others holds 0, so that a small change looks small."""
+    """mode: plotly's, such as lines+markers. level: height of a reference line. breaks: positions of vertical lines. share:
+    values are shares, and the axis is [0, 1]; otherwise it includes 0, so a small change looks small."""
     figure = _figure(len(series) > 1)
-    for one in series:
-        figure.add_scatter(name=one.name, x=one.x, y=one.y, error_y=one.bars(), mode=mode)
+    for line in series:
+        figure.add_scatter(name=line.name, x=line.x, y=line.y, error_y=line.bars(), mode=mode)
     figure.update_layout(xaxis_title=x_title or None, yaxis={"range": [0, 1]} if share else {"rangemode": "tozero"})
     if level is not None:
         figure.add_hline(y=level)
@@ -71,17 +71,17 @@ def lines(
 
 
 def whole_numbers(figure: go.Figure, axis: str, values: Sequence[float]) -> go.Figure:
-    """Ticks at whole numbers only; plotly would put some at halves where there are few."""
+    """Ticks at whole numbers only; for few values plotly would add halves."""
     if values and max(values) - min(values) < 8:
         figure.update_layout({f"{axis}axis": {"dtick": 1, "tickformat": "d"}})
     return figure
 
 
 def bars(series: Sequence[Series], stacked: bool = False, x_title: str = "") -> go.Figure:
-    """Horizontal bars, one row per name in the series' x, the first at the top."""
+    """Horizontal bars, one row per name in the series' x, first at the top."""
     figure = _figure(len(series) > 1)
-    for one in series:
-        figure.add_bar(name=one.name, y=one.x, x=one.y, error_x=one.bars(), orientation="h")
+    for group in series:
+        figure.add_bar(name=group.name, y=group.x, x=group.y, error_x=group.bars(), orientation="h")
     figure.update_layout(xaxis_title=x_title or None)
     figure.update_layout(barmode="stack" if stacked else "group", yaxis={"autorange": "reversed", "type": "category"})
     return figure
@@ -90,7 +90,7 @@ def bars(series: Sequence[Series], stacked: bool = False, x_title: str = "") -> 
 def histogram(
     parts: Mapping[str, Sequence[float]], edges: Sequence[float], x_title: str, marks: Mapping[str, float] | None = None
 ) -> go.Figure:
-    """Stacked counts per bin by name. edges: of the bins, equally wide. marks: places by what they are."""
+    """Stacked counts per bin, by name. edges: of bins of equal width. marks: vertical lines, position by name."""
     width = edges[1] - edges[0]
     centres = [edge + width / 2 for edge in edges[:-1]]
     figure = _figure(len(parts) > 1)
@@ -106,7 +106,7 @@ def histogram(
 def groups_with_seeds(
     names: Sequence[str], means: Series, seeds: Mapping[str, Sequence[float]], share: bool = False
 ) -> go.Figure:
-    """A row per group: its mean with error bars, and a small point for each seed. share: as in ``lines``."""
+    """One row per group: its mean with error bars and a small point for each seed. share: as in ``lines``."""
     figure = _figure(legend=True)
     mean, seed = {"size": 10, "symbol": "diamond"}, {"size": 6}
     figure.add_scatter(name=means.name, y=means.x, x=means.y, error_x=means.bars(), mode="markers", marker=mean)
@@ -146,11 +146,11 @@ def heat_map(
 def radar(categories: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> go.Figure:
     figure = _figure(len(series) > 1)
     for name, values in series.items():
-        # The first once more, so that the line closes.
+        # Repeat the first point to close the line.
         figure.add_scatterpolar(
             name=name, theta=[*categories, categories[0]], r=[*values, values[0]], mode="lines+markers"
         )
-    # The categories' names stand around the circle, so that the legend goes below it.
+    # Category names surround the circle, so the legend goes below it.
     around = {"t": 32, "b": 32, "l": 84, "r": 84}
     figure.update_layout(margin=around, legend={"y": -0.12, "yanchor": "top"})
     figure.update_layout(polar_radialaxis={"rangemode": "tozero", "nticks": 4, "tickangle": 0})
@@ -158,15 +158,15 @@ def radar(categories: Sequence[str], series: Mapping[str, Sequence[float | None]
 
 
 def points(series: Sequence[Series], x_errors: Sequence[float | None], x_title: str, y_title: str) -> go.Figure:
-    """A point per series. x_errors: how far its error bar reaches to the left and right."""
+    """One point per series. x_errors: half length of its horizontal error bar."""
     figure = _figure(legend=True)
-    for place, (one, error) in enumerate(zip(series, x_errors, strict=True)):
+    for place, (point, error) in enumerate(zip(series, x_errors, strict=True)):
         figure.add_scatter(
-            name=one.name,
-            x=one.x,
-            y=one.y,
+            name=point.name,
+            x=point.x,
+            y=point.y,
             error_x=None if error is None else {"type": "data", "array": [error], "thickness": 1.2},
-            error_y=one.bars(),
+            error_y=point.bars(),
             mode="markers",
             marker={"size": 10, "symbol": SYMBOLS[place % len(SYMBOLS)]},
         )
@@ -175,5 +175,5 @@ def points(series: Sequence[Series], x_errors: Sequence[float | None], x_title: 
 
 
 def _figure(legend: bool) -> go.Figure:
-    """Without plotly's own template, which has colours."""
+    """An empty figure without plotly's template, which has colours."""
     return go.Figure(layout={"template": {}, "showlegend": legend})

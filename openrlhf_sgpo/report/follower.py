@@ -1,4 +1,4 @@
-"""The margins that a round's follower saw, and what it moved: solved again from what the round stored."""
+"""The margins that a round's follower saw and how it moved them, solved again from the stored certificate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openrlhf_sgpo.dro import solve_best_case, solve_worst_case
 from openrlhf_sgpo.report.figures import histogram, plot
 from openrlhf_sgpo.report.markup import tiny, with_minus_sign
 
-# Of the certificate, in the order of docs/algorithms/sgpo.md.
+# Figures of the certificate, in the order of docs/algorithms/sgpo.md.
 FIGURES = (
     *("value", "dual_value", "gap", "empirical", "bound", "slope", "edge", "level", "threshold"),
     *("fraction_moved", "budget_used", "radius", "delta_K", "grouping_loss", "groups", "pairs"),
@@ -23,10 +23,10 @@ BINS = 40
 
 @dataclass(frozen=True)
 class Moved:
-    """The follower's answer in the variable of its space, margin or probability.
+    """The follower's answer in its space, margin or probability.
 
-    places: (N,) where the pairs are. share: (N,) of each pair's mass that moves. target: where it goes. threshold: the place
-    of the pair at the margin of moving."""
+    places: (N,) values of the pairs. share: (N,) of each pair's mass that moves. target: where the mass goes. threshold: value
+    of the pair on the verge of moving."""
 
     places: np.ndarray
     share: np.ndarray
@@ -35,8 +35,8 @@ class Moved:
 
 
 def solve_again(certificate: dict[str, Any]) -> Moved | None:
-    """The answer with which the round began; None at radius 0, and for followers that were solved in groups, whose members are
-    not stored."""
+    """The follower's answer at the start of the round; None at radius 0, and for a follower solved in groups, whose members
+    are not stored."""
     if certificate.get("groups", 1) != 1 or not certificate.get("radius"):
         return None
     margins = torch.tensor(certificate["margins"], dtype=torch.float32)  # as the follower had them
@@ -62,13 +62,13 @@ def solve_again(certificate: dict[str, Any]) -> Moved | None:
 
 
 def follower_plot(name: str, certificate: dict[str, Any]) -> Markup:
-    """The histogram of a round's margins at its start; where it can be known, with what moves, and to where."""
+    """The histogram of a round's margins at its start, with the mass that moves and its target if they can be computed."""
     moved = solve_again(certificate)
     if moved is None:
         values = np.array(certificate["margins"])
         edges = _bins(values, "margin")
         still = certificate.get("radius") == 0
-        note = "at radius 0 nothing moves" if still else "what moves cannot be computed from what is stored"
+        note = "at radius 0 nothing moves" if still else "the moves cannot be computed from the stored figures"
         figure = histogram({"pairs": np.histogram(values, edges)[0].tolist()}, edges.tolist(), "margin")
         return plot(f"Margins at the start of {name}", figure, note, height=300)
     space = certificate["space"]
@@ -89,6 +89,6 @@ def follower_plot(name: str, certificate: dict[str, Any]) -> Markup:
 
 
 def _bins(values: np.ndarray, space: str) -> np.ndarray:
-    """Edges of equally wide bins that hold all values, in probability space those of [0, 1]."""
+    """Edges of bins of equal width that cover all values; in probability space, [0, 1]."""
     low, high = (0.0, 1.0) if space == "probability" else (values.min(), values.max())
     return np.linspace(low, high if high > low else low + 1.0, BINS + 1)

@@ -1,4 +1,4 @@
-"""What judges said of the answers to a benchmark, from the files in its own format, which docs/evaluation.md lists."""
+"""Judgements of the answers to a benchmark, from the files in its own format that docs/evaluation.md lists."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def _score(row: Row) -> str:
 
 
 def _verdicts(row: Row) -> str:
-    found = [game["score"] for game in row["games"] if game and game["score"]]
-    if len(found) < 2:
+    labels = [game["score"] for game in row["games"] if game and game["score"]]
+    if len(labels) < 2:
         return ""
-    # In the first game A is the baseline, in the second it is the model.
-    return f"against the baseline, as B: {found[0]}, as A: {found[1]}"
+    # A is the baseline in the first game and the model in the second.
+    return f"against the baseline, as B: {labels[0]}, as A: {labels[1]}"
 
 
 def _followed(row: Row) -> str:
@@ -33,7 +33,7 @@ def _followed(row: Row) -> str:
     return f"follows {sum(each)} of {len(each)} instructions"
 
 
-# By benchmark: the file, its row's item (an id, or the text of the first turn), and what the row says.
+# By benchmark: file, field with the item (id or text of the first turn), and the row's judgement in words.
 _FILES: dict[str, tuple[str, str, Callable[[Row], str]]] = {
     "alpaca_eval": ("annotations.json", "index", _preference),
     "mt_bench": ("judgments.jsonl", "question_id", _score),
@@ -43,16 +43,16 @@ _FILES: dict[str, tuple[str, str, Callable[[Row], str]]] = {
 
 
 def judgements(folder: Path, task: str) -> dict[str, str]:
-    """By item, from ``folder``, MODEL/TASK, and the folders of judges in it, which are named if they are several."""
+    """Judgements by item in ``folder`` (MODEL/TASK) and its judges' folders; several judges are named."""
     if task not in _FILES:
         return {}
-    file, key, says = _FILES[task]
+    file, key, note_of = _FILES[task]
     paths = sorted(folder.glob(f"**/{file}"))
-    found: dict[str, list[str]] = {}
+    notes: dict[str, list[str]] = {}
     for path in paths:
         rows: Iterable[Row] = read_json(path) if path.suffix == ".json" else read_jsonl(path)
         judge = f"{path.parent.name}: " if len(paths) > 1 else ""
         for row in rows:
-            if text := says(row):
-                found.setdefault(str(row[key]), []).append(judge + text)
-    return {item: "; ".join(texts) for item, texts in found.items()}
+            if text := note_of(row):
+                notes.setdefault(str(row[key]), []).append(judge + text)
+    return {item: "; ".join(texts) for item, texts in notes.items()}

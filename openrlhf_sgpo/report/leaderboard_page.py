@@ -1,4 +1,4 @@
-"""The page of a leaderboard, from leaderboard.json and the answers beside it."""
+"""The page of a leaderboard, from leaderboard.json and the stored answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from openrlhf_sgpo.report.verdict import leaderboard_verdict
 from openrlhf_sgpo.run_folder import json_text, read_json, read_jsonl
 from openrlhf_sgpo.table import plus_minus
 
-_LEAST_CATEGORIES = 3  # of which a radar can be drawn
+_LEAST_CATEGORIES = 3  # for a radar plot
 
 
 def leaderboard_page(folder: Path) -> Markup:
@@ -35,7 +35,7 @@ def leaderboard_page(folder: Path) -> Markup:
     groups = _groups(rows)
     judges = Counter(group[0]["task"] for group in groups.values())
     warnings = [
-        f"{task} was judged by {count} judges, whose scores cannot be compared: each has a table of its own."
+        f"{task} was judged by {count} judges, whose scores cannot be compared: each has its own table."
         for task, count in judges.items()
         if count > 1
     ]
@@ -50,17 +50,17 @@ def leaderboard_page(folder: Path) -> Markup:
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of one task and one judge, by a heading that names both: scores of two judges say nothing about each other."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Rows by task and judge, under a heading that names both: scores of different judges cannot be compared."""
+    by_judge: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(json.dumps([row["task"], row.get("judge")], sort_keys=True), []).append(row)
+        by_judge.setdefault(json.dumps([row["task"], row.get("judge")], sort_keys=True), []).append(row)
     titles: Counter[str] = Counter()
     groups = {}
-    for group in found.values():
+    for group in by_judge.values():
         judge = group[0].get("judge")
         title = f"{group[0]['task']}, " + (f"judged by {_judge_name(judge)}" if judge else "without a judge")
         titles[title] += 1
-        # Two judges of one name differ in their settings, which stand below the table.
+        # Judges of the same name differ in their settings, shown below the table.
         groups[title if titles[title] == 1 else f"{title}, settings {titles[title]}"] = group
     return groups
 
@@ -70,12 +70,12 @@ def _judge_name(judge: Mapping[str, Any]) -> str:
 
 
 def _counted(row: Mapping[str, Any]) -> str:
-    """What ``n`` and ``expected`` count: a judge may be asked twice about an item."""
+    """The unit of ``n`` and ``expected``: an item may have two judgements."""
     return "judgements" if row.get("judge") else "items"
 
 
 def _group(rows: Sequence[dict[str, Any]]) -> list[Markup]:
-    """What stands in one table: rows of one task and one judge."""
+    """The section of one task and judge: table, notes, plots and settings."""
     figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     digits = {name: _digits([row["figures"].get(name) for row in rows]) for name in figures}
     cells = [
@@ -95,9 +95,9 @@ def _group(rows: Sequence[dict[str, Any]]) -> list[Markup]:
             notes.setdefault(note, []).append(row["model"])
     return [
         html_table(header, cells),
-        *([tag("ul", *(_note(*one, rows) for one in notes.items()), class_="quiet")] if notes else []),
+        *([tag("ul", *(_note(*note, rows) for note in notes.items()), class_="quiet")] if notes else []),
         plots(*_bars(rows, figures), *_radar(rows)),
-        details("How the answers were made, and by whom judged", *_made(rows)),
+        details("How the answers were made and judged", *_made(rows)),
     ]
 
 
@@ -107,7 +107,7 @@ def _note(text: str, models: Sequence[str], rows: Sequence[dict[str, Any]]) -> M
 
 
 def _digits(values: Sequence[float | None]) -> int:
-    """Three for shares, two for percent and scores."""
+    """Decimals: three for shares, two for percentages and scores."""
     return 3 if all(abs(value) <= 1 for value in values if value is not None) else 2
 
 
@@ -118,14 +118,14 @@ def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:
 def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Markup]:
     series = []
     for name in figures:
-        known = [row for row in rows if row["figures"].get(name) is not None]
-        reach = [_reach(row, name) for row in known]
-        if known:
+        measured = [row for row in rows if row["figures"].get(name) is not None]
+        reach = [_reach(row, name) for row in measured]
+        if measured:
             series.append(
                 Series(
                     words(name),
-                    [row["model"] for row in known],
-                    [row["figures"][name] for row in known],
+                    [row["model"] for row in measured],
+                    [row["figures"][name] for row in measured],
                     [down for down, _ in reach],
                     [up for _, up in reach],
                 )
@@ -136,7 +136,7 @@ def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Markup
 
 
 def _reach(row: Mapping[str, Any], name: str) -> tuple[float | None, float | None]:
-    """How far the error bar reaches down and up."""
+    """Length of the error bar below and above the value."""
     value = row["figures"][name]
     interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
     if interval:
@@ -165,17 +165,17 @@ def _made(rows: Sequence[dict[str, Any]]) -> list[Markup]:
 
 
 def _answers(folder: Path, task: str, models: Sequence[str]) -> list[Markup]:
-    """Items with the answers of all models that have some on disk."""
-    asked = _by_id(folder / "items" / f"{task}.jsonl")
+    """The first items with all stored answers."""
+    items = _by_id(folder / "items" / f"{task}.jsonl")
     answers = {model: _by_id(folder / model / "answers" / f"{task}.jsonl") for model in models}
     judged = {model: judgements(folder / model / task, task) for model in models}
-    common = [key for key in asked if any(key in rows for rows in answers.values())]
+    common = [key for key in items if any(key in rows for rows in answers.values())]
     articles = [
         side_by_side(
-            [{"role": asked[key].get("category") or "user", "content": turn} for turn in asked[key]["turns"]],
+            [{"role": items[key].get("category") or "user", "content": turn} for turn in items[key]["turns"]],
             [
                 Written(
-                    model, rows[key]["turns"], judged[model].get(key) or judged[model].get(asked[key]["turns"][0], "")
+                    model, rows[key]["turns"], judged[model].get(key) or judged[model].get(items[key]["turns"][0], "")
                 )
                 for model, rows in answers.items()
                 if key in rows

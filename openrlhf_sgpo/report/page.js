@@ -1,5 +1,5 @@
-// Draws the plots in the colours of page.css. Each figure stands as JSON behind the element that it is drawn in. The template
-// carries the colours, so that a change of scheme, or the way to paper, is another template and nothing else.
+// Draws the plots in the colours of page.css. Each figure is JSON after the element it is drawn in. All colours are in the
+// template, so a change of colour scheme only replaces the template.
 const dark = matchMedia("screen and (prefers-color-scheme: dark)");
 function template() {
   const css = getComputedStyle(document.documentElement);
@@ -27,7 +27,7 @@ function template() {
       hoverlabel: {bgcolor: color("panel"), bordercolor: color("line"), font: {color: color("ink")}},
       shapedefaults: {line: {color: color("quiet"), width: 1, dash: "dot"}},
       annotationdefaults: {font: quiet},
-      // A finger on a plot scrolls the page.
+      // On touch screens, dragging on a plot scrolls the page.
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     },
     data: {heatmap: [{colorscale: scale}], bar: [{error_x: {color: color("quiet")}}]},
@@ -38,7 +38,7 @@ function draw() {
   for (const element of document.querySelectorAll(".plot")) {
     const {data, layout} = JSON.parse(element.nextElementSibling.textContent);
     Plotly.react(element, data, {...layout, template: look}, {
-      responsive: true, displayModeBar: false,  // a bar of tools would cover titles and points
+      responsive: true, displayModeBar: false,  // the toolbar would cover titles and points
     });
   }
 }

@@ -1,4 +1,4 @@
-"""The frame of a page: one file with its style, its script and plotly, and nothing from elsewhere."""
+"""The frame of a page: one self-contained file with style, script and plotly."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ def page(
     warnings: Sequence[str],
     sections: Mapping[str, Sequence[Markup]],
 ) -> Markup:
-    """kind: what the page is of. facts: what stands at its head, by name. verdict: what it says, in sentences.
-    sections: by title; empty ones are left out."""
+    """A complete HTML page. kind: what it shows, such as Run. facts: shown at the top, by name. verdict: its summary, in
+    sentences. sections: content by title; empty ones are left out."""
     shown = {name: parts for name, parts in sections.items() if parts}
     ids = {name: name.lower().replace(" ", "-") for name in shown}
-    drawn = [tag("section", tag("h2", name, id=ids[name]), *parts) for name, parts in shown.items()]
-    said = [tag("p", _held_together(sentence)) for sentence in verdict]
-    if "\N{PLUS-MINUS SIGN}" in join(*said, *drawn):
-        said.append(tag("p", f"{PLUS_MINUS}.", class_="quiet"))
+    section_tags = [tag("section", tag("h2", name, id=ids[name]), *parts) for name, parts in shown.items()]
+    sentences = [tag("p", _unbroken(sentence)) for sentence in verdict]
+    if "\N{PLUS-MINUS SIGN}" in join(*sentences, *section_tags):
+        sentences.append(tag("p", f"{PLUS_MINUS}.", class_="quiet"))
     body = join(
         tag("p", kind, class_="kind"),
         tag("h1", title),
-        *([tag("div", *said, class_="verdict")] if said else []),
+        *([tag("div", *sentences, class_="verdict")] if sentences else []),
         tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()), class_="facts"),
         _warnings(warnings),
         tag("nav", *(tag("a", name, href=f"#{ids[name]}") for name in shown)),
-        *drawn,
+        *section_tags,
         tag(
             "footer",
-            "Written by openrlhf-sgpo report. The file holds everything that it shows. Drag in a plot to zoom, click twice to "
-            "go back.",
+            "Written by openrlhf-sgpo report. The file contains everything it shows. Drag in a plot to zoom, double-click to "
+            "reset.",
         ),
     )
     scripts = [get_plotlyjs(), _file("page.js")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    allowed = " ".join(f"'sha256-{one}'" for one in hashes)
-    # Only these two scripts run, and nothing is fetched or sent, whatever the page shows.
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    # Only these two scripts may run, and nothing may be fetched or sent, whatever text the page contains.
     policy = f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
     head = join(
         Markup('<meta charset="utf-8">'),
@@ -64,8 +64,8 @@ def _file(name: str) -> str:
     return (files("openrlhf_sgpo.report") / name).read_text(encoding="utf-8")
 
 
-def _held_together(sentence: str) -> str:
-    """Lines do not break beside a plus-minus."""
+def _unbroken(sentence: str) -> str:
+    """The sentence with no-break spaces around each plus-minus."""
     return sentence.replace(" \N{PLUS-MINUS SIGN} ", "\u00a0\N{PLUS-MINUS SIGN}\u00a0")
 
 

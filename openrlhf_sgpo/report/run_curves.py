@@ -1,4 +1,4 @@
-"""Curves of a run: per round, per optimiser step, and the law of the held-out margins."""
+"""Plots of a run: per round, per optimiser step, and the distribution of held-out margins."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from openrlhf_sgpo.report.figures import Series, lines, plot, plots, whole_numbe
 
 MOST_POINTS = 1000
 BINS = 40
-# Title, note, key of the figure, the value of a policy that is no better than the start, and whether it is a share.
+# Title, note, key of the figure, value of a policy no better than the start, whether it is a share.
 _ROUNDS: tuple[tuple[str, str, str, float | None, bool], ...] = (
     ("Accuracy", "share of held-out pairs with a positive margin", "accuracy", 0.5, True),
     ("Margin", "mean of the held-out pairs", "margin", 0.0, False),
     ("Response length", "tokens per fresh answer", "response_length", None, False),
     ("Divergence from the reference", "nats per fresh answer", "kl", None, False),
     ("Win rate over the start", "the oracle's mean preference", "win_rate", 0.5, True),
-    ("Agreement with human labels", "of the oracle, on the round's prompts", "label_accuracy", 0.5, True),
+    ("Agreement with human labels", "the oracle's, on the round's prompts", "label_accuracy", 0.5, True),
 )
 _FOLLOWER = ("value", "empirical", "bound")
-# Title, note, and patterns of the keys in metrics.jsonl.
+# Title, note, patterns of keys in metrics.jsonl.
 _STEPS = (
     ("Loss", "mean over the step", ("train/loss",)),
     ("Margin", "mean over the step's pairs", ("train/rewards/margins",)),
@@ -47,28 +47,28 @@ _SHARES = ("Accuracy", "Preference for the first answer")
 
 
 def round_plots(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """A plot for each figure that some round has. rows: evaluation and certificate of each moment."""
-    found = []
+    """One plot per figure that any round has. rows: evaluation and certificate of each moment."""
+    drawn = []
     for title, note, key, level, share in _ROUNDS:
-        known = [(name, row) for name, row in zip(names, rows, strict=True) if row.get(key) is not None]
-        if known:
-            reach = [half_of(row, key) for _, row in known]
-            series = Series(title, [name for name, _ in known], [row[key] for _, row in known], reach, reach)
-            note += ", with 95% intervals" if any(one is not None for one in reach) else ""
-            found.append(plot(title, lines([series], "lines+markers", level=level, share=share), note))
+        measured = [(name, row) for name, row in zip(names, rows, strict=True) if row.get(key) is not None]
+        if measured:
+            reach = [half_of(row, key) for _, row in measured]
+            series = Series(title, [name for name, _ in measured], [row[key] for _, row in measured], reach, reach)
+            note += ", with 95% intervals" if any(half is not None for half in reach) else ""
+            drawn.append(plot(title, lines([series], "lines+markers", level=level, share=share), note))
     solved = [(name, row) for name, row in zip(names, rows, strict=True) if row.get("value") is not None]
     if solved:
         shown = [
             Series(key.replace("_", " "), [name for name, _ in solved], [row.get(key) for _, row in solved])
             for key in _FOLLOWER
         ]
-        note = "before the round's steps; empirical: without the follower, bound: what no follower can pass"
-        found.append(plot("The follower's problem", lines(shown, "lines+markers"), note))
-    return found
+        note = "before the round's steps; empirical: without the follower, bound: the limit for any follower"
+        drawn.append(plot("The follower's problem", lines(shown, "lines+markers"), note))
+    return drawn
 
 
 def step_plots(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    """A plot for each group of metrics that the run logged, over all its steps. rows: of metrics.jsonl."""
+    """One plot per group of logged metrics, over all steps of the run. rows: of metrics.jsonl."""
     steps = list(_steps(rows))
     breaks = [
         step - 0.5
@@ -76,7 +76,7 @@ def step_plots(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
         if row["stage"] != before["stage"]
     ]
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    found = []
+    drawn = []
     for title, note, patterns in _STEPS:
         shown = [key for key in keys if any(fnmatchcase(key, pattern) for pattern in patterns)]
         if not shown:
@@ -91,12 +91,12 @@ def step_plots(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
         if block > 1:
             note += f"; each point is the mean of {block} steps"
         figure = lines(series, x_title="step", breaks=breaks, share=title in _SHARES)
-        found.append(plot(title, whole_numbers(figure, "x", steps), note, height=220))
-    return [plots(*found)] if found else []
+        drawn.append(plot(title, whole_numbers(figure, "x", steps), note, height=220))
+    return [plots(*drawn)] if drawn else []
 
 
 def _steps(rows: Sequence[Mapping[str, Any]]) -> Iterator[int]:
-    """Steps counted over the whole run. Rounds of pairs count from 1 each, rounds of plays go on."""
+    """Steps counted over the whole run. Rounds of pairs restart at 1, rounds of plays continue."""
     before = last = 0
     for row in rows:
         if row["step"] <= last:
@@ -106,7 +106,7 @@ def _steps(rows: Sequence[Mapping[str, Any]]) -> Iterator[int]:
 
 
 def thinned(values: Sequence[float]) -> list[float]:
-    """Means of blocks of equal length (the last may be shorter), as few as leave at most 1,000 of them."""
+    """Means of consecutive blocks of the smallest equal length that leaves at most 1,000; the last may be shorter."""
     block = ceil(len(values) / MOST_POINTS)
     return (
         [fmean(values[first : first + block]) for first in range(0, len(values), block)] if block > 1 else list(values)
@@ -114,15 +114,15 @@ def thinned(values: Sequence[float]) -> list[float]:
 
 
 def held_out_plot(margins: Mapping[str, Sequence[float]]) -> list[Markup]:
-    """How the held-out margins are distributed, by round; a policy that equals the reference has none to show."""
-    known = {name: values for name, values in margins.items() if any(values)}
-    if not known:
+    """Distribution of the held-out margins by round; all-zero margins, of a policy equal to the reference, are left out."""
+    measured = {name: values for name, values in margins.items() if any(values)}
+    if not measured:
         return []
-    everything = [value for values in known.values() for value in values]
+    everything = [value for values in measured.values() for value in values]
     edges = np.linspace(min(everything), max(everything), BINS + 1)
     centres = ((edges[1:] + edges[:-1]) / 2).tolist()
-    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in known.items()}
-    series = [Series(name, centres, of_bins) for name, of_bins in counts.items()]
+    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in measured.items()}
+    series = [Series(name, centres, bin_counts) for name, bin_counts in counts.items()]
     figure = lines(series, x_title="margin")
     figure.update_traces(line_shape="hvh")
     figure.update_layout(yaxis_title="pairs")

@@ -1,4 +1,4 @@
-"""The page of a run, from the files that docs/runs.md lists."""
+"""The page of a run, from the files listed in docs/runs.md."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ PLAYS_SHOWN = 4
 
 @dataclass(frozen=True)
 class Moment:
-    """The policy at the start or after a round. row: what was measured of it, as in the table at the end of a run.
-    certificate: of the round's follower, empty where there is none. margins: of held-out pairs, by id. samples: held-out
-    answers."""
+    """The policy at the start or after a round. row: its evaluation, as in the table at the end of a run. certificate: the
+    round's follower, empty if there is none. margins: of held-out pairs, by id. samples: held-out answers."""
 
     name: str
     row: dict[str, Any]
@@ -43,12 +42,12 @@ class Moment:
 
 
 def run_page(folder: Path) -> Markup:
-    """Raises ValueError if the settings are not those of a run."""
+    """The page of the run in ``folder``. Raises ValueError if its settings are not those of a run."""
     settings = read_configuration(folder / STORED)
     if "algo" not in settings:  # refinements, comparisons and leaderboards have such a file too
         raise ValueError(
-            f"{folder} is not a training run, and has neither comparison.json nor leaderboard.json: a comparison or a "
-            "leaderboard has them, and a page, when it has ended"
+            f"{folder} is not a training run, and has neither comparison.json nor leaderboard.json: a comparison or "
+            "leaderboard writes them, and its page, when it ends"
         )
     moments = read_moments(folder)
     ledger = read_ledger(folder / "ledger.json")
@@ -65,11 +64,15 @@ def run_page(folder: Path) -> Markup:
         "Time": MISSING if seconds is None else f"{seconds / 60:,.1f} minutes",
     }
     unfinished = (
-        [] if ended else ["This run has not ended (there is no table.txt): the page shows what it has left so far."]
+        [] if ended else ["This run has not ended (there is no table.txt): the page shows what it has written so far."]
     )
     return page(
         *("Run", folder.name, facts),
-        run_verdict([one.name for one in moments], [one.margins for one in moments], [one.row for one in moments]),
+        run_verdict(
+            [moment.name for moment in moments],
+            [moment.margins for moment in moments],
+            [moment.row for moment in moments],
+        ),
         unfinished,
         {
             "Rounds": _rounds(moments),
@@ -85,8 +88,8 @@ def run_page(folder: Path) -> Markup:
 
 
 def read_moments(folder: Path) -> list[Moment]:
-    """The start and the rounds, in their order, as far as the run has come. Raises ValueError, naming the file, if one is no
-    longer what a finished stage wrote."""
+    """The start and the rounds so far, in order. Raises ValueError, naming the file, if a file of a finished stage has
+    changed."""
     run = RunFolder(str(folder))
     check_ended(run)
     check_metrics(run, run.rounds())
@@ -107,7 +110,7 @@ def _moment(run: RunFolder, number: int | None) -> Moment:
     certificate = read("worst_case.json")
     labels = stages.get("pairs", {}).get("label_accuracy")
     row = read("evaluation.json") | {"value": certificate.get("value"), "label_accuracy": labels}
-    margins = {one["id"]: one["margin"] for one in rows("held_out.jsonl")}
+    margins = {row["id"]: row["margin"] for row in rows("held_out.jsonl")}
     name = "start" if number is None else f"round {number}"
     return Moment(name, row, certificate, margins, rows("samples.jsonl"))
 
@@ -116,7 +119,7 @@ def _rounds(moments: Sequence[Moment]) -> list[Markup]:
     if not moments:
         return []
     shown = [figure for figure in FIGURES if any(moment.row.get(figure[1]) is not None for moment in moments)]
-    missing = [title for title, key, _ in FIGURES if key not in {one for _, one, _ in shown}]
+    missing = [title for title, key, _ in FIGURES if key not in {column for _, column, _ in shown}]
     rows = [
         [
             moment.name,
@@ -150,8 +153,8 @@ def _margins(moments: Sequence[Moment], settings: dict[str, Any]) -> list[Markup
         names = [name for name in CERTIFICATE if any(moment.certificate.get(name) is not None for moment in solved)]
         rows = [[words(name), *(_certified(name, moment.certificate.get(name)) for moment in solved)] for name in names]
         note = (
-            "The gap between value and dual value proves that the follower's answer is optimal: it is 0 to rounding. What each "
-            "figure means is on the page of the algorithm."
+            "The gap between value and dual value proves that the follower's answer is optimal: it is 0 up to rounding. The "
+            "figures are explained on the page of the algorithm."
         )
         parts += [
             tag("h3", "Certificate of the follower"),
@@ -168,15 +171,15 @@ def _certified(name: str, value: float | None) -> str:
 
 
 def _answers(moments: Sequence[Moment]) -> list[Markup]:
-    """The held-out prompts that the policy of every moment answered, with what each said."""
-    spoken = {moment.name: {row["id"]: row for row in moment.samples} for moment in moments if moment.samples}
-    if not spoken:
+    """Held-out prompts with the policy's answer at each moment."""
+    samples = {moment.name: {row["id"]: row for row in moment.samples} for moment in moments if moment.samples}
+    if not samples:
         return []
-    prompts = next(iter(spoken.values()))
+    prompts = next(iter(samples.values()))
     articles = [
         side_by_side(
             prompts[key]["prompt"],
-            [Written(name, [rows[key]["text"]], _measured(rows[key])) for name, rows in spoken.items() if key in rows],
+            [Written(name, [rows[key]["text"]], _measured(rows[key])) for name, rows in samples.items() if key in rows],
         )
         for key in list(prompts)[:SHOWN]
     ]
@@ -192,7 +195,7 @@ def _measured(row: dict[str, Any]) -> str:
 
 
 def _plays(folder: Path) -> list[Markup]:
-    """What the roles said in the last step of an on-policy run."""
+    """Answers of the roles in the last step of an on-policy run."""
     run = RunFolder(str(folder))
     rows = next(
         (rows for number in reversed(run.rounds()) if (rows := read_growing(run.round(number) / "plays.jsonl"))), []
@@ -207,8 +210,8 @@ def _plays(folder: Path) -> list[Markup]:
 def _played(row: dict[str, Any]) -> list[Written]:
     answers = []
     for place, answer in enumerate(row["answers"]):
-        others = [preference for other, preference in enumerate(row["preferences"][place]) if other != place]
-        wins = f", preferred with probability {fmean(others):.2f}" if others else ""
+        rates = [preference for column, preference in enumerate(row["preferences"][place]) if column != place]
+        wins = f", preferred with probability {fmean(rates):.2f}" if rates else ""
         answers.append(Written(answer["role"], [answer["text"]], f"{answer['tokens']} tokens{wins}"))
     return answers
 
@@ -241,21 +244,21 @@ def _digits(kind: str) -> int:
 
 
 def seconds_by_stage(stages: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Seconds of each stage, or part of a step, by the round's name; ``stages`` are the ledger's."""
-    found: dict[str, dict[str, float]] = {}
+    """Seconds per stage, or part of a step, by round name. stages: of the ledger."""
+    seconds: dict[str, dict[str, float]] = {}
     for key, entry in stages.items():
         folder, _, stage = key.partition("/")
         name = "start" if folder == "initial" else words(folder)
         parts = {kind.removeprefix("seconds_"): value for kind, value in entry.items() if kind.startswith("seconds_")}
-        found.setdefault(name, {}).update(parts or {stage: entry["seconds"]})
-    return found
+        seconds.setdefault(name, {}).update(parts or {stage: entry["seconds"]})
+    return seconds
 
 
 def _data(folder: Path) -> list[Markup]:
     path = folder / "data_report.json"
     parts = []
     for entry in read_json(path) if path.is_file() else []:
-        report = unsealed(path, entry, "delete it, and the run writes it again when it is resumed")
+        report = unsealed(path, entry, "delete it, and the run writes it again when resumed")
         rows = [
             [words(finding["name"]), number(finding["count"], 0), f"{finding['share']:.1%}"]
             for finding in report["findings"]

@@ -1,4 +1,4 @@
-"""Answers to read side by side."""
+"""Answers side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHOWN = 12
 
 @dataclass(frozen=True)
 class Written:
-    """What somebody wrote, by turn. note: what is known of it."""
+    """An author's texts, by turn. note: shown beside the author's name."""
 
     author: str
     turns: Sequence[str]
@@ -22,13 +22,15 @@ class Written:
 
 
 def side_by_side(prompt: str | Sequence[Mapping[str, str]], answers: Sequence[Written]) -> Markup:
-    """prompt: text, or messages with role and content."""
+    """A prompt with its answers in columns. prompt: text, or messages with role and content."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    asked = [
+    paragraphs = [
         tag("p", *([tag("span", message["role"], ": ")] if len(messages) > 1 else []), message["content"], dir="auto")
         for message in messages
     ]
-    return tag("article", tag("div", *asked, class_="prompt"), tag("div", *map(_answer, answers), class_="answers"))
+    return tag(
+        "article", tag("div", *paragraphs, class_="prompt"), tag("div", *map(_answer, answers), class_="answers")
+    )
 
 
 def _answer(written: Written) -> Markup:

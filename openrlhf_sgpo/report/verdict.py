@@ -1,4 +1,4 @@
-"""What a page says first: one to three sentences, from the figures and their intervals."""
+"""The verdict at the top of a page: one to three sentences, from the figures and their intervals."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ _MINUS = "\N{MINUS SIGN}"
 def run_verdict(
     names: Sequence[str], margins: Sequence[Mapping[str, float]], rows: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Of the start and the rounds by their names: margins of the held-out pairs, by id, and evaluations as in the table of a
-    run. Accuracies are compared over the pairs of both moments."""
-    known = [(name, values) for name, values in zip(names, margins, strict=True) if values]
-    said = []
-    if len(known) > 1:
-        (_, start), (first, after), (last, end) = known[0], known[1], known[-1]
+    """The verdict on a run. names: of the start and the rounds. margins: of held-out pairs, by id. rows: evaluations, as in
+    the table of a run. Accuracies are compared over the pairs that both moments have."""
+    measured = [(name, values) for name, values in zip(names, margins, strict=True) if values]
+    sentences = []
+    if len(measured) > 1:
+        (_, start), (first, after), (last, end) = measured[0], measured[1], measured[-1]
         where = "in the seed stage" if first == "round 0" else f"in {first}"
         before, now, pairs = _of_both(start, after)
         moved, half = change(before, now)
-        if share_error(before) is None:  # no policy has moved yet: what is uncertain is the new one's accuracy
+        if share_error(before) is None:  # the start equals the reference, so only the new accuracy is uncertain
             half = _half(now) or half
         verb = "rose" if moved > half else "fell" if moved < -half else "went"
-        said.append(
+        sentences.append(
             f"Held-out accuracy {verb} from {_share(before)} to {_accuracy(now)} {where}{_doubt(moved, half, pairs)}."
         )
         if last != first:
             before, now, pairs = _of_both(after, end)
             moved, half = change(before, now)
-            which = "the round after it" if len(known) == 3 else f"the {len(known) - 2} rounds after it"
+            which = "the round after it" if len(measured) == 3 else f"the {len(measured) - 2} rounds after it"
             by = f"changed it by {_signed(moved, half)}"
             if abs(moved) > half:
                 by = f"{'raised' if moved > 0 else 'lowered'} it by {plus_minus(abs(moved), half, 3)}"
-            said.append(f"{which.capitalize()} {by}, to {_accuracy(now)}{_doubt(moved, half, pairs)}.")
+            sentences.append(f"{which.capitalize()} {by}, to {_accuracy(now)}{_doubt(moved, half, pairs)}.")
     if len(rows) > 1 and rows[-1].get("win_rate") is not None:
         rate, error = rows[-1]["win_rate"], half_of(rows[-1], "win_rate")
-        doubt = ", which cannot be told from one half" if error is not None and abs(rate - 0.5) <= error else ""
-        said.append(
+        doubt = ", not distinguishable from one half" if error is not None and abs(rate - 0.5) <= error else ""
+        sentences.append(
             f"The oracle prefers the answers of {names[-1]} to those of the start with probability "
             f"{plus_minus(rate, error, 3)}{doubt}."
         )
-    if not said:
-        later = "neither held-out pairs (--eval.dataset) nor an oracle that stays the same measured the policy"
-        return [f"Whether the policy is better is not known: {later}."] if len(rows) > 1 else []
-    return said
+    if not sentences:
+        reason = "neither held-out pairs (--eval.dataset) nor a fixed oracle measured the policy"
+        return [f"It is unknown whether the policy improved: {reason}."] if len(rows) > 1 else []
+    return sentences
 
 
 def comparison_verdict(pairs: Sequence[Mapping[str, Any]], prompts: int | None) -> list[str]:
-    """Of the rows of cross-play: who is preferred to whom, after Holm's correction."""
+    """The verdict on cross-play: who is preferred to whom, after Holm's correction."""
     if not pairs:
         return []
     wins = []
@@ -69,20 +69,22 @@ def comparison_verdict(pairs: Sequence[Mapping[str, Any]], prompts: int | None) 
     open_pairs, on = len(pairs) - len(wins), f" on {prompts:,} prompts" if prompts else ""
     level = f"p is below {SIGNIFICANT} after Holm's correction"
     if not wins:
-        return [f"No group is preferred to another{on}: there is no pair of which {level}."]
-    said = [f"Preferred{on}: {', '.join(wins)}; {level}."]
+        return [f"No group is preferred to another{on}: for no pair of groups {level}."]
+    sentences = [f"Preferred{on}: {', '.join(wins)}; {level}."]
     if open_pairs:
-        said.append(f"The {'other pair' if open_pairs == 1 else f'{open_pairs} other pairs'} cannot be told apart.")
-    return said
+        sentences.append(
+            f"The {'other pair' if open_pairs == 1 else f'{open_pairs} other pairs'} cannot be told apart."
+        )
+    return sentences
 
 
 def is_significant(row: Mapping[str, Any]) -> bool:
-    """Of a row of cross-play."""
+    """Whether the groups of a row of cross-play differ significantly."""
     return row.get("p_holm") is not None and row["p_holm"] < SIGNIFICANT
 
 
 def leaderboard_verdict(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """A sentence per table, by its heading: who leads in its first figure, and whether that is more than chance."""
+    """One sentence per table: who leads in its first figure, and whether the lead is more than chance."""
     return [sentence for title, rows in groups.items() if (sentence := _leader(title, rows))]
 
 
@@ -99,17 +101,15 @@ def _leader(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     if len(placed) == 1:
         return f"{title}: {first['model']} has {figure}."
     second = placed[1]
-    ahead, halves = (
+    lead, halves = (
         first["figures"][name] - second["figures"][name],
         [half_of_result(row, name) for row in (first, second)],
     )
     if None in halves:
-        return (
-            f"{title}: {first['model']} leads with {figure}, {second['model']} follows; how sure that is, is not known."
-        )
-    half = sum(one**2 for one in halves if one is not None) ** 0.5
-    by = plus_minus(ahead, half, _digits(placed, name))
-    doubt = ", which cannot be told from nothing" if ahead <= half else ""
+        return f"{title}: {first['model']} leads with {figure}, {second['model']} follows; the uncertainty is unknown."
+    half = sum(half**2 for half in halves if half is not None) ** 0.5
+    by = plus_minus(lead, half, _digits(placed, name))
+    doubt = ", a lead not distinguishable from zero" if lead <= half else ""
     return f"{title}: {first['model']} leads with {figure}, {by} ahead of {second['model']}{doubt}."
 
 
@@ -122,7 +122,7 @@ def _share(values: Sequence[float]) -> str:
 
 
 def _of_both(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[float], list[float], str]:
-    """Scores of the pairs that both have, and their number in words."""
+    """Scores of the pairs that both have, and their count in words."""
     both = [key for key in before if key in after]
     return scores([before[key] for key in both]), scores([after[key] for key in both]), f"{len(both):,} held-out pairs"
 
@@ -141,4 +141,4 @@ def _signed(value: float, half: float) -> str:
 
 
 def _doubt(moved: float, half: float, pairs: str) -> str:
-    return f", which {pairs} cannot tell from no change" if abs(moved) <= half else f" ({pairs})"
+    return f", not distinguishable from no change on {pairs}" if abs(moved) <= half else f" ({pairs})"

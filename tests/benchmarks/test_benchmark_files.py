@@ -68,9 +68,9 @@ def test_without_hub_the_error_says_what_was_tried_and_what_helps(offline):
         locate("task.file", "", HUB, absent)
     message = str(caught.value)
     for part in (
-        "--task.file is not given",
-        "folder/rows.json of the dataset nobody/nothing",
-        "the package absent-package is not installed",
+        "--task.file is not set",
+        "folder/rows.json cannot be downloaded from the dataset nobody/nothing",
+        "the package absent-package, which has the file, is not installed",
         "give --task.file, or pip install absent-package",
     ):
         assert part in message

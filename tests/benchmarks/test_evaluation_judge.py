@@ -276,10 +276,10 @@ def test_presets_of_this_checkout(path, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        ("", "--judge.model: missing, and there is no default judge"),
+        ("", "--judge.model: missing, there is no default judge"),
         ("--judge.model gpt-4.1", "--judge.base_url: missing, and --judge.model gpt-4.1 is neither a folder nor a hub name"),
         ("--judge.model m --judge.base_url localhost:8000", "--judge.base_url: not an address such as"),
-        ("--judge.model m --judge.base_url http://x/v1 --judge.max_len 9", "--judge.max_len: only a model that is served"),
+        ("--judge.model m --judge.base_url http://x/v1 --judge.max_len 9", "--judge.max_len: only for a model served locally"),
         ("--judge.model org/m --judge.api_version 2024-10-21", "--judge.base_url: missing, --judge.api_version needs"),
         ("--judge.model org/m --judge.max_cost 3", "--judge.max_cost: needs --judge.price_prompt"),
         ("--judge.model org/m --judge.api_key env", "the variable OPENAI_API_KEY is not set"),
