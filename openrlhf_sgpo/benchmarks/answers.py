@@ -200,9 +200,9 @@ class Answerer:
         """Answers to a block of items, turn by turn; items with the same temperature share a batch."""
         answers: dict[str, list[Sample]] = {item.id: [] for item in block}
         for turn in range(max(len(item.turns) for item in block)):
-            with_turn = [item for item in block if turn < len(item.turns)]
+            pending = [item for item in block if turn < len(item.turns)]
             groups: dict[float, list[Item]] = defaultdict(list)
-            for item in with_turn:
+            for item in pending:
                 temperature = self.config.rollout.temperature if item.temperature is None else item.temperature
                 groups[temperature].append(item)
             for temperature, group in groups.items():
@@ -211,7 +211,7 @@ class Answerer:
                 ]
                 seed = prompt_seed(self.config.train.seed, (turn,))
                 sampling = replace(sampling_of(self.config.rollout, seed), temperature=temperature)
-                name = label + (f", turn {turn + 1}" if turn or len(with_turn[0].turns) > 1 else "")
+                name = label + (f", turn {turn + 1}" if turn or len(pending[0].turns) > 1 else "")
                 for item, (sample,) in zip(group, self._generate(chat, folder, contexts, sampling, name), strict=True):
                     answers[item.id].append(sample)
         return [

@@ -128,13 +128,13 @@ def read_checked(
     )
 
 
-def check_once(path: Path, what: str, answered: Sequence[str], ids: Iterable[str]) -> None:
-    """Check that each id ``answered`` in a file of another tool is one of ``ids`` and occurs once. what: an id's noun in
-    messages. Raises ValueError."""
+def check_once(path: Path, noun: str, answered: Sequence[str], ids: Iterable[str]) -> None:
+    """Check that each id ``answered`` in another tool's file is one of ``ids`` and occurs once. noun: for an id, in messages.
+    Raises ValueError."""
     expected = set(ids)
     groups = {
-        f"unknown {what}": [identifier for identifier in answered if identifier not in expected],
-        f"{what} answered twice": [identifier for identifier, count in Counter(answered).items() if count > 1],
+        f"unknown {noun}": [identifier for identifier in answered if identifier not in expected],
+        f"{noun} answered twice": [identifier for identifier, count in Counter(answered).items() if count > 1],
     }
     problems = [f"{path}: {name} ({len(wrong)}): {_shown(wrong)}" for name, wrong in groups.items() if wrong]
     if problems:

@@ -2,8 +2,8 @@
 
     items -> answers, by the rollout engines or from files -> judgements -> results -> leaderboard
 
-Stored work is reused: answers are kept by model and item, judgements by judge and request. A command that was stopped at any
-moment and started again only asks for what is missing, and models can be added to a leaderboard.
+Stored work is reused: answers are kept by model and item, judgements by judge and request. A stopped command that is started
+again only makes what is missing, and models can be added to a leaderboard.
 """
 
 from __future__ import annotations

@@ -56,11 +56,11 @@ class EvaluationJudgeSettings(ServerSettings):
 _SERVED = ("max_len", "gpu_memory_utilization", "tensor_parallel_size")
 
 
-def with_preset(settings: EvaluationJudgeSettings, given: Mapping[str, str]) -> EvaluationJudgeSettings:
+def with_preset(settings: EvaluationJudgeSettings, origins: Mapping[str, str]) -> EvaluationJudgeSettings:
     """The settings, completed from their preset where the user set none.
 
-    given: origins by flag name, as ``flags.parse`` returns them for the group ``judge``. Raises flags.SettingsError for an
-    unknown preset, and for mistakes in its file, with the line.
+    origins: of the user's settings by flag name, as ``flags.parse`` returns them for the group ``judge``. Raises
+    flags.SettingsError for an unknown preset, and for mistakes in its file, with the line.
     """
     if not settings.preset:
         return settings
@@ -73,8 +73,8 @@ def with_preset(settings: EvaluationJudgeSettings, given: Mapping[str, str]) -> 
         raise flags.SettingsError(
             f"--judge.preset: a preset cannot name a preset ({preset_origins['preset']}); leave it out"
         )
-    missing = [name for name in preset_origins if f"judge.{name}" not in given]
-    return replace(settings, **{name: getattr(instances[""], name) for name in missing})
+    unset = [name for name in preset_origins if f"judge.{name}" not in origins]
+    return replace(settings, **{name: getattr(instances[""], name) for name in unset})
 
 
 def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:

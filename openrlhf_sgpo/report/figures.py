@@ -44,9 +44,9 @@ def plot(title: str, figure: go.Figure, note: str = "", height: int = 250) -> Ma
     )
 
 
-def plots(*drawn: Markup) -> Markup:
+def plots(*figures: Markup) -> Markup:
     """Plots side by side where there is room."""
-    return tag("div", *drawn, class_="plots")
+    return tag("div", *figures, class_="plots")
 
 
 def lines(

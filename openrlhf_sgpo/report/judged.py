@@ -29,8 +29,8 @@ def _verdicts(row: Row) -> str:
 
 
 def _followed(row: Row) -> str:
-    each = row["follow_instruction_list"]
-    return f"follows {sum(each)} of {len(each)} instructions"
+    followed = row["follow_instruction_list"]
+    return f"follows {sum(followed)} of {len(followed)} instructions"
 
 
 # By benchmark: file, field with the item (id or text of the first turn), and the row's judgement in words.

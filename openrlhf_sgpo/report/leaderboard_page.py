@@ -156,10 +156,10 @@ def _radar(rows: Sequence[dict[str, Any]]) -> list[Markup]:
 
 def _made(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     keys = list(dict.fromkeys(key for row in rows for key in row.get("decoding") or {}))
-    made = [[row["model"], *((row.get("decoding") or {}).get(key, MISSING) for key in keys)] for row in rows]
+    decodings = [[row["model"], *((row.get("decoding") or {}).get(key, MISSING) for key in keys)] for row in rows]
     judge = rows[0].get("judge")
     return [
-        *([html_table(["", *map(words, keys)], made)] if keys else [tag("p", "The decoding was not recorded.")]),
+        *([html_table(["", *map(words, keys)], decodings)] if keys else [tag("p", "The decoding was not recorded.")]),
         *([tag("pre", json_text(judge, indent=2))] if judge else []),
     ]
 

@@ -118,8 +118,8 @@ def held_out_plot(margins: Mapping[str, Sequence[float]]) -> list[Markup]:
     measured = {name: values for name, values in margins.items() if any(values)}
     if not measured:
         return []
-    everything = [value for values in measured.values() for value in values]
-    edges = np.linspace(min(everything), max(everything), BINS + 1)
+    all_margins = [value for values in measured.values() for value in values]
+    edges = np.linspace(min(all_margins), max(all_margins), BINS + 1)
     centres = ((edges[1:] + edges[:-1]) / 2).tolist()
     counts = {name: np.histogram(values, edges)[0].tolist() for name, values in measured.items()}
     series = [Series(name, centres, bin_counts) for name, bin_counts in counts.items()]

@@ -38,6 +38,6 @@ def _answer(written: Written) -> Markup:
     return tag("div", head, *(tag("p", text or "(empty)", dir="auto") for text in written.turns), class_="answer")
 
 
-def how_many(shown: int, total: int, things: str) -> Markup:
-    text = f"The first {shown} of {total} {things}." if shown < total else f"{total} {things}."
+def how_many(shown: int, total: int, noun: str) -> Markup:
+    text = f"The first {shown} of {total} {noun}." if shown < total else f"{total} {noun}."
     return tag("p", text, class_="quiet")

@@ -123,8 +123,12 @@ def _share(values: Sequence[float]) -> str:
 
 def _of_both(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[float], list[float], str]:
     """Scores of the pairs that both have, and their count in words."""
-    both = [key for key in before if key in after]
-    return scores([before[key] for key in both]), scores([after[key] for key in both]), f"{len(both):,} held-out pairs"
+    shared = [key for key in before if key in after]
+    return (
+        scores([before[key] for key in shared]),
+        scores([after[key] for key in shared]),
+        f"{len(shared):,} held-out pairs",
+    )
 
 
 def _half(values: Sequence[float]) -> float | None:

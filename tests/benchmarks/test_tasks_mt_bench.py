@@ -241,7 +241,7 @@ def test_preflight_says_what_the_judge_writes(tmp_path):
     with JudgeServer(judge=lambda _: [("", 0.0)]) as server:
         with pytest.raises(ValueError, match="the judge wrote nothing"):
             task.preflight(judge_of(tmp_path / "empty", server.url))
-        with pytest.raises(ValueError, match="writes nothing"):
+        with pytest.raises(ValueError, match="request for a judgement is empty"):
             task.preflight(judge_of(tmp_path / "empty", server.url, partial=True))
 
 

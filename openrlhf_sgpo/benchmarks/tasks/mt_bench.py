@@ -272,8 +272,8 @@ def grading(prompt: Mapping[str, Any], item: Item, turns: Sequence[str]) -> Mess
     """The judge's prompt, as in run_judge_single of fastchat.llm_judge.common. Turn 1 uses question, answer and ref_answer_1;
     turn 2 uses both of each."""
     texts = {"question": item.turns[0], "answer": turns[0]}
-    for name, both in (("question", item.turns), ("answer", turns), ("ref_answer", item.facts["reference"])):
-        texts |= {f"{name}_{turn}": text for turn, text in enumerate(both, start=1)}
+    for name, pair in (("question", item.turns), ("answer", turns), ("ref_answer", item.facts["reference"])):
+        texts |= {f"{name}_{turn}": text for turn, text in enumerate(pair, start=1)}
     return [
         {"role": "system", "content": prompt["system_prompt"]},
         {"role": "user", "content": prompt["prompt_template"].format(**texts)},
