@@ -21,7 +21,8 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+from weakref import WeakSet
 
 import yaml
 
@@ -175,6 +176,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.rename(path)
 
 
+_LOCKS: WeakSet[TextIO] = WeakSet()  # of folders that something still refers to
+
+
+def release_locks() -> None:
+    """The command that held run folders has ended; the process may go on, and run another."""
+    while _LOCKS:
+        _LOCKS.pop().close()
+
+
 class RunFolder:
     """Paths of a run and the manifests of its rounds. flag: that names the folder, for messages."""
 
@@ -183,7 +193,8 @@ class RunFolder:
         self.flag = flag
 
     def lock(self) -> None:
-        """Hold the folder until this process ends, however it ends. Raises ValueError if another process holds it."""
+        """Hold the folder until ``release_locks``, or until this process ends, however it ends. Raises ValueError if it is
+        held already."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as the file is open
         try:
@@ -195,6 +206,7 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
+        _LOCKS.add(self._lock)
 
     def moment(self, source: RunFolder | None = None) -> datetime:
         """What chat templates are told of the present: what they were told when this folder was begun, or else the beginning

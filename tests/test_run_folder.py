@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openrlhf_sgpo import flags
+from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import Ledger
@@ -506,3 +507,13 @@ def test_resume_with_other_data_is_refused(tmp_path):
     run.prepare("algo: dpo\n", resume=True, data={"--data.dataset": "a", "--eval.dataset": "b"})
     with pytest.raises(ValueError, match="--data.dataset changed since the run"):
         run.prepare("algo: dpo\n", resume=True, data={"--data.dataset": "other", "--eval.dataset": "b"})
+
+
+def test_a_command_lets_go_of_its_folder_when_it_ends(tmp_path):
+    """Whoever still refers to it: the traceback of its error, or a notebook."""
+    holder = RunFolder(str(tmp_path / "run"))
+    holder.lock()
+    with pytest.raises(ValueError, match="is in use by"):
+        RunFolder(str(tmp_path / "run")).lock()
+    assert main(["train"]) == 2
+    RunFolder(str(tmp_path / "run")).lock()

@@ -14,6 +14,7 @@ from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.launch import COMMAND, follow_deepspeed
 from openrlhf_sgpo.output import other_packages_apart, say
 from openrlhf_sgpo.preflight import check_run
+from openrlhf_sgpo.run_folder import release_locks
 
 USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
@@ -248,6 +249,8 @@ def main(argv: list[str] | None = None) -> int:
                 return code
         except (Exception, KeyboardInterrupt) as error:
             return ending.explain(error, argv)
+        finally:
+            release_locks()
     print(f"error: unknown command {' '.join(argv)!r}\n{USAGE}", end="", file=sys.stderr)
     return 2
 
