@@ -1,4 +1,4 @@
-"""The only room that imports OpenRLHF. Without CUDA its seams are filled in here, and nowhere else."""
+"""The only package that imports OpenRLHF, and the only one that adapts it to machines without CUDA."""
 
 from openrlhf_sgpo.openrlhf.flash_attention import make_optional
 

@@ -1,7 +1,7 @@
-"""Models in and out of OpenRLHF's Actor.
+"""Loading models into OpenRLHF's Actor, and saving them.
 
-OpenRLHF's own loading turns ``trust_remote_code`` on and knows neither fp32 nor a base model's ``use_cache``; here the
-model is loaded with the user's word on remote code and handed to the Actor as a module.
+OpenRLHF's loader always sets ``trust_remote_code`` and supports neither fp32 nor turning off a base model's ``use_cache``. Here
+the model is loaded with the user's setting for remote code and passed to the Actor as a module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
 
 
 def load_in_shards(config: Inference, strategy: DeepspeedStrategy, trainable: bool) -> HfDeepSpeedConfig | None:
-    """With ZeRO-3, what makes transformers load every model in shards for as long as it is referenced; else None."""
+    """With ZeRO-3 an object that makes transformers load every model in shards while it is referenced; otherwise None."""
     if config.ds.zero_stage != 3:
         return None
     _patch_zero3_weight_mapping()
@@ -44,7 +44,7 @@ def load_actor(
     if one of its weights is not finite.
 
     trainable: with gradient checkpointing and LoRA as configured; otherwise a plain frozen model. adapters: names of the LoRA
-    adapters, which are all trainable; the first one is active.
+    adapters, all trainable; the first is active.
     """
     shards = load_in_shards(config, strategy, trainable)  # kept until from_pretrained has run
     model = AutoModelForCausalLM.from_pretrained(
@@ -65,13 +65,13 @@ def load_actor(
         model.set_requires_grad(list(adapters))
     set_z3_leaf_modules(model, detect_hybrid=False)
     actor = Actor(model)
-    # What the Actor sets itself only when it loads the model from a path.
+    # The Actor sets these only when it loads the model from a path.
     actor.packing_samples = config.ds.packing_samples
     actor.is_vlm = False
     if trainable and config.model.gradient_checkpointing_enable:
         several = config.ds.lora.rank > 0 and len(adapters) > 1
-        own = {"context_fn": recompute_contexts(model)} if several else {}
-        actor.gradient_checkpointing_enable({"use_reentrant": False, **own})
+        context = {"context_fn": recompute_contexts(model)} if several else {}
+        actor.gradient_checkpointing_enable({"use_reentrant": False, **context})
     if not trainable:
         actor.requires_grad_(False)
     return actor
@@ -89,7 +89,7 @@ def _lora_config(config: Inference) -> LoraConfig:
 
 
 def _merged_state(state: dict[str, torch.Tensor], model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
-    """The base model's state with W + (alpha / rank) B A of one adapter in place of each adapted W."""
+    """The base model's state with each adapted W replaced by W + (alpha / rank) B A of one adapter."""
     scaling = model.peft_config[adapter].lora_alpha / model.peft_config[adapter].r
     prefix = "base_model.model."
     merged = {}
@@ -107,7 +107,7 @@ def _merged_state(state: dict[str, torch.Tensor], model: PeftModel, adapter: str
 
 
 def save_weights(actor: Actor, folder: str, strategy: DeepspeedStrategy, adapter: str = DEFAULT_ADAPTER) -> None:
-    """Write the policy's weights alone, a LoRA adapter merged, to ``folder``/model.safetensors: what an engine takes over.
+    """Write only the policy's weights, for an engine, to ``folder``/model.safetensors; a LoRA adapter is merged.
 
     Collective: every rank must call it; rank 0 writes.
     """
@@ -116,15 +116,17 @@ def save_weights(actor: Actor, folder: str, strategy: DeepspeedStrategy, adapter
     if strategy.is_rank_0():
         if isinstance(model, PeftModel):
             state = _merged_state(state, model, adapter)
-        # Tied weights are one tensor under two names, of which a file holds the first.
-        once = {(weight.data_ptr(), weight.shape): name for name, weight in reversed(state.items())}
+        # Tied weights are one tensor under two names; the file has the first.
+        names = {(weight.data_ptr(), weight.shape): name for name, weight in reversed(state.items())}
         os.makedirs(folder, exist_ok=True)
-        save_file({name: state[name].contiguous() for name in once.values()}, os.path.join(folder, "model.safetensors"))
+        save_file(
+            {name: state[name].contiguous() for name in names.values()}, os.path.join(folder, "model.safetensors")
+        )
     torch.distributed.barrier()
 
 
 def _whole_state(actor: Actor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model that the strategy has prepared. With ZeRO-3 gathering is collective, and rank 0 alone gets it."""
+    """The full state of a model prepared by the strategy. With ZeRO-3 gathering is collective, and only rank 0 gets it."""
     sharded = actor.model.zero_optimization_stage() == 3
     return actor.model._consolidated_16bit_state_dict() if sharded else model.state_dict()
 
@@ -148,17 +150,17 @@ def save_policy(
     state = _whole_state(actor, model)
     if strategy.is_rank_0():
         model.get_base_model().save_pretrained(folder, state_dict=_merged_state(state, model, adapter))
-        kept = os.path.join(folder, "adapter")
-        os.makedirs(kept, exist_ok=True)
+        adapter_folder = os.path.join(folder, "adapter")
+        os.makedirs(adapter_folder, exist_ok=True)
         save_file(
             {
                 name: weight.contiguous()
                 for name, weight in get_peft_model_state_dict(model, state, adapter_name=adapter).items()
             },
-            os.path.join(kept, "adapter_model.safetensors"),
+            os.path.join(adapter_folder, "adapter_model.safetensors"),
         )
         settings = model.peft_config[adapter]
-        settings.target_modules = sorted(settings.target_modules)  # a set, in another order in every process
-        settings.save_pretrained(kept)
+        settings.target_modules = sorted(settings.target_modules)  # a set, whose order differs between processes
+        settings.save_pretrained(adapter_folder)
         tokenizer.save_pretrained(folder)
     torch.distributed.barrier()

@@ -1,4 +1,4 @@
-"""LoRA adapters over one base, of which every forward pass uses one: which it is, and which of them an optimiser step moves."""
+"""Several LoRA adapters on one base model: which one a forward pass uses, and which ones an optimiser step changes."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 from openrlhf.models import Actor
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-DEFAULT_ADAPTER = "default"  # PEFT's name for the only one
+DEFAULT_ADAPTER = "default"  # PEFT's name for a single adapter
 
 
 @contextmanager
 def use_adapter(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """Forward passes inside run with this adapter, if there are any, and later ones with the one before it.
+    """Use this adapter for forward passes inside the context, if the model has adapters, and restore the previous one after.
 
-    PEFT's own ``set_adapter`` would freeze the others, which are trained too.
+    PEFT's ``set_adapter`` would freeze the other adapters, which are trained too.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    before = [layer._active_adapter for layer in layers]
+    previous = [layer._active_adapter for layer in layers]
     for layer in layers:
         layer._active_adapter = [name]
     try:
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
+        for layer, active in zip(layers, previous, strict=True):
             layer._active_adapter = active
 
 
 def recompute_contexts(model: torch.nn.Module) -> Callable[[], tuple[AbstractContextManager, AbstractContextManager]]:
-    """The ``context_fn`` of torch's gradient checkpointing: the backward pass recomputes with the adapter that the forward
-    pass had, not with the one that happens to be active by then."""
+    """The ``context_fn`` for torch's gradient checkpointing: the backward pass recomputes with the adapter of the forward pass,
+    not with the one that is active by then."""
     layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return lambda: (nullcontext(), use_adapter(model, layer.active_adapters[0]))
 
@@ -40,8 +40,8 @@ def recompute_contexts(model: torch.nn.Module) -> Callable[[], tuple[AbstractCon
 def groups_by_adapter(
     model: torch.nn.Module, groups: list[dict[str, Any]], learning_rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """An optimiser's groups of parameters, each split by adapter: with the adapter's name and its own learning rate, of which
-    a schedule is a multiple."""
+    """An optimiser's parameter groups, each split by adapter, with the adapter's name and its learning rate, which a schedule
+    scales."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [
         group
@@ -57,22 +57,22 @@ def groups_by_adapter(
 
 @contextmanager
 def resting(actor: Actor, adapters: Collection[str]) -> Iterator[None]:
-    """Optimiser steps inside leave these adapters, and Adam's moments of them, as they are. Without that a gradient of 0 would
-    move them by their momentum."""
+    """Optimiser steps inside the context leave these adapters and their Adam moments unchanged. With a gradient of 0 instead,
+    their momentum would still move them."""
     hidden: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def hide(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         groups = [group for group in optimizer.param_groups if group.get("adapter") in adapters]
         for parameter in (parameter for group in groups for parameter in group["params"]):
             hidden.append((parameter, parameter.grad))
-            parameter.grad = None  # which Adam passes over
+            parameter.grad = None  # Adam skips these
 
     def restore(*_: Any) -> None:
         for parameter, gradient in hidden:
-            parameter.grad = gradient  # an offloaded optimiser's gradients have their place there
+            parameter.grad = gradient  # an offloaded optimiser reuses the buffer
         hidden.clear()
 
-    # DeepSpeed steps the optimiser under its own one, perhaps several times, a part of the parameters each.
+    # DeepSpeed's optimiser steps this one, possibly several times, each time for a part of the parameters.
     optimizer = actor.model.basic_optimizer
     handles = [optimizer.register_step_pre_hook(hide), optimizer.register_step_post_hook(restore)]
     try:

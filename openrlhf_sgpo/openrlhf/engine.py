@@ -1,7 +1,7 @@
-"""OpenRLHF's vLLM rollout actor with the three calls that a round needs: sample, load the policy, and probe.
+"""OpenRLHF's vLLM rollout actor with three more calls: sample, load a policy, and compute log-probabilities.
 
-Weights reach an engine as the policy folder that the round has just written: one read per worker, whatever the tensor
-parallelism, whether or not trainer and engine share a GPU, with or without NCCL.
+An engine loads its weights from the policy folder that training has just written. Each worker reads it once, whatever the
+tensor parallelism, whether or not trainer and engine share a GPU, with or without NCCL.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ class PolicyLoader(WorkerWrap):
     """Mixed into vLLM's worker: OpenRLHF's weight updates, and loading a policy folder."""
 
     def load_policy(self, folder: str) -> int:
-        """Replace the weights by those of a Hugging Face folder; returns how many were then compared bit by bit.
+        """Replace the weights by those of a Hugging Face folder; returns how many tensors were then compared bit by bit.
 
-        Compared is what the engine holds under the file's own name and shape: with one GPU per engine everything that it
-        does not fuse. Raises FileNotFoundError if the folder has no weights, RuntimeError if a parameter of the engine was
-        not among them or differs afterwards.
+        Compared are those that the engine holds under the file's name and shape: with one GPU per engine all that are not
+        fused. Raises FileNotFoundError if the folder has no weights, RuntimeError if a parameter of the engine is missing
+        from them or differs afterwards.
         """
         from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
         files = sorted(glob(os.path.join(folder, "*.safetensors")))
         if not files:
-            raise FileNotFoundError(f"{folder} holds no *.safetensors")
+            raise FileNotFoundError(f"{folder} has no *.safetensors files")
         model = self.model_runner.model
         loaded = model.load_weights(safetensors_weights_iterator(files, use_tqdm_on_load=False))
         parameters = dict(model.named_parameters())
         wrong = sorted(parameters.keys() - set(loaded)) if loaded else []
         compared = 0
         for name, weight in safetensors_weights_iterator(files, use_tqdm_on_load=False):
-            held = parameters.get(name)
-            # vLLM pads the vocabulary: an embedding may be longer than the file's.
-            if held is not None and held.shape[1:] == weight.shape[1:] and len(held) >= len(weight):
+            parameter = parameters.get(name)
+            # vLLM pads the vocabulary, so an embedding may have more rows than in the file.
+            if parameter is not None and parameter.shape[1:] == weight.shape[1:] and len(parameter) >= len(weight):
                 compared += 1
-                if not torch.equal(held[: len(weight)], weight.to(held)):
+                if not torch.equal(parameter[: len(weight)], weight.to(parameter)):
                     wrong.append(name)
         if wrong:
             raise RuntimeError(f"after loading {folder} the engine still holds other weights: {wrong[:5]}")
@@ -49,20 +49,20 @@ class PolicyLoader(WorkerWrap):
 
 
 class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
-    """OpenRLHF's actor as a plain class, so that it can be extended before Ray wraps it again."""
+    """OpenRLHF's actor as a plain class, to be extended before Ray wraps it again."""
 
     async def load_policy(self, folder: str) -> int:
         compared = await self.llm.collective_rpc("load_policy", args=(folder,))
-        # Cached keys and values belong to the old weights.
+        # The cached keys and values are those of the old weights.
         await self.llm.reset_prefix_cache()
         return min(compared)
 
     async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[list[int]]:
-        """Tokens of n samples of one prompt in one request: the prompt is computed once."""
+        """Tokens of n samples for one prompt in a single request, so the prompt is computed once."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        # Without FINAL_ONLY the stream yields the n samples one at a time and only the last one would be seen.
+        # Without FINAL_ONLY the stream yields the n samples one by one, and only the last would be returned.
         params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
         output = await self.generate(prompt_token_ids, params)
         return [list(sample.token_ids) for sample in sorted(output.outputs, key=lambda sample: sample.index)]

@@ -1,8 +1,8 @@
 """Import OpenRLHF on machines where flash-attn cannot be built.
 
 ``openrlhf.models.ring_attn_utils`` is the only module of OpenRLHF 0.11 that imports flash_attn unconditionally, and
-``openrlhf.models`` imports it. Its functions are used with ``packing_samples`` only. That one module is loaded here with a
-stand-in in ``sys.modules``, which is taken away again: transformers and vLLM go on seeing that flash_attn is absent.
+``openrlhf.models`` imports it. Its functions are used only with ``packing_samples``. Here that module is loaded with a
+stand-in in ``sys.modules``, which is removed afterwards, so transformers and vLLM still see that flash_attn is missing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _stand_in() -> dict[str, ModuleType]:
 
 
 def make_optional() -> None:
-    """Let ``import openrlhf.models`` work without flash_attn; does nothing where flash_attn is installed."""
+    """Let ``import openrlhf.models`` work without flash_attn; does nothing if flash_attn is installed."""
     if _MODULE in sys.modules or importlib.util.find_spec("flash_attn") is not None:
         return
     package = importlib.util.find_spec("openrlhf")

@@ -1,4 +1,4 @@
-"""OpenRLHF's reward model out of a folder that its reward trainer wrote."""
+"""Loading a reward model written by OpenRLHF's reward trainer."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from openrlhf_sgpo.openrlhf.actor import load_in_shards
 
 
 def value_head(settings: PretrainedConfig) -> str:
-    """The name of the value head, as OpenRLHF's reward trainer leaves it in the model's config."""
+    """The name of the value head, as OpenRLHF's reward trainer stores it in the model's config."""
     return getattr(settings, "value_head_prefix", "score")
 
 
 def no_value_head(folder: str, head: str, flag: str) -> ValueError:
     return ValueError(
-        f"--{flag} {folder} has no weights {head}.weight: it is no reward model, or its value head has "
+        f"--{flag} {folder} has no weights {head}.weight: it is not a reward model, or its value head has "
         "another name (value_head_prefix in its config.json)"
     )
 
@@ -28,9 +28,9 @@ def no_value_head(folder: str, head: str, flag: str) -> ValueError:
 def load_reward_model(folder: str, config: Inference, strategy: DeepspeedStrategy) -> Any:
     """A frozen model that maps (tokens, attention_mask) to a reward per row; not yet prepared by the strategy.
 
-    The class is OpenRLHF's, with the head, mean and deviation that the folder's config names. OpenRLHF's own loading turns
-    ``trust_remote_code`` on and knows no fp32. Collective. Raises ValueError if the folder has no
-    value head, or weights that are not finite.
+    The class is OpenRLHF's, with the head, mean and deviation in the folder's config. OpenRLHF's loader always sets
+    ``trust_remote_code`` and does not support fp32. Collective. Raises ValueError if the folder has no value head, or weights
+    that are not finite.
     """
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
     head = value_head(settings)
@@ -49,7 +49,7 @@ def load_reward_model(folder: str, config: Inference, strategy: DeepspeedStrateg
         )
     check_loaded(model, folder, config.ds.param_dtype)
     if settings.normalize_reward:
-        # transformers 5 builds a model without memory and then leaves buffers that no file holds, as these, undefined.
+        # transformers 5 creates models on the meta device, so buffers that are in no file, like these, are undefined.
         model.mean.fill_(settings.mean)
         model.std.fill_(settings.std)
     model.requires_grad_(False)

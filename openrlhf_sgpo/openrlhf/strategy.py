@@ -1,4 +1,4 @@
-"""OpenRLHF's DeepSpeed strategy, built from this package's settings; on CPU with the five CUDA calls replaced."""
+"""OpenRLHF's DeepSpeed strategy, built from this package's settings; on a CPU with the five CUDA calls replaced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from openrlhf_sgpo.openrlhf.adapters import groups_by_adapter
 def openrlhf_arguments(config: Inference) -> SimpleNamespace:
     """The nested namespace that OpenRLHF 0.11's strategy and DPOTrainer read, with its names.
 
-    Losses, evaluation, checkpoints and experiment trackers are this package's own, so their switches are off here.
+    This package has its own losses, evaluation, checkpoints and experiment trackers, so OpenRLHF's are switched off.
     """
     space = SimpleNamespace
     arguments = space(
@@ -51,7 +51,7 @@ def openrlhf_arguments(config: Inference) -> SimpleNamespace:
         ),
         eval=space(steps=-1),
     )
-    if isinstance(config, Config):  # of the others nothing is trained
+    if isinstance(config, Config):  # only ``train`` has settings of training
         ckpt, logger = config.ckpt, config.logger
         arguments.max_norm = config.max_norm
         arguments.ckpt = space(path=None, save_steps=ckpt.save_steps, max_num=ckpt.max_num, max_mem=int(1e8))
@@ -60,13 +60,13 @@ def openrlhf_arguments(config: Inference) -> SimpleNamespace:
 
 
 class Strategy(DeepspeedStrategy):
-    """The strategy, with gradient norms that are right or absent; for actors too whose LoRA adapters have ``learning_rates`` of
-    their own, by the adapter's name; and for machines that cannot compile DeepSpeed's own Adam."""
+    """OpenRLHF's strategy with correct gradient norms, for actors with ``learning_rates`` by LoRA adapter too, and for machines
+    that cannot compile DeepSpeed's Adam."""
 
     def get_ds_train_config(self, optim_dict: dict | None = None, *, max_norm: float | None = None) -> dict:
         settings = super().get_ds_train_config(optim_dict, max_norm=max_norm)
-        # DeepSpeed compiles its own Adam at run time: with nvcc, which is not needed otherwise; on a CPU with g++, for minutes.
-        compiles = CUDA_HOME is not None or self.adam_offload  # an Adam on the CPU is DeepSpeed's own there
+        # DeepSpeed compiles its Adam at run time: with nvcc, which is not needed otherwise, or on a CPU with g++, for minutes.
+        compiles = CUDA_HOME is not None or self.adam_offload  # an offloaded Adam is always DeepSpeed's
         if "optimizer" in settings and not (compiles and torch.cuda.is_available()):
             settings["optimizer"]["params"]["torch_adam"] = True
         return settings
@@ -80,7 +80,7 @@ class Strategy(DeepspeedStrategy):
         prepared, optimizer, scheduler = super()._ds_init_train_model(model, settings)
         scaler: Any = getattr(_engine(prepared).optimizer, "loss_scaler", None)
         if hasattr(scaler, "raise_error_at_min_scale"):
-            scaler.raise_error_at_min_scale = False  # whoever reads ``get_grad_norm`` can say where it happened
+            scaler.raise_error_at_min_scale = False  # the reader of ``get_grad_norm`` can say where it happened
         return prepared, optimizer, scheduler
 
     def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any, name: str = "model", **kwargs: Any) -> None:
@@ -91,17 +91,17 @@ class Strategy(DeepspeedStrategy):
         super().optimizer_step(optimizer, model, scheduler, name, **kwargs)
 
     def get_grad_norm(self, model: Any) -> float | None:
-        """Norm of the gradient of the latest optimiser step before clipping, NaN or infinite where the gradient is not finite.
-        None if DeepSpeed skipped the step to lower the loss scale of fp16, as it does when gradients leave its range."""
+        """Gradient norm of the latest optimiser step before clipping, NaN or infinite if the gradient is not finite. None if
+        DeepSpeed skipped the step to lower the loss scale because gradients overflowed in fp16."""
         engine = _engine(model)
         if engine.was_step_applied():
             return float(engine.get_global_grad_norm())
-        # At the lowest scale it is not the scale that makes them leave it.
+        # At the lowest scale an overflow is not due to the scale.
         return None if engine.fp16_enabled() and engine.optimizer.loss_scale > 1 else math.nan
 
 
 class CpuDeepspeedStrategy(Strategy):
-    """The strategy on gloo and CPU tensors; everything that is not overridden is OpenRLHF's."""
+    """The strategy for gloo and CPU tensors; everything that is not overridden is OpenRLHF's."""
 
     def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
         if self.full_determinism:
@@ -137,7 +137,7 @@ def _engine(model: Any) -> Any:
 
 
 def _norm(model: torch.nn.Module) -> torch.Tensor:
-    """Of all gradients together, in fp32."""
+    """The norm of all gradients together, in fp32."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return torch.linalg.vector_norm(
         torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
@@ -145,15 +145,15 @@ def _norm(model: torch.nn.Module) -> torch.Tensor:
 
 
 def _single_process() -> None:
-    """Without the deepspeed launcher this process is the only rank; otherwise DeepSpeed would look for MPI."""
+    """Make this process the only rank if there is no launcher; otherwise DeepSpeed would look for MPI."""
     if "RANK" in os.environ:
         return
-    # Nobody else looks for it: any free port serves.
+    # No other process connects, so any free port will do.
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def build_strategy(config: Inference) -> DeepspeedStrategy:
-    """The strategy of this process, with its process group up.
+    """The strategy of this process, with its process group initialised.
 
     Raises ValueError if ``--train.batch_size`` cannot be split into equal micro-batches over the ranks.
     """
@@ -164,17 +164,17 @@ def build_strategy(config: Inference) -> DeepspeedStrategy:
             f"--train.batch_size {config.train.batch_size} must be a multiple of --train.micro_batch_size "
             f"{config.train.micro_batch_size} times the number of ranks, {world_size}"
         )
-    deepspeed.utils.logger.setLevel(logging.WARNING)  # it reports memory at every engine that is built
+    deepspeed.utils.logger.setLevel(logging.WARNING)  # it logs memory use for every engine
     for module in (stage_1_and_2, stage3):
-        # It puts -1 in place of a norm that is not finite, and trains on.
+        # It replaces a norm that is not finite by -1 and continues.
         module.mask_nan_or_inf_with_val_inplace = lambda *_, **__: None
     arguments = openrlhf_arguments(config)
     kind: type[DeepspeedStrategy] = Strategy
     if not torch.cuda.is_available():
         kind = CpuDeepspeedStrategy
-        # g++ again: the shared-memory all-reduce; gloo serves.
+        # The shared-memory all-reduce would be compiled with g++ too; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # The one module-level function of OpenRLHF's strategy that calls CUDA, after saving.
+        # The only module-level function of OpenRLHF's strategy that calls CUDA; it runs after saving.
         upstream.torch_dist_barrier_and_cuda_sync = distributed.barrier
     strategy = kind(
         seed=config.train.seed,

@@ -15,18 +15,18 @@ __all__ = ["Rollout", "Sample", "Sampling", "check_rollout", "sampling_of", "sta
 
 
 def check_rollout(config: Inference) -> None:
-    """Raises ValueError if an engine's packages are missing, or engines ask for more GPUs than there are: Ray would wait for
-    them for ever."""
+    """Raises ValueError if an engine's packages are missing, or if the engines need more GPUs than are visible, for which Ray
+    would wait forever."""
     if config.rollout.engine == "vllm" and (problem := extras.missing("ray", "vllm")):
         raise ValueError(f"--rollout.engine vllm: {problem}, or use --rollout.engine hf")
     import torch
 
-    settings, present = config.vllm, torch.cuda.device_count()
+    settings, visible = config.vllm, torch.cuda.device_count()
     needed = settings.num_engines * settings.tensor_parallel_size
-    if config.rollout.engine == "vllm" and 0 < present < needed:
+    if config.rollout.engine == "vllm" and 0 < visible < needed:
         raise ValueError(
             f"--vllm.num_engines {settings.num_engines} times --vllm.tensor_parallel_size {settings.tensor_parallel_size} "
-            f"needs {needed} GPUs, and {present} are visible: lower them, or start with --num_gpus {needed}"
+            f"needs {needed} GPUs, but {visible} are visible: lower them, or start with --num_gpus {needed}"
         )
 
 

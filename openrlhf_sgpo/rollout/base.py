@@ -1,4 +1,4 @@
-"""Text in, sampled responses out: what every rollout engine offers."""
+"""Prompts in, sampled responses out: the interface of every rollout engine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled response. truncated: the length limit stopped it, not the model. token_ids: as they were drawn, with those
-    that ended the response."""
+    """One sampled response. truncated: ended by the length limit, not by the model. token_ids: as sampled, including those that
+    ended the response."""
 
     text: str
     truncated: bool
@@ -37,8 +37,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. temperature: 0 draws the likeliest token each time. top_p: nucleus sampling mass.
-    max_new_tokens: of the longest response. seed: decides, with a prompt's tokens, what is drawn for it. n: per prompt."""
+    """How responses are sampled. temperature: 0 always takes the likeliest token. top_p: nucleus sampling mass.
+    max_new_tokens: length limit of a response. seed: determines, with the prompt's tokens, the samples. n: per prompt."""
 
     temperature: float
     top_p: float
@@ -48,7 +48,7 @@ class Sampling:
 
 
 def sampling_of(settings: RolloutSettings, seed: int, n: int = 1) -> Sampling:
-    """As --rollout says."""
+    """The sampling that the --rollout flags describe."""
     return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, seed, n)
 
 
@@ -56,8 +56,8 @@ class Stop:
     """Where a sampled response ends: at the template's end of turn, which training appends to responses, and at every
     end-of-sequence token of tokenizer and model.
 
-    tokens: each of them ends a response. text: the end of turn where it has several tokens, which need not be drawn as training
-    writes them; else empty.
+    tokens: each of them ends a response. text: the end of turn if it has several tokens, since a model may split it differently
+    than training does; otherwise empty.
     """
 
     def __init__(self, chat: ChatFormat):
@@ -70,7 +70,7 @@ class Stop:
             self.text = self._decode(chat.end_of_turn, special=True)
 
     def add_ends_of(self, folder: str, trust_remote_code: bool) -> None:
-        """Add the end-of-sequence tokens of a model folder or hub name: of its generation settings, or else of its config."""
+        """Add the end-of-sequence tokens of a model folder or hub name, from its generation settings or else its config."""
         from transformers import AutoConfig, GenerationConfig
 
         try:
@@ -82,22 +82,22 @@ class Stop:
         self.tokens |= set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     def reached(self, ids: Sequence[int]) -> bool:
-        """Whether the last tokens complete ``text``."""
+        """Whether the last tokens contain ``text``."""
         window = len(self.text.encode())  # no token stands for less than a byte
         return self.text in self._decode(ids[-window:], special=True)
 
     def sample(self, ids: Sequence[int]) -> Sample:
-        """The response in the tokens that an engine drew, which may go on behind its end.
+        """The response in the tokens sampled by an engine, which may continue past its end.
 
-        Where the end of turn was drawn in other tokens than training's, the response has training's.
+        If the end of turn was sampled in other tokens than training uses, the response gets those of training.
         """
-        end = next((place for place, token in enumerate(ids) if token in self.tokens), None)
+        end = next((index for index, token in enumerate(ids) if token in self.tokens), None)
         kept = tuple(ids if end is None else ids[:end])
         if self.text and self.text in (text := self._decode(kept, special=True)):
-            drawn = kept[: bisect_left(range(len(kept)), True, key=lambda last: self._has_text(kept[: last + 1])) + 1]
+            sampled = kept[: bisect_left(range(len(kept)), True, key=lambda last: self._has_text(kept[: last + 1])) + 1]
             length = len(self.chat.end_of_turn)
-            if drawn[-length:] == self.chat.end_of_turn:
-                return Sample(self._decode(drawn[:-length]), False, drawn)
+            if sampled[-length:] == self.chat.end_of_turn:
+                return Sample(self._decode(sampled[:-length]), False, sampled)
             text = text[: text.index(self.text)]
             return Sample(text, False, self.chat.response(text, False, len(text.encode()) + length))
         return Sample(self._decode(kept), end is None, tuple(ids if end is None else ids[: end + 1]))
@@ -114,20 +114,20 @@ class Stop:
 
 
 class Rollout(Protocol):
-    """Every method is collective: all ranks call it with the same arguments and get the same result."""
+    """A rollout engine. Every method is collective: all ranks call it with the same arguments and get the same result."""
 
     def load(self, folder: str) -> None:
-        """Take over the weights in a policy folder, or in one with the weights alone of a model like the present one."""
+        """Load the weights of a policy folder, or of a folder with only the weights of a model like the current one."""
 
     def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
-        """``sampling.n`` samples per prompt, in the order of the prompts; the same seed gives each prompt the same random
-        numbers wherever in the list it stands. label: of the progress bar; empty for none."""
+        """``sampling.n`` samples per prompt, in the order of the prompts. With the same seed a prompt gets the same random
+        numbers wherever it is in the list. label: text of the progress bar; empty for none."""
 
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
-        """Log-probability of each token after the first, per sequence, under the engine's own weights."""
+        """Per sequence the log-probability of each token after the first, under the engine's weights."""
 
     def close(self) -> None:
-        """End what the engine started."""
+        """Stop everything that the engine started."""
 
 
 def prompt_seed(seed: int, prompt: tuple[int, ...]) -> int:

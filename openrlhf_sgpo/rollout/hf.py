@@ -1,5 +1,5 @@
-"""Rollouts with transformers and its key-value cache, for machines without vLLM and for mixtures of two models; every rank
-samples its share."""
+"""Rollouts with transformers and its key-value cache, for machines without vLLM and for mixtures of two models. Every rank
+samples its share of the prompts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from openrlhf_sgpo.rollout.base import Sample, Sampling, Stop, prompt_seed
 
 class Mixture(LogitsProcessor):
     """The next token from the geometric mixture policy^(1 - b) reference^b, b = ``share``: logits
-    (1 - b) policy + b reference (Munos et al., arXiv 2312.00886). The reference keeps a key-value cache of its own.
+    (1 - b) policy + b reference (Munos et al., arXiv 2312.00886). The reference has its own key-value cache.
 
-    attention: of the left-padded prompts, (rows, length).
+    attention: mask of the left-padded prompts, shape (rows, length).
     """
 
     def __init__(self, reference: Any, share: float, attention: Tensor):
@@ -34,14 +34,14 @@ class Mixture(LogitsProcessor):
         self.cache = DynamicCache(config=reference.config)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        seen = self.cache.get_seq_length()
-        new = input_ids[:, seen:]
-        if seen:
+        cached = self.cache.get_seq_length()
+        new = input_ids[:, cached:]
+        if cached:
             self.attention = torch.cat([self.attention, torch.ones_like(new)], dim=1)
         output = self.reference(
             new,
             attention_mask=self.attention,
-            position_ids=(self.attention.cumsum(-1) - 1).clamp(min=0)[:, seen:],
+            position_ids=(self.attention.cumsum(-1) - 1).clamp(min=0)[:, cached:],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -50,7 +50,7 @@ class Mixture(LogitsProcessor):
 
 
 class StopText(StoppingCriteria):
-    """Ends the rows that have completed the text of ``stop`` behind ``length`` tokens of prompt."""
+    """Ends the rows whose response, after a prompt of ``length`` tokens, contains the text of ``stop``."""
 
     def __init__(self, stop: Stop, length: int):
         self.stop = stop
@@ -62,8 +62,8 @@ class StopText(StoppingCriteria):
 
 
 class Finite(LogitsProcessor):
-    """Notes in ``all``, shape (), whether every distribution that was sampled from was one. What is not is replaced by an even
-    one, so that all ranks come to the point at which they say so together."""
+    """Records in ``all``, shape (), whether all distributions sampled from were finite. The others are replaced by uniform
+    ones, so all ranks finish sampling and raise the error together."""
 
     def __init__(self, device: torch.device):
         self.all = torch.ones((), dtype=torch.bool, device=device)
@@ -75,8 +75,8 @@ class Finite(LogitsProcessor):
 
 
 class HuggingFaceRollout:
-    """A copy of the policy per rank, on the rank's device. share: of the initial reference in the mixture with the policy
-    that answers are drawn from (see ``Mixture``); 0 is the policy itself, and then there is no copy of the reference."""
+    """One copy of the policy per rank, on the rank's device. share: weight of the initial reference in the mixture that is
+    sampled (see ``Mixture``); 0 is the policy itself, and then the reference is not loaded."""
 
     def __init__(self, config: Inference, chat: ChatFormat, folder: str, share: float = 0.0):
         self.config = config
@@ -93,13 +93,15 @@ class HuggingFaceRollout:
             return
         files = sorted(glob(f"{folder}/*.safetensors"))
         if self.model is None or not files:
-            self.model = None  # the old copy goes before the new one comes
+            self.model = None  # frees the old copy before the new one is loaded
             self.model = self._load(folder)
         else:
             state = {name: weight for file in files for name, weight in load_file(file).items()}
-            # Tied weights have one name in the file, and one among the parameters.
+            # Tied weights have a single name in the file and among the parameters.
             if absent := sorted({name for name, _ in self.model.named_parameters()} - state.keys()):
-                raise ValueError(f"{folder} has no weights for {', '.join(absent[:5])}: it is another kind of model")
+                raise ValueError(
+                    f"{folder} has no weights for {', '.join(absent[:5])}: it is a different kind of model"
+                )
             self.model.load_state_dict(state, strict=False)
         self.folder = folder
 
@@ -112,8 +114,8 @@ class HuggingFaceRollout:
         ).to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
         model.eval()
         self.stop.add_ends_of(folder, self.config.model.trust_remote_code)
-        # Of a model's generation settings only the ends count here, as in vLLM: a repetition penalty, say, would sample from
-        # another distribution than the one that is scored and trained.
+        # Of a model's generation settings only the end tokens are used, as in vLLM: with a repetition penalty, for example,
+        # samples would not come from the distribution that is scored and trained.
         model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
         return model
 
@@ -121,21 +123,22 @@ class HuggingFaceRollout:
         """Raises NotFiniteError on every rank if the model's next-token probabilities are not finite."""
         size = self.config.rollout.batch_size
         rank, world = distributed.get_rank(), distributed.get_world_size()
-        # Prompts of similar length share a batch; which ones does not depend on the number of ranks.
+        # Prompts of similar length share a batch. The batches do not depend on the number of ranks.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        mine: dict[int, list[Sample]] = {}
+        rank_samples: dict[int, list[Sample]] = {}
         finite = Finite(self.model.device)
         for batch in Progress(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
-            mine.update(zip(batch, self._sample([prompts[index] for index in batch], sampling, finite), strict=True))
+            samples = self._sample([prompts[index] for index in batch], sampling, finite)
+            rank_samples.update(zip(batch, samples, strict=True))
         problem = NotFiniteError(f"the next-token probabilities of the model {self.folder} are not finite")
         ranks.raise_together(None if finite.all else problem)
-        merged = {index: samples for part in ranks.gather(mine) for index, samples in part.items()}
+        merged = {index: samples for part in ranks.gather(rank_samples) for index, samples in part.items()}
         return [merged[index] for index in range(len(prompts))]
 
     @torch.no_grad()
     def _sample(self, prompts: list[tuple[int, ...]], sampling: Sampling, finite: Finite) -> list[list[Sample]]:
-        """Left-padded batch. The random numbers depend on the batch's first prompt: transformers has one generator."""
+        """Samples a left-padded batch. The random numbers depend on its first prompt: transformers has a single generator."""
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
         tokens = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -143,9 +146,9 @@ class HuggingFaceRollout:
         device = self.model.device
         rows = attention.repeat_interleave(sampling.n, dim=0).to(device)
         processors = [Mixture(self.reference, self.share, rows), finite] if self.share else [finite]
-        drawn: dict[str, Any] = {"do_sample": False}  # at temperature 0, as in vLLM
+        strategy: dict[str, Any] = {"do_sample": False}  # at temperature 0, as in vLLM
         if sampling.temperature > 0:
-            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            strategy = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(prompt_seed(sampling.seed, prompts[0]))
             output = self.model.generate(
@@ -154,7 +157,7 @@ class HuggingFaceRollout:
                 logits_processor=processors,
                 num_return_sequences=sampling.n,
                 max_new_tokens=min(sampling.max_new_tokens, self.config.data.max_len - longest),
-                **drawn,
+                **strategy,
                 stopping_criteria=[StopText(self.stop, longest)] if self.stop.text else [],
                 eos_token_id=sorted(self.stop.tokens),
                 pad_token_id=pad,

@@ -1,4 +1,4 @@
-"""Who answers in a play: the policy, a mixture of policy and reference, or the follower, who sees the play's first answer."""
+"""Roles in a play: the policy, a mixture of policy and reference, or the follower, which sees the play's first answer."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Tokens = tuple[int, ...]
 
 
 def follower_messages(prompt: Messages, draft: str, instruction: str) -> Messages:
-    """The follower's context (Pasztor et al., arXiv 2512.16626): prompt, draft, and what to do with it. Earlier drafts are
-    not in it, so that it does not grow when drafts are refined again."""
+    """The follower's context (Pasztor et al., arXiv 2512.16626): prompt, draft, and an instruction. Earlier drafts are left
+    out, so it does not grow when drafts are refined repeatedly."""
     return [*prompt, {"role": "assistant", "content": draft.strip()}, {"role": "user", "content": instruction}]
 
 
 def follower_context(chat: ChatFormat, prompt: Prompt, draft: Sample, instruction: str, longest: int) -> Tokens:
-    """Tokens of the follower's context; a draft that would make it longer than ``longest`` is shown without its end.
+    """Tokens of the follower's context. If it would exceed ``longest``, the end of the draft is cut off.
 
     Raises ValueError if prompt and instruction alone are longer.
     """
@@ -40,7 +40,7 @@ def follower_context(chat: ChatFormat, prompt: Prompt, draft: Sample, instructio
     while len(context := rendered(text)) > longest:
         if not ids:
             raise ValueError(
-                f"the follower's prompt and instruction have {len(context)} tokens, {longest} fit: raise --data.max_len"
+                f"the follower's prompt and instruction have {len(context)} tokens, but {longest} fit: raise --data.max_len"
             )
         ids = ids[: len(ids) - (len(context) - longest)] if len(ids) > len(context) - longest else ()
         text = chat.tokenizer.decode(ids, skip_special_tokens=True)
@@ -49,19 +49,19 @@ def follower_context(chat: ChatFormat, prompt: Prompt, draft: Sample, instructio
 
 def follower_room(chat: ChatFormat, instruction: str, max_new_tokens: int) -> int:
     """Tokens that a prompt must leave for draft, instruction and the follower's answer. Raises ValueError if the chat template
-    has no place for them."""
+    does not allow a second question."""
     question: Messages = [{"role": "user", "content": "?"}]
     (revision,) = chat.prompts([follower_messages(question, "", instruction)])
     if revision is None:
         raise ValueError(
-            f"the chat template of {chat.tokenizer.name_or_path} refuses a question, an answer and another question, which is "
-            "what a follower sees: use a model that can be asked twice"
+            f"the chat template of {chat.tokenizer.name_or_path} refuses a question, an answer and a second question, which a "
+            "follower sees: use a model for more than one turn"
         )
     return len(revision) - len(chat.prompt(question)) + 2 * max_new_tokens
 
 
 def prompt_room(algorithm: type[Algorithm[Any]], options: Any, config: Config, chat: ChatFormat) -> int:
-    """Tokens that a prompt must leave for everything that is drawn after it in a run of this algorithm."""
+    """Tokens that a prompt must leave for everything that is sampled after it in a run of this algorithm."""
     room = config.rollout.max_new_tokens
     if not issubclass(algorithm, PlayAlgorithm):
         return room
@@ -70,9 +70,9 @@ def prompt_room(algorithm: type[Algorithm[Any]], options: Any, config: Config, c
 
 
 class Roles:
-    """Draws the answers of plays. engine: for every role but the mixture with the reference. mixture: for that one; may be the
-    engine where the reference's share is 0. folders: with the weights of each role, which are loaded before it answers. clock:
-    times the loading as the part ``sync``."""
+    """Samples the answers of plays. engine: for every role except ``mixture``. mixture: for that role; may be the engine if the
+    reference's share is 0. folders: with the weights of each role, loaded before it answers. longest: of an answer's context,
+    in tokens. clock: times the loading as ``sync``."""
 
     def __init__(
         self,
@@ -92,25 +92,26 @@ class Roles:
         self.mixture = mixture
         self.folders = folders
         self.settings = settings
-        self.longest = longest  # context of an answer, in tokens
+        self.longest = longest
         self.clock = clock
 
     def answer(
         self, prompts: Sequence[Prompt], tokens: Sequence[Tokens], seed: int
     ) -> list[list[tuple[Tokens, Sample]]]:
-        """For each prompt its answers with their contexts, in the order of the roles. tokens: of the prompts. Collective."""
+        """Answers to each prompt with their contexts, in the order of the roles. tokens: of the prompts. Collective."""
         answers: list[list[tuple[Tokens, Sample]]] = [[] for _ in prompts]
-        for place, (role, count) in enumerate(self.runs):
+        for number, (role, count) in enumerate(self.runs):
             contexts = list(tokens)
             if role == "follower":
                 contexts = [
-                    follower_context(self.chat, prompt, own[0][1], self.instruction, self.longest)
-                    for prompt, own in zip(prompts, answers, strict=True)
+                    follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)
+                    for prompt, play in zip(prompts, answers, strict=True)
                 ]
             rollout = self.mixture if role == "mixture" else self.engine
             with self.clock("sync"):
-                rollout.load(self.folders[role])  # nothing happens if the role before had the same
-            found = rollout.generate(contexts, sampling_of(self.settings, prompt_seed(seed, (place,)), count), label="")
-            for own, context, samples in zip(answers, contexts, found, strict=True):
-                own += [(context, sample) for sample in samples]
+                rollout.load(self.folders[role])  # does nothing if these weights are loaded
+            sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count)
+            sampled = rollout.generate(contexts, sampling, label="")
+            for play, context, samples in zip(answers, contexts, sampled, strict=True):
+                play += [(context, sample) for sample in samples]
         return answers

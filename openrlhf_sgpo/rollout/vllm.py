@@ -17,7 +17,7 @@ from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONM
 
 
 class VllmRollout:
-    """``--vllm.num_engines`` engines; prompts are dealt to them in turn, n samples of a prompt are one request."""
+    """``--vllm.num_engines`` engines that get the prompts in turn; the n samples of a prompt are one request."""
 
     def __init__(self, config: Inference, chat: ChatFormat, folder: str):
         self.config = config
@@ -25,7 +25,7 @@ class VllmRollout:
         self.stop.add_ends_of(folder, config.model.trust_remote_code)
         self.folder = folder
         self.engines: list[Any] = []
-        self.compared = 0  # tensors that the engines compared with the files of the last policy, bit by bit
+        self.compared = 0  # tensors compared bit by bit with the files of the last policy
         self.sleeps = config.vllm.enable_sleep and torch.cuda.is_available()
         ranks.on_rank_0(self._start)
 
@@ -35,7 +35,7 @@ class VllmRollout:
         ray_session.start_ray(environment | ({} if on_gpu else CPU_ENVIRONMENT))
         settings = self.config.vllm
         self.arguments: dict[str, Any] = {
-            # Engines get no key for the hub.
+            # A folder, because engines get no access token for the hub.
             "model": local_folder(self.folder),
             "worker_extension_cls": "openrlhf_sgpo.openrlhf.engine.PolicyLoader",
             "dtype": DTYPES[self.config.ds.param_dtype],
@@ -66,7 +66,7 @@ class VllmRollout:
         return engine.remote(**self.arguments, seed=self.config.train.seed + number)
 
     def _wait_for(self, numbers: Iterable[int]) -> None:
-        """Returns once these engines are up. Raises RuntimeError if one does not start."""
+        """Returns when these engines are up. Raises RuntimeError if one does not start."""
         import ray
 
         for number in numbers:
@@ -76,7 +76,7 @@ class VllmRollout:
                 raise RuntimeError(f"vLLM engine {number} did not start: {_last_line(error)}") from error
 
     def _restart(self, number: int) -> None:
-        """An engine in the place of one that died, with the present policy."""
+        """Replace an engine that died by a new one with the current policy."""
         import ray
 
         ray.kill(self.engines[number])
@@ -89,38 +89,38 @@ class VllmRollout:
         return self._ask([(number, method, arguments) for number in range(len(self.engines))])
 
     def _ask(self, calls: list[tuple[int, str, tuple[Any, ...]]], label: str = "") -> list[Any]:
-        """The answers to calls of engines: number, method, arguments. An engine that dies is started again and asked once more
-        for what it owes; with its seed, a prompt gets the same samples.
+        """The results of calls (engine number, method, arguments). An engine that dies is restarted, and its unanswered calls
+        are repeated once; each prompt has its own seed, so its samples are the same.
 
-        Raises RuntimeError if an engine dies again over the same calls, or fails.
+        Raises RuntimeError if a call fails, or if an engine dies again during the same calls.
         """
         import ray
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        answers: dict[int, Any] = {}
+        results: dict[int, Any] = {}
         died: dict[int, Exception] = {}
         for _ in range(2):
             for number in died:
-                say(f"vLLM engine {number} died; it is started again")
+                say(f"vLLM engine {number} died; restarting it")
                 self._restart(number)
             died = {}
             open_calls = [
-                (place, number, getattr(self.engines[number], method).remote(*arguments))
-                for place, (number, method, arguments) in enumerate(calls)
-                if place not in answers
+                (index, number, getattr(self.engines[number], method).remote(*arguments))
+                for index, (number, method, arguments) in enumerate(calls)
+                if index not in results
             ]
-            for place, number, request in Progress(open_calls, desc=label, unit="prompt", disable=not label):
+            for index, number, request in Progress(open_calls, desc=label, unit="prompt", disable=not label):
                 try:
-                    answers[place] = ray.get(request)
+                    results[index] = ray.get(request)
                 except (ray.exceptions.RayActorError, EngineDeadError) as error:
                     died[number] = error
                 except ray.exceptions.RayError as error:
                     raise RuntimeError(f"vLLM engine {number} failed: {_last_line(error)}") from error
             if not died:
-                return [answers[place] for place in range(len(calls))]
+                return [results[index] for index in range(len(calls))]
         number, death = next(iter(died.items()))
         raise RuntimeError(
-            f"vLLM engine {number} died twice over the same prompts ({_last_line(death)}); if the system ran out of memory, "
+            f"vLLM engine {number} died twice on the same prompts ({_last_line(death)}); if the system ran out of memory, "
             "lower --data.max_len, --vllm.num_engines or --vllm.gpu_memory_utilization"
         ) from death
 
@@ -153,7 +153,7 @@ class VllmRollout:
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_new_tokens,
             "stop_token_ids": sorted(self.stop.tokens),
-            # The engine needs texts only to find an end of turn of several tokens, special ones among them.
+            # Text is decoded only to detect an end of turn of several tokens, which may include special tokens.
             "stop": [self.stop.text] if self.stop.text else None,
             "detokenize": bool(self.stop.text),
             "skip_special_tokens": False,
@@ -172,21 +172,21 @@ class VllmRollout:
         return results
 
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
-        """Every engine is asked; raises RuntimeError if two engines disagree by more than 0.1 nats per token."""
+        """From every engine; raises RuntimeError if an engine differs from the first by more than 0.1 nats per token."""
         return ranks.on_rank_0(lambda: self._log_probs(sequences))
 
     def _log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         self._wake()
         numbers = range(len(self.engines))
         calls = [(number, "log_probs", (list(sequence),)) for number in numbers for sequence in sequences]
-        found = self._ask(calls)
+        log_probs = self._ask(calls)
         self._sleep()
-        answers = [found[number * len(sequences) : (number + 1) * len(sequences)] for number in numbers]
-        for number, other in enumerate(answers[1:], start=1):
-            gaps = [abs(sum(a) - sum(b)) / len(a) for a, b in zip(answers[0], other, strict=True)]
+        by_engine = [log_probs[number * len(sequences) : (number + 1) * len(sequences)] for number in numbers]
+        for number, engine_log_probs in enumerate(by_engine[1:], start=1):
+            gaps = [abs(sum(a) - sum(b)) / len(a) for a, b in zip(by_engine[0], engine_log_probs, strict=True)]
             if max(gaps) > 0.1:
                 raise RuntimeError(f"engines 0 and {number} hold different weights: {max(gaps):.3g} nats per token")
-        return answers[0]
+        return by_engine[0]
 
     def close(self) -> None:
         if self.engines:
@@ -199,7 +199,7 @@ class VllmRollout:
 
 
 def local_folder(model: str) -> str:
-    """The folder of a model; one of the hub is downloaded where it is not there yet."""
+    """The folder of a model; a model of the hub is downloaded unless it is cached."""
     if os.path.isdir(model):
         return model
     from huggingface_hub import snapshot_download
@@ -208,5 +208,5 @@ def local_folder(model: str) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    """What went wrong: Ray's messages begin with where."""
+    """The cause of the error: Ray's messages begin with a traceback."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""vLLM on a machine without a GPU: the environment of its engines, and weights that can be replaced."""
+"""vLLM on machines without a GPU: the environment of its engines, and weights that can be replaced."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ PLAIN_WEIGHTS = "OPENRLHF_SGPO_PLAIN_WEIGHTS"
 
 CPU_ENVIRONMENT = {
     PLAIN_WEIGHTS: "1",
-    # Otherwise a CPU engine gets a worker process of its own, and both poll for each other while the policy trains.
+    # Otherwise a CPU engine has a separate worker process, and the two poll each other while the policy trains.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "TORCHDYNAMO_DISABLE": "1",  # compiling for a CPU takes longer than small runs do
+    "TORCHDYNAMO_DISABLE": "1",  # compiling for a CPU takes longer than small runs
     "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
 }
 
-# Eager for the same reason. vLLM 0.29 cannot rewind a CPU random generator, which it does for a request that has its own
-# seed and whose prompt is prefilled in chunks.
+# Eager for the same reason. No chunked prefill, because vLLM 0.29 rewinds the random generator of a seeded request whose prompt
+# is prefilled in chunks, which is impossible on a CPU.
 CPU_ENGINE_ARGUMENTS = {"enforce_eager": True, "enable_chunked_prefill": False}
 
 
 def keep_plain_weights() -> None:
     """vLLM plugin (entry point ``vllm.general_plugins``), active in this package's engines only.
 
-    On CPU vLLM packs every linear weight when a model is loaded and drops the parameter, so that a later
-    ``load_weights`` fails. Here the layer keeps its parameter and calls the plain product.
+    On a CPU vLLM packs every linear weight when it loads a model and drops the parameter, so a later ``load_weights`` fails.
+    With this plugin the layer keeps its parameter and calls ``torch.nn.functional.linear``.
     """
     if os.environ.get(PLAIN_WEIGHTS) != "1":
         return

@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_cut_at_the_beginning_of_the_prompt(tiny_reward_mod
 
 def test_a_language_model_is_no_reward_model(tiny_model, tmp_path):
     judge = oracle(tiny_model, tmp_path)
-    with pytest.raises(ValueError, match=r"has no weights score.weight: it is no reward model") as caught:
+    with pytest.raises(ValueError, match=r"has no weights score.weight: it is not a reward model") as caught:
         judge.rewards(QUESTIONS, "test")
     assert f"--reward.model_name_or_path {tiny_model}" in str(caught.value)
     assert not (tmp_path / "rewards").exists()

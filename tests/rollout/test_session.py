@@ -108,7 +108,7 @@ def test_an_engine_that_dies_is_started_again_and_asked_again(session, capsys):
     (engine,) = [process for process in ray_session._processes(folder) if "RolloutEngine" in process.name()]
     threading.Timer(0.1, engine.kill).start()
     assert rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test") == undisturbed
-    assert "vLLM engine 0 died; it is started again" in capsys.readouterr().out
+    assert "vLLM engine 0 died; restarting it" in capsys.readouterr().out
     assert not engine.is_running()
 
 
@@ -118,7 +118,7 @@ def test_an_engine_that_dies_twice_ends_the_run_with_one_message_and_leaves_noth
     (engine,) = [process for process in ray_session._processes(folder) if "RolloutEngine" in process.name()]
     engine.kill()
     monkeypatch.setattr(rollout, "_restart", lambda number: None)  # as if it had died at once
-    with pytest.raises(RuntimeError, match="vLLM engine 0 died twice over the same prompts"):
+    with pytest.raises(RuntimeError, match="vLLM engine 0 died twice on the same prompts"):
         rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
     begin = Path(folder).stat().st_mtime
     rollout.close()
