@@ -1,4 +1,4 @@
-"""What is measured of a policy between rounds: that the engines really hold it, held-out pairs, and fresh samples."""
+"""What is measured between rounds: held-out pairs, proof that the engines hold the policy, and fresh samples from them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Evaluator:
         return check_weights_arrived(engine, self.probes, log_probs, before, self.config.ds.param_dtype, self._noise)
 
     def calibrate(self, start: dict[str, Any]) -> None:
-        """How far engine and trainer are apart on the same weights, from the row of the start, before there is a sync."""
+        """Take the difference between engine and trainer on equal weights from the start's row, where nothing was trained."""
         self._noise = start.get("probe", {}).get("noise")
 
     def preferences(self, name: str, policy: str, path: Path) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Evaluator:
         return [(pair, group) for pair, group in tokens if group is not None]
 
     def _probes(self) -> list[Group]:
-        """Fixed texts for the weight probe; an engine wants room for one more token."""
+        """Fixed texts for the weight probe. An engine needs room for one more token."""
         data, longest = self.run.data, self.config.data.max_len - 1
         candidates = data.held_out.groups[:PROBES] or data.human.groups[:PROBES]
         if not candidates:

@@ -27,9 +27,9 @@ from openrlhf_sgpo.training.trainer import Trainer
 
 
 def execute(config: Config, algorithm: type[Algorithm[Any]], options: Any) -> list[dict[str, Any]]:
-    """Runs all stages that are not finished yet; returns the rows of the results table, the start's first.
+    """Runs all stages that are not finished yet. Returns the rows of the results table, beginning with the start.
 
-    Raises ValueError for whatever the user can mend, before a model is loaded where it can be known by then.
+    Raises ValueError for everything the user can fix, before a model is loaded if it can be known by then.
     """
     run = Run(config, algorithm, options)
     source: Source = FreshAnswers(run) if algorithm.fresh_answers else StoredPairs(run)
@@ -92,7 +92,8 @@ def train_round(run: Run, source: Source, number: int) -> None:
 
 
 def evaluate_policy(run: Run, evaluator: Evaluator, number: int | None) -> dict[str, Any]:
-    """evaluation.json of the policy after a round, or of the start (None). The engines take the policy over, and prove it."""
+    """evaluation.json of the policy after a round, or of the start (None). The engines load the policy, and prove that they
+    hold it."""
     path = run.folder.round(number)
     if not run.finished(number, "evaluate"):
         policy = run.config.model.model_name_or_path if number is None else str(run.folder.policy(number))
@@ -110,7 +111,7 @@ def evaluate_policy(run: Run, evaluator: Evaluator, number: int | None) -> dict[
 
 
 def write_results(run: Run, rows: list[dict[str, Any]]) -> None:
-    """table.txt, which is also printed, and report.html; then where the policy is, and what can be done with it."""
+    """Write table.txt and report.html; print the table, where the policy is, and commands to go on with."""
     if not run.writes:
         return
     table = results_table(rows, run.ledger.stages)

@@ -34,7 +34,7 @@ from openrlhf_sgpo.training.scoring import Scorer
 
 
 class Run:
-    """One run of one algorithm. ``__init__`` reads and checks all that costs little, ``open`` starts the rest."""
+    """One run of one algorithm. ``__init__`` reads and checks everything that is cheap, ``open`` starts the rest."""
 
     def __init__(self, config: Config, algorithm: type[Algorithm[Any]], options: Any):
         transformers_logging.disable_progress_bar()  # a bar per shard and stage would drown this package's own
@@ -72,8 +72,8 @@ class Run:
             oracle.get(config.oracle).check_prompts(config, self.data.prompts.prompts + held_out)
 
     def open(self, numbers: Sequence[int], plan: Sequence[str]) -> None:
-        """Start the ranks' process group, and take or resume the run folder. numbers: of the rounds. plan: all stages of the
-        run in their order, by their names in the ledger. Collective."""
+        """Start the ranks' process group, and create or resume the run folder. numbers: of the rounds. plan: all stages of the
+        run in order, by their names in the ledger. Collective."""
         config = self.config
         self.numbers = numbers
         self.plan = plan
@@ -131,7 +131,7 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, float]]:
-        """A stage is announced; what it costs is yielded, and gets the tokens that it scored."""
+        """Announce a stage. Yields its cost, to which the block adds; the tokens that it scored are added at the end."""
         seconds = {done: entry["seconds"] for done, entry in self.ledger.stages.items() if "seconds" in entry}
         self.say(stage_line(name, self.plan, seconds))
         before = self.scorer.tokens_scored
@@ -185,4 +185,4 @@ class Run:
             or not self.folder.finished(None, "evaluate"),
         }.items():
             if not known:
-                say(f"{lost} is missing: what it said of finished stages is lost")
+                say(f"{lost} is missing: its figures of finished stages are lost")

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """Base of both sources; methods are in the order in which the loop calls them. All are collective.
+    """Base of both sources. Methods stand in the order in which the loop calls them. All are collective.
 
     Class attributes: ``training``, the name of the stage in which steps are taken; ``shown``, metrics beside the progress bar
-    by their short names; ``follows_policy``, whether batches are sampled from the policy as it is after each step.
+    by their short names; ``follows_policy``, whether each batch is sampled from the policy that the last step left.
     """
 
     training: ClassVar[str]
@@ -41,10 +41,10 @@ class Source:
         """The run is open and begins, or goes on."""
 
     def prepare(self, number: int) -> None:
-        """What a round needs before its training, in stages of its own."""
+        """Make what the round trains on, in stages of their own."""
 
     def begin(self, number: int) -> TrainingStage:
-        """What is trained in a round, with an algorithm that has begun the stage."""
+        """What is trained in a round. The algorithm has begun the stage."""
         raise NotImplementedError
 
     def restore(self, stage: TrainingStage, trainer: Trainer, step: int) -> None:
@@ -55,14 +55,14 @@ class Source:
         raise NotImplementedError
 
     def record(self, step: int, recorded: Tensor) -> dict[str, float]:
-        """Store what a step has recorded, see ``Trainer.step``, where the source does; returns further metrics."""
+        """Store what a step has recorded (see ``Trainer.step``), if the source keeps it; returns further metrics."""
         return {}
 
     def sync(self) -> None:
         """The next batch is sampled from the weights that were just trained."""
 
     def files(self, number: int) -> list[str]:
-        """What the training of a round has left in its folder."""
+        """Files and folders that the training of a round has left in the round's folder."""
         raise NotImplementedError
 
     def end(self, number: int) -> None:

@@ -41,7 +41,7 @@ from openrlhf_sgpo.training.trainer import Trainer, TrainingStage
 
 
 class FreshAnswers(Source):
-    """Rounds of steps, each on answers that were sampled and judged for it."""
+    """Rounds of steps. The answers of each step are sampled and judged for that step."""
 
     training = "play"
     shown: ClassVar[dict[str, str]] = {"loss": "loss", "wins": "wins", "grad_norm": "grad_norm"}
@@ -70,7 +70,8 @@ class FreshAnswers(Source):
         return ["initial/evaluate", *stages]
 
     def open(self) -> None:
-        """Rounds that ended after the latest whole checkpoint are played again where another follows, which begins with it."""
+        """A round that ended after the latest whole checkpoint is played again if another round follows, because that one
+        begins from it."""
         done = sum(self.run.finished(number, self.training) for number in self.numbers)
         if done in (0, len(self.numbers)):
             return
@@ -133,7 +134,7 @@ class FreshAnswers(Source):
             self.sync()
 
     def batch(self, step: int) -> list[list[Play]]:
-        """Draw the step's plays, which are the same on every rank; each trains on its share."""
+        """Draw the step's plays. They are the same on every rank, and each rank trains on its share."""
         config, cost, oracle = self.config, self.trainer.stage.cost, self.run.frozen_oracle()
         prompts = self._prompts_of(step)
         tokens = [self.run.data.prompts.tokens_of(prompt) for prompt in prompts]
@@ -169,8 +170,8 @@ class FreshAnswers(Source):
         return [self.plays[start : start + size] for start in range(first, first + share, size)]
 
     def record(self, step: int, recorded: Tensor) -> dict[str, float]:
-        """A line of plays.jsonl for each play. Metrics: wins, the mean preference for the first answer over the others; of each
-        role the tokens per answer, and the share that the length limit cut."""
+        """Append a line to plays.jsonl for each play. Metrics: wins, the mean preference for the first answer over the others;
+        and for each role the tokens per answer and the share of answers that the length limit cut."""
         if self.run.writes:
             with open(self._file(self.number), "a", encoding="utf-8") as file:
                 for play, log_probs in zip(self.plays, recorded.tolist(), strict=True):
@@ -190,7 +191,7 @@ class FreshAnswers(Source):
         return metrics
 
     def sync(self) -> None:
-        """The roles answer with the weights that were just trained, from folders that are there until the next time."""
+        """The roles answer with the weights that were just trained. Their folders exist until the next sync."""
         with self.trainer.clock("sync"):
             self._synced += 1
             folder = self.weights / str(self._synced)
@@ -230,7 +231,7 @@ class FreshAnswers(Source):
         return {"step": step, "id": play.prompt.id, "answers": answers, "preferences": play.preferences}
 
     def _prompts_of(self, step: int) -> list[Prompt]:
-        """The batch of a step: the prompts in an order that is shuffled anew every epoch, in whole batches."""
+        """The batch of a step. Prompts are shuffled in every epoch, and an epoch has whole batches only."""
         size = self.config.train.batch_size
         epoch, place = divmod(step - 1, len(self.prompts) // size)
         order = _shuffled(len(self.prompts), prompt_seed(self.config.train.seed, (epoch,)))
@@ -240,7 +241,7 @@ class FreshAnswers(Source):
         return self.folder.round(number) / "plays.jsonl"
 
     def _rewind(self, step: int) -> None:
-        """Drop what a killed process recorded after ``step``: those steps are taken again."""
+        """Drop what a killed process recorded after ``step``, because those steps are taken again."""
         path = self._file(self.number)
         if self.run.writes:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,12 +250,12 @@ class FreshAnswers(Source):
             count = (step - (self.number - 1) * self.config.rounds.steps) * self.config.train.batch_size
             if (there := len(read_jsonl(path))) != count:
                 raise ValueError(
-                    f"{path}: {there} rows are there up to step {step}, {count} were written; restore it from a copy, or "
-                    "start again in another --ckpt.output_dir"
+                    f"{path}: {there} rows up to step {step}, but {count} were written; restore it from a copy, or start again "
+                    "in another --ckpt.output_dir"
                 )
 
     def _folders(self) -> dict[Role, str]:
-        """With the weights of each role when the round begins."""
+        """Folders with the weights of each role when the round begins."""
         folders = dict.fromkeys(self.play.roles, self.run.policy_before(self.number))
         if self.number > 1:
             before = self.folder.round(self.number - 1)
@@ -273,7 +274,7 @@ class FreshAnswers(Source):
 
 @lru_cache(maxsize=1)
 def _shuffled(count: int, seed: int) -> list[int]:
-    """The numbers below ``count`` in the order of an epoch, which all its steps share."""
+    """The numbers below ``count`` in the order of an epoch. All steps of the epoch share it."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     return order

@@ -78,7 +78,7 @@ class StoredPairs(Source):
         else:
             self._seed_pairs()
             if self.prompt_counts:
-                self._round_prompts(1)  # too few prompts must not show only after the seed stage
+                self._round_prompts(1)  # so that too few prompts are an error before the seed stage, not after it
 
     def _seed_pairs(self) -> None:
         """round_0/pairs.jsonl: the seed, chosen among the human pairs."""
@@ -171,7 +171,7 @@ class StoredPairs(Source):
         self._write_pairs(number, pairs, facts)
 
     def _no_preference(self, number: int, rewards: Sequence[Sequence[float]]) -> str:
-        """Why all rewards are equal, and what to do."""
+        """Why all rewards are equal, and the remedy."""
         start = f"round {number}: all answers to a prompt got the same reward, so there is nothing to learn"
         if any(any(row) for row in rewards) or self.run.has_oracle:
             return f"{start}: --oracle {self.config.oracle} does not tell such answers apart; choose another"
@@ -261,7 +261,7 @@ class StoredPairs(Source):
     def end(self, number: int) -> None:
         self._batches = None
         if self.run.writes:
-            # Only now have the checkpoints served: a kill before would otherwise cost the whole stage.
+            # Not earlier: without checkpoints, a kill before the stage was recorded as finished would cost all of it.
             shutil.rmtree(self._checkpoints(number), ignore_errors=True)
 
     def results(self, number: int) -> dict[str, Any]:
@@ -284,7 +284,7 @@ class StoredPairs(Source):
         return self.config.ref.model_name_or_path if initial else self.run.policy_before(number)
 
     def _round_prompts(self, number: int) -> list[Prompt]:
-        """This round's share of the prompts, which are shuffled once; those of seed and held-out pairs are left out."""
+        """This round's share of the prompts. They are shuffled once, without the prompts of seed and held-out pairs."""
         if self._shuffled is None:
             taken = {prompt_key(pair.prompt) for pair in self._read_pairs(0)} | self.data.held_out_prompts
             self._shuffled = [

@@ -1,4 +1,4 @@
-"""Stored pairs in training: their order, and the forward pass that turns some of them into a batch for the loss."""
+"""Stored pairs in training: their order, and the forward pass that turns a micro-batch into a batch for the loss."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class PairSamples:
 
 
 class PairBatches:
-    """The pairs of each step on this rank, in the order in which OpenRLHF's data loader takes them: shuffled anew in every
-    epoch, in whole micro-batches, with steps that may reach from one epoch into the next.
+    """The pairs of each step on this rank, in the order of OpenRLHF's data loader: shuffled in every epoch, in whole
+    micro-batches, with steps that may reach from one epoch into the next.
 
     reference: log-probabilities of (chosen, rejected) of each group under the loss's reference.
     """
@@ -69,10 +69,10 @@ class PairBatches:
 
 class PairForward:
     """Forward passes over micro-batches of pairs. frozen: the model ``reference``, for an algorithm that extrapolates logits;
-    otherwise the log-probabilities that come with the pairs are all that is needed of it.
+    other algorithms need only its log-probabilities, which come with the pairs.
 
-    Log-probabilities are those at temperature 1, whatever ``--rollout.temperature``: the implicit reward is one of the policy
-    as people use it, and many pairs were not sampled from it.
+    Log-probabilities are taken at temperature 1, whatever ``--rollout.temperature`` is: the implicit reward is that of the
+    policy itself, and human pairs were not sampled at any temperature.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class PairForward:
         return list(map(len, samples.groups))
 
     def summary(self, recorded: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-        """Figures that must be finite, what comes first being the cause of what follows; and metrics of a step."""
+        """Figures that must be finite, causes before their effects; and metrics of a step."""
         accurate = (recorded[:, 2] > 0).to(recorded)
         means = dict(zip(RECORDED, recorded.mean(0).tolist(), strict=True))
         causes = {

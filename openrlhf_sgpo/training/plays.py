@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Play:
-    """Answers to one prompt by the algorithm's roles, in their order, each with the tokens that it followed. preferences: the
+    """Answers to one prompt, in the order of the algorithm's roles, each with the tokens of its context. preferences: the
     oracle's matrix over the answers."""
 
     prompt: Prompt
@@ -46,8 +46,8 @@ class PlayForward:
     """Forward passes over micro-batches of plays. frozen: the models that the algorithm names in ``models``. clock: times
     their forward passes as the part ``log_probs``.
 
-    Log-probabilities are those at the temperature at which the answers were drawn, because a policy gradient is one of the
-    distribution that was sampled from.
+    Log-probabilities are taken at the temperature at which the answers were drawn, because a policy gradient is that of the
+    distribution that was sampled.
     """
 
     def __init__(
@@ -105,8 +105,8 @@ class PlayForward:
         return [sum(map(len, play.groups())) for play in samples]
 
     def summary(self, recorded: Tensor) -> tuple[dict[str, float], dict[str, float]]:
-        """Figures that must be finite, what comes first being the cause of what follows; and metrics of a step. Of each role:
-        kl, the mean log-ratio to the first frozen model, and entropy, minus the mean log-probability, in nats per answer."""
+        """Figures that must be finite, causes before their effects; and metrics of a step. For each role: kl, the mean
+        log-ratio to the first frozen model, and entropy, minus the mean log-probability, in nats per answer."""
         policy, anchor = recorded.tensor_split(2, dim=1)
         causes = {
             "mean log-probability of the answers": policy.mean().item(),

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Forward(Protocol):
-    """What is particular about a kind of samples; see ``PairForward`` and ``PlayForward``."""
+    """What differs between the two kinds of samples; see ``PairForward`` and ``PlayForward``."""
 
     def batch(self, model: Actor, samples: Any, step: int) -> Any:
         """What the loss reads of a micro-batch, with gradient."""
@@ -45,14 +45,14 @@ class Forward(Protocol):
 
 @dataclass(frozen=True)
 class TrainingStage:
-    """What is trained, and from where to where.
+    """What is trained, from which policy and step to which.
 
     number, label: of the round. algorithm: after ``begin_stage``. forward: makes the forward pass from the frozen models by
     name. start: folder of the policy. frozen: folders of the models that the forward pass reads. first, last: steps after
     ``first`` are taken, up to ``last``, of a learning-rate schedule over ``scheduled`` steps. adapters: names of the LoRA
     adapters where there are several, each with its multiple of the learning rate. policies: where the policy of each adapter
     goes. checkpoints: their folder. keeps_optimizer: the next stage goes on with this optimiser, so the last step is a
-    checkpoint too. generator: name of the random numbers of adapters and dropout. facts: for the manifest. cost: what the stage
+    checkpoint too. generator: seeds the random numbers of adapters and dropout. facts: for the manifest. cost: what the stage
     has cost so far.
     """
 
