@@ -1,7 +1,7 @@
-"""The worst case over a Wasserstein ball of margins: exact solution, the paper's program, losses of the leaders.
+"""The worst case over a Wasserstein ball of margins: the exact solution, the paper's program, and the leader's losses.
 
-``solve_worst_case``, and ``solve_best_case`` for the other side of the same ball, need torch only. ``program`` (cvxpy) and
-``slsqp`` (SciPy) are loaded when first asked for.
+``solve_worst_case`` and its counterpart ``solve_best_case`` need only torch. ``program`` (cvxpy) and ``slsqp`` (SciPy) are
+loaded on first use.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _LAZY = {"program": "program", "ProgramSolution": "program", "slsqp": "slsqp", "SlsqpSolution": "slsqp"}
 
 
-class _Room(ModuleType):
-    """This package. Two functions share the name of their file, and importing a file binds its name to the file."""
+class _Package(ModuleType):
+    """This package. Two functions are named like their modules, and importing a module would replace the function by it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, getattr(value, name) if name in _LAZY and isinstance(value, ModuleType) else value)
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
-sys.modules[__name__].__class__ = _Room
+sys.modules[__name__].__class__ = _Package
 
 __all__ = [
     "BestCase",

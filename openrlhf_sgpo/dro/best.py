@@ -1,30 +1,30 @@
-"""The best case of a convex falling loss over the same Wasserstein ball, solved exactly by one sort.
+"""The best case of a convex decreasing loss over the same Wasserstein ball, solved exactly by one sort.
 
     V = inf { E_alpha[l] : W1(alpha, empirical) <= radius }
 
 with l(x) = -log sigmoid(x) on the whole line (margin space), or l(x) = -log x on [0, 1] (probability space, where
-x = sigmoid(xi)). No tangents stand for the loss, because nothing is sent to where it is steepest. This is not in the SGPO
-paper (arXiv 2502.18099), whose follower is the worst case (``solve.py``).
+x = sigmoid(xi)). The loss is not replaced by tangents, because no mass is sent to where it is steepest. This is not in the
+SGPO paper (arXiv 2502.18099), whose follower is the worst case (``solve.py``).
 
-Primal. Jensen's inequality lets every sample keep its mass together, at one place y_i: spreading it costs as much and
-helps less. Moving left never helps. What is left is a convex program in y_i >= x_i, and at its optimum all samples that
-move have the same slope l'(y_i), hence the same place: they are raised to one level c, and the others stay.
+Primal. By Jensen's inequality every sample can keep its mass together, at one point y_i: spreading it costs as much and
+helps less. Moving left never helps. This leaves a convex program in y_i >= x_i, and at its optimum all samples that move
+have the same slope l'(y_i), hence the same y_i: they are raised to one level c, and the others stay.
 
     V = mean_i l(max(x_i, c)),        c such that  mean_i (c - x_i)_+ = radius
 
-The left side of that equation is piecewise linear in c and bends at the samples: sort them, sum up what it costs to raise
-everybody below one sample to the next, and search that list for the radius.
+The left side of this equation is piecewise linear in c with kinks at the samples: sort them, accumulate the cost of raising
+all samples below each one to it, and search these costs for the radius.
 
-Dual. One number lam, the loss that a unit of budget saves:
+Dual. With one number lam, the loss saved per unit of budget:
 
     V = max_{lam >= 0}  -lam * radius + mean_i psi(x_i),      psi(x) = min_z l(z) + lam * |z - x|
 
-The minimum lies at x if l is no steeper than lam there; then psi(x) = l(x). Elsewhere psi(x) = h(lam) - lam * x with
+The minimum is at x if l is no steeper than lam there; then psi(x) = l(x). Otherwise psi(x) = h(lam) - lam * x with
 
     h(lam) = min_z l(z) + lam * z = -lam log(lam) - (1 - lam) log(1 - lam)      margin space, 0 <= lam <= 1
                                   = 1 + log(lam), or lam if lam < 1             probability space
 
-and lam = -l'(c) attains the maximum. The dual value is computed from lam alone, without c and without the places y_i. It
+and lam = -l'(c) attains the maximum. The dual value is computed from lam alone, without c and without the points y_i. It
 is a lower bound on V for every lam; the primal value is an upper bound. Their difference certifies both.
 """
 
@@ -47,14 +47,14 @@ class BestCase:
     """The best case and its certificate. Scalars are Python floats; "units of the space" are those of xi or sigmoid(xi).
 
     value: best-case mean loss V, from the primal solution.    dual_value: the same from the dual, a lower bound.
-    empirical: mean loss -log sigmoid(xi) without any help.
+    empirical: mean loss -log sigmoid(xi) at the margins themselves.
     slope: lam = -l'(c), loss per unit of the space, and -dV/dradius. 0 if saturated.
-    level: c, to where the samples below it are raised, units of the space. The smallest sample at radius 0.
+    level: c, to which the samples below it are raised, units of the space. The smallest sample at radius 0.
     threshold: the level as a margin: c itself, or log(c / (1 - c)) in probability space (inf if saturated).
     fraction_moved: share of the samples that are raised, 0 to 1.
     raised: (N,) distance (c - x_i)_+ of every sample, units of the space, in the dtype and on the device of the input.
     budget_used: share of the radius that is spent, 0 to 1 (0 at radius 0).
-    saturated: probability space only; the budget raises everything to p = 1, where the loss is 0 and has no gradient.
+    saturated: probability space only; the budget raises all samples to p = 1, where the loss is 0 and has no gradient.
     margins: (N,) float64 copy of the margins as given.
     """
 
@@ -74,11 +74,11 @@ class BestCase:
 
     @property
     def window(self) -> tuple[float, float]:
-        """Of the support, which has no ends."""
+        """The support, which is unbounded."""
         return (-math.inf, math.inf)
 
     def certificate(self) -> dict[str, Any]:
-        """What proves this answer and describes it, JSON-serialisable; see docs/algorithms/sgpo.md."""
+        """The figures that describe and prove this solution, JSON-serialisable; see docs/algorithms/sgpo.md."""
         return {
             "value": self.value,
             "dual_value": self.dual_value,
@@ -90,7 +90,7 @@ class BestCase:
             "fraction_moved": self.fraction_moved,
             "budget_used": self.budget_used,
             "radius": self.radius,
-            # At radius 0 nothing is below the threshold, and JSON has no infinity.
+            # At radius 0 no sample is below the threshold, and JSON has no infinity.
             "threshold": self.threshold if self.radius else None,
             "ball": "best",
             "space": self.space,
@@ -104,9 +104,9 @@ class BestCase:
 
     @property
     def bound(self) -> float:
-        """What no help can go below: empirical - L * radius, or 0, L the steepest slope -l' at any sample.
+        """Lower bound on V: empirical - L * radius, or 0, with L the steepest slope -l' at any sample.
 
-        The loss flattens to the right, so L is its Lipschitz constant wherever the best case can send a sample; it is at
+        The loss flattens to the right, so L is its Lipschitz constant wherever the best case can move a sample; it is at
         most 1 in margin space. In probability space, where -log p as a whole has no such constant, L = 1 / min_i p_i.
         """
         steepest = _steepness(_values(self.margins, self.space).min(), self.space)
@@ -118,7 +118,7 @@ class BestCase:
 
             dV/dxi_i = (1/N) * l'(max(x_i, c)) * dx/dxi,        0 if saturated.
 
-        It is the effect on a mean loss, hence the factor 1/N.
+        This is the effect on a mean loss, hence the factor 1/N.
         """
         if self.saturated:
             return torch.zeros_like(self.raised)
@@ -129,12 +129,12 @@ class BestCase:
         return (-torch.where(values < self.level, pull, stays) / len(values)).to(self.raised.dtype)
 
     def robust_loss(self, margins: Tensor) -> Tensor:
-        """Loss that a leader minimises, per sample: ``best_case_loss`` with this level held fixed.
+        """The leader's loss per sample: ``best_case_loss`` with this level held fixed.
 
-        ``margins`` are those of any samples, any shape; differentiable. Equals the plain logistic loss at radius 0. At the
-        solved margins mean(robust_loss) - slope * radius = value.
+        ``margins`` may be those of any samples, in any shape; differentiable. Equals the plain logistic loss at radius 0.
+        At the solved margins mean(robust_loss) - slope * radius = value.
 
-        Raises ValueError if the ball is saturated: there is nothing to train on.
+        Raises ValueError if the ball is saturated, as the loss then has no gradient.
         """
         if self.saturated:
             raise ValueError(
@@ -147,10 +147,10 @@ class BestCase:
 
 
 def solve_best_case(margins: Tensor, radius: float, *, space: str = "margin") -> BestCase:
-    """Solve the best case exactly in O(N log N) (module docstring for the mathematics).
+    """Solves the best case exactly in O(N log N); the module docstring has the mathematics.
 
     margins: (N,) floating-point tensor on any device; margins in both spaces.
-    radius: of the Wasserstein-1 ball, mean distance per sample in the units of the space (xi, or win probability).
+    radius: of the Wasserstein-1 ball, mean distance per sample in units of the space (xi, or win probability).
     space: ``"margin"`` or ``"probability"``.
 
     Computed in float64. The answer does not depend on the order of the samples.
@@ -217,7 +217,7 @@ def _level(values: Tensor, radius: float) -> float:
     """c with mean_i (c - x_i)_+ = radius; the smallest value at radius 0. May lie beyond 1 in probability space."""
     ordered, count = values.sort().values, len(values)
     shares = torch.arange(1, count, dtype=values.dtype, device=values.device) / count
-    # Entry k is the mean cost of raising all below ordered[k] to it. Its terms are not negative, so nothing cancels.
+    # Entry k is the mean cost of raising all samples below ordered[k] to it. No term is negative, so nothing cancels.
     costs = torch.cat([values.new_zeros(1), (shares * ordered.diff()).cumsum(0)])
     last = int(torch.searchsorted(costs, radius, right=True)) - 1
     return float(ordered[last] + (radius - costs[last]) * (count / (last + 1)))

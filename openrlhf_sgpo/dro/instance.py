@@ -1,4 +1,4 @@
-"""The follower's problem as every solver of this package reads it: checked, in float64, defaults filled in."""
+"""The follower's problem as all solvers of this package read it: checked, in float64, with defaults filled in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openrlhf_sgpo.dro.losses import resolve_pieces, space_variable
 class Instance:
     """A checked follower problem, in float64.
 
-    margins: (N,) a copy of the margins as given. values: (N,) the variable of the space, clipped into the window.
+    margins: (N,) copy of the input. values: (N,) variable of the space, clipped to the window.
     price: (N,) or None, with ``smallest_price`` its minimum (1 for None). window: (a, b) in the units of the space.
     """
 
@@ -39,11 +39,11 @@ def read_instance(
     window_pad: float,
     price: Tensor | None,
 ) -> Instance:
-    """Check a follower problem and fill in its defaults; arguments as in ``solve_worst_case``.
+    """Checks a follower problem and fills in its defaults; arguments as in ``solve_worst_case``.
 
     Raises ValueError for margins that are empty, not 1-dimensional, not floating-point or not finite; a negative or
     non-finite radius or pad; an unknown space; pieces < 1; a window that is empty, leaves [0, 1] in probability space
-    or contains no sample; and prices of another shape or not positive.
+    or contains no sample; and prices that have another shape or are not positive and finite.
     """
     pieces = resolve_pieces(space, pieces)
     if not isinstance(margins, Tensor) or not margins.is_floating_point():
@@ -54,12 +54,12 @@ def read_instance(
     for name, number in (("radius", radius), ("window_pad", window_pad)):
         if not (math.isfinite(number) and number >= 0):
             raise ValueError(f"{name} must be finite and not negative, got {number}")
-    # A copy, because a caller may reuse its buffer of recent margins.
+    # A copy, because callers may reuse their buffer of recent margins.
     margins = margins.detach().to(torch.float64, copy=True)
     low, high = torch.stack(margins.aminmax()).tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
         index = int((~margins.isfinite()).nonzero()[0])
-        raise ValueError(f"margin of sample {index} is {margins[index].item()}; drop that sample, or fix what made it")
+        raise ValueError(f"margin of sample {index} is {margins[index].item()}; drop that sample, or fix its source")
     prices, smallest_price = (None, 1.0) if price is None else _read_price(price, margins)
     values = space_variable(margins, space)
     if window is not None:
@@ -70,7 +70,9 @@ def read_instance(
     else:
         window = (low - window_pad, high + window_pad)
         if not window[0] < window[1]:
-            raise ValueError(f"all margins equal {low} and window_pad {window_pad} leaves no window; raise window_pad")
+            raise ValueError(
+                f"all margins equal {low} and window_pad {window_pad} leaves the window empty; raise window_pad"
+            )
     return Instance(
         margins=margins,
         values=values,

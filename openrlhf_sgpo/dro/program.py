@@ -1,12 +1,12 @@
-"""The finite convex program of the SGPO paper, in cvxpy: the reference that the exact solution is held to.
+"""The finite convex program of the SGPO paper, in cvxpy: the reference for tests of the exact solution.
 
-With the pieces l_k(x) = offset_k + slope_k * x, Theorem 3.3 / equation 9 of arXiv 2502.18099 reads
+With pieces l_k(x) = offset_k + slope_k * x, Theorem 3.3 / equation 9 of arXiv 2502.18099 reads
 
     maximise   (1/N) sum_ik s_ik * l_k(x_i - q_ik / s_ik)  =  (1/N) sum_ik [ s_ik * l_k(x_i) - slope_k * q_ik ]
     subject to s_ik >= 0,   sum_k s_ik = 1 for every i,   (1/N) sum_i price_i sum_k |q_ik| <= radius,
                a * s_ik <= s_ik * x_i - q_ik <= b * s_ik,
 
-a linear program once |q| is split. The worst case is the law (1/N) sum_ik s_ik * delta(x_i - q_ik / s_ik).
+a linear program once |q| is split. The worst case is the distribution (1/N) sum_ik s_ik * delta(x_i - q_ik / s_ik).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from openrlhf_sgpo.dro.losses import loss_slope, loss_value, piece_tangents
 if TYPE_CHECKING:
     import numpy as np
 
-# The tightest that HiGHS accepts: with its default of 1e-7 the value strays by up to 1e-9, with these by rounding.
+# The tightest that HiGHS accepts: its default of 1e-7 leaves errors of up to 1e-9 in the value, these only rounding.
 TOLERANCES = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
 
 
 @dataclass(frozen=True, eq=False)
 class ProgramSolution:
-    """value: optimum. s, q: (N, K) float64 on the CPU, weights and weighted displacements. status: the solver's."""
+    """The optimum. s, q: weights and weighted displacements, (N, K) float64 on the CPU. status: as the solver reports it."""
 
     value: float
     s: Tensor
@@ -47,12 +47,12 @@ def program(
     window_pad: float = 1.0,
     price: Tensor | np.ndarray | None = None,
 ) -> ProgramSolution:
-    """Solve the paper's program with cvxpy and HiGHS; arguments as in ``solve_worst_case``, arrays or tensors.
+    """Solves the paper's program with cvxpy and HiGHS; arguments as in ``solve_worst_case``, arrays or tensors.
 
     The exact logistic loss (``pieces=None`` in margin space) is replaced by its tangents at every sample and at the
-    edge a, which is exact: the tangents lie below the loss, so the value cannot grow, and they touch it at every
-    sample and at a, the only places where some optimal law has mass, so it cannot shrink. That makes K up to N + 1
-    pieces and is meant for small N.
+    edge a. This is exact: the tangents lie below the loss, so the value cannot grow, and they touch it at every sample
+    and at a, the only points where some optimal distribution has mass, so it cannot shrink. K is then up to N + 1, which
+    suits only small N.
 
     Raises ValueError as ``solve_worst_case`` does, and RuntimeError if the solver does not report an optimum.
     """
@@ -80,7 +80,7 @@ def program(
     room_left = (values - first).unsqueeze(1).expand(columns).numpy()
     room_right = (last - values).unsqueeze(1).expand(columns).numpy()
     pull = (-slopes).expand(columns).numpy()
-    # The sum, not the mean: HiGHS stops at absolute tolerances, which a factor 1/N would loosen.
+    # The sum, not the mean: HiGHS stops at absolute tolerances, which a factor of 1/N would loosen.
     objective = cvxpy.sum(cvxpy.multiply(gains, s)) + cvxpy.sum(cvxpy.multiply(pull, q))
     constraints = [
         cvxpy.sum(s, axis=1) == 1,

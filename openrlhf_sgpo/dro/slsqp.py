@@ -1,12 +1,12 @@
-"""What the authors' released code does for one group of margins, re-stated: the peer that the exact solution replaces.
+"""The follower of the authors' released code for one group of margins, to compare with the exact solution.
 
-The released follower works in probability space, x = sigmoid(xi), with the K tangents l_k of -log x at k / K, and hands
+It works in probability space, x = sigmoid(xi), with the K tangents l_k of -log x at k / K, and passes
 
     minimise   -(1/N) sum_ik s_ik * l_k(x_i - d_ik) + 1e5 * penalty,      d_ik = q_ik / s_ik,
     penalty  = K * sum_i |1 - sum_k s_ik| + sum_ik [ (d_ik - x_i)_+ + (x_i - d_ik - 1)_+ ],
     subject to sum_k s_ik = 1,   sum_ik |q_ik| <= N * radius,   1e-5 <= s_ik <= 1,   |q_ik| <= radius,
 
-to SciPy's SLSQP with finite differences, starting from s = 1 / K and q = 0. The last iterate is taken whether or not it
+to SciPy's SLSQP with finite differences, starting from s = 1 / K and q = 0. The last iterate is used whether or not it
 converged. The bound on each |q_ik| and the penalty are not in the SGPO paper (arXiv 2502.18099, equation 9).
 """
 
@@ -31,12 +31,12 @@ PENALTY = 1e5
 
 @dataclass(frozen=True, eq=False)
 class SlsqpSolution:
-    """s, displacement: (N, K) float64, weights and d = q / s in probability. Neither is repaired.
+    """The last iterate, unrepaired. s, displacement: (N, K) float64, weights and d = q / s in units of probability.
 
-    value: mean loss of the returned law, (1/N) sum_ik s_ik * max_j l_j(x_i - d_ik), without the penalty.
-    objective: the same with l_k in place of max_j l_j, which is what the program counts; never above ``value``.
+    value: mean loss of the returned distribution, (1/N) sum_ik s_ik * max_j l_j(x_i - d_ik), without the penalty.
+    objective: the same with l_k in place of max_j l_j, as in the program; never above ``value``.
     distance: mean transport cost (1/N) sum_ik |q_ik|, to be compared with the radius.
-    success: whether SciPy says that it converged. iterations: of SLSQP.
+    success: whether SciPy reports convergence. iterations: of SLSQP.
     """
 
     s: Tensor
@@ -51,9 +51,9 @@ class SlsqpSolution:
 def slsqp(
     margins: Tensor | np.ndarray, radius: float, *, pieces: int = PROBABILITY_PIECES, maximum_iterations: int = 50
 ) -> SlsqpSolution:
-    """Run the released follower on one group of ``margins``, shape (N,), with a radius in units of probability.
+    """Runs the released follower on one group of ``margins``, shape (N,), with a radius in units of probability.
 
-    A radius of at most 1e-5 skips the solver and returns the start, which is plain DPO. Memory and time grow quickly:
+    A radius of at most 1e-5 skips the solver and returns the starting point, which is plain DPO. Memory and time grow quickly:
     a group of 100 takes minutes. Raises ValueError as ``solve_worst_case`` does.
     """
     import numpy as np
@@ -75,14 +75,14 @@ def slsqp(
     def split(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return flat[:size].reshape(count, pieces), flat[size:].reshape(count, pieces)
 
-    def counted(s: np.ndarray, q: np.ndarray) -> float:
+    def mean_loss(s: np.ndarray, q: np.ndarray) -> float:
         return float((s * (offsets + slopes * (x - q / s))).sum() / count)
 
     def penalised(flat: np.ndarray) -> float:
         s, q = split(flat)
         atoms = x - q / s
         outside = np.maximum(-atoms, 0.0).sum() + np.maximum(atoms - 1.0, 0.0).sum()
-        return -counted(s, q) + PENALTY * (pieces * np.abs(1.0 - s.sum(axis=1)).sum() + outside)
+        return -mean_loss(s, q) + PENALTY * (pieces * np.abs(1.0 - s.sum(axis=1)).sum() + outside)
 
     start = np.concatenate([np.full(size, 1.0 / pieces), np.zeros(size)])
     flat, success, iterations = start, True, 0
@@ -100,7 +100,7 @@ def slsqp(
                 options={"maxiter": maximum_iterations},
             )
             flat, success, iterations = result.x, bool(result.success), int(result.nit)
-        except ValueError:  # SciPy's finite differences leave the bounds; the released code then keeps the start
+        except ValueError:  # SciPy's finite differences left the bounds; the released code then keeps the start
             success = False
     s, q = split(flat)
     displacement = q / s
@@ -109,7 +109,7 @@ def slsqp(
         s=torch.from_numpy(s),
         displacement=torch.from_numpy(displacement),
         value=float((s * reached).sum() / count),
-        objective=counted(s, q),
+        objective=mean_loss(s, q),
         distance=float(np.abs(q).sum() / count),
         success=success,
         iterations=iterations,

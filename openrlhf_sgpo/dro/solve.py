@@ -3,13 +3,13 @@
     V = sup { E_alpha[l] : W1(alpha, empirical) <= radius, supp(alpha) in [a, b] }       (SGPO paper, arXiv 2502.18099)
 
 Primal. By convexity the cheapest way to hurt sample i is to send a share p_i of its mass all the way to the edge a.
-Per unit of mass that costs c_i = price_i * (x_i - a) and gains g_i = l(a) - l(x_i). What is left is a fractional
-knapsack: serve the samples in falling order of g_i / c_i until sum_i p_i c_i = N * radius, with at most one split. With
-equal prices the ratio is the slope of a chord from a, which never rises with x_i: the smallest margins come first.
+Per unit of mass this costs c_i = price_i * (x_i - a) and gains g_i = l(a) - l(x_i). This leaves a fractional knapsack:
+serve the samples in decreasing order of g_i / c_i until sum_i p_i c_i = N * radius, with at most one split. With equal
+prices the ratio is the slope of a chord from a, which never increases with x_i: the smallest margins come first.
 
     V = mean_i [ l(x_i) + p_i * (l(a) - l(x_i)) ]
 
-Dual. Two numbers describe the whole answer, the edge a and the slope lam, the ratio g / c of the marginal sample:
+Dual. Two numbers describe the whole solution: the edge a and the slope lam, the ratio g / c of the marginal sample:
 
     V = min_{lam >= 0}  lam * radius + mean_i max( l(x_i), l(a) - lam * price_i * (x_i - a) )
 
@@ -40,21 +40,21 @@ from openrlhf_sgpo.dro.losses import (
 
 @dataclass(frozen=True, eq=False)
 class WorstCase:
-    """The follower's answer. Scalars are Python floats; "units of the space" are those of xi or of sigmoid(xi).
+    """The follower's solution. Scalars are Python floats; "units of the space" are those of xi or of sigmoid(xi).
 
     value: worst-case mean loss V, from the primal solution.    dual_value: the same from the dual, an upper bound.
-    empirical: mean loss without an attack, at the margins clipped into the window.
+    empirical: mean loss without an attack, at the margins clipped to the window.
     slope: lam, loss per unit of the space (and of price). 0 if saturated. At radius 0 the Lipschitz constant of the
-        loss over the smallest price, from where on every slope is optimal.
-    edge: a, where moved mass goes, units of the space.
+        loss divided by the smallest price; every slope from there on is optimal.
+    edge: a, to which mass is moved, units of the space.
     threshold: the margin of the marginal sample (the one that is split, or the next one), in margin units in both
-        spaces, the largest of them if several tie. -inf at radius 0 and inf if saturated, where nobody is marginal.
+        spaces; the largest if several tie. -inf at radius 0 and inf if saturated, where no sample is marginal.
         Without prices, margins below it are moved and margins above it stay.
-    moved: (N,) share p_i of every sample's mass that moves to the edge, in the dtype and on the device of the input.
+    moved: (N,) share p_i of each sample's mass that moves to the edge, in the dtype and on the device of the input.
     share: p_i of the samples at the threshold, 0 to 1.
     budget_used: share of the budget N * radius that is spent, 0 to 1 (0 at radius 0).
-    saturated: the budget pays for moving everything to the edge. Such a ball leaves no gradient to train on.
-    margins: (N,) float64 copy of the margins as given, not clipped.    price: (N,) float64, or None for all 1.
+    saturated: the budget pays for moving all mass to the edge. Such a ball leaves no gradient to train on.
+    margins: (N,) float64 copy of the input, not clipped.    price: (N,) float64, or None for all 1.
     """
 
     value: float
@@ -81,7 +81,7 @@ class WorstCase:
 
     @property
     def bound(self) -> float:
-        """What no attack can exceed: empirical + L * radius / min(price), L the Lipschitz constant (Theorem 2.4)."""
+        """Upper bound on V: empirical + L * radius / min(price), with L the Lipschitz constant (Theorem 2.4)."""
         cheapest = 1.0 if self.price is None else float(self.price.min())
         return self.empirical + lipschitz(self.space, self.pieces) * self.radius / cheapest
 
@@ -91,8 +91,8 @@ class WorstCase:
         return float(self.moved.mean(dtype=torch.float64))
 
     def certificate(self) -> dict[str, Any]:
-        """What proves this answer and describes it, JSON-serialisable; see docs/algorithms/sgpo.md."""
-        # At radius 0 nothing is below the threshold, and JSON has no minus infinity.
+        """The figures that describe and prove this solution, JSON-serialisable; see docs/algorithms/sgpo.md."""
+        # At radius 0 no sample is below the threshold, and JSON has no minus infinity.
         figures: dict[str, Any] = {
             "value": self.value,
             "dual_value": self.dual_value,
@@ -121,7 +121,7 @@ class WorstCase:
 
             dV/dxi_i = (1/N) * [ -p_i * lam * price_i + (1 - p_i) * l'(x_i) ] * dx/dxi,
 
-        and 0 for margins outside the window. It sums the effect on the mean loss, hence the factor 1/N.
+        and 0 for margins outside the window. This is the effect on the mean loss, hence the factor 1/N.
         """
         raw, values = self._values()
         pull = self.slope if self.price is None else self.slope * self.price
@@ -134,13 +134,13 @@ class WorstCase:
         return (torch.where(raw == values, gradient, 0.0) / len(values)).to(self.moved.dtype)
 
     def robust_loss(self, margins: Tensor, price: Tensor | None = None) -> Tensor:
-        """Loss that the leader minimises, per sample: the Danskin loss with this slope and edge held fixed.
+        """The leader's loss per sample: the Danskin loss with this slope and edge held fixed.
 
-        ``margins`` are those of any samples, any shape, not clipped; differentiable. ``price`` has their shape and is
-        required exactly when this follower was solved with prices. Equals l(x) at radius 0. At the solved margins
+        ``margins`` may be those of any samples, in any shape, not clipped; differentiable. ``price`` has their shape and is
+        required exactly if this follower was solved with prices. Equals l(x) at radius 0. At the solved margins
         slope * radius + mean(robust_loss) = value, if the window clips none of them.
 
-        Raises ValueError if the ball is saturated (there is nothing to train on), or prices are missing.
+        Raises ValueError if the ball is saturated, as the loss then has no gradient, or if prices are missing.
         """
         if self.saturated:
             raise ValueError(
@@ -160,7 +160,7 @@ class WorstCase:
             pieces=self.pieces,
             window=self.window,
             price=price,
-            # With prices samples tie in gain per cost, not in their margins.
+            # With prices, samples tie in gain per cost, not in margins.
             threshold=self.threshold if price is None else None,
             share=self.share,
         )
@@ -170,25 +170,25 @@ class WorstCase:
 
         Sample i keeps the mass 1 - p_i on the piece active at x_i, with q = 0, and puts p_i on the piece active at the
         edge with q = p_i * (x_i - a), units of the space. The atoms are x_i - q_ik / s_ik, and sum_k s_ik = 1. If both
-        pieces are the same, its one atom lies at the mean of the two, where the linear piece has the same value. The
-        exact loss (``pieces=None``) has no pieces: column 0 is what stays, column 1 what moves.
+        pieces are the same, the single atom lies at the mean of the two, where the linear piece has the same value. The
+        exact loss (``pieces=None``) has no pieces: column 0 is the mass that stays, column 1 the mass that moves.
         """
         _, values = self._values()
         moved = self.moved.to(values)
         if self.pieces is None:
-            here, there = torch.zeros_like(values), torch.ones_like(values)
+            piece_at_sample, piece_at_edge = torch.zeros_like(values), torch.ones_like(values)
         else:
-            here = active_piece(values, space=self.space, pieces=self.pieces, window=self.window)
+            piece_at_sample = active_piece(values, space=self.space, pieces=self.pieces, window=self.window)
             corner = torch.full_like(values, self.edge)
-            there = active_piece(corner, space=self.space, pieces=self.pieces, window=self.window)
+            piece_at_edge = active_piece(corner, space=self.space, pieces=self.pieces, window=self.window)
         columns = torch.arange(2 if self.pieces is None else self.pieces, device=values.device, dtype=values.dtype)
-        stays = torch.where(columns == here.unsqueeze(1), (1 - moved).unsqueeze(1), 0.0)
-        goes = torch.where(columns == there.unsqueeze(1), moved.unsqueeze(1), 0.0)
+        stays = torch.where(columns == piece_at_sample.unsqueeze(1), (1 - moved).unsqueeze(1), 0.0)
+        goes = torch.where(columns == piece_at_edge.unsqueeze(1), moved.unsqueeze(1), 0.0)
         q = goes * (values - self.edge).unsqueeze(1)
         return (stays + goes).to(self.moved.dtype), q.to(self.moved.dtype)
 
     def _values(self) -> tuple[Tensor, Tensor]:
-        """The variable of the space at the solved margins, as it is and clipped into the window."""
+        """The variable of the space at the solved margins, raw and clipped to the window."""
         raw = space_variable(self.margins, self.space)
         return raw, raw.clamp(*self.window)
 
@@ -203,19 +203,19 @@ def solve_worst_case(
     window_pad: float = 1.0,
     price: Tensor | None = None,
 ) -> WorstCase:
-    """Solve the follower exactly in O(N log N) (module docstring for the mathematics).
+    """Solves the follower exactly in O(N log N); the module docstring has the mathematics.
 
     margins: (N,) floating-point tensor on any device; margins in both spaces.
-    radius: of the Wasserstein-1 ball, mean distance per sample in the units of the space (xi, or win probability).
+    radius: of the Wasserstein-1 ball, mean distance per sample in units of the space (xi, or win probability).
     space: ``"margin"`` or ``"probability"``.
-    pieces: tangents of the loss; None is the exact logistic loss in margin space and 6 in probability space.
-    window: (a, b), support of the attack in the units of the space; margins are clipped into it first. Default:
+    pieces: number of tangents; None means the exact logistic loss in margin space and 6 tangents in probability space.
+    window: (a, b), support of the attack in units of the space, to which margins are first clipped. Default:
         [min - window_pad, max + window_pad] in margin space, (0, 1) in probability space.
     price: (N,) positive, cost of moving sample i by one unit (default: 1 each).
 
     Computed in float64. Samples that tie (equal margins; with prices, equal gain per cost) share the split equally, so
-    the answer does not depend on their order. On an accelerator the host waits for a handful of numbers, the same ones
-    however many samples there are.
+    the solution does not depend on their order. On an accelerator the host waits for a handful of numbers, however many
+    samples there are.
 
     Raises ValueError, with the index of the sample, for every input that ``read_instance`` rejects.
     """
@@ -261,10 +261,10 @@ def solve_worst_case(
 
 
 def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, float, float, float]:
-    """Shares moved (N,), the share of the marginal samples, slope, and threshold (a margin; inf if all mass moves).
+    """(shares moved (N,), share of the marginal samples, slope, threshold as a margin or inf if all mass moves).
 
-    Samples are served in rising order of a key: x itself, or minus gain per cost when there are prices. No index is
-    scattered back: a sample's share follows from comparing its own key with that of the marginal sample.
+    Samples are served in increasing order of a key: x itself or, with prices, minus gain per cost. No index is scattered
+    back: a sample's share follows from comparing its key with that of the marginal sample.
     """
     values, edge = instance.values, instance.window[0]
     chords = partial(chord_slope, edge=edge, space=instance.space, pieces=instance.pieces, window=instance.window)
@@ -274,7 +274,7 @@ def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, float, float, f
         ordered_cost = ordered - edge
     else:
         key = -chords(values) / instance.price
-        # Equal ratios may come with unequal costs. Ordering those too makes every sum independent of the input's order.
+        # Equal ratios may have unequal costs. Sorting by cost too makes every sum independent of the input's order.
         order = cost.argsort()
         order = order[key[order].argsort(stable=True)]
         ordered, ordered_cost = key[order], cost[order]

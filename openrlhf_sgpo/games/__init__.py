@@ -1,6 +1,6 @@
-"""Finite preference games, their exact solutions, and pictures of paths towards them.
+"""Finite preference games, their exact solutions, and plots of paths towards them.
 
-Needs numpy only; ``nash`` loads SciPy and ``draw_paths`` matplotlib when first called.
+Needs only NumPy; ``nash`` loads SciPy and ``draw_paths`` Matplotlib when first called.
 """
 
 from openrlhf_sgpo.games.numerics import NotConverged, kl, mixture, tilted

@@ -1,4 +1,4 @@
-"""Algorithms on tabular games: their own loss code, softmax policies, and exact expectations instead of samples."""
+"""Runs algorithms on tabular games: their real loss code, softmax policies, exact expectations instead of samples."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
     from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays
 
 
-# Samples that stand for all that can be drawn where an algorithm looks at many; preferences are multiples of 1/200.
+# Size of the weighted batch as repeated samples, for hooks without weights; preferences are multiples of 1/200.
 OCCURRENCES = 3600
 
 
 @dataclass
 class Policies:
-    """Softmax policies as logits, float64: the policy (n,), in one role alone or as leader, and the follower (n, n), row y
-    for the draft y. previous: the policy's log-probabilities when the round began."""
+    """Softmax policies as float64 logits: policy (n,), the only policy or the leader, and follower (n, n), row y for draft y.
+
+    previous: the policy's log-probabilities at the start of the round.
+    """
 
     policy: Tensor
     follower: Tensor
@@ -40,31 +42,32 @@ class Policies:
 
 @dataclass(frozen=True)
 class Path:
-    """Where the policies were: policies (steps + 1, n) and followers (steps + 1, n, n), probabilities."""
+    """Probabilities at every step: policies (steps + 1, n) and followers (steps + 1, n, n)."""
 
     policies: Array
     followers: Array
 
 
 def start(game: Game, policy: Any = None, follower: Any = None) -> Policies:
-    """Policies with these probabilities, by default the game's references."""
+    """Policies with the given probabilities, by default the game's references."""
     import torch
 
-    first = game.leader_reference if policy is None else np.asarray(policy, dtype=np.float64)
-    second = game.follower_reference if follower is None else np.asarray(follower, dtype=np.float64)
-    logits = (torch.tensor(np.log(one), dtype=torch.float64, requires_grad=True) for one in (first, second))
-    return Policies(*logits)
+    policy = game.leader_reference if policy is None else policy
+    follower = game.follower_reference if follower is None else follower
+    return Policies(
+        *(torch.tensor(np.log(table), dtype=torch.float64, requires_grad=True) for table in (policy, follower))
+    )
 
 
 def expected_loss(
     game: Game, algorithm: Algorithm[Any], policies: Policies, samples: int = 0, generator: Any = None
 ) -> Tensor:
-    """The expectation of the algorithm's loss over everything that can be drawn, differentiable.
+    """The expectation of the algorithm's loss over everything that can be sampled, differentiable.
 
     Every combination of answers is one item of a large batch, weighted by its probability, through which no gradient flows:
-    it is the drawing. Algorithms of pairs get all pairs of two draws from ``game.behaviour``, labelled both ways, in
-    proportion to the preference. With samples > 0 that many plays of an algorithm that learns from fresh answers are drawn
-    instead, and preferences with them (0 or 1), as an oracle of single votes would give them.
+    it stands for sampling. Algorithms that train on pairs get all pairs of two samples from ``game.behaviour``, labelled both
+    ways in proportion to the preference. For algorithms that learn from fresh answers, samples > 0 draws that many plays
+    instead, with preferences of 0 or 1, as from an oracle that casts single votes.
     """
     batch, weights = _batch(game, algorithm, policies, samples, generator)
     return (weights * algorithm.loss(batch)).sum()
@@ -73,18 +76,18 @@ def expected_loss(
 def _batch(
     game: Game, algorithm: Algorithm[Any], policies: Policies, samples: int, generator: Any
 ) -> tuple[PairBatch | Plays, Tensor]:
-    """What may be drawn, and how likely each is."""
+    """(batch of everything that can be sampled, its weights)"""
     from openrlhf_sgpo.algorithms.plays import PlayAlgorithm
 
     if isinstance(algorithm, PlayAlgorithm):
         return _all_plays(game, algorithm, policies, samples, generator)
     if samples:
-        raise ValueError(f"{algorithm.name} trains on pairs, of which all are taken: leave samples at 0")
+        raise ValueError(f"{algorithm.name} trains on pairs and always uses all of them: leave samples at 0")
     return _all_pairs(game, policies)
 
 
 def _all_pairs(game: Game, policies: Policies) -> tuple[PairBatch, Tensor]:
-    """All pairs of two draws from ``game.behaviour``, labelled both ways, and how likely each is."""
+    """(all pairs of two samples from ``game.behaviour``, labelled both ways, their probabilities)"""
     import torch
 
     from openrlhf_sgpo.algorithms.base import PairBatch
@@ -99,32 +102,32 @@ def _all_pairs(game: Game, policies: Policies) -> tuple[PairBatch, Tensor]:
 def _all_plays(
     game: Game, algorithm: PlayAlgorithm, policies: Policies, samples: int, generator: Any
 ) -> tuple[Plays, Tensor]:
-    """All combinations of answers by role, or ``samples`` that were drawn, and how likely each is."""
+    """(all combinations of answers by role, or ``samples`` random ones, their weights)"""
     import torch
 
     from openrlhf_sgpo.algorithms.plays import Plays
 
-    own, follower = policies.policy.log_softmax(-1), policies.follower.log_softmax(-1)
+    policy, follower = policies.policy.log_softmax(-1), policies.follower.log_softmax(-1)
     reference = torch.tensor(game.leader_reference).log()
     follower_reference = torch.tensor(game.follower_reference).log()
-    mixture = ((1 - algorithm.mixture) * own + algorithm.mixture * reference).log_softmax(-1)
-    drawn_by = {"policy": own, "mixture": mixture, "previous": policies.previous}
+    mixture = ((1 - algorithm.mixture) * policy + algorithm.mixture * reference).log_softmax(-1)
+    by_role = {"policy": policy, "mixture": mixture, "previous": policies.previous}
     answers = torch.tensor(list(product(range(game.size), repeat=len(algorithm.roles))))
     log_weights = torch.zeros(len(answers), dtype=torch.float64)
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for place, role in enumerate(algorithm.roles):
-        answer = answers[:, place]
+    for column, role in enumerate(algorithm.roles):
+        answer = answers[:, column]
         if role == "follower":
             draft = answers[:, 0]
             log_probs, base = follower[draft, answer], follower_reference[draft, answer]
             log_weights = log_weights + log_probs.detach()
-            # Every draft has a follower of its own, and so a divergence.
+            # Every draft has its own row of the follower, and so its own divergence.
             divergence = (follower.exp() * (follower - follower_reference)).sum(-1)[draft]
             columns.append((log_probs, base, base, divergence))
         else:
-            log_weights = log_weights + drawn_by[role].detach()[answer]
-            divergence = (own.exp() * (own - reference)).sum(-1).expand(len(answer))
-            columns.append((own[answer], reference[answer], policies.previous[answer], divergence))
+            log_weights = log_weights + by_role[role].detach()[answer]
+            divergence = (policy.exp() * (policy - reference)).sum(-1).expand(len(answer))
+            columns.append((policy[answer], reference[answer], policies.previous[answer], divergence))
     preferences = torch.tensor(game.preferences)[answers[:, :, None], answers[:, None, :]]
     weights = log_weights.exp()
     chosen = torch.arange(len(answers))
@@ -134,7 +137,7 @@ def _all_plays(
         preferences = _votes(preferences[chosen], generator)
     # One token per answer.
     log_probs, base, previous, exact = (
-        torch.stack(column, dim=1)[chosen].unsqueeze(-1) for column in zip(*columns, strict=True)
+        torch.stack(by_answer, dim=1)[chosen].unsqueeze(-1) for by_answer in zip(*columns, strict=True)
     )
     plays = Plays(log_probs, base, previous, preferences, exact if algorithm.full_vocabulary else None)
     return plays, weights
@@ -161,16 +164,16 @@ def drive(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Gradient descent on the expected loss: ``rounds`` rounds of ``steps`` steps; the path has a point per step.
+    """Gradient descent on the expected loss, ``rounds`` rounds of ``steps`` steps each; the path has a point per step.
 
-    Raises ValueError if a policy is no longer finite: the learning rate is too large.
+    Raises ValueError if a policy stops being finite, because the learning rate is too large.
     """
     import torch
 
     from openrlhf_sgpo.algorithms.base import Algorithm, Stage
 
     policies = start(game) if policies is None else policies
-    # The hooks know no weights: they see each sample as often as it occurs among ``OCCURRENCES``, as it is after the step.
+    # The hooks take no weights: each sample is repeated by its share of ``OCCURRENCES``, with its value after the step.
     watches = type(algorithm).after_step is not Algorithm.after_step
 
     def watched() -> Tensor:

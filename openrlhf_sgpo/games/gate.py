@@ -1,4 +1,4 @@
-"""The gate: every algorithm's own loss, driven on a small game, must reach the solution that is its own."""
+"""The gate: gradient descent on every algorithm's real loss must reach its exact solution on a small game."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from openrlhf_sgpo.games.tabular import GAMES, Array, Game
 from openrlhf_sgpo.table import aligned
 
 TAU = 0.1
-NOISE = 0.1  # share of labels that cDPO, rDPO and SPA take for wrong
-RADIUS = 0.05  # of SGPO's ball; at .2 the least worst case lies in a kink, near which gradient descent swings
-SKEWED = (0.1, 0.2, 0.7)  # where every path begins, far from all solutions
+NOISE = 0.1  # share of wrong labels that cDPO, rDPO and SPA assume
+RADIUS = 0.05  # of SGPO's ball; at 0.2 the least worst case lies at a kink, around which gradient descent oscillates
+SKEWED = (0.1, 0.2, 0.7)  # where paths start, far from all solutions
 
 
 @dataclass
 class GateSettings:
-    out: str = setting("", "folder for policy_paths.svg (empty: no picture)")
+    out: str = setting("", "folder for policy_paths.svg (empty: no plot)")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One algorithm on one game. solution: what is expected, named. average: of the rounds' ends, instead of the last."""
+    """An algorithm on a game. solution: name of the target. average: compare the mean over rounds, not the last policy."""
 
     title: str
     game: str
@@ -91,7 +91,7 @@ def _dpo(game: Game) -> solutions.Solution:
 
 
 def _relabelled(game: Game, kept: float, added: float) -> solutions.Solution:
-    """DPO's solution where preferences are kept * P + added."""
+    """DPO's solution for the preferences kept * P + added."""
     return solutions.dpo(replace(game, preferences=kept * game.preferences + added), TAU)
 
 
@@ -104,7 +104,7 @@ def _unflipped(game: Game) -> solutions.Solution:
 
 
 def _sgpo(game: Game) -> solutions.Solution:
-    """In the support that a stage has which begins at SKEWED: a margin of 1 around the smallest and largest."""
+    """SGPO's solution with the support of a stage that starts at SKEWED: its smallest and largest margin, padded by 1."""
     rewards = [TAU * log(share) for share in SKEWED]
     widest = max(rewards) - min(rewards)
     return solutions.sgpo(game, TAU, RADIUS, (-widest - 1, widest + 1))
@@ -196,9 +196,9 @@ CHECKS = (
 
 
 def play(check: Check) -> CheckResult:
-    """Drives the algorithm from a skewed policy; what it reached beside what it should."""
+    """Runs the algorithm from the check's initial policy and compares the policy it reaches with the target."""
     game = GAMES[check.game]()
-    found = driver.drive(
+    driven = driver.drive(
         game,
         check.algorithm,
         steps=check.steps,
@@ -206,7 +206,7 @@ def play(check: Check) -> CheckResult:
         rounds=check.rounds,
         policies=driver.start(game, check.begin),
     )
-    path = found.policies[:: check.steps] if check.rounds > 1 else found.policies
+    path = driven.policies[:: check.steps] if check.rounds > 1 else driven.policies
     reached = path[1:].mean(0) if check.average else path[-1]
     return CheckResult(check, check.target(game).policy, reached, path)
 
@@ -234,7 +234,7 @@ def gate_table(results: list[CheckResult]) -> str:
 
 
 def run_gate(settings: GateSettings) -> int:
-    """Prints the table, draws the paths if asked for; 1 if an algorithm misses its solution, else 0."""
+    """Prints the table, and draws the paths if ``out`` is set. Returns 1 if an algorithm misses its solution, else 0."""
     if settings.out and (problem := extras.missing("matplotlib")):
         raise ValueError(f"--out: {problem}")
     results = [play(check) for check in CHECKS]

@@ -1,4 +1,4 @@
-"""KL-regularised choices among finitely many actions, and Newton's method: arrays only, no game."""
+"""KL-regularised choices among finitely many actions, and Newton's method, on plain arrays."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ TIE = 1e-12  # scores this close to the largest share the reference's mass at ta
 
 
 class NotConverged(RuntimeError):
-    """A solver's certificate is not within its tolerance."""
+    """The certificate of a solver exceeds its tolerance."""
 
 
 def kl(policy: Any, reference: Any) -> Any:
     """KL(policy || reference) = sum_y policy(y) log(policy(y) / reference(y)) over the last axis, with 0 log 0 = 0; infinite
     where the policy has mass and the reference has none.
 
-    Arrays (..., n) of distributions; a float for (n,). Summed as p log(p / q) - p + q, whose terms are not negative, so that
-    a tiny divergence keeps its digits under a large tau.
+    Arrays (..., n) of distributions; returns a float for (n,). Summed as p log(p / q) - p + q, whose terms are not negative,
+    so a tiny divergence keeps its digits under a large tau.
     """
     p, q = np.broadcast_arrays(np.asarray(policy, np.float64), np.asarray(reference, np.float64))
     terms = np.where(p > 0, np.inf, q)
-    both = (p > 0) & (q > 0)
-    p, q = p[both], q[both]
+    positive_mass = (p > 0) & (q > 0)
+    p, q = p[positive_mass], q[positive_mass]
     near = np.abs(p - q) < q / 2
     logarithm = np.log(p) - np.log(q)
     logarithm[near] = np.log1p((p - q)[near] / q[near])
-    terms[both] = p * logarithm - (p - q)
+    terms[positive_mass] = p * logarithm - (p - q)
     total = terms.sum(axis=-1)
     return float(total) if total.ndim == 0 else total
 
 
 def penalty(tau: float, divergence: Any) -> Any:
-    """tau * divergence with inf * 0 = 0: at tau = inf the reference alone is free, at tau = 0 all is."""
+    """tau * divergence with inf * 0 = 0: at tau = inf only the reference is free, at tau = 0 every policy is."""
     divergence = np.asarray(divergence, np.float64)
     return np.multiply(tau, divergence, out=np.zeros(divergence.shape), where=(divergence != 0) & (tau != 0))[()]
 
@@ -68,7 +68,7 @@ def soft_value(reference: Any, scores: Any, tau: float) -> Any:
         value = best
     elif tau == np.inf:
         value = mean
-    elif np.ptp(scores) < tau:  # the logarithm of nearly 1, times a large tau, would lose its digits
+    elif np.ptp(scores) < tau:  # the log of a number near 1, times a large tau, would lose its digits
         value = mean + tau * np.log1p((reference * np.expm1((scores - mean) / tau)).sum(axis=-1, keepdims=True))
     else:
         weights = reference * np.exp(np.minimum(scores - best, 0.0) / tau)
@@ -77,27 +77,27 @@ def soft_value(reference: Any, scores: Any, tau: float) -> Any:
 
 
 def regret(policy: Array, reference: Array, scores: Array, tau: float) -> float:
-    """max_pi' [E_pi'[scores] - tau KL(pi' || reference)] minus the same at ``policy``, all of shape (n,). At least 0, up to
-    rounding."""
+    """max_pi' [E_pi'[scores] - tau KL(pi' || reference)] minus the same at ``policy``, all of shape (n,); not negative, up
+    to rounding."""
     return float(soft_value(reference, scores, tau) - (policy @ scores - penalty(tau, kl(policy, reference))))
 
 
 def mixture(policy: Any, reference: Any, coefficient: float) -> Array:
     """The geometric mixture policy^(1 - coefficient) * reference^coefficient, normalised, shape (n,): the policy at 0, the
-    reference at 1. Raises ValueError for a coefficient outside [0, 1] or if the two share no action."""
+    reference at 1. Raises ValueError for a coefficient outside [0, 1], and if the two share no action."""
     if not 0 <= coefficient <= 1:
         raise ValueError(f"the coefficient of a geometric mixture is {coefficient}; it must be within [0, 1]")
     policy, reference = np.asarray(policy, np.float64), np.asarray(reference, np.float64)
     weights = np.power(policy, 1 - coefficient) * np.power(reference, coefficient)  # 0^0 = 1, the identities at 0 and 1
     if not weights.sum() > 0:
-        raise ValueError("the policy and the reference share no action, so that their geometric mixture is empty")
+        raise ValueError("the policy and the reference share no action, so their geometric mixture is empty")
     return weights / weights.sum()
 
 
 def strength(tau: float) -> float:
-    """``tau`` itself. Raises ValueError unless it is at least 0; inf is allowed."""
+    """Returns ``tau``. Raises ValueError unless it is at least 0; inf is allowed."""
     if not tau >= 0:
-        raise ValueError(f"a strength of regularisation is {tau}; it must be at least 0")
+        raise ValueError(f"the regularisation strength is {tau}; it must be at least 0")
     return tau
 
 
@@ -108,7 +108,7 @@ def positive(value: float, what: str) -> None:
 
 
 def require_converged(residual: float, tolerance: float, what: str) -> float:
-    """``residual`` itself. Raises NotConverged, naming ``what``, unless it is within ``tolerance``."""
+    """Returns ``residual``. Raises NotConverged, naming ``what``, unless it is within ``tolerance``."""
     if not residual <= tolerance:
         raise NotConverged(f"{what} is {residual:.3g}, above {tolerance:.3g}")
     return residual
@@ -134,7 +134,7 @@ def newton(
             shrunk = np.linalg.norm(trial_value) <= (1 - 1e-4 * length) * np.linalg.norm(value)
             if shrunk or trial_residual <= tolerance:
                 break
-        else:  # rounding is all that is left
+        else:  # only rounding is left
             break
         point, value, jacobian, residual = trial, trial_value, trial_jacobian, trial_residual
     require_converged(residual, tolerance, f"{what}: the residual")

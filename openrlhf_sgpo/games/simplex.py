@@ -1,4 +1,4 @@
-"""Pictures of policies with three actions: paths on the simplex and the points they should reach."""
+"""Plots of policies with three actions: paths on the simplex and the points they should reach."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from openrlhf_sgpo.games.tabular import Array
 
-# Okabe and Ito's colours, told apart with every common colour vision; paths also differ by dashes and targets by shape.
+# Okabe and Ito's colours, distinct under all common forms of colour vision; paths also differ by dashes, targets by shape.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (1, 1)))
 SHAPES = ("*", "s", "D", "^", "v", "P", "X", "h", "<", ">")
 CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, np.sqrt(3) / 2]])  # first action bottom left, third on top
 GREY = "#8c8c8c"
-NO_METADATA = {"Date": None, "Creator": None}  # which would differ from run to run
+NO_METADATA = {"Date": None, "Creator": None}  # these would differ between runs
 
 
 def to_plane(policies: Any) -> Array:
-    """Points of the triangle with corners ``CORNERS``: policies of shape (..., 3) to coordinates of shape (..., 2)."""
+    """Maps policies of shape (..., 3) to points of the triangle ``CORNERS``, coordinates of shape (..., 2)."""
     return np.asarray(policies, np.float64) @ CORNERS
 
 
@@ -32,23 +32,23 @@ def draw_paths(
     actions: Sequence[str] = ("A", "B", "C"),
     title: str = "",
 ) -> Path:
-    """Draw ``paths`` of policies on the triangle and mark ``targets``, as an SVG file; returns its path.
+    """Draws ``paths`` of policies on the triangle and marks ``targets``, in an SVG file; returns its path.
 
     paths: by name, arrays of shape (steps, 3), at least one step; a small dot marks the start, a large one the end.
-    targets: by name, arrays of shape (3,), drawn as empty shapes so that paths stay visible beneath. actions: names of the
-    corners, as in ``Game.actions``. The same input gives the same bytes under one version of matplotlib, whatever the user's
-    own matplotlib settings. The file is written under another name first. Raises ValueError for a wrong shape or values
-    that are not probabilities, and ImportError if matplotlib is absent.
+    targets: by name, arrays of shape (3,), drawn as hollow shapes so paths stay visible beneath. actions: names of the
+    corners, as in ``Game.actions``. Under one version of Matplotlib the same input gives the same bytes, whatever the user's
+    Matplotlib settings. The file is written under another name first. Raises ValueError for wrong shapes or values that are
+    not probabilities, and ImportError if Matplotlib is not installed.
     """
     drawn = {name: _checked(values, f"paths[{name!r}]", 2) for name, values in paths.items()}
     marked = {name: _checked(values, f"targets[{name!r}]", 1) for name, values in targets.items()}
     if len(actions) != 3:
         raise ValueError(f"actions are {tuple(actions)}; a triangle has three corners")
     if len(marked) > len(SHAPES):
-        raise ValueError(f"there are {len(marked)} targets and only {len(SHAPES)} shapes to mark them with")
+        raise ValueError(f"there are {len(marked)} targets but only {len(SHAPES)} shapes to mark them with")
     path = Path(path)
     if path.suffix != ".svg":
-        raise ValueError(f"the picture's path is {path}; it must end in .svg")
+        raise ValueError(f"the path of the plot is {path}; it must end in .svg")
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -94,23 +94,23 @@ def draw_paths(
 def _checked(values: Any, what: str, dimensions: int) -> Array:
     array = np.asarray(values, np.float64)
     if array.ndim != dimensions or array.shape[-1] != 3 or not array.size:
-        wanted = "(steps, 3)" if dimensions == 2 else "(3,)"
-        raise ValueError(f"{what} has shape {array.shape}; it must be {wanted}")
+        expected = "(steps, 3)" if dimensions == 2 else "(3,)"
+        raise ValueError(f"{what} has shape {array.shape}; it must be {expected}")
     if not (array >= -1e-6).all() or not (np.abs(array.sum(axis=-1) - 1) <= 1e-5).all():
         raise ValueError(f"{what} has values that are not probabilities of three actions")
     return array
 
 
 def _draw_frame(axes: Any, actions: Sequence[str], title: str) -> None:
-    """The triangle, thin lines where an action has probability 1/4, 1/2 and 3/4, its centre, and the names of the corners."""
+    """Draws the triangle, thin lines at probabilities of 1/4, 1/2 and 3/4, the centre, and the names of the corners."""
     axes.set_aspect("equal")
     axes.axis("off")
     for action in range(3):
-        others = [corner for corner in range(3) if corner != action]
+        other_corners = [corner for corner in range(3) if corner != action]
         for level in (0.25, 0.5, 0.75):
             ends = np.zeros((2, 3))
             ends[:, action] = level
-            ends[[0, 1], others] = 1 - level
+            ends[[0, 1], other_corners] = 1 - level
             axes.plot(*to_plane(ends).T, color="#dddddd", linewidth=0.7, zorder=0)
     axes.plot(*CORNERS[[0, 1, 2, 0]].T, color=GREY, linewidth=1.0, zorder=1)
     axes.plot(*to_plane([1 / 3] * 3), "+", color=GREY, markersize=7, zorder=1)

@@ -1,9 +1,9 @@
-"""Exact solutions of preference games, each with its equation, its source and a certificate.
+"""Exact solutions of preference games, each with its equation, source and certificate.
 
 Throughout, ref is ``game.leader_reference``, p(y > pi) = E_{y' ~ pi} P[y, y'], and KL-regularised choices are tilted
 references: argmax_pi E_pi[score] - tau KL(pi || ref) is pi(y) proportional to ref(y) exp(score(y) / tau).
 
-Which solution each method has: SLHF ``stackelberg``; online IPO, INPO and self-play policy gradients ``regularised_nash``;
+Solutions by method: SLHF ``stackelberg``; online IPO, INPO and self-play policy gradients ``regularised_nash``;
 Nash-MD-PG and IPO-MD ``nash_md``; the average iterate of SPPO ``nash``; offline IPO ``offline_ipo``; DPO ``dpo``; RLOO with
 rewards r ``tilted(ref, r, beta)``, and RLOO whose rewards are win rates against its own samples ``regularised_nash``.
 """
@@ -30,13 +30,13 @@ from openrlhf_sgpo.games.numerics import (
 from openrlhf_sgpo.games.tabular import Array, Game, distribution, reachable, win_rates
 
 TOLERANCE = 1e-12
-LOOSE = 1e-9  # for certificates of what is not iterated to TOLERANCE
+LOOSE = 1e-9  # for certificates of solutions that are not iterated to TOLERANCE
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """policy: shape (n,). residual: by how much the conditions that define the solution are missed; which norm or gap that
-    is stands in each solver's docstring. iterations: of the solver, 0 for a closed form."""
+    """A policy and its certificate. policy: shape (n,). residual: by how much the policy misses the conditions that define
+    the solution, in a norm or gap that each solver states. iterations: of the solver, 0 for a closed form."""
 
     policy: Array
     residual: float
@@ -45,7 +45,7 @@ class Solution:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StackelbergSolution(Solution):
-    """policy: the leader's. follower: omega(y' | y), shape (n, n), row y for the follower that sees y. scores: what the
+    """policy: of the leader. follower: omega(y' | y), shape (n, n), row y for the follower that sees y. scores: what the
     leader maximises in expectation, shape (n,). value: the objective f of ``stackelberg_value`` at this pair."""
 
     follower: Array
@@ -54,9 +54,9 @@ class StackelbergSolution(Solution):
 
 
 def best_response(game: Game, opponent: Any, tau: float = 0.0) -> Solution:
-    """argmax_pi P(pi > opponent) - tau KL(pi || ref), shape (n,); at tau = 0 the reference on the best answers.
+    """argmax_pi P(pi > opponent) - tau KL(pi || ref), shape (n,); at tau = 0 the reference restricted to the best answers.
 
-    residual: what the best other policy would gain, in units of preference. Raises ValueError for a wrong opponent or tau.
+    residual: what the best policy would gain over it, in units of preference. Raises ValueError for a wrong opponent or tau.
     """
     scores = win_rates(game, opponent)
     policy = tilted(game.leader_reference, scores, tau)
@@ -64,10 +64,10 @@ def best_response(game: Game, opponent: Any, tau: float = 0.0) -> Solution:
 
 
 def exploitability(game: Game, policy: Any, tau: float = 0.0) -> float:
-    """max_pi' [P(pi' > pi) - tau KL(pi' || ref)] - [1/2 - tau KL(pi || ref)]: 0 at the (regularised) Nash, above elsewhere.
+    """max_pi' [P(pi' > pi) - tau KL(pi' || ref)] - [1/2 - tau KL(pi || ref)]: 0 at the (regularised) Nash, positive elsewhere.
 
-    At tau = 0 this is max_y p(y > pi) - 1/2. It is half the duality gap of the pair (pi, pi), as the game is symmetric. It
-    grows with the square of the distance to a regularised Nash, so that 1e-16 certifies about eight digits of the policy.
+    At tau = 0 this is max_y p(y > pi) - 1/2. As the game is symmetric, it is half the duality gap of the pair (pi, pi).
+    It grows with the square of the distance to a regularised Nash policy, so 1e-16 certifies about eight digits of it.
     """
     return regret(distribution(policy, game.size, "policy"), game.leader_reference, win_rates(game, policy), tau)
 
@@ -92,13 +92,13 @@ def stackelberg(
         pi(y)         proportional to pi_ref(y) exp(score(y) / tau_L).
 
     With ``follower_kl_credit`` the score is V(y) = E_omega P[y, .] + tau_F KL(omega(.|y) || omega_ref(.|y)) = -tau_F log
-    E_omega_ref exp(-P[y, .] / tau_F), which is the saddle point of f. Without, it is E_omega P[y, .] alone: the point where
-    the published trainer rests, whose leader is not credited for a follower that has to leave its reference.
+    E_omega_ref exp(-P[y, .] / tau_F), which gives the saddle point of f. Without it, the score is E_omega P[y, .] alone: the
+    fixed point of the published trainer, whose leader gets no credit for a follower that has to leave its reference.
 
-    tau_leader, tau_follower: in [0, inf]. At 0 the limit is returned: equal best answers share the reference's mass, while a
-    follower or leader without regularisation could split them in any way. residual: what the leader could gain against
-    this follower plus what the follower could gain against this leader, each in the objective it has; with credit this is
-    the duality gap of f. Raises ValueError for a negative tau.
+    tau_leader, tau_follower: in [0, inf]. At 0 the limit is returned: equally good answers share the reference's mass, while
+    a follower or leader without regularisation could split it in any way. residual: what the leader could gain against this
+    follower plus what the follower could gain against this leader, each in its own objective; with credit this is the
+    duality gap of f. Raises ValueError for a negative tau.
     """
     preferences, references = game.preferences, game.follower_reference
     follower = tilted(references, -preferences, tau_follower)
@@ -120,8 +120,8 @@ def stackelberg(
 def nash(game: Game) -> Solution:
     """A Nash policy without regularisation, max_pi min_y' P(pi > y'), as a linear program (SciPy's HiGHS).
 
-    Where there are several, one vertex of their set; its symmetric value is always 1/2. residual: ``exploitability``. Raises
-    NotConverged if that is above 1e-9.
+    If there are several, one vertex of their set; the value is always 1/2. residual: ``exploitability``. Raises NotConverged
+    if it is above 1e-9.
     """
     from scipy.optimize import linprog
 
@@ -141,16 +141,16 @@ def nash(game: Game) -> Solution:
 def regularised_nash(
     game: Game, tau: float, *, tolerance: float = TOLERANCE, maximum_iterations: int = 1000
 ) -> Solution:
-    """The unique Nash of P(pi > pi') - tau KL(pi || ref) + tau KL(pi' || ref), Munos et al. (arXiv 2312.00886):
+    """The unique Nash policy of P(pi > pi') - tau KL(pi || ref) + tau KL(pi' || ref), Munos et al. (arXiv 2312.00886):
 
         pi(y) proportional to ref(y) exp(p(y > pi) / tau).
 
-    Newton's method on z = (P - 1/2) softmax(log ref + z) / tau with step halving. It converges from anywhere: the Jacobian is
-    I - A D / tau with A antisymmetric and D a covariance, and A D has imaginary eigenvalues only. residual: the largest
+    Newton's method on z = (P - 1/2) softmax(log ref + z) / tau with step halving. It converges from any start: the Jacobian is
+    I - A D / tau with A antisymmetric and D a covariance, and A D has only imaginary eigenvalues. residual: the largest
     change of a probability under the equation above. Raises NotConverged if it stays above ``tolerance`` and ValueError
     unless tau is in (0, inf].
     """
-    positive(tau, "the tau of regularised_nash (without regularisation there is nash)")
+    positive(tau, "the tau of regularised_nash (without regularisation use nash)")
     reference, advantage = game.leader_reference, (game.preferences - 0.5) / tau
 
     def equation(offset: Array) -> tuple[Array, Array, float]:
@@ -166,28 +166,28 @@ def regularised_nash(
 
 
 def nash_md(game: Game, tau: float, coefficient: float, *, tolerance: float = TOLERANCE) -> Solution:
-    """Where Nash-MD-PG (arXiv 2312.00886) and IPO-MD (arXiv 2403.08635) rest with a fixed ``coefficient`` b of mixture:
+    """The fixed point of Nash-MD-PG (arXiv 2312.00886) and IPO-MD (arXiv 2403.08635) at mixture ``coefficient`` b:
 
         pi(y) proportional to ref(y) exp(p(y > m) / tau),  m = mixture(pi, ref, b).
 
-    Putting the first equation in the second shows that m is the regularised Nash at tau / (1 - b), so that this is one Nash
-    and one best response: at b = 0 the regularised Nash, at b = 1 the best response to ref. residual: the
-    largest change of a probability under the equation. Raises ValueError outside b in [0, 1], tau > 0.
+    Substituting the first equation into the second shows that m is the regularised Nash policy at tau / (1 - b), so this takes
+    one Nash policy and one best response: at b = 0 the regularised Nash policy, at b = 1 the best response to ref. residual:
+    the largest change of a probability under the equation. Raises ValueError outside b in [0, 1], tau > 0.
     """
     positive(tau, "the tau of nash_md")
     if not 0 <= coefficient <= 1:
         raise ValueError(f"the mixture coefficient of nash_md is {coefficient}; it must be within [0, 1]")
     opponent = regularised_nash(game, tau / (1 - coefficient) if coefficient < 1 else np.inf, tolerance=tolerance)
     policy = tilted(game.leader_reference, win_rates(game, opponent.policy), tau)
-    again = tilted(game.leader_reference, win_rates(game, mixture(policy, game.leader_reference, coefficient)), tau)
-    residual = float(np.abs(policy - again).max())
+    image = tilted(game.leader_reference, win_rates(game, mixture(policy, game.leader_reference, coefficient)), tau)
+    residual = float(np.abs(policy - image).max())
     return Solution(policy, require_converged(residual, LOOSE, "nash_md: the residual"), opponent.iterations)
 
 
 def mirror_step(game: Game, policy: Any, step: float, tau: float = 0.0, opponent: Any = None) -> Array:
     """One exact update, pi'(y) proportional to pi(y)^(1 - step tau) ref(y)^(step tau) exp(step p(y > opponent)), shape (n,).
 
-    opponent is pi itself by default. With tau = 0 it is SPPO's ideal round (arXiv 2405.00675) at eta = step; INPO's (arXiv
+    opponent: pi itself by default. With tau = 0 this is SPPO's ideal round (arXiv 2405.00675) at eta = step; INPO's (arXiv
     2407.00617) with step = 1 / eta; and Nash-MD's (arXiv 2312.00886) with opponent = mixture(pi, ref, step tau), eta = step.
     Raises ValueError unless step > 0 and step tau is within [0, 1].
     """
@@ -198,13 +198,13 @@ def mirror_step(game: Game, policy: Any, step: float, tau: float = 0.0, opponent
 
 
 def offline_ipo(game: Game, tau: float, behaviour: Any = None) -> Solution:
-    """Population optimum of IPO with opponents from ``behaviour`` mu, by default ``game.behaviour`` (arXiv 2310.12036):
+    """Population optimum of IPO against ``behaviour`` mu, by default ``game.behaviour`` (arXiv 2310.12036):
 
         argmax_pi P(pi > mu) - tau KL(pi || ref), which is pi(y) proportional to ref(y) exp(p(y > mu) / tau).
 
-    On pairs of two draws from mu it minimises E_{y, y' ~ mu} [h(y, y') - (P[y, y'] - 1/2) / tau]^2, h the difference of
-    log(pi / ref); about answers with mu(y) = 0 that loss says nothing, and the formula is what is returned. residual: as for
-    ``best_response``, which this is. Raises ValueError unless tau > 0, which the loss divides by.
+    On pairs of two samples from mu it minimises E_{y, y' ~ mu} [h(y, y') - (P[y, y'] - 1/2) / tau]^2, with h the difference of
+    log(pi / ref). This loss does not depend on answers with mu(y) = 0; for them the formula is returned. residual: as in
+    ``best_response``. Raises ValueError unless tau > 0, by which the loss divides.
     """
     positive(tau, "the tau of offline_ipo")
     return best_response(game, game.behaviour if behaviour is None else behaviour, tau)
@@ -216,21 +216,21 @@ def bradley_terry_rewards(
     """Rewards r of mean zero that maximise sum_{y, y'} w[y, y'] P[y, y'] log sigma(r(y) - r(y')) (Bradley and Terry, 1952).
 
     pair_weights: w, how often each pair is compared, symmetric and not negative, shape (n, n); by default mu mu^T with mu =
-    ``game.behaviour``, which are balanced pairs where mu is uniform. The diagonal has no effect.
+    ``game.behaviour``, which balances the pairs if mu is uniform. The diagonal has no effect.
 
     Returns (r, residual, iterations), r of shape (n,), by Newton's method. residual: the largest gradient sum_y' w (P -
-    sigma(r(y) - r(y'))) with weights that sum to 1. Raises ValueError for wrong weights, or if the comparisons leave the
-    maximum at infinity or not unique: every action must lead to every other one by wins (Ford, 1957).
+    sigma(r(y) - r(y'))) with weights that sum to 1. Raises ValueError for wrong weights, and if the maximum is at infinity or
+    not unique: every action must lead to every other action by wins (Ford, 1957).
     """
     weights = np.outer(game.behaviour, game.behaviour) if pair_weights is None else np.array(pair_weights, np.float64)
     if weights.shape != game.preferences.shape or not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(f"pair_weights must be {game.preferences.shape} finite numbers of at least 0")
     if not np.allclose(weights, weights.T, rtol=1e-9, atol=0.0):
         raise ValueError("pair_weights must be symmetric: a comparison of y and y' is also one of y' and y")
-    weights = weights * ~np.eye(game.size, dtype=bool)  # or a large diagonal would hide the residual of the pairs
+    weights = weights * ~np.eye(game.size, dtype=bool)  # a large diagonal would hide the residual of the pairs
     if not (reachable((weights > 0) & (game.preferences > 0)) | np.eye(game.size, dtype=bool)).all():
         raise ValueError(
-            "the rewards of greatest likelihood are not finite and unique: among the compared pairs some action never leads "
+            "the rewards of maximum likelihood are not finite and unique: among the compared pairs some action never leads "
             "to another by wins; compare more pairs, or keep P away from 0 and 1"
         )
     weights = weights / max(weights.sum(), np.finfo(float).tiny)
@@ -247,9 +247,10 @@ def bradley_terry_rewards(
 
 def dpo(game: Game, beta: float, pair_weights: Any = None) -> Solution:
     """Population optimum of DPO (arXiv 2305.18290) on soft labels: pi(y) proportional to ref(y) exp(r(y) / beta), with r the
-    ``bradley_terry_rewards`` of the compared pairs; also that of RLHF with the reward model fitted to them.
+    ``bradley_terry_rewards`` of the compared pairs; also the optimum of RLHF with the reward model fitted to them.
 
-    residual: the largest gradient of the loss in units of its logits. Raises ValueError unless beta > 0, and as above.
+    residual: the largest gradient of the loss with respect to its logits. Raises ValueError unless beta > 0, and as
+    ``bradley_terry_rewards`` does.
     """
     positive(beta, "the beta of dpo")
     rewards, residual, iterations = bradley_terry_rewards(game, pair_weights)
@@ -261,9 +262,9 @@ def sgpo(game: Game, beta: float, radius: float, window: tuple[float, float]) ->
 
         V(x) = min_{lam >= 0}  lam * radius + sum_i w_i max( l(x_i), l(a) - lam (x_i - a) ),      l(x) = -log sigmoid(x),
 
-    with the margins x = r(y) - r(y') of all pairs of two draws from mu, r = beta log(pi / ref), clipped into the ``window``
-    (a, b), and weights w = 2 mu mu' P, which sum to one. V is convex and piecewise linear in lam, so that its minimum is at 0
-    or where two pieces meet. residual: how much a second search, from where the first one ended, lowers V. Raises
+    with the margins x = r(y) - r(y') of all pairs of two samples from mu, r = beta log(pi / ref), clipped to the ``window``
+    (a, b), and weights w = 2 mu mu' P, which sum to one. V is convex and piecewise linear in lam, so its minimum is at 0 or
+    where two pieces meet. residual: by how much a second search, starting where the first ended, lowers V. Raises
     ValueError unless beta > 0, and NotConverged if the residual is above 1e-9.
     """
     from scipy.optimize import minimize
@@ -285,12 +286,12 @@ def sgpo(game: Game, beta: float, radius: float, window: tuple[float, float]) ->
     first = minimize(value, bradley_terry_rewards(game)[0][:-1], method="Nelder-Mead", options=options)
     second = minimize(value, first.x, method="Nelder-Mead", options=options)
     policy = tilted(game.leader_reference, np.append(second.x, -second.x.sum()), beta)
-    residual = require_converged(float(first.fun - second.fun), LOOSE, "sgpo: what a second search gained")
+    residual = require_converged(float(first.fun - second.fun), LOOSE, "sgpo: the gain of a second search")
     return Solution(policy, residual, int(first.nit + second.nit))
 
 
 def _draft_scores(game: Game, follower: Array, tau: float, *, credit: bool) -> Array:
-    """E_{y' ~ omega(.|y)} P[y, y'], with ``credit`` plus tau KL(omega(.|y) || omega_ref(.|y)), for each draft y, (n,)."""
+    """E_{y' ~ omega(.|y)} P[y, y'], plus tau KL(omega(.|y) || omega_ref(.|y)) with ``credit``, for each draft y, (n,)."""
     scores = (follower * game.preferences).sum(axis=1)
     return scores + penalty(tau, kl(follower, game.follower_reference)) if credit else scores
 

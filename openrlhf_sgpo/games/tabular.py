@@ -1,8 +1,8 @@
-"""Preference games on finitely many answers to one prompt: small enough that every solution is known exactly.
+"""Preference games on finitely many answers to a prompt, small enough to know every solution exactly.
 
-A game is a matrix P with P[y, y'] the probability that answer y is preferred to answer y', so that P + P^T = 1 and the
-diagonal is 1/2, together with the distributions that the regularisers measure from. The named games are those of the checks
-for SLHF (Pasztor et al., arXiv 2512.16626) and for the Nash methods (Munos et al., arXiv 2312.00886).
+A game is a matrix P, where P[y, y'] is the probability that answer y is preferred to answer y', so P + P^T = 1 and the
+diagonal is 1/2, together with the reference distributions of the regularisers. The named games are those of the checks for
+SLHF (Pasztor et al., arXiv 2512.16626) and for the Nash methods (Munos et al., arXiv 2312.00886).
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 PREFERENCE_TOLERANCE = 1e-9
-SUM_TOLERANCE = 1e-6  # a distribution may come from single precision
-DEFAULT: Any = None  # a field that __post_init__ fills
+SUM_TOLERANCE = 1e-6  # distributions may come from single precision
+DEFAULT: Any = None  # set by __post_init__
 
 
 def distribution(values: Any, size: int, what: str, *, positive: bool = False) -> Array:
-    """``values`` as probabilities of shape (size,), float64, rescaled to sum to one, read-only.
+    """``values`` as read-only float64 probabilities of shape (size,), rescaled to sum to one.
 
-    Raises ValueError, naming ``what``, unless the shape fits, entries are finite and not negative (with ``positive``: above
-    0, which a logarithm of a reference needs) and their sum is within 1e-6 of one.
+    Raises ValueError, naming ``what``, unless the shape matches, entries are finite and not negative (with ``positive``:
+    above 0, as the logarithm of a reference needs) and their sum is within 1e-6 of one.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.shape != (size,):
         raise ValueError(f"{what} has shape {array.shape}; a game of {size} actions needs ({size},)")
     wrong = ~np.isfinite(array) | (array <= 0 if positive else array < 0)
     if wrong.any():
-        where = int(np.argmax(wrong))
+        index = int(np.argmax(wrong))
         limit = "positive" if positive else "not negative"
-        raise ValueError(f"{what}[{where}] is {array[where]}; it must be finite and {limit}")
+        raise ValueError(f"{what}[{index}] is {array[index]}; it must be finite and {limit}")
     if abs(array.sum() - 1) > SUM_TOLERANCE:
         raise ValueError(f"{what} sums to {array.sum()}; probabilities must sum to 1")
     return _frozen(array / array.sum())
@@ -46,13 +46,13 @@ class Game:
 
     preferences: P, shape (n, n); P[y, y'] is p(y > y').
     actions: the n names of the answers; by default A, B, C, ... (a0, a1, ... beyond 26).
-    leader_reference: pi_ref, shape (n,), uniform by default. It is also the reference of every method with one policy.
+    leader_reference: pi_ref, shape (n,), uniform by default; also the reference of methods with a single policy.
     follower_reference: omega_ref, shape (n, n), row y for the follower that sees y; a single distribution (n,) is used for
         every y. Uniform by default.
-    behaviour: mu, shape (n,), which the answers of a fixed data set are drawn from; by default pi_ref. May have zeros.
+    behaviour: mu, shape (n,), the distribution of answers in a fixed dataset; pi_ref by default. May have zeros.
 
     Raises ValueError if P is not a square matrix of probabilities with P + P^T = 1 (within 1e-9), naming the pair, or if
-    names or distributions do not fit; references must be positive everywhere.
+    names or distributions do not match its size; references must be positive everywhere.
     """
 
     preferences: Array
@@ -100,20 +100,20 @@ def win_rates(game: Game, opponent: Any) -> Array:
 
 
 def win_rate(game: Game, policy: Any, opponent: Any) -> float:
-    """P(policy > opponent), the chance that a draw of the first is preferred to a draw of the second; both shape (n,)."""
+    """P(policy > opponent), the probability that a sample of the first is preferred to one of the second; both shape (n,)."""
     return float(distribution(policy, game.size, "policy") @ win_rates(game, opponent))
 
 
 def condorcet_winner(game: Game) -> str | None:
-    """The action preferred to every other one with probability above 1/2, or None."""
+    """The action preferred to every other action with probability above 1/2, or None."""
     beats = _majority(game) | np.eye(game.size, dtype=bool)
     winners = np.flatnonzero(beats.all(axis=1))
     return game.actions[winners[0]] if len(winners) else None
 
 
 def cycles(game: Game) -> tuple[tuple[str, ...], ...]:
-    """The groups of actions that beat each other in circles: strongly connected components, of two actions or more, of the
-    graph with an edge y -> y' where P[y, y'] > 1/2. Empty exactly if that graph has no cycle; every cycle lies in one group.
+    """Groups of actions that beat each other in cycles: the strongly connected components, of two or more actions, of the
+    graph with an edge y -> y' where P[y, y'] > 1/2. Empty exactly if the graph has no cycle; each cycle lies in one group.
     """
     reach = reachable(_majority(game))
     mutual = reach & reach.T
@@ -122,7 +122,7 @@ def cycles(game: Game) -> tuple[tuple[str, ...], ...]:
 
 
 def reachable(edges: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Transitive closure (n, n): whether a path of one edge or more leads from row to column (Warshall's algorithm)."""
+    """Transitive closure (n, n): whether a path of one or more edges leads from row to column (Warshall's algorithm)."""
     reach = edges.copy()
     for middle in range(len(reach)):
         reach |= reach[:, middle, None] & reach[None, middle, :]
@@ -137,10 +137,10 @@ def cycle(probability: float = 1.0) -> Game:
 
 
 def from_voters(shares: Sequence[float], orders: Sequence[str | Sequence[str]], actions: Sequence[str] = ()) -> Game:
-    """P[y, y'] = total share of the groups of annotators who rank y above y'.
+    """P[y, y'] = total share of the annotator groups that rank y above y'.
 
     shares: one per group, summing to one. orders: each group's ranking of all actions, best first. actions: their order in
-    the matrix; by default that of the first ranking. Raises ValueError if an order is not a ranking of all actions.
+    the matrix, by default that of the first ranking. Raises ValueError if an order is not a ranking of all actions.
     """
     names = tuple(actions) or tuple(orders[0])
     weights = distribution(shares, len(orders), "shares")
@@ -148,8 +148,8 @@ def from_voters(shares: Sequence[float], orders: Sequence[str | Sequence[str]], 
     for group, (share, order) in enumerate(zip(weights, orders, strict=True)):
         if sorted(order) != sorted(names):
             raise ValueError(f"orders[{group}] is {order}; it must rank each of {names} once")
-        place = np.array([list(order).index(name) for name in names])
-        preferences += share * (place[:, None] < place[None, :])
+        rank = np.array([list(order).index(name) for name in names])
+        preferences += share * (rank[:, None] < rank[None, :])
     return Game(preferences, names)
 
 
@@ -157,7 +157,7 @@ def condorcet(first: float = 0.40, second: float = 0.35, third: float = 0.25) ->
     """The Condorcet paradox: shares alpha_1, alpha_2, alpha_3 of annotators with the orders A>B>C, B>C>A, C>A>B.
 
     If every share is below 1/2, A beats B beats C beats A; Nash is (1 - 2 alpha_3, 1 - 2 alpha_1, 1 - 2 alpha_2), and an
-    unregularised Stackelberg leader plays the favourite of the largest group, whose value is its share.
+    unregularised Stackelberg leader plays the favourite of the largest group, and its value is the share of this group.
     """
     return from_voters((first, second, third), ("ABC", "BCA", "CAB"))
 
@@ -175,13 +175,13 @@ def two_actions(probability: float = 0.7) -> Game:
 
 
 def offline_ipo_game(behaviour: Sequence[float] = (0.6, 0.3, 0.1)) -> Game:
-    """The offline-IPO game: the cycle at 5/9, whose Nash is uniform, with data drawn from ``behaviour`` mu, on which the
+    """The offline-IPO game: the cycle at 5/9, whose Nash policy is uniform, with data from ``behaviour`` mu, on which the
     optimum of offline IPO depends."""
     return Game(cycle(5 / 9).preferences, ("1", "2", "3"), behaviour=np.asarray(behaviour))
 
 
 def indifferent(size: int = 3) -> Game:
-    """P = 1/2 throughout: every regularised solution is its reference."""
+    """P = 1/2 everywhere, so every regularised solution is its reference."""
     return Game(np.full((size, size), 0.5))
 
 

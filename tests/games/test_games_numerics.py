@@ -72,9 +72,9 @@ def test_limits_of_the_strength():
     assert regret(REFERENCE, REFERENCE, SCORES, np.inf) == pytest.approx(0, abs=1e-15)
     assert regret(tilted(REFERENCE, SCORES, 0), REFERENCE, SCORES, 0) == pytest.approx(0, abs=1e-15)
     for tau in (-0.1, float("nan")):
-        with pytest.raises(ValueError, match="a strength of regularisation is"):
+        with pytest.raises(ValueError, match="the regularisation strength is"):
             tilted(REFERENCE, SCORES, tau)
-        with pytest.raises(ValueError, match="a strength of regularisation is"):
+        with pytest.raises(ValueError, match="the regularisation strength is"):
             soft_value(REFERENCE, SCORES, tau)
 
 

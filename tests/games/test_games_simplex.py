@@ -63,7 +63,7 @@ def test_a_picture_without_paths_or_targets(tmp_path):
         ({"paths": {"x": [[0.5, 0.5, 0.5]]}}, "not probabilities"),
         ({"paths": {"x": [[float("nan"), 0.5, 0.5]]}}, "not probabilities"),
         ({"targets": {"y": [1.5, -0.5, 0.0]}}, r"targets\['y'\] has values that are not probabilities"),
-        ({"targets": {str(i): np.ones(3) / 3 for i in range(len(SHAPES) + 1)}}, "11 targets and only 10 shapes"),
+        ({"targets": {str(i): np.ones(3) / 3 for i in range(len(SHAPES) + 1)}}, "11 targets but only 10 shapes"),
         ({"actions": ("A", "B")}, "three corners"),
         ({"path": "picture.png"}, "must end in .svg"),
     ],

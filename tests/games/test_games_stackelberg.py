@@ -148,5 +148,5 @@ def test_stackelberg_limits():
     for credit in (True, False):
         loose = stackelberg(game, 0.1, 1e7, follower_kl_credit=credit)  # the follower's KL vanishes with it
         assert loose.policy == pytest.approx(passive.policy, abs=1e-6)
-    with pytest.raises(ValueError, match="a strength of regularisation is -1"):
+    with pytest.raises(ValueError, match="the regularisation strength is -1"):
         stackelberg(game, 0.1, -1)
