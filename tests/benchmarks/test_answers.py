@@ -36,9 +36,9 @@ def ask(config, folder, path, items=ITEMS):
     answerer, cost = Answerer(config), {}
     path.parent.mkdir(parents=True, exist_ok=True)
     chat = answerer.chat(str(folder))
-    found = answerer.answer(chat, str(folder), "toy", items, path, cost)
+    responses = answerer.answer(chat, str(folder), "toy", items, path, cost)
     answerer.close()
-    return found, cost
+    return responses, cost
 
 
 def greedy(folder, messages, new=6):
@@ -50,28 +50,28 @@ def greedy(folder, messages, new=6):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    made = []
-    while len(made) < new:
-        token = model(torch.tensor([tokens + made])).logits[0, -1].argmax().item()
+    drawn = []
+    while len(drawn) < new:
+        token = model(torch.tensor([tokens + drawn])).logits[0, -1].argmax().item()
         if token == tokenizer.eos_token_id:
             break
-        made.append(token)
-    return tokenizer.decode(made, skip_special_tokens=True)
+        drawn.append(token)
+    return tokenizer.decode(drawn, skip_special_tokens=True)
 
 
 def test_turns_see_the_answers_before_them_and_temperature_0_is_greedy(config, tiny_model, tmp_path):
-    found, cost = ask(config, tiny_model, tmp_path / "toy.jsonl")
-    assert list(found) == ["0", "1", "2", "3"]
+    responses, cost = ask(config, tiny_model, tmp_path / "toy.jsonl")
+    assert list(responses) == ["0", "1", "2", "3"]
     first = greedy(tiny_model, [{"role": "user", "content": "What is 2?"}])
-    assert found["1"].turns[0] == first
+    assert responses["1"].turns[0] == first
     conversation = [
         {"role": "user", "content": "What is 2?"},
         {"role": "assistant", "content": first.strip()},
         {"role": "user", "content": "And then?"},
     ]
-    assert found["1"].turns[1] == greedy(tiny_model, conversation)
-    assert [len(one.turns) for one in found.values()] == [1, 2, 2, 1]
-    assert cost == {"samples": 6, "tokens_generated": sum(sum(one.tokens) for one in found.values())}
+    assert responses["1"].turns[1] == greedy(tiny_model, conversation)
+    assert [len(response.turns) for response in responses.values()] == [1, 2, 2, 1]
+    assert cost == {"samples": 6, "tokens_generated": sum(sum(response.tokens) for response in responses.values())}
     assert config.rollout.temperature == 0.5  # an item's own temperature is its own only
 
 
@@ -84,8 +84,8 @@ def test_what_is_there_is_not_made_again(config, tiny_model, tmp_path, monkeypat
     with open(path, "a") as file:
         file.write('{"id": "2", "tur')  # a killed process was writing
     kept = path.read_text().splitlines()[:2]
-    found, cost = ask(config, tiny_model, path)
-    assert found == whole
+    responses, cost = ask(config, tiny_model, path)
+    assert responses == whole
     assert cost["samples"] == 3  # two turns of item 2, one of item 3
     assert path.read_text() == (tmp_path / "whole/toy.jsonl").read_text()
     assert path.read_text().splitlines()[:2] == kept
@@ -96,9 +96,9 @@ def test_an_item_that_asks_something_else_is_answered_again(config, tiny_model, 
     path = tmp_path / "toy.jsonl"
     ask(config, tiny_model, path)
     changed = [Item("0", ("What is 5?",), temperature=0.0), *ITEMS[1:]]
-    found, cost = ask(config, tiny_model, path, changed)
+    responses, cost = ask(config, tiny_model, path, changed)
     assert cost["samples"] == 1
-    assert found["0"].turns == (greedy(tiny_model, [{"role": "user", "content": "What is 5?"}]),)
+    assert responses["0"].turns == (greedy(tiny_model, [{"role": "user", "content": "What is 5?"}]),)
     assert len(path.read_text().splitlines()) == 5  # nothing is thrown away
 
 
@@ -116,12 +116,12 @@ def test_answers_of_another_model_or_decoding_are_not_mixed(config, tiny_model, 
 @pytest.mark.slow
 def test_engines_are_kept_for_models_of_one_kind_only(config, tiny_model, other_tiny_model, tmp_path):
     larger = make_tiny_model(tmp_path / "larger", layers=3)
-    answerer, found, engines = Answerer(config), {}, []
+    answerer, responses, engines = Answerer(config), {}, []
     for name, folder in [("tiny", tiny_model), ("other", other_tiny_model), ("larger", larger)]:
         chat = answerer.chat(str(folder))
-        found[name] = answerer.answer(chat, str(folder), "toy", ITEMS, tmp_path / f"{name}.jsonl", {})
+        responses[name] = answerer.answer(chat, str(folder), "toy", ITEMS, tmp_path / f"{name}.jsonl", {})
         engines.append(answerer.rollout)
-        assert found[name]["0"].turns == (greedy(folder, [{"role": "user", "content": "What is 1?"}]),)
+        assert responses[name]["0"].turns == (greedy(folder, [{"role": "user", "content": "What is 1?"}]),)
     answerer.close()
     assert engines[0] is engines[1] and engines[1] is not engines[2]
 
@@ -147,6 +147,6 @@ def test_answers_need_room_for_every_turn(config, tiny_model):
 
 def test_a_longer_limit_keeps_the_answers(config, tiny_model, tmp_path):
     path = tmp_path / "toy.jsonl"
-    found, _ = ask(config, tiny_model, path)
+    responses, _ = ask(config, tiny_model, path)
     config.data.max_len = 256
-    assert ask(config, tiny_model, path) == (found, {})
+    assert ask(config, tiny_model, path) == (responses, {})

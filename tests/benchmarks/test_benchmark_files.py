@@ -46,9 +46,9 @@ def offline(monkeypatch):
 
 
 def test_what_the_user_gives_comes_first(tmp_path, package):
-    given = tmp_path / "mine.json"
-    given.write_text(json.dumps(ROWS))
-    assert locate("task.file", str(given), HUB, package) == given
+    local = tmp_path / "mine.json"
+    local.write_text(json.dumps(ROWS))
+    assert locate("task.file", str(local), HUB, package) == local
 
 
 def test_a_path_that_does_not_exist_is_an_error_although_a_package_has_the_file(tmp_path, package):

@@ -54,8 +54,8 @@ def finished(argv):
 
 def killed_after(count: int, server: JudgeServer, argv) -> None:
     """``evaluate``, and SIGKILL once the judge was asked so many questions."""
-    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in own} | {"OMP_NUM_THREADS": "1"}
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "openrlhf_sgpo.cli.main", "evaluate", *argv],
         env=environment,
@@ -84,8 +84,8 @@ def by_hand(out: Path, name: str) -> tuple[float, dict[str, float]]:
         p = sigmoid((second.count("e") - first.count("e")) / 4 + 0.3)
         preferences.append(p if switched else 1 - p)
     turns = [row["turns"] for row in read_jsonl(out / name / "answers/mt_bench.jsonl")]
-    scores = [[1 + len(text) % 10 for text in both] for both in turns]
-    first, second = (fmean(one[turn] for one in scores) for turn in (0, 1))
+    scores = [[1 + len(text) % 10 for text in pair] for pair in turns]
+    first, second = (fmean(pair[turn] for pair in scores) for turn in (0, 1))
     return 100 * fmean(preferences), {"turn_1": first, "turn_2": second, "average": fmean([first, second])}
 
 
@@ -171,11 +171,11 @@ def test_one_unreadable_judgement_keeps_only_its_own_row_out(files, tmp_path):
         argv += ["--judge.base_url", server.url, "--judge.model", "rule", "--models", *map(str, answers.values())]
         process = forked(None, "evaluate", *argv)
         assert process.returncode == 2 and "mute mt_bench 3 of 6" in process.stderr
-        assert [one["model"] for one in read_json(out / "leaderboard.json")["rows"]] == ["good"]
+        assert [row["model"] for row in read_json(out / "leaderboard.json")["rows"]] == ["good"]
         asked = len(server.asked)
         finished([*argv, "--partial"])
         assert len(server.asked) == asked  # what cannot be read is an answer, too
-    rows = {one["model"]: one for one in read_json(out / "leaderboard.json")["rows"]}
+    rows = {row["model"]: row for row in read_json(out / "leaderboard.json")["rows"]}
     assert (rows["mute"]["n"], rows["mute"]["expected"], rows["mute"]["parse_failures"]) == (3, 6, 3)
     assert rows["mute"]["figures"]["turn_1"] is None
 
@@ -186,8 +186,10 @@ def test_a_model_is_added_to_a_leaderboard_from_a_file_of_answers(files, tmp_pat
     outputs.write_text(
         json.dumps([{"instruction": text, "output": "an apple"} for text in toy_benchmarks.INSTRUCTIONS])
     )
-    others = tmp_path / "others.json"
-    others.write_text(json.dumps([{"instruction": text, "output": "eee"} for text in toy_benchmarks.INSTRUCTIONS]))
+    other_outputs = tmp_path / "others.json"
+    other_outputs.write_text(
+        json.dumps([{"instruction": text, "output": "eee"} for text in toy_benchmarks.INSTRUCTIONS])
+    )
     out = tmp_path / "out"
     with JudgeServer(judge=toy_benchmarks.rule) as server:
 
@@ -199,10 +201,10 @@ def test_a_model_is_added_to_a_leaderboard_from_a_file_of_answers(files, tmp_pat
 
         add(str(outputs))
         first = len(server.asked)
-        add(f"other={others}")
+        add(f"other={other_outputs}")
         assert len(server.asked) == first + 6
     rows = {row["model"]: row["decoding"] for row in read_json(out / "leaderboard.json")["rows"]}
-    assert rows == {"theirs": {"answers": str(outputs)}, "other": {"answers": str(others)}}
+    assert rows == {"theirs": {"answers": str(outputs)}, "other": {"answers": str(other_outputs)}}
 
 
 def settings_of(*argv):
@@ -242,7 +244,7 @@ def test_models_have_names(tiny_model, tmp_path):
 
     def named(*models, tasks=("alpaca_eval",)):
         loaded = settings_of("--models", *models, "--out", "y", "--tasks", *tasks)
-        return [(one.name, one.folder, one.file) for one in loaded.contestants]
+        return [(contestant.name, contestant.folder, contestant.file) for contestant in loaded.contestants]
 
     assert named(str(tiny_model)) == [("tiny", str(tiny_model), "")]
     assert named(f"a={tiny_model}", "owner/model") == [("a", str(tiny_model), ""), ("model", "owner/model", "")]

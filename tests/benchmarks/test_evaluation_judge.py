@@ -40,10 +40,10 @@ def by_number(text: str) -> list[tuple[str, float]]:
 
 
 def share_of_m(reply: Reply) -> float:
-    found = dict(reply.top)
-    if "m" not in found:
-        raise Unusable("no m" if found else "no log-probabilities")
-    return math.exp(found["m"])
+    log_probs = dict(reply.top)
+    if "m" not in log_probs:
+        raise Unusable("no m" if log_probs else "no log-probabilities")
+    return math.exp(log_probs["m"])
 
 
 def requests(count: int = COUNT) -> list[Request]:
@@ -57,8 +57,6 @@ def make(folder: Path, url: str, partial: bool = False, **changes) -> Evaluation
 
 UNDISTURBED = [pytest.approx((1 + i) / (COUNT + 2), abs=1e-12) for i in range(COUNT)]
 
-
-# Failures -------------------------------------------------------------------------------------------------------------
 
 REASONS = {
     "429": "no luck with 429",
@@ -94,8 +92,8 @@ def test_a_failure_stops_and_a_rerun_asks_once_more_than_it_failed(mode, reason,
         assert failed == {"m or M, item 2": 1 if mode in ("401", "400") else 2}
         server.plan = lambda text, times: None
         assert make(tmp_path, server.url).ask("test", LETTERS, requests(), share_of_m, "test") == UNDISTURBED
-        for one in requests():
-            text = one.messages[0]["content"]
+        for request in requests():
+            text = request.messages[0]["content"]
             assert server.times(text) == failed[text] + 1
 
 
@@ -106,7 +104,7 @@ def test_a_server_that_goes_down(tmp_path):
         make(tmp_path, server.url, max_retries=1).ask("test", LETTERS, requests(), share_of_m, "test")
     with JudgeServer(judge=by_number) as elsewhere:
         assert make(tmp_path, elsewhere.url).ask("test", LETTERS, requests(), share_of_m, "test") == UNDISTURBED
-        assert sorted(elsewhere.asked) == sorted(one.messages[0]["content"] for one in requests()[5:])
+        assert sorted(elsewhere.asked) == sorted(request.messages[0]["content"] for request in requests()[5:])
 
 
 @pytest.mark.parametrize(("mode", "attempts"), [("bare", 3), ("other", 3), ("400", 1)])
@@ -116,8 +114,8 @@ def test_partial_leaves_out_what_stays_unreadable_or_is_refused_and_a_rerun_asks
 
     with JudgeServer(plan, judge=by_number) as server:
         first = make(tmp_path, server.url, partial=True, max_retries=2)
-        found = first.ask("test", LETTERS, requests(), share_of_m, "test")
-        assert found == [None if i in (2, 7) else UNDISTURBED[i] for i in range(COUNT)]
+        shares = first.ask("test", LETTERS, requests(), share_of_m, "test")
+        assert shares == [None if i in (2, 7) else UNDISTURBED[i] for i in range(COUNT)]
         assert (first.usage()["judge_calls"], first.usage()["judge_failures"]) == (COUNT - 2, 2 * attempts)
         server.plan = lambda text, times: None
         again = make(tmp_path, server.url, partial=True)
@@ -160,9 +158,6 @@ def test_after_a_kill_only_what_is_missing_is_asked(tmp_path):
     assert len(after) == COUNT and after.total() == COUNT + len(before) - kept and len(before) - kept <= 2
 
 
-# One cache ------------------------------------------------------------------------------------------------------------
-
-
 def test_benchmarks_share_what_is_kept(tmp_path):
     with JudgeServer(judge=by_number) as server:
         judge = make(tmp_path, server.url)
@@ -177,9 +172,6 @@ def test_benchmarks_share_what_is_kept(tmp_path):
         assert len(server.asked) == COUNT + 4
     kept = {path.name: path.read_text().count('"key"') for path in (tmp_path / "judgements").iterdir()}
     assert kept == {"org_rule.jsonl": COUNT + 3, "org_other.jsonl": 1}
-
-
-# Cost -----------------------------------------------------------------------------------------------------------------
 
 
 def test_what_it_may_cost_is_said_before_and_what_it_did_after(tmp_path, capsys):
@@ -217,9 +209,6 @@ def test_what_may_cost_too_much_is_not_asked(tmp_path):
         with pytest.raises(JudgeError, match=r"1 missing answers may cost .* 24.00 USD are spent"):
             judge.ask("t", LETTERS, requests(5), share_of_m, "")
         assert len(server.asked) == 4
-
-
-# Settings -------------------------------------------------------------------------------------------------------------
 
 
 def parsed(*argv: str) -> EvaluationJudgeSettings:
@@ -290,8 +279,8 @@ def test_presets_of_this_checkout(path, monkeypatch, tmp_path):
 )  # fmt: skip
 def test_settings_that_cannot_work(argv, problem, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    (found,) = judge_problems(parsed(*argv.split()))
-    assert problem in found
+    (problem_text,) = judge_problems(parsed(*argv.split()))
+    assert problem in problem_text
 
 
 def test_the_key_is_written_nowhere(tmp_path, monkeypatch):

@@ -95,16 +95,13 @@ def judge_of(tmp_path: Path, url: str, partial: bool = False, **settings) -> Eva
     return EvaluationJudge(EvaluationJudgeSettings(**settings), tmp_path / "judged", partial)
 
 
-# Against a server -----------------------------------------------------------------------------------------------------
-
-
 def test_preferences_are_those_of_the_rule(tmp_path):
     task = task_of(tmp_path)
     items = task.items()
-    given = answers(items)
+    responses = answers(items)
     with JudgeServer(judge=tokens) as server:
-        result = task.evaluate("mine", items, given, judge_of(tmp_path, server.url), tmp_path / "out")
-    expected = [by_the_rule(item.turns[0], item.facts["baseline"], given[item.id].turns[0]) for item in items]
+        result = task.evaluate("mine", items, responses, judge_of(tmp_path, server.url), tmp_path / "out")
+    expected = [by_the_rule(item.turns[0], item.facts["baseline"], responses[item.id].turns[0]) for item in items]
     assert {switched(item.turns[0]) for item in items} == {True, False}
     assert len(server.asked) == len(items)
     for body in server.bodies:
@@ -112,16 +109,16 @@ def test_preferences_are_those_of_the_rule(tmp_path):
         assert body["max_tokens"] == 1 and body["temperature"] == 1 and body["logprobs"] and body["top_logprobs"] == 5
     rows = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert [row["preference"] for row in rows] == pytest.approx(expected, abs=1e-12)
-    wins = [100 * (one - 1) for one in expected]
+    wins = [100 * (preference - 1) for preference in expected]
     assert result.figures["win_rate"] == pytest.approx(fmean(wins))
     assert result.errors["win_rate"] == pytest.approx(stdev(wins) / len(wins) ** 0.5)
-    halves = [0.5 if one == 1.5 else float(one > 1.5) for one in expected]
+    halves = [0.5 if preference == 1.5 else float(preference > 1.5) for preference in expected]
     assert result.figures["discrete_win_rate"] == pytest.approx(100 * fmean(halves))
     assert result.figures["length_controlled_winrate"] is None
     assert any("--alpaca_eval.df_gamed" in note for note in result.notes)
     assert any("is not the published file" in note for note in result.notes)
     assert (result.n, result.expected, result.parse_failures) == (12, 12, 0)
-    assert result.average_length == fmean(len(one.turns[0]) for one in given.values())
+    assert result.average_length == fmean(len(response.turns[0]) for response in responses.values())
     assert result.judge["model"] == "rule"
 
 
@@ -147,14 +144,16 @@ def test_files_are_what_alpaca_eval_reads(tmp_path):
 def test_equal_answers_are_a_tie_that_nobody_is_asked_about(tmp_path):
     task = task_of(tmp_path, count=5)
     items = task.items()
-    given = answers(items) | {"3": Responses("3", (items[3].facts["baseline"],))}
+    responses = answers(items) | {"3": Responses("3", (items[3].facts["baseline"],))}
     with JudgeServer(judge=tokens) as server:
-        result = task.evaluate("mine", items, given, judge_of(tmp_path, server.url), tmp_path / "out")
+        result = task.evaluate("mine", items, responses, judge_of(tmp_path, server.url), tmp_path / "out")
         assert len(server.asked) == 4
     rows = json.loads((tmp_path / "out" / "annotations.json").read_text())
     assert rows[3]["preference"] == 1.5 and rows[3]["raw_completion"] is None
     others = [
-        by_the_rule(one.turns[0], one.facts["baseline"], given[one.id].turns[0]) for one in items if one.id != "3"
+        by_the_rule(item.turns[0], item.facts["baseline"], responses[item.id].turns[0])
+        for item in items
+        if item.id != "3"
     ]
     assert result.figures["win_rate"] == pytest.approx(100 * (sum(others) - 4 + 0.5) / 5)
 
@@ -162,10 +161,10 @@ def test_equal_answers_are_a_tie_that_nobody_is_asked_about(tmp_path):
 def test_written_letters_are_marked(tmp_path):
     task = task_of(tmp_path)
     items = task.items()
-    given = answers(items)
+    responses = answers(items)
     with JudgeServer(judge=tokens) as server:
         judge = judge_of(tmp_path, server.url, logprobs=False)
-        result = task.evaluate("mine", items, given, judge, tmp_path / "out")
+        result = task.evaluate("mine", items, responses, judge, tmp_path / "out")
         assert all("logprobs" not in body and body["temperature"] == 0 for body in server.bodies)
     rows = json.loads((tmp_path / "out" / "annotations.json").read_text())
     for row, text in zip(rows, (item.turns[0] for item in items), strict=True):
@@ -178,17 +177,21 @@ def test_written_letters_are_marked(tmp_path):
 def test_replies_without_a_letter_are_failures_and_not_ties(tmp_path):
     task = task_of(tmp_path, count=6)
     items = task.items()
-    given = answers(items)
+    responses = answers(items)
 
     def plan(text: str, _) -> str | None:
         return "other" if "answer 2" in text else None
 
     with JudgeServer(plan, tokens) as server:
         with pytest.raises(JudgeError, match="neither m nor M is among the likeliest tokens"):
-            task.evaluate("mine", items, given, judge_of(tmp_path, server.url), tmp_path / "out")
-        result = task.evaluate("mine", items, given, judge_of(tmp_path, server.url, partial=True), tmp_path / "out")
-    rest = [by_the_rule(one.turns[0], one.facts["baseline"], given[one.id].turns[0]) for one in items if one.id != "2"]
-    assert result.figures["win_rate"] == pytest.approx(100 * (fmean(rest) - 1))
+            task.evaluate("mine", items, responses, judge_of(tmp_path, server.url), tmp_path / "out")
+        result = task.evaluate("mine", items, responses, judge_of(tmp_path, server.url, partial=True), tmp_path / "out")
+    remaining = [
+        by_the_rule(item.turns[0], item.facts["baseline"], responses[item.id].turns[0])
+        for item in items
+        if item.id != "2"
+    ]
+    assert result.figures["win_rate"] == pytest.approx(100 * (fmean(remaining) - 1))
     assert (result.n, result.expected, result.parse_failures) == (5, 6, 1)
     assert json.loads((tmp_path / "out" / "annotations.json").read_text())[2]["preference"] is None
 
@@ -217,9 +220,6 @@ def test_preflight_of_a_judge_without_log_probabilities_names_the_flag(tmp_path)
         with pytest.raises(ValueError, match="no usable answer"):
             task_of(tmp_path).preflight(judge_of(tmp_path, server.url, partial=True))
         assert task_of(tmp_path).preflight(judge_of(tmp_path, server.url, logprobs=False))
-
-
-# Against upstream's code ----------------------------------------------------------------------------------------------
 
 
 def test_prompts_and_orders_are_upstreams(tmp_path):
@@ -290,15 +290,14 @@ def test_other_texts_are_no_letters(text):
         preference_written(Reply(text))
 
 
-# Files of others ------------------------------------------------------------------------------------------------------
-
-
 def test_outputs_in_any_order_are_matched_by_instruction(tmp_path):
     task = task_of(tmp_path, count=6, limit=4)
     rows = [{"instruction": f"Say something about number {n}.", "output": f"text {n}", "extra": n} for n in range(6)]
     path = tmp_path / "outputs.json"
     path.write_text(json.dumps(rows[::-1]))
-    assert {one.id: one.turns for one in task.read_responses(path)} == {str(n): (f"text {n}",) for n in range(4)}
+    assert {response.id: response.turns for response in task.read_responses(path)} == {
+        str(n): (f"text {n}",) for n in range(4)
+    }
 
 
 def test_outputs_that_do_not_fit_are_named(tmp_path):
@@ -339,8 +338,6 @@ def test_the_package_carries_the_published_file():
     assert {item.facts["generator"] for item in items} == {"gpt4_1106_preview"}
     assert len({item.facts["dataset"] for item in items}) == 5
 
-
-# Length control -------------------------------------------------------------------------------------------------------
 
 STEEPNESS = 3.0  # what a tanh of a standard deviation of length is worth to the synthetic judge, in nats
 
@@ -419,20 +416,20 @@ def test_the_rate_is_upstreams_and_in_any_order(tmp_path, monkeypatch):
     annotations, gamed, _ = world(0.5, 1.0, tmp_path)
     annotations[7] = {**annotations[7], "preference": None}
     download = glm_winrate.hf_hub_download
-    found = length_controlled_win_rate(annotations, gamed)
+    rate_and_error = length_controlled_win_rate(annotations, gamed)
     shuffled = random.Random(0).sample(annotations, len(annotations))
-    assert length_controlled_win_rate(shuffled, gamed) == found
+    assert length_controlled_win_rate(shuffled, gamed) == rate_and_error
     assert glm_winrate.hf_hub_download is download
     assert not sklearn.get_config()["enable_metadata_routing"]
 
     monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: gamed)
     plain = [{key: value for key, value in row.items() if key != "index"} for row in annotations]
-    theirs = glm_winrate.get_length_controlled_winrate(plain, save_weights_dir=None)
-    assert found == (theirs["length_controlled_winrate"], theirs["lc_standard_error"])
+    upstream = glm_winrate.get_length_controlled_winrate(plain, save_weights_dir=None)
+    assert rate_and_error == (upstream["length_controlled_winrate"], upstream["lc_standard_error"])
     # Upstream takes the rows as they stand: the reason for the index.
     plain = [{key: value for key, value in row.items() if key != "index"} for row in shuffled]
-    theirs = glm_winrate.get_length_controlled_winrate(plain, save_weights_dir=None)
-    assert abs(found[0] - theirs["length_controlled_winrate"]) > 0.1
+    upstream = glm_winrate.get_length_controlled_winrate(plain, save_weights_dir=None)
+    assert abs(rate_and_error[0] - upstream["length_controlled_winrate"]) > 0.1
 
 
 @pytest.mark.slow
@@ -441,25 +438,27 @@ def test_the_rate_stands_in_the_result(tmp_path):
     _, gamed, _ = world(0.5, 1.0, tmp_path)
     task = AlpacaEval(AlpacaEvalSettings(df_gamed=str(gamed)))
     items = task.items()
-    given = {item.id: Responses(item.id, (item.facts["baseline"],)) for item in items}  # ties, but for a few
-    given |= {
+    responses = {item.id: Responses(item.id, (item.facts["baseline"],)) for item in items}  # ties, but for a few
+    responses |= {
         str(number): Responses(str(number), ("good " * (number // 300) + "x" * number,)) for number in range(0, 800, 40)
     }
     with JudgeServer(judge=tokens) as server:
         judge = judge_of(tmp_path, server.url)
-        result = task.evaluate("mine", items, given, judge, tmp_path / "out")
-        part = task.evaluate("mine", items[:40], given, judge, tmp_path / "part")
+        result = task.evaluate("mine", items, responses, judge, tmp_path / "out")
+        part = task.evaluate("mine", items[:40], responses, judge, tmp_path / "part")
         other = task_of(tmp_path, count=805, df_gamed=str(gamed))
-        given = {item.id: Responses(item.id, (item.facts["baseline"],)) for item in other.items()}
-        strange = other.evaluate("mine", other.items(), given, judge, tmp_path / "other")
+        responses = {item.id: Responses(item.id, (item.facts["baseline"],)) for item in other.items()}
+        unpublished = other.evaluate("mine", other.items(), responses, judge, tmp_path / "other")
     rate, error = length_controlled_win_rate(json.loads((tmp_path / "out" / "annotations.json").read_text()), gamed)
     assert (result.figures["length_controlled_winrate"], result.errors["length_controlled_winrate"]) == (rate, error)
     (row,) = csv.DictReader((tmp_path / "out" / "leaderboard.csv").open())
     assert float(row["length_controlled_winrate"]) == rate and float(row["lc_standard_error"]) == error
     assert not result.notes
     assert part.figures["length_controlled_winrate"] is None and "all 805 instructions" in part.notes[-1]
-    assert strange.figures["length_controlled_winrate"] is None and "not the published ones" in strange.notes[-1]
-    assert strange.figures["win_rate"] == 50
+    assert (
+        unpublished.figures["length_controlled_winrate"] is None and "not the published ones" in unpublished.notes[-1]
+    )
+    assert unpublished.figures["win_rate"] == 50
 
 
 def test_why_there_is_no_length_controlled_rate(tmp_path):
@@ -491,9 +490,6 @@ def test_a_file_that_is_not_df_gamed_is_named(tmp_path):
         task_of(tmp_path, df_gamed=str(tmp_path / "absent.csv")).items()
 
 
-# Published figures ----------------------------------------------------------------------------------------------------
-
-
 def published(name: str) -> list[dict]:
     with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -521,13 +517,13 @@ def test_published_preferences_give_the_published_win_rates():
     # The copies of the preferences have six digits: each is off by a uniform error, the mean of 805 by this in percent.
     rounding = 100 * 1e-6 / 12**0.5 / 805**0.5
     for name in names:
-        known = published(f"outputs_and_gpt4turbo_preferences/{name}")
-        figures, row = win_rate_figures(known), rows[name]
+        annotations = published(f"outputs_and_gpt4turbo_preferences/{name}")
+        figures, row = win_rate_figures(annotations), rows[name]
         for figure in ("win_rate", "standard_error"):
             assert figures[figure] == pytest.approx(float(row[figure]), abs=6 * rounding, rel=0), name
         for figure in ("n_total", "n_wins", "n_wins_base", "n_draws"):
             assert figures[figure] == int(row[figure]), (name, figure)
         assert figures["discrete_win_rate"] == pytest.approx(float(row["discrete_win_rate"])), name
-        assert figures["n_total"] == sum(one["preference"] is not None for one in known)
+        assert figures["n_total"] == sum(row["preference"] is not None for row in annotations)
         # An answer that is missing has the length 0 and no preference.
-        assert int(fmean(len(one["output"] or "") for one in known)) == int(row["avg_length"])
+        assert int(fmean(len(row["output"] or "") for row in annotations)) == int(row["avg_length"])

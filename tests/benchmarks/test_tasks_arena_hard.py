@@ -88,7 +88,7 @@ def task_of(folder, questions=QUESTIONS, **settings):
     for name in {*BASELINES.values(), settings.get("baseline") or "o3-mini-2025-01-31"}:
         write(folder / "model_answer" / f"{name}.jsonl", answers(name, texts))
     task = ArenaHard(ArenaHardSettings(str(folder), unverified=True, **settings))
-    responses = {f"q{number}": Responses(f"q{number}", (own,)) for number, (_, _, own) in enumerate(questions)}
+    responses = {f"q{number}": Responses(f"q{number}", (answer,)) for number, (_, _, answer) in enumerate(questions)}
     return task, responses
 
 
@@ -107,9 +107,6 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# Figures ----------------------------------------------------------------------------------------------------------------
-
-
 def test_figures_by_hand(tmp_path):
     result, _ = judged(tmp_path, QUESTIONS)
     labels = [[game["score"] for game in row["games"]] for row in rows_of(tmp_path / "out" / "model_judgment.jsonl")]
@@ -122,7 +119,7 @@ def test_figures_by_hand(tmp_path):
         "creative_writing": pytest.approx(100 * 6 / 12),
     }
     assert (result.n, result.expected, result.parse_failures) == (10, 10, 0)
-    assert result.average_length == fmean(len(own) for _, _, own in QUESTIONS)
+    assert result.average_length == fmean(len(answer) for _, _, answer in QUESTIONS)
     assert result.judge["model"] == MODEL
     assert result.intervals["win_rate_plain"] == bootstrap_interval(
         [100, 50, 0, 0, 100], seed=0, draws=2000, level=0.95
@@ -132,21 +129,21 @@ def test_figures_by_hand(tmp_path):
 def test_figures_are_those_of_the_package(tmp_path):
     questions = [*QUESTIONS, ("hard_prompt", "good", "good good good good"), ("creative_writing", "good", "good good")]
     result, _ = judged(tmp_path, questions)
-    theirs = ArenaHardTask(weight=3).aggregate_winrate(str(tmp_path / "out" / "model_judgment.jsonl"))
-    assert result.figures["win_rate"] == pytest.approx(100 * theirs["overall"]["winrate"], abs=1e-9)
+    package = ArenaHardTask(weight=3).aggregate_winrate(str(tmp_path / "out" / "model_judgment.jsonl"))
+    assert result.figures["win_rate"] == pytest.approx(100 * package["overall"]["winrate"], abs=1e-9)
     for name, value in result.categories.items():
-        assert value == pytest.approx(100 * theirs["by_category"][name]["winrate"], abs=1e-9)
-    plain_theirs = ArenaHardTask(weight=1).aggregate_winrate(str(tmp_path / "out" / "model_judgment.jsonl"))
-    assert result.figures["win_rate_plain"] == pytest.approx(100 * plain_theirs["overall"]["winrate"], abs=1e-9)
+        assert value == pytest.approx(100 * package["by_category"][name]["winrate"], abs=1e-9)
+    package_plain = ArenaHardTask(weight=1).aggregate_winrate(str(tmp_path / "out" / "model_judgment.jsonl"))
+    assert result.figures["win_rate_plain"] == pytest.approx(100 * package_plain["overall"]["winrate"], abs=1e-9)
     assert result.figures["win_rate"] != pytest.approx(result.figures["win_rate_plain"])
 
 
 def test_exchanging_model_and_baseline_exchanges_wins(tmp_path):
-    one, _ = judged(tmp_path / "one", QUESTIONS[:3])
-    other, _ = judged(tmp_path / "other", [(name, own, baseline) for name, baseline, own in QUESTIONS[:3]])
-    assert one.figures["win_rate"] != pytest.approx(50)
-    for name, value in one.figures.items():
-        assert other.figures[name] == pytest.approx(100 - value)
+    direct, _ = judged(tmp_path / "one", QUESTIONS[:3])
+    exchanged, _ = judged(tmp_path / "other", [(name, answer, baseline) for name, baseline, answer in QUESTIONS[:3]])
+    assert direct.figures["win_rate"] != pytest.approx(50)
+    for name, value in direct.figures.items():
+        assert exchanged.figures[name] == pytest.approx(100 - value)
 
 
 def test_intervals_stay_within_0_and_100():
@@ -156,11 +153,8 @@ def test_intervals_stay_within_0_and_100():
     assert bootstrap_interval(values)[1] > 100
     low, high = interval(values)
     assert high == 100 and low < fmean(values) == pytest.approx(100 * 36 / 38)
-    assert interval([100 - one for one in values])[0] == 0
+    assert interval([100 - value for value in values])[0] == 0
     assert fmean(plain(games)) == pytest.approx(100 * 6 / 7)
-
-
-# What is asked ----------------------------------------------------------------------------------------------------------
 
 
 def test_both_orders_are_asked_once_with_the_prompt_of_the_category(tmp_path):
@@ -171,8 +165,8 @@ def test_both_orders_are_asked_once_with_the_prompt_of_the_category(tmp_path):
         bodies = server.bodies
     pairs = [
         (f"question {number}", *order)
-        for number, (_, baseline, own) in enumerate(QUESTIONS)
-        for order in ((baseline, own), (own, baseline))
+        for number, (_, baseline, answer) in enumerate(QUESTIONS)
+        for order in ((baseline, answer), (answer, baseline))
     ]
     assert Counter(shown(text) for text in server.asked) == Counter(pairs)
     assert all((body["temperature"], body["max_tokens"]) == (0, 77) for body in bodies)
@@ -188,9 +182,6 @@ def test_answers_with_braces_are_shown_as_they_are(tmp_path):
     _, server = judged(tmp_path, [("hard_prompt", "{ANSWER_B} {", "good {QUESTION}")])
     orders = {("{ANSWER_B} {", "good {QUESTION}"), ("good {QUESTION}", "{ANSWER_B} {")}
     assert {shown(text)[1:] for text in server.asked} == orders
-
-
-# Verdicts ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,12 +207,12 @@ def test_a_judgement_without_a_verdict_is_kept_and_counted_and_takes_its_questio
     items = task.items()
     items[3] = Item("q3", ("a question of silence",), "creative_writing", facts=items[3].facts)
     with JudgeServer(judge=rule) as server:
-        found = [
+        results = [
             task.evaluate("model", items, responses, judge_of(server, tmp_path), tmp_path / "out") for _ in range(2)
         ]
         assert len(server.asked) == 10
-    assert found[0] == found[1]
-    result = found[0]
+    assert results[0] == results[1]
+    result = results[0]
     assert (result.n, result.expected, result.parse_failures) == (8, 10, 2)
     assert result.figures["win_rate"] == pytest.approx(100 * 13 / 16)
     assert result.categories["creative_writing"] == 100
@@ -261,16 +252,13 @@ def test_preflight_says_what_the_judge_does(tmp_path):
     task, _ = task_of(tmp_path / "files")
     for judge, note in ((rule, "verdict is A>B"), (lambda text: [("neither", -0.1)], "no verdict .*'neither'")):
         with JudgeServer(judge=judge) as server:
-            (found,) = task.preflight(judge_of(server, tmp_path / note[:5]))
-        assert re.search(note, found)
+            (message,) = task.preflight(judge_of(server, tmp_path / note[:5]))
+        assert re.search(note, message)
     with (
         JudgeServer(judge=lambda text: [("", -0.1)]) as server,
         pytest.raises(ValueError, match="--judge: .* request for a verdict is empty"),
     ):
         task.preflight(judge_of(server, tmp_path / "mute", partial=True))
-
-
-# Files ------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_published_questions_and_baselines():
@@ -329,8 +317,8 @@ def test_what_is_wrong_with_files_and_settings_is_named(tmp_path):
 def test_answers_of_other_tools(tmp_path):
     task, _ = task_of(tmp_path / "files", limit=4)
     texts = {"q4": "beyond the limit", "q1": "one", "q0": {"answer": "zero"}}
-    found = task.read_responses(write(tmp_path / "answers.jsonl", answers("other", texts)))
-    assert {one.id: one.turns for one in found} == {"q1": ("one",), "q0": ("zero",)}
+    responses = task.read_responses(write(tmp_path / "answers.jsonl", answers("other", texts)))
+    assert {response.id: response.turns for response in responses} == {"q1": ("one",), "q0": ("zero",)}
     for wrong, message in (
         (answers("other", {"q9": "?"}), r"unknown question \(1\): 'q9'"),
         (answers("other", {"q1": "?"}) * 2, r"question answered twice \(1\): 'q1'"),
@@ -348,4 +336,6 @@ def test_what_was_answered_can_be_read_again(tmp_path):
     judged(tmp_path, QUESTIONS)
     task, responses = task_of(tmp_path / "files")
     read = task.read_responses(tmp_path / "out" / "model_answer.jsonl")
-    assert {one.id: one.turns for one in read} == {key: one.turns for key, one in responses.items()}
+    assert {response.id: response.turns for response in read} == {
+        key: response.turns for key, response in responses.items()
+    }

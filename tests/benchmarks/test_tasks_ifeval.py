@@ -199,15 +199,12 @@ def published_rows():
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# Verdicts ---------------------------------------------------------------------------------------------------------------
-
-
 def test_verdicts_that_can_be_seen_by_eye(tmp_path, punkt):
     task = task_of(tmp_path, [[(name, arguments)] for name, arguments, *_ in CASES])
     result_of(task, [text for _, _, text, _, _ in CASES], tmp_path / "out")
     for mode, column in (("strict", 3), ("loose", 4)):
-        found = verdicts(tmp_path / "out", mode)
-        wrong = [case for case, verdict in zip(CASES, found, strict=True) if verdict != [case[column]]]
+        followed = verdicts(tmp_path / "out", mode)
+        wrong = [case for case, verdict in zip(CASES, followed, strict=True) if verdict != [case[column]]]
         assert not wrong, mode
     tried = {(case[0], case[3]) for case in CASES}
     assert tried == {(name, followed) for name in module_instructions() for followed in (True, False)}
@@ -225,8 +222,8 @@ def test_another_package_with_googles_checkers_agrees(tmp_path, punkt):
     their_util._get_sentence_tokenizer.cache_clear()
     cases = [case for case in CASES if case[2].strip()]  # of an empty response it says nothing
     for name, arguments, text, strict, loose in cases:
-        ((found,), _) = common.evaluate_instructions(text, [name], [arguments], "prompt", THEIRS)
-        assert (found.strict_pass, found.loose_pass) == (strict, loose), (name, text)
+        ((verdict,), _) = common.evaluate_instructions(text, [name], [arguments], "prompt", THEIRS)
+        assert (verdict.strict_pass, verdict.loose_pass) == (strict, loose), (name, text)
     their_util._get_sentence_tokenizer.cache_clear()
 
 
@@ -260,9 +257,6 @@ def test_a_sign_that_upstream_takes_for_a_random_letter_has_one_verdict(tmp_path
     assert random.getstate() == state, "other draws of the process are not disturbed"
 
 
-# Figures ----------------------------------------------------------------------------------------------------------------
-
-
 def test_figures_by_hand(tmp_path):
     comma, words = (
         ("punctuation:no_comma", {}),
@@ -294,9 +288,6 @@ def test_one_prompt_has_figures_and_no_errors(tmp_path):
     assert set(result.figures.values()) == {100.0} and result.errors == {}
 
 
-# The published file ---------------------------------------------------------------------------------------------------
-
-
 def test_the_published_prompts(punkt):
     items = IFEval(IFEvalSettings()).items()
     assert len(items) == len({item.id for item in items}) == 541
@@ -324,13 +315,10 @@ def test_the_hubs_older_prompt_is_taken_and_noted_and_another_change_is_not(tmp_
     assert "not the published file" in note
 
 
-# Errors -----------------------------------------------------------------------------------------------------------------
-
-
 def test_what_cannot_be_checked_without_nltks_model_is_an_error_before_anybody_answers(tmp_path, no_punkt):
     failed, prompts = set(), 0
     for row in published_rows():
-        needy = False
+        unchecked = False
         for name, arguments in zip(row["instruction_id_list"], row["kwargs"], strict=True):
             checker = INSTRUCTION_DICT[name](name)
             checker.build_description(**arguments)
@@ -338,8 +326,8 @@ def test_what_cannot_be_checked_without_nltks_model_is_an_error_before_anybody_a
                 checker.check_following("Some text. And MORE of it.")
             except LookupError:
                 failed.add(name)
-                needy = True
-        prompts += needy
+                unchecked = True
+        prompts += unchecked
     assert failed == set(NEED_PUNKT)
     with pytest.raises(ValueError, match=rf"--tasks ifeval: {prompts} prompts .*punkt_tab.*nltk\.downloader punkt_tab"):
         IFEval(IFEvalSettings()).items()
@@ -364,7 +352,9 @@ def test_a_negative_limit_is_an_error(tmp_path):
 def test_responses_of_other_tools(tmp_path):
     task = task_of(tmp_path, [[("punctuation:no_comma", {})]] * 3, limit=2)
     rows = [{"prompt": f"prompt {key}", "response": f"text {key}"} for key in (3, 1, 2)]
-    read = {one.id: one.turns for one in task.read_responses(Path(write(tmp_path / "answers.jsonl", rows)))}
+    read = {
+        response.id: response.turns for response in task.read_responses(Path(write(tmp_path / "answers.jsonl", rows)))
+    }
     assert read == {"1": ("text 1",), "2": ("text 2",)}
     for wrong, message in (
         ([*rows, {"prompt": "prompt 4", "response": ""}], r"unknown prompt \(1\): 'prompt 4'"),

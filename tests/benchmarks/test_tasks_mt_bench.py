@@ -68,9 +68,12 @@ def write_files(folder: Path, per_category: int = 2) -> Path:
     ]
     write_lines(folder / "question.jsonl", questions)
     references = [
-        {"question_id": one["question_id"], "choices": [{"turns": [f"reference {turn}" for turn in one["turns"]]}]}
-        for one in questions
-        if one["category"] in REFERENCED
+        {
+            "question_id": question["question_id"],
+            "choices": [{"turns": [f"reference {turn}" for turn in question["turns"]]}],
+        }
+        for question in questions
+        if question["category"] in REFERENCED
     ]
     write_lines(folder / "reference_answer" / "gpt-4.jsonl", references)
     prompts = []
@@ -116,19 +119,16 @@ def judge_of(tmp_path: Path, url: str, partial: bool = False) -> EvaluationJudge
     )
 
 
-# Against a server -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_scores_are_those_of_the_rule(tmp_path):
     task = task_of(tmp_path)
     items = task.items()
-    given = answers(items)
+    responses = answers(items)
     with JudgeServer(judge=by_the_rule) as server:
-        result = task.evaluate("mine", items, given, judge_of(tmp_path, server.url), tmp_path / "out")
+        result = task.evaluate("mine", items, responses, judge_of(tmp_path, server.url), tmp_path / "out")
         bodies = server.bodies
     assert len(bodies) == 2 * len(items) == result.n == result.expected == 16
-    assert all(one["temperature"] == 0 and one["max_tokens"] == 2048 and "logprobs" not in one for one in bodies)
+    assert all(body["temperature"] == 0 and body["max_tokens"] == 2048 and "logprobs" not in body for body in bodies)
     first = [int(item.id) % 9 + 1 for item in items]
     assert result.figures == pytest.approx(
         {"turn_1": fmean(first), "turn_2": fmean(first) + 1, "average": fmean(first) + 0.5}
@@ -149,12 +149,12 @@ def test_files_are_what_fastchat_reads(tmp_path, common):
 
     task = task_of(tmp_path)
     items = task.items()
-    given = answers(items)
+    responses = answers(items)
     with JudgeServer(judge=by_the_rule) as server:
-        result = task.evaluate("mine", items, given, judge_of(tmp_path, server.url), tmp_path / "out")
+        result = task.evaluate("mine", items, responses, judge_of(tmp_path, server.url), tmp_path / "out")
     read = common.load_model_answers(str(tmp_path / "out"))["model_answer"]
     assert {str(key): tuple(row["choices"][0]["turns"]) for key, row in read.items()} == {
-        key: one.turns for key, one in given.items()
+        key: response.turns for key, response in responses.items()
     }
     table = pandas.read_json(tmp_path / "out" / "judgments.jsonl", lines=True)
     # As display_result_single of FastChat has it.
@@ -163,7 +163,7 @@ def test_files_are_what_fastchat_reads(tmp_path, common):
         {("mine", turn): result.figures[f"turn_{turn}"] for turn in (1, 2)}
     )
     assert table.groupby("model")["score"].mean()["mine"] == pytest.approx(result.figures["average"])
-    assert task.read_responses(tmp_path / "out" / "model_answer.jsonl") == list(given.values())
+    assert task.read_responses(tmp_path / "out" / "model_answer.jsonl") == list(responses.values())
 
 
 def test_a_judgement_without_a_score_is_kept_and_counted(tmp_path):
@@ -179,12 +179,12 @@ def test_a_judgement_without_a_score_is_kept_and_counted(tmp_path):
         assert len(server.asked) == 16
     assert again == result
     first = [int(item.id) % 9 + 1 for item in items]
-    rest = [value for number, value in enumerate(first) if number != 3]
+    remaining = [value for number, value in enumerate(first) if number != 3]
     assert result.figures == pytest.approx(
         {
-            "turn_1": fmean(rest),
+            "turn_1": fmean(remaining),
             "turn_2": fmean(first) + 1,
-            "average": (sum(rest) + sum(first) + 8) / 15,
+            "average": (sum(remaining) + sum(first) + 8) / 15,
         }
     )
     assert (result.n, result.expected, result.parse_failures) == (15, 16, 1)
@@ -245,10 +245,7 @@ def test_preflight_says_what_the_judge_writes(tmp_path):
             task.preflight(judge_of(tmp_path / "empty", server.url, partial=True))
 
 
-# Against FastChat's code ----------------------------------------------------------------------------------------------
-
-
-def theirs(monkeypatch, common, item, prompt: dict, turns: tuple[str, str], turn: int) -> list[dict]:
+def fastchat_messages(monkeypatch, common, item, prompt: dict, turns: tuple[str, str], turn: int) -> list[dict]:
     """The messages that FastChat would send: its own function, but for the call of the vendor's API."""
     seen = []
 
@@ -280,7 +277,7 @@ def check_messages(monkeypatch, common, task: MTBench, judge_prompts: Path) -> N
         for turn in (1, 2):
             kind = ("math" if item.category in common.NEED_REF_CATS else "default") + ("-mt" if turn == 2 else "")
             assert judges[kind].prompt_template["name"] == prompt_name(item, turn)
-            expected = theirs(monkeypatch, common, item, judges[kind].prompt_template, turns, turn)
+            expected = fastchat_messages(monkeypatch, common, item, judges[kind].prompt_template, turns, turn)
             assert grading(prompts[prompt_name(item, turn)], item, turns) == expected
 
 
@@ -321,18 +318,17 @@ def test_temperatures_are_fastchats(tmp_path, common):
         assert item.temperature == common.temperature_config[item.category]
 
 
-# Figures --------------------------------------------------------------------------------------------------------------
-
-
 def test_an_interval_draws_both_turns_of_a_question_together():
     """Two equal turns say no more than one: the interval is that of one turn."""
     scores = [1.0, 4.0, 4.0, 7.0, 9.0, 2.0]
-    one = [Judgement(str(number), "math", 1, value) for number, value in enumerate(scores)]
-    both = [*one, *(judgement._replace(turn=2) for judgement in one)]
+    first_turns = [Judgement(str(number), "math", 1, value) for number, value in enumerate(scores)]
+    both_turns = [*first_turns, *(judgement._replace(turn=2) for judgement in first_turns)]
     assert (
-        score_interval(of_figure(both, "average")) == score_interval(of_figure(both, "turn_1")) == score_interval(one)
+        score_interval(of_figure(both_turns, "average"))
+        == score_interval(of_figure(both_turns, "turn_1"))
+        == score_interval(first_turns)
     )
-    low, high = score_interval(one)
+    low, high = score_interval(first_turns)
     # Six values: the normal interval is close.
     spread = 1.96 * (fmean((value - fmean(scores)) ** 2 for value in scores) / 6) ** 0.5
     assert (low, high) == pytest.approx((fmean(scores) - spread, fmean(scores) + spread), abs=0.4)
@@ -343,19 +339,16 @@ def test_nothing_scored_is_no_figure():
     assert mean_score(nothing) is None and score_interval(nothing) is None and category_scores(nothing) == {}
 
 
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
 def test_answers_of_other_tools_are_matched_by_question(tmp_path):
     task = task_of(tmp_path, limit=3)
     rows = [{"question_id": 81 + number, "turns": ["a", f"b{number}"]} for number in range(8)]
     rows[1] = {"question_id": 82, "choices": [{"index": 0, "turns": ["a", "b1"]}]}
     path = tmp_path / "answers.jsonl"
     write_lines(path, rows[::-1])
-    asked = [int(item.id) - 81 for item in task.items()]
-    assert len(asked) == 3
-    assert {one.id: one.turns for one in task.read_responses(path)} == {
-        str(81 + number): ("a", f"b{number}") for number in asked
+    numbers = [int(item.id) - 81 for item in task.items()]
+    assert len(numbers) == 3
+    assert {response.id: response.turns for response in task.read_responses(path)} == {
+        str(81 + number): ("a", f"b{number}") for number in numbers
     }
 
 
@@ -406,9 +399,6 @@ def test_files_that_are_missing_or_others_are_named(tmp_path):
     assert len(MTBench(settings).items()) == 8
 
 
-# Published figures ----------------------------------------------------------------------------------------------------
-
-
 def published(name: str) -> list[dict]:
     with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -428,8 +418,8 @@ def test_published_judgements_give_their_scores_and_means():
     rows = published("gpt4_single_judgments")
     assert len(rows) == 800
     for row in rows:
-        found = score(row["judgment"])
-        assert (-1 if found is None else found) == row["score"]
+        grade = score(row["judgment"])
+        assert (-1 if grade is None else grade) == row["score"]
     # The figures that the four models' authors published, as the data's source has them.
     for model, mean in (
         ("mistral-orpo", 5.859),

@@ -48,11 +48,8 @@ def page_of(folder):
 
 
 def trace(figure, name):
-    (found,) = [one for one in figure["data"] if one["name"] == name]
-    return found
-
-
-# All pages ----------------------------------------------------------------------------------------------------------
+    (match,) = [curve for curve in figure["data"] if curve["name"] == name]
+    return match
 
 
 def test_a_folder_that_is_nothing_is_named(tmp_path):
@@ -78,7 +75,9 @@ def test_a_page_needs_nothing_from_elsewhere(name, pages, folders):
     page, text = pages[name], (folders[name] / REPORT).read_text(encoding="utf-8")
     assert page.scripts == 2 and text.count("plotly.js v") == 1
     # Links lead to places of the page, or to files beside it.
-    assert page.addresses and all(one.startswith("#") or (folders[name] / one).is_file() for one in page.addresses)
+    assert page.addresses and all(
+        address.startswith("#") or (folders[name] / address).is_file() for address in page.addresses
+    )
     assert not page.tags & {"link", "iframe", "object", "base", "form"}
     assert [path.name for path in folders[name].iterdir() if "partial" in path.name] == []
 
@@ -99,9 +98,6 @@ def test_the_command_stays_light():
     heavy = "plotly torch numpy"
     code = f"import sys, openrlhf_sgpo.report; assert not set('{heavy}'.split()) & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# A run --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,7 +126,7 @@ def test_accuracies_have_intervals_and_axes_do_not_exaggerate(tmp_path):
     figures = page_of(folder).figures
     (curve,) = figures["Accuracy"]["data"]
     rows = [read_jsonl(folder / f"round_{number}/held_out.jsonl") for number in range(3)]
-    right = [sum(row["margin"] > 0 for row in of_round) for of_round in rows]
+    right = [sum(row["margin"] > 0 for row in round_rows) for round_rows in rows]
     assert curve["y"] == [0.5, *(count / 20 for count in right)]
     z, halves = 1.96, [None]
     for count in right:
@@ -184,11 +180,11 @@ def test_long_curves_are_thinned_by_means(count):
     draw = random.Random(count)
     values = [draw.random() for _ in range(count)]
     block = math.ceil(count / MOST_POINTS)
-    found = thinned(values)
-    assert len(found) == math.ceil(count / block) <= MOST_POINTS
-    sizes = [block] * (len(found) - 1) + [count - block * (len(found) - 1)]
-    assert sum(size * one for size, one in zip(sizes, found, strict=True)) == pytest.approx(sum(values))
-    assert min(values) <= min(found) and max(found) <= max(values)
+    means = thinned(values)
+    assert len(means) == math.ceil(count / block) <= MOST_POINTS
+    sizes = [block] * (len(means) - 1) + [count - block * (len(means) - 1)]
+    assert sum(size * mean for size, mean in zip(sizes, means, strict=True)) == pytest.approx(sum(values))
+    assert min(values) <= min(means) and max(means) <= max(values)
     (shown,) = step_plots([{"stage": "round 0", "step": step + 1, "train/loss": y} for step, y in enumerate(values)])
     assert (f"mean of {block} steps" in shown) == (block > 1)
 
@@ -262,15 +258,15 @@ def test_margins_are_shown_where_the_move_is_not_known(options, note, tmp_path):
 
 def test_a_reference_has_no_held_out_margins_to_show(pages):
     data = pages["run"].figures["Margins of held-out pairs"]["data"]
-    assert [one["name"] for one in data] == ["round 0", "round 1", "round 2"]
-    assert [sum(one["y"]) for one in data] == [20, 20, 20]
+    assert [curve["name"] for curve in data] == ["round 0", "round 1", "round 2"]
+    assert [sum(curve["y"]) for curve in data] == [20, 20, 20]
 
 
 def test_answers_stand_side_by_side(pages):
-    said = pages["run"].paragraphs
-    at = said.index("At the start.")
-    assert said[at : at + 4] == ["At the start.", *(f"{EVIL} in round {number}" for number in range(3))]
-    assert said[at - 1] == f"Why? {EVIL}"
+    paragraphs = pages["run"].paragraphs
+    at = paragraphs.index("At the start.")
+    assert paragraphs[at : at + 4] == ["At the start.", *(f"{EVIL} in round {number}" for number in range(3))]
+    assert paragraphs[at - 1] == f"Why? {EVIL}"
 
 
 def test_costs_by_stage(pages):
@@ -278,16 +274,16 @@ def test_costs_by_stage(pages):
     assert trace({"data": seconds}, "train")["x"] == [0.0, 10.0, 11.0, 12.0]
     assert trace({"data": seconds}, "evaluate")["x"] == [1.5, 0.0, 0.0, 0.0]
     parts = pages["plays"].figures["Seconds by stage"]["data"]
-    assert [(one["name"], one["x"]) for one in parts] == [("generate", [3.0, 3.0]), ("train", [6.0, 6.0])]
+    assert [(curve["name"], curve["x"]) for curve in parts] == [("generate", [3.0, 3.0]), ("train", [6.0, 6.0])]
     (ledger,) = [table for table in pages["run"].tables if table[-1][0] == "total"]
     assert dict(zip(ledger[0], ledger[-1], strict=True))["tokens trained"] == "3,702"
 
 
 def test_the_last_plays(pages):
-    said = pages["plays"].paragraphs
-    at = said.index("Prompt p8")
-    assert said[at + 1 : at + 3] == [f"policy: {EVIL}", f"follower: {EVIL}"]
-    assert "Prompt p7" not in said
+    paragraphs = pages["plays"].paragraphs
+    at = paragraphs.index("Prompt p8")
+    assert paragraphs[at + 1 : at + 3] == [f"policy: {EVIL}", f"follower: {EVIL}"]
+    assert "Prompt p7" not in paragraphs
 
 
 def test_a_run_that_has_only_begun(tmp_path):
@@ -299,9 +295,6 @@ def test_a_run_that_has_only_begun(tmp_path):
     )
     page = page_of(tmp_path)
     assert list(page.figures) == ["Loss"] and page.figures["Loss"]["data"][0]["y"] == [0.5]
-
-
-# A comparison -------------------------------------------------------------------------------------------------------
 
 
 def test_cross_play_is_antisymmetric_and_says_what_is_not_significant(folders, pages):
@@ -347,14 +340,11 @@ def test_warnings_come_first(folders):
     assert text.index("judge_calls differ") < text.index("<h2")
 
 
-@pytest.mark.parametrize("found", ["{}", '{"groups": null, "cross_play": [], "warnings": null, "oracle": null}'])
-def test_a_comparison_of_nothing_shows_nothing(found, tmp_path):
-    (tmp_path / "comparison.json").write_text(found)
+@pytest.mark.parametrize("content", ["{}", '{"groups": null, "cross_play": [], "warnings": null, "oracle": null}'])
+def test_a_comparison_of_nothing_shows_nothing(content, tmp_path):
+    (tmp_path / "comparison.json").write_text(content)
     page = page_of(tmp_path)
     assert page.figures == {} and page.headings == []
-
-
-# A leaderboard ------------------------------------------------------------------------------------------------------
 
 
 def test_scores_of_two_judges_have_two_tables(pages):
@@ -365,12 +355,12 @@ def test_scores_of_two_judges_have_two_tables(pages):
         "ifeval, without a judge",
         "mt_bench, judged by judge-b",
     ]
-    of_a, of_b = (table for table in page.tables if table[0][1:2] == ["average"])
-    assert [row[:3] for row in of_a[1:]] == [
+    table_a, table_b = (table for table in page.tables if table[0][1:2] == ["average"])
+    assert [row[:3] for row in table_a[1:]] == [
         ["before", "4.00 \N{PLUS-MINUS SIGN} 0.38", "16 of 16"],
         ["after", "5.00 \N{PLUS-MINUS SIGN} 0.38", "16 of 16"],
     ]
-    assert [row[:2] for row in of_b[1:]] == [["before", "6.00"]]
+    assert [row[:2] for row in table_b[1:]] == [["before", "6.00"]]
 
 
 def test_rows_say_how_much_they_rest_on(folders, pages):
@@ -396,8 +386,8 @@ def test_items_are_counted_where_they_lie_and_judgements_where_a_judge_was_asked
 
 def test_radar_and_bars(pages):
     data = pages["leaderboard"].figures["By category"]["data"]
-    assert [one["type"] for one in data] == ["scatterpolar"] * 2
-    assert [one["theta"] for one in data] == [[*CATEGORIES, CATEGORIES[0]]] * 2
+    assert [curve["type"] for curve in data] == ["scatterpolar"] * 2
+    assert [curve["theta"] for curve in data] == [[*CATEGORIES, CATEGORIES[0]]] * 2
     assert trace({"data": data}, "after")["r"] == [1.0, 2.0, 3.0, 4.0, 1.0]
     # Of several plots of this name the last is that of judge-b, without an interval.
     (bar,) = pages["leaderboard"].figures["Figures"]["data"]
@@ -405,8 +395,8 @@ def test_radar_and_bars(pages):
 
 
 def test_answers_of_models_stand_side_by_side(pages):
-    said = pages["leaderboard"].paragraphs
-    assert [f"before {EVIL}", "So.", f"after {EVIL}", "So."] == said[-4:]
+    paragraphs = pages["leaderboard"].paragraphs
+    assert [f"before {EVIL}", "So.", f"after {EVIL}", "So."] == paragraphs[-4:]
 
 
 def test_answers_come_with_what_the_judge_said_and_a_link_to_all_of_them(folders, pages):
@@ -422,7 +412,7 @@ FOLLOWED = [{"prompt": "Why?", "follow_instruction_list": [True, False]}]
 
 
 @pytest.mark.parametrize(
-    ("task", "place", "rows", "said"),
+    ("task", "place", "rows", "notes"),
     [
         ("alpaca_eval", "J/annotations.json", ANNOTATIONS, {"3": "preferred to the baseline's with probability 0.75"}),
         ("mt_bench", "J/judgments.jsonl", SCORES, {"81": "turn 1 scored 5 of 10; turn 2 scored 6 of 10"}),
@@ -431,9 +421,9 @@ FOLLOWED = [{"prompt": "Why?", "follow_instruction_list": [True, False]}]
         ("mine", "x.jsonl", [{"id": "x"}], {}),
     ],
 )
-def test_what_judges_said_is_read_from_the_benchmarks_own_files(task, place, rows, said, tmp_path):
+def test_what_judges_said_is_read_from_the_benchmarks_own_files(task, place, rows, notes, tmp_path):
     if place.endswith(".json"):
         write_json(tmp_path / place, rows)
     else:
         write_jsonl(tmp_path / place, rows)
-    assert judgements(tmp_path, task) == said
+    assert judgements(tmp_path, task) == notes

@@ -32,7 +32,7 @@ COLOURS = """async before => {
 # Plots are drawn again a moment after the window has changed. Not wait_for_function, which the page's policy forbids.
 FITS = """async width => {
   const all = () => [document.documentElement, ...document.querySelectorAll(".plot .main-svg")];
-  while (!all().every(one => Math.max(one.scrollWidth, one.getBoundingClientRect().right) <= width))
+  while (!all().every(element => Math.max(element.scrollWidth, element.getBoundingClientRect().right) <= width))
     await new Promise(requestAnimationFrame);
 }"""
 
@@ -43,9 +43,9 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("there is no chromium on the PATH")
     with playwright.sync_playwright() as engine:
-        found = engine.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        yield found
-        found.close()
+        chromium = engine.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +85,12 @@ def luminance(colour):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_plot_is_drawn(name, addresses, visit):
-    _, count, own = PAGES[name]
+    _, count, element = PAGES[name]
     page = visit(addresses[name])
-    traces = page.eval_on_selector_all(".plot", f"all => all.map(one => one.querySelectorAll('{TRACES}').length)")
+    traces = page.eval_on_selector_all(".plot", f"all => all.map(plot => plot.querySelectorAll('{TRACES}').length)")
     assert len(traces) == count and all(traces)
-    assert page.locator(own).count() > 0
-    widths = page.eval_on_selector_all(".plot .main-svg", "all => all.map(one => one.getBoundingClientRect().width)")
+    assert page.locator(element).count() > 0
+    widths = page.eval_on_selector_all(".plot .main-svg", "all => all.map(plot => plot.getBoundingClientRect().width)")
     assert min(widths) > 200
 
 

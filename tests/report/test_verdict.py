@@ -20,7 +20,7 @@ def by_id(values):
     return {f"pair {number}": value for number, value in enumerate(values)}
 
 
-def said(*rights, count=200, **more):
+def verdict(*rights, count=200, **more):
     """Of a start that equals its reference, and moments at which so many held-out pairs are right."""
     law = [by_id([0.0] * count), *(margins(right, count) for right in rights)]
     names = ["start", *(f"round {number}" for number in range(len(rights)))]
@@ -28,7 +28,7 @@ def said(*rights, count=200, **more):
 
 
 def test_a_seed_stage_that_helps_and_rounds_that_do_not():
-    first, second = said(150, 152)
+    first, second = verdict(150, 152)
     assert first == f"Held-out accuracy rose from 0.500 to 0.750 {PM} 0.060 in the seed stage (200 held-out pairs)."
     assert second.startswith("The round after it changed it by 0.010 ")
     assert second.endswith("not distinguishable from no change on 200 held-out pairs.")
@@ -44,13 +44,16 @@ def test_a_seed_stage_that_helps_and_rounds_that_do_not():
     ],
 )
 def test_the_words_follow_the_change(rights, phrase):
-    assert phrase in " ".join(said(*rights))
+    assert phrase in " ".join(verdict(*rights))
 
 
 def test_a_win_rate_is_told_and_doubted():
-    assert any(f"with probability 0.700 {PM} 0.098." in one for one in said(150, win_rate=0.7, win_rate_error=0.05))
-    doubted = said(150, win_rate=0.55, win_rate_error=0.05)
-    assert any("not distinguishable from one half" in one for one in doubted)
+    assert any(
+        f"with probability 0.700 {PM} 0.098." in sentence
+        for sentence in verdict(150, win_rate=0.7, win_rate_error=0.05)
+    )
+    doubted = verdict(150, win_rate=0.55, win_rate_error=0.05)
+    assert any("not distinguishable from one half" in sentence for sentence in doubted)
 
 
 def test_nothing_measured_is_said():
