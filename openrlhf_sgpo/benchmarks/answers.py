@@ -144,13 +144,10 @@ class Answerer:
         missing = [block for block in blocks if block]
         for number, block in enumerate(missing, start=1):
             answered = self._block(chat, folder, block, f"{task}, {number} of {len(missing)}")
+            tokens = sum(sum(response.tokens or ()) for response in answered)
             cost["samples"] = cost.get("samples", 0) + sum(len(response.turns) for response in answered)
-            cost["tokens_generated"] = cost.get("tokens_generated", 0) + sum(
-                sum(response.tokens or ()) for response in answered
-            )
-            rows = [
-                asdict(response) | {"asked": item_hash(item)} for response, item in zip(answered, block, strict=True)
-            ]
+            cost["tokens_generated"] = cost.get("tokens_generated", 0) + tokens
+            rows = [asdict(done) | {"asked": item_hash(item)} for done, item in zip(answered, block, strict=True)]
             with open(path, "a", encoding="utf-8") as file:
                 file.write("".join(json_text(row) + "\n" for row in rows))
             responses |= {response.id: response for response in answered}
@@ -158,10 +155,7 @@ class Answerer:
 
     def decoding(self) -> dict[str, Any]:
         """How answers are drawn, as recorded with every score."""
-        config = self.config
-        variables = (
-            {"chat_template_kwargs": config.data.chat_template_kwargs} if config.data.chat_template_kwargs else {}
-        )
+        config, variables = self.config, self.config.data.chat_template_kwargs
         return {
             "engine": config.rollout.engine,
             "temperature": config.rollout.temperature,
@@ -170,7 +164,7 @@ class Answerer:
             "max_len": config.data.max_len,
             "dtype": config.ds.param_dtype,
             "seed": config.train.seed,
-            **variables,
+            **({"chat_template_kwargs": variables} if variables else {}),
         }
 
     def close(self) -> None:

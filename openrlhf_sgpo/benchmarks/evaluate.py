@@ -36,25 +36,19 @@ class Evaluation:
     def __init__(self, loaded: Loaded):
         self.settings = settings = loaded.settings
         self.contestants = loaded.contestants
+        policies = [contestant for contestant in self.contestants if contestant.folder]
         self.tasks = {name: tasks.get(name)(options) for name, options in loaded.options.items()}
         self.items = {name: task.items() for name, task in self.tasks.items()}
         self.config = settings.inference(ModelSettings(trust_remote_code=settings.trust_remote_code))
         if not loaded.max_len_given:
             # All models share the engines' length, so the default is capped at the shortest model's.
-            folders = [contestant.folder for contestant in self.contestants if contestant.folder]
-            shortest = min([settings.data.max_len, *(positions(folder, self.config) for folder in folders)])
+            shortest = min([settings.data.max_len, *(positions(policy.folder, self.config) for policy in policies)])
             self.config = replace(self.config, data=replace(settings.data, max_len=shortest))
         self.answerer = Answerer(self.config)
-        self.file_answers = {
-            contestant.name: self._read(contestant) for contestant in self.contestants if contestant.file
-        }
+        self.file_answers = {entry.name: self._read(entry) for entry in self.contestants if entry.file}
         self.folder = RunFolder(settings.out, "out")
         moment = self.folder.moment()
-        self.chats = {
-            contestant.name: self.answerer.chat(contestant.folder, moment)
-            for contestant in self.contestants
-            if contestant.folder
-        }
+        self.chats = {policy.name: self.answerer.chat(policy.folder, moment) for policy in policies}
         refuse_unread_variables([chat.template for chat in self.chats.values()])
         # The items that fit, by model and task.
         self.fitting = {
@@ -102,9 +96,7 @@ class Evaluation:
 
         say(write_report(self.folder.path))
         if unread:
-            listed = ", ".join(
-                f"{result.model} {result.task} {result.parse_failures} of {result.expected}" for result in unread
-            )
+            listed = ", ".join(f"{row.model} {row.task} {row.parse_failures} of {row.expected}" for row in unread)
             raise ValueError(
                 f"judgements that cannot be read: {listed}. These rows are not in the leaderboard; --partial accepts them and "
                 "notes it in the rows"
@@ -122,10 +114,8 @@ class Evaluation:
             for name in self.tasks:
                 path = self._answers_of(contestant.name, name)
                 if contestant.file:
-                    responses[contestant.name, name] = self.file_answers[contestant.name]
-                    write_responses(
-                        path, self.items[name], responses[contestant.name, name], _file_identity(contestant)
-                    )
+                    stored = responses[contestant.name, name] = self.file_answers[contestant.name]
+                    write_responses(path, self.items[name], stored, _file_identity(contestant))
                     continue
                 with self.ledger.stage(f"{contestant.name}/{name}/answers", add=True) as cost:
                     items = self.fitting[contestant.name, name]

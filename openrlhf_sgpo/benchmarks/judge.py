@@ -30,23 +30,16 @@ CHARACTERS_PER_TOKEN = 4  # of English, roughly
 class EvaluationJudgeSettings(ServerSettings):
     """Without --judge.base_url, the model is served locally."""
 
-    preset: str = setting(
-        "",
-        "a preset of this package by name, or a file; the other flags of this group override its settings",
-    )
+    preset: str = setting("", "a preset of this package by name, or a file; the group's other flags override it")
     logprobs: bool = setting(True, "read probabilities where a benchmark does; off: read the verdict the judge writes")
     api_version: str = setting(
         "", "version of Azure's API, such as 2024-10-21; --judge.base_url is then the resource's endpoint"
     )
     price_prompt: float = setting(0.0, "USD per million prompt tokens (0: unknown)", low=0)
     price_completion: float = setting(0.0, "USD per million completion tokens (0: unknown)", low=0)
-    max_cost: float = setting(
-        0.0, "USD that judging may cost; requests that may exceed it are not sent (0: no limit)", low=0
-    )
+    max_cost: float = setting(0.0, "USD limit; requests that may exceed it are not sent (0: no limit)", low=0)
     max_len: int = setting(
-        0,
-        "for a model served locally: longest prompt plus reply, in tokens (0: the model's own)",
-        low=0,
+        0, "for a model served locally: longest prompt plus reply, in tokens (0: the model's own)", low=0
     )
     gpu_memory_utilization: float = setting(0.9, "for a model served locally: share of a GPU's memory", above=0, high=1)
     tensor_parallel_size: int = setting(1, "for a model served locally: GPUs", low=1)
@@ -86,9 +79,8 @@ def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:
         problems.append(
             f"--judge.model: missing, there is no default judge; name a model, or give --judge.preset one of {_presets()}"
         )
-    problems += (
-        server_problems(settings, "judge") + _address_problems(settings) + flags.out_of_range({"judge": settings})
-    )
+    problems += server_problems(settings, "judge") + _address_problems(settings)
+    problems += flags.out_of_range({"judge": settings})
     if settings.max_cost > 0 and not settings.price_prompt + settings.price_completion:
         problems.append("--judge.max_cost: needs --judge.price_prompt and --judge.price_completion")
     return problems

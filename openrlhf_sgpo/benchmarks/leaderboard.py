@@ -30,13 +30,8 @@ def collect(out: Path) -> list[Result]:
 
     def place(result: Result) -> tuple[Any, ...]:
         first = next(iter(result.figures.values()), None)
-        return (
-            result.task,
-            judge_name(result.judge),
-            -result.expected,
-            -(first if first is not None else float("-inf")),
-            result.model,
-        )
+        descending = -(first if first is not None else float("-inf"))
+        return result.task, judge_name(result.judge), -result.expected, descending, result.model
 
     return sorted(results, key=place)
 
@@ -105,16 +100,10 @@ def _csv(results: Sequence[Result]) -> str:
         ]
     )
     for row in results:
-        shared = [
-            row.n,
-            row.expected,
-            row.parse_failures,
-            row.average_length,
-            _words(row.decoding),
-            "; ".join(row.notes),
-        ]
+        counts = [row.n, row.expected, row.parse_failures, row.average_length]
+        remarks = [_words(row.decoding), "; ".join(row.notes)]
         for name, value in {**row.figures, **{f"category {key}": mean for key, mean in row.categories.items()}}.items():
             low, high = row.intervals.get(name, (None, None))
             values = [name, value, row.errors.get(name), low, high]
-            writer.writerow([row.task, judge_name(row.judge), row.model, *values, *shared])
+            writer.writerow([row.task, judge_name(row.judge), row.model, *values, *counts, *remarks])
     return text.getvalue()

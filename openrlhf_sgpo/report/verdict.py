@@ -24,7 +24,7 @@ def run_verdict(
     if len(measured) > 1:
         (_, start), (first, after), (last, end) = measured[0], measured[1], measured[-1]
         where = "in the seed stage" if first == "round 0" else f"in {first}"
-        before, now, pairs = _of_both(start, after)
+        before, now, pairs = _paired_scores(start, after)
         moved, half = change(before, now)
         if share_error(before) is None:  # the start equals the reference, so only the new accuracy is uncertain
             half = _half(now) or half
@@ -33,7 +33,7 @@ def run_verdict(
             f"Held-out accuracy {verb} from {_share(before)} to {_accuracy(now)} {where}{_doubt(moved, half, pairs)}."
         )
         if last != first:
-            before, now, pairs = _of_both(after, end)
+            before, now, pairs = _paired_scores(after, end)
             moved, half = change(before, now)
             which = "the round after it" if len(measured) == 3 else f"the {len(measured) - 2} rounds after it"
             by = f"changed it by {_signed(moved, half)}"
@@ -101,10 +101,8 @@ def _leader(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     if len(placed) == 1:
         return f"{title}: {first['model']} has {figure}."
     second = placed[1]
-    lead, halves = (
-        first["figures"][name] - second["figures"][name],
-        [half_of_result(row, name) for row in (first, second)],
-    )
+    lead = first["figures"][name] - second["figures"][name]
+    halves = [half_of_result(row, name) for row in (first, second)]
     if None in halves:
         return f"{title}: {first['model']} leads with {figure}, {second['model']} follows; the uncertainty is unknown."
     half = sum(half**2 for half in halves if half is not None) ** 0.5
@@ -121,14 +119,10 @@ def _share(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.3f}"
 
 
-def _of_both(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[float], list[float], str]:
+def _paired_scores(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[float], list[float], str]:
     """Scores of the pairs that both have, and their count in words."""
-    shared = [key for key in before if key in after]
-    return (
-        scores([before[key] for key in shared]),
-        scores([after[key] for key in shared]),
-        f"{len(shared):,} held-out pairs",
-    )
+    ids = [key for key in before if key in after]
+    return scores([before[key] for key in ids]), scores([after[key] for key in ids]), f"{len(ids):,} held-out pairs"
 
 
 def _half(values: Sequence[float]) -> float | None:

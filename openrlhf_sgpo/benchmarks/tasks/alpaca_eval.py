@@ -285,18 +285,11 @@ def win_rate_figures(annotations: Sequence[Mapping[str, Any]]) -> dict[str, floa
 def _write(folder: Path, model: str, annotations: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
     import pandas
 
-    write_json(
-        folder / "model_outputs.json",
-        [
-            {
-                "instruction": row["instruction"],
-                "output": row["output_2"],
-                "generator": model,
-                "dataset": row["dataset"],
-            }
-            for row in annotations
-        ],
-    )
+    outputs = [
+        {"instruction": row["instruction"], "output": row["output_2"], "generator": model, "dataset": row["dataset"]}
+        for row in annotations
+    ]
+    write_json(folder / "model_outputs.json", outputs)
     write_json(folder / "annotations.json", annotations)
     table = pandas.DataFrame([{name: summary.get(name) for name in COLUMNS}], index=[model])
     write_text(folder / "leaderboard.csv", table.to_csv())
