@@ -57,15 +57,13 @@ def run_page(folder: Path) -> Markup:
     done = sum(moment.name not in ("start", "round 0") for moment in moments)
     facts = {
         "Algorithm": settings["algo"],
-        "Policy to start from": Path(settings["model"]["model_name_or_path"]).name,
-        "Who ranks answers": settings["oracle"],
+        "Initial policy": Path(settings["model"]["model_name_or_path"]).name,
+        "Oracle": settings["oracle"],
         "Rounds": f"{done} of {count}" if count else "none, one stage of training",
         "Seed": settings["train"]["seed"],
         "Time": MISSING if seconds is None else f"{seconds / 60:,.1f} minutes",
     }
-    unfinished = (
-        [] if ended else ["This run has not ended (there is no table.txt): the page shows what it has written so far."]
-    )
+    unfinished = "This run has not ended (there is no table.txt): the page shows what it has written so far."
     return page(
         *("Run", folder.name, facts),
         run_verdict(
@@ -73,10 +71,10 @@ def run_page(folder: Path) -> Markup:
             [moment.margins for moment in moments],
             [moment.row for moment in moments],
         ),
-        unfinished,
+        [] if ended else [unfinished],
         {
             "Rounds": _rounds(moments),
-            "Margins": _margins(moments, settings),
+            "Margins": _margins(moments),
             "Training": step_plots(read_growing(folder / METRICS)),
             "Answers": _answers(moments),
             "Plays": _plays(folder),
@@ -128,9 +126,9 @@ def _rounds(moments: Sequence[Moment]) -> list[Markup]:
         for moment in moments
     ]
     note = (
-        "Accuracy and margin are those of the held-out pairs against the initial reference, kl is in nats and length in tokens "
-        "per fresh answer, wins the oracle's mean preference for it over the start's, labels the oracle's agreement with human "
-        "pairs of the round's prompts, value the follower's problem before the round's steps."
+        "Accuracy and margin: of held-out pairs against the initial reference; kl (nats), length (tokens): per fresh answer; "
+        "wins: the oracle's mean preference for it over the start's; labels: the oracle's agreement with human pairs of the "
+        "round's prompts; value: the follower's problem before the round's steps."
     )
     notes = [note, *([f" Not measured: {', '.join(missing)}."] if missing else [])]
     if different := measured_differently([moment.row for moment in moments]):
@@ -144,7 +142,7 @@ def _rounds(moments: Sequence[Moment]) -> list[Markup]:
     ]
 
 
-def _margins(moments: Sequence[Moment], settings: dict[str, Any]) -> list[Markup]:
+def _margins(moments: Sequence[Moment]) -> list[Markup]:
     solved = [moment for moment in moments if moment.certificate]
     held_out = held_out_plot({moment.name: list(moment.margins.values()) for moment in moments})
     shown = [follower_plot(moment.name, moment.certificate) for moment in solved]
