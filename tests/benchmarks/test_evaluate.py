@@ -217,8 +217,8 @@ def settings_of(*argv):
         (["--out", "x"], "--models: missing"),
         (["--models", "x"], "--out: missing"),
         (["--models", "x", "--out", "y", "--tasks", "glue"], "--tasks: glue is unknown, choose from alpaca_eval"),
-        (["--models", "x", "--out", "y", "--tasks", "mt_bench", "mt_bench"], "--tasks: one of them is given twice"),
-        (["--models", "x", "--out", "y", "--ifeval.limit", "3"], "--ifeval.limit: belongs to --tasks ifeval"),
+        (["--models", "x", "--out", "y", "--tasks", "mt_bench", "mt_bench"], "--tasks: a benchmark is listed twice"),
+        (["--models", "x", "--out", "y", "--ifeval.limit", "3"], "--ifeval.limit: belongs to ifeval"),
         (["--models", "x", "--out", "y", "--tasks", "ifeval"], "--judge.model: --tasks ifeval needs no judge"),
         (["--models", "x", "--out", "y", "--rollout.temperature", "-1"], "--rollout.temperature: -1.0 is out of range"),
         (
@@ -250,7 +250,7 @@ def test_models_have_names(tiny_model, tmp_path):
     assert named(f"a={tiny_model}", "owner/model") == [("a", str(tiny_model), ""), ("model", "owner/model", "")]
     assert named(str(outputs)) == [("theirs", "", str(outputs))]
     for models, message in [
-        ([str(tiny_model), str(tiny_model)], "tiny is the name of two of them"),
+        ([str(tiny_model), str(tiny_model)], "duplicate names: tiny"),
         ([f"a b={tiny_model}"], "'a b' cannot be a name"),
         ([str(tmp_path)], "is neither a run folder"),
         ([str(tmp_path / "missing.json")], "no such file"),
