@@ -149,7 +149,7 @@ REMEDIES = (
     "from a copy",
     "choose another",
     "finish it with",
-    "no run folder",
+    "is not a run folder",
     "is not a run with a finished seed stage",
 )
 SHAPES = [

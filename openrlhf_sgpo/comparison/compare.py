@@ -3,7 +3,7 @@
     prompts -> an answer of every run, and of the model from which all started -> divergence of every run's answers
     every pair of groups, and every group and the start -> oracle -> preferences of all pairs of seeds -> figures
 
-A stage's rows are taken from its file if that is there, so that a stopped comparison goes on where it was.
+A finished stage is read from its file, so a stopped comparison continues where it was.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class RunComparison(StagedCommand):
         self.begin(flags.dump({"": replace(settings, resume=False)}), digests)
 
     def execute(self) -> Row:
-        """All stages that are not finished yet, and the results; returns what comparison.json holds."""
+        """Run all unfinished stages and write the results; returns the contents of comparison.json."""
         try:
             start = self._answers(START, self.initial)
             answers = {
@@ -78,8 +78,8 @@ class RunComparison(StagedCommand):
             self.close_engine()
         divergences = {
             group.name: [
-                self._divergences(name, run, own)
-                for (name, run), own in zip(_named(group), answers[group.name], strict=True)
+                self._divergences(name, run, rows)
+                for (name, run), rows in zip(_named(group), answers[group.name], strict=True)
             ]
             for group in self.groups
         }
@@ -87,27 +87,27 @@ class RunComparison(StagedCommand):
         try:
             pairs = with_holm(
                 [
-                    cross_play((one, other), self._preferences(judge, (one, other), answers[one], answers[other]))
-                    for one, other in combinations(answers, 2)
+                    cross_play(names, self._preferences(judge, names, answers[names[0]], answers[names[1]]))
+                    for names in combinations(answers, 2)
                 ]
             )
             over_start = [
-                versus_start(name, self._preferences(judge, (name, START), own, [start]), divergences[name])
-                for name, own in answers.items()
+                versus_start(name, self._preferences(judge, (name, START), by_seed, [start]), divergences[name])
+                for name, by_seed in answers.items()
             ]
         finally:
             judge.close()
         return self._write(start, answers, divergences, pairs, over_start)
 
     def _answers(self, name: str, folder: str) -> list[Row]:
-        """One answer to each prompt, by the weights in a folder; the same random numbers for everyone."""
+        """One answer to each prompt from the weights in ``folder``; every model draws the same random numbers."""
 
         def work(cost: dict[str, float]) -> list[Row]:
             sampling = sampling_of(self.config.rollout, self.config.train.seed)
             samples = [sample for (sample,) in self.engine(folder).generate(self.tokens, sampling, name)]
             cost["samples"] = len(samples)
-            cost["tokens_generated"] = sum(one.tokens for one in samples)
-            return [{"id": prompt.id, **one.to_row()} for prompt, one in zip(self.prompts, samples, strict=True)]
+            cost["tokens_generated"] = sum(sample.tokens for sample in samples)
+            return [{"id": prompt.id, **sample.to_row()} for prompt, sample in zip(self.prompts, samples, strict=True)]
 
         return self.stage(f"answers_{name}", work)
 
@@ -130,24 +130,24 @@ class RunComparison(StagedCommand):
     def _preferences(
         self, judge: Oracle, names: tuple[str, str], first: Sequence[list[Row]], second: Sequence[list[Row]]
     ) -> npt.NDArray[np.float64]:
-        """[i, j, p]: for the answer of seed i of the one over that of seed j of the other to prompt p."""
+        """[i, j, p]: the preference for seed i's answer to prompt p in the first group over seed j's in the second."""
 
         def work(cost: dict[str, float]) -> list[Row]:
             questions = [
                 Question(
                     prompt.id,
                     prompt.messages,
-                    (Answer.from_row(one[place]), Answer.from_row(other[place])),
+                    (Answer.from_row(row), Answer.from_row(opponent)),
                     prompt.template_kwargs,
                 )
-                for one in first
-                for other in second
-                for place, prompt in enumerate(self.prompts)
+                for rows in first
+                for opponents in second
+                for prompt, row, opponent in zip(self.prompts, rows, opponents, strict=True)
             ]
-            found = iter(judge.preferences(questions, " and ".join(names)))
+            matrices = iter(judge.preferences(questions, " and ".join(names)))
             cost["comparisons"] = len(questions)
             return [
-                {"id": prompt.id, "seeds": [i, j], "preference": next(found)[0][1]}
+                {"id": prompt.id, "seeds": [i, j], "preference": next(matrices)[0][1]}
                 for i in range(len(first))
                 for j in range(len(second))
                 for prompt in self.prompts
@@ -165,7 +165,7 @@ class RunComparison(StagedCommand):
         over_start: list[Row],
     ) -> Row:
         groups = [_summary(group, answers[group.name], divergences[group.name]) for group in self.groups]
-        shown = {START: start} | {name: own[0] for name, own in answers.items()}
+        shown = {START: start} | {name: by_seed[0] for name, by_seed in answers.items()}
         settings = self.settings
         comparison = {
             "prompts": len(self.prompts),
@@ -175,7 +175,7 @@ class RunComparison(StagedCommand):
             "cross_play": pairs,
             "versus_start": over_start,
             "warnings": [
-                *budget_warnings({one["name"]: one["ledger"] for one in groups}),
+                *budget_warnings({group["name"]: group["ledger"] for group in groups}),
                 *group_warnings(self.groups),
                 *oracle_warnings(
                     self.groups, settings.oracle, settings.reward.model_name_or_path, settings.judge.model
@@ -185,9 +185,9 @@ class RunComparison(StagedCommand):
                 {
                     "id": prompt.id,
                     "prompt": transcript(prompt.messages, prompt.template_kwargs.get("tools", ())),
-                    "answers": {name: own[place]["text"] for name, own in shown.items()},
+                    "answers": {name: rows[index]["text"] for name, rows in shown.items()},
                 }
-                for place, prompt in enumerate(self.prompts[:SHOWN])
+                for index, prompt in enumerate(self.prompts[:SHOWN])
             ],
         }
         path = self.folder.path
@@ -201,7 +201,7 @@ class RunComparison(StagedCommand):
         return comparison
 
     def _identity(self) -> Row:
-        """The settings that decide what the oracle says."""
+        """The settings on which the oracle's preferences depend."""
         reads = oracle.get(self.settings.oracle).reads
         tree = flags.to_dict({"": self.settings})
         return {
@@ -213,7 +213,7 @@ class RunComparison(StagedCommand):
 
 
 def _records(settings: CompareSettings, runs: Sequence[ComparedRun]) -> Records[Prompt]:
-    """Prompts of --prompts, or held-out prompts that all runs were evaluated on. Raises ValueError if there are neither."""
+    """The prompts of --prompts, or the held-out prompts of all runs. Raises ValueError if there are neither."""
     count = settings.max_prompts
     if settings.prompts:
         return load_prompts(settings.prompts, settings.split, count, TRAIN_SPLITS)
@@ -223,7 +223,7 @@ def _records(settings: CompareSettings, runs: Sequence[ComparedRun]) -> Records[
     sizes = {run.settings["eval"]["max_samples"] for run in runs}
     limits = [limit for limit in (count, *sizes) if limit]
     if len(sizes) > 1 and limits:
-        say(f"runs differ in --eval.max_samples: they are compared on the first {min(limits)} held-out prompts of all")
+        say(f"runs differ in --eval.max_samples: all are compared on the first {min(limits)} held-out prompts")
     return load_prompts(held_out["dataset"], held_out["split"], min(limits, default=0), TEST_SPLITS)
 
 
@@ -233,15 +233,15 @@ def _named(group: RunGroup) -> list[tuple[str, ComparedRun]]:
 
 def _summary(group: RunGroup, answers: Sequence[list[Row]], divergences: Sequence[list[float]]) -> Row:
     evaluations = [run.evaluation() for run in group.runs]
-    measured = all("accuracy" in one for one in evaluations)
-    held_out = {name: [one[name] for one in evaluations] if measured else [] for name in ("accuracy", "margin")}
+    measured = all("accuracy" in figures for figures in evaluations)
+    held_out = {name: [figures[name] for figures in evaluations] if measured else [] for name in ("accuracy", "margin")}
     return {
         "name": group.name,
         "runs": [{"folder": str(Path(run.folder).absolute()), "seed": run.seed} for run in group.runs],
         "figures": {
             **{name: over_seeds(values) for name, values in held_out.items()},
-            "kl": over_seeds([fmean(own) for own in divergences]),
-            "response_length": over_seeds([fmean(row["tokens"] for row in own) for own in answers]),
+            "kl": over_seeds([fmean(nats) for nats in divergences]),
+            "response_length": over_seeds([fmean(row["tokens"] for row in rows) for rows in answers]),
         },
         "ledger": mean_ledger([run.ledger() for run in group.runs], group.trials),
     }

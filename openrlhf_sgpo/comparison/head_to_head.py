@@ -1,4 +1,4 @@
-"""Figures of a comparison: who is preferred to whom, with what certainty, and at what cost. Pure functions."""
+"""Figures of a comparison: preferences between groups of runs, their intervals, and their costs. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus
 
 Row = dict[str, Any]
 
-TOLERANCE = 0.05  # budgets that differ by less are called equal: answers have lengths of their own
+TOLERANCE = 0.05  # budgets that differ by less count as equal: the lengths of answers vary
 _FIGURES = (("accuracy", 3), ("margin", 4), ("kl", 2), ("response_length", 1))
 _NOTE = f"""{PLUS_MINUS}, over seeds or prompts; accuracy, margin: held-out pairs
 kl: nats per fresh answer, to the initial reference
@@ -24,7 +24,7 @@ costs of training, mean over seeds; tokens in thousands"""
 
 
 def over_seeds(values: Sequence[float]) -> Row:
-    """Mean over seeds and its standard error (None for one seed); all None where nothing was measured."""
+    """Mean over seeds and its standard error, None for one seed; both None where nothing was measured."""
     return {
         "mean": fmean(values) if values else None,
         "error": standard_error(values),
@@ -33,8 +33,9 @@ def over_seeds(values: Sequence[float]) -> Row:
 
 
 def cross_play(names: tuple[str, str], preferences: npt.ArrayLike) -> Row:
-    """The first group against the second. preferences[i, j, p]: for the answer of the first's seed i over that of the second's
-    seed j to prompt p, a tie one half. Interval, p-value and degrees of freedom: see ``intervals.two_level_mean``."""
+    """The first group against the second. preferences[i, j, p]: the preference for the answer of the first group's seed i to
+    prompt p over that of the second group's seed j, 1/2 for a tie. For the interval, the p-value and the degrees of freedom see
+    ``intervals.two_level_mean``."""
     values = np.asarray(preferences, dtype=np.float64)
     estimate = two_level_mean(values)
     return {
@@ -48,14 +49,14 @@ def cross_play(names: tuple[str, str], preferences: npt.ArrayLike) -> Row:
 
 
 def with_holm(rows: Sequence[Row]) -> list[Row]:
-    """The same rows with ``p_holm``: their p-values adjusted for all pairs of the comparison."""
+    """The same rows with ``p_holm``, the p-value adjusted for all pairs of the comparison."""
     adjusted = holm([row["p_value"] for row in rows])
     return [row | {"p_holm": value} for row, value in zip(rows, adjusted, strict=True)]
 
 
 def versus_start(name: str, preferences: npt.ArrayLike, divergences: npt.ArrayLike) -> Row:
-    """A group against the model from which it started. preferences: shape (seeds, 1, prompts); divergences: nats, shape (seeds,
-    prompts), with the error of their mean over seeds and prompts."""
+    """A group against the model from which it started. preferences: shape (seeds, 1, prompts); divergences: in nats, shape
+    (seeds, prompts). Errors are over seeds and prompts."""
     nats = two_level_mean(np.asarray(divergences, dtype=np.float64)[:, None, :])
     return {"name": name, **_win_rate(two_level_mean(preferences)), "kl": nats.mean, "kl_error": nats.error}
 
@@ -67,11 +68,11 @@ def _win_rate(estimate: TwoLevelMean) -> Row:
 
 def mean_ledger(ledgers: Sequence[Mapping[str, float]], trials: int) -> dict[str, float]:
     """Mean over the runs of a group."""
-    return {name: fmean(one[name] for one in ledgers) for name in ledgers[0]} | {"trials": trials}
+    return {name: fmean(ledger[name] for ledger in ledgers) for name in ledgers[0]} | {"trials": trials}
 
 
 def budget_warnings(ledgers: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A warning for every budget of which the groups, by name, did not spend the same within ``TOLERANCE``."""
+    """A warning for every budget that the groups, by name, did not spend equally within ``TOLERANCE``."""
     warnings = []
     for budget in (*BUDGET, "steps", "trials"):
         spent = {name: ledger[budget] for name, ledger in ledgers.items()}
@@ -82,7 +83,7 @@ def budget_warnings(ledgers: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def comparison_table(comparison: Row) -> str:
-    """A line per group, a line per pair, and the warnings."""
+    """The text of table.txt: a line per group, a line per pair of groups, and the warnings."""
     over_start = {row["name"]: row for row in comparison["versus_start"]}
     header = ["", "seeds", "accuracy", "margin", "kl", "length", "over start", "samples", "judge calls"]
     lines = [[*header, "generated", "trained", "scored", "steps", "trials"]]

@@ -1,4 +1,4 @@
-"""``openrlhf-sgpo judge-check``: how far an oracle agrees with people's pairs, and what sways it besides the answers.
+"""``openrlhf-sgpo judge-check``: how far an oracle agrees with human preferences, and its position and length biases.
 
 Imports no torch.
 """
@@ -36,18 +36,18 @@ from openrlhf_sgpo.table import aligned
 
 Z = 1.959964  # the normal distribution's 97.5% point
 
-_LOCAL = ("ds.", "train.", "data.max_len")  # what only models are read with that are loaded here
+_LOCAL = ("ds.", "train.", "data.max_len")  # settings of models that this process loads
 
 
 @dataclass
 class JudgeCheckSettings:
     oracle: str = setting("judge", "who compares answers: as in training, but not implicit")
-    out: str = setting("", "folder for what was said and the results")
+    out: str = setting("", "folder for judgements and results")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
-    resume: bool = setting(False, "continue in --out: what was said is not asked for again")
+    resume: bool = setting(False, "continue in --out; answers of the judge that are there are not requested again")
     data: DataSettings = part(DataSettings, "dataset", "dataset_split", "max_samples", "max_len")
     reward: RewardSettings = field(default_factory=RewardSettings)
-    # Without swap: both orders are shown, for their difference is what is asked for.
+    # Without swap: the difference between the two orders is to be measured, so both are always shown.
     judge: JudgeSettings = part(
         JudgeSettings,
         *("base_url", "model", "api_key", "concurrency", "max_retries", "timeout", "logprobs", "temperature"),
@@ -56,27 +56,27 @@ class JudgeCheckSettings:
     train: TrainSettings = part(TrainSettings, "micro_batch_size")
 
     def inference(self) -> Inference:
-        """What oracles read."""
+        """The settings as oracles read them."""
         model = ModelSettings(trust_remote_code=self.trust_remote_code)
         train = replace(self.train, batch_size=self.train.micro_batch_size)
         return Inference(model=model, data=self.data, reward=self.reward, judge=self.judge, ds=self.ds, train=train)
 
 
-class Said(NamedTuple):
-    """What an oracle says of one pair: the probability that the answer shown first is the better one, with people's choice
-    first and with it second. An oracle that shows no order has chosen_second = 1 - chosen_first."""
+class PairShares(NamedTuple):
+    """An oracle's probability that the answer shown first is the better one: with the human choice first, and with it second.
+    An oracle that does not show answers in an order has chosen_second = 1 - chosen_first."""
 
     chosen_first: float
     chosen_second: float
 
     @property
     def verdict(self) -> float:
-        """1[p > 1/2] + 1/2 1[p = 1/2], p = (chosen_first + 1 - chosen_second) / 2 the probability of people's choice."""
+        """1[p > 1/2] + 1/2 1[p = 1/2], with p = (chosen_first + 1 - chosen_second) / 2 the probability of the human choice."""
         return _point(self.chosen_first, self.chosen_second)  # the same without rounding
 
 
 class Figure(NamedTuple):
-    """A mean over ``n`` pairs with its 95% interval; None where no pair says anything."""
+    """A mean over ``n`` pairs with its 95% interval; None without pairs."""
 
     value: float | None
     interval: tuple[float, float] | None
@@ -84,8 +84,8 @@ class Figure(NamedTuple):
 
 
 def share_of(points: Sequence[float]) -> Figure:
-    """The mean of points from 0 to 1 with Wilson's interval (JASA 22, 1927), which is for zeros and ones: halves make it too
-    wide, if anything."""
+    """The mean of points in [0, 1] with Wilson's interval (JASA 22, 1927). That interval is for zeros and ones; with halves it
+    can only be too wide."""
     n = len(points)
     if not n:
         return Figure(None, None, 0)
@@ -96,96 +96,98 @@ def share_of(points: Sequence[float]) -> Figure:
 
 
 def bias_of(values: Sequence[float]) -> Figure:
-    """The mean of values of either sign, and as interval 1.96 standard errors to both sides, for which it takes two values."""
+    """The mean of values of either sign; its interval, 1.96 standard errors to both sides, needs at least two values."""
     if not values:
         return Figure(None, None, 0)
     mean, error = fmean(values), standard_error(values)
     return Figure(mean, None if error is None else (mean - Z * error, mean + Z * error), len(values))
 
 
-def agreement_figures(pairs: Sequence[Pair], said: Sequence[Said], shows_orders: bool) -> dict[str, Figure]:
-    """What the table shows, by name. p: the probability of people's choice, see ``Said``; a tie counts one half everywhere.
-    Lengths are in characters, and figures of lengths are of the pairs whose answers differ in it.
+def agreement_figures(pairs: Sequence[Pair], shares: Sequence[PairShares], shows_orders: bool) -> dict[str, Figure]:
+    """The figures of the table, by name. p: the probability of the human choice, see ``PairShares``; ties always count 1/2.
+    Lengths are in characters; figures of length cover the pairs whose answers differ in length.
 
         agreement           share of pairs with p > 1/2
-        chosen_first        the same in one order: chosen_first > 1/2
-        chosen_second       and in the other: chosen_second < 1/2
-        position_bias       mean of (chosen_first + chosen_second) / 2 - 1/2, what the first place is worth
-        flips               share of pairs in which one place wins in both orders
+        chosen_first        the same with the human choice shown first: chosen_first > 1/2
+        chosen_second       the same with the human choice shown second: chosen_second < 1/2
+        position_bias       mean of (chosen_first + chosen_second) / 2 - 1/2, the advantage of the answer shown first
+        flips               share of pairs in which the same position wins in both orders
         longer_preferred    P(the oracle prefers the longer answer)
-        longer_chosen       P(people did), which is also the agreement of "the longer one wins"
+        longer_chosen       P(people prefer the longer answer), also the agreement of the rule "the longer one wins"
         length_bias         longer_preferred - longer_chosen
         agreement_longer    agreement where people chose the longer answer
-        agreement_shorter   agreement where they chose the shorter one
+        agreement_shorter   agreement where people chose the shorter answer
 
-    An oracle that shows no order has no figures of orders.
+    An oracle that does not show answers in an order has no figures of orders.
     """
-    found = {"agreement": share_of([one.verdict for one in said])}
+    figures = {"agreement": share_of([share.verdict for share in shares])}
     if shows_orders:
-        found |= {
-            "chosen_first": share_of([_point(one.chosen_first, 0.5) for one in said]),
-            "chosen_second": share_of([_point(0.5, one.chosen_second) for one in said]),
-            "position_bias": bias_of([(one.chosen_first + one.chosen_second - 1) / 2 for one in said]),
-            "flips": share_of([float((one.chosen_first - 0.5) * (one.chosen_second - 0.5) > 0) for one in said]),
+        figures |= {
+            "chosen_first": share_of([_point(first, 0.5) for first, _ in shares]),
+            "chosen_second": share_of([_point(0.5, second) for _, second in shares]),
+            "position_bias": bias_of([(first + second - 1) / 2 for first, second in shares]),
+            "flips": share_of([float((first - 0.5) * (second - 0.5) > 0) for first, second in shares]),
         }
     gaps = [len(pair.chosen) - len(pair.rejected) for pair in pairs]
-    where_longer = [one.verdict for gap, one in zip(gaps, said, strict=True) if gap > 0]
-    where_shorter = [one.verdict for gap, one in zip(gaps, said, strict=True) if gap < 0]
-    agrees_not = [1 - verdict for verdict in where_shorter]  # and so prefers the longer one
-    return found | {
-        "longer_preferred": share_of(where_longer + agrees_not),
+    where_longer = [share.verdict for gap, share in zip(gaps, shares, strict=True) if gap > 0]
+    where_shorter = [share.verdict for gap, share in zip(gaps, shares, strict=True) if gap < 0]
+    disagreements = [1 - verdict for verdict in where_shorter]  # here the oracle prefers the longer answer
+    return figures | {
+        "longer_preferred": share_of(where_longer + disagreements),
         "longer_chosen": share_of([1.0] * len(where_longer) + [0.0] * len(where_shorter)),
-        "length_bias": bias_of([verdict - 1 for verdict in where_longer] + agrees_not),
+        "length_bias": bias_of([verdict - 1 for verdict in where_longer] + disagreements),
         "agreement_longer": share_of(where_longer),
         "agreement_shorter": share_of(where_shorter),
     }
 
 
-def ask(judge: Oracle, pairs: Sequence[Pair]) -> tuple[list[Said], bool]:
-    """What the oracle says of each pair, in both orders if it shows answers in an order, and whether it does."""
+def ask(judge: Oracle, pairs: Sequence[Pair]) -> tuple[list[PairShares], bool]:
+    """The oracle's preference on each pair, in both orders if it shows answers in an order, and whether it does."""
     name = f"judge-check: {judge.name}"
     if not _shows_orders(judge):
         questions = [
-            Question(one.id, one.prompt, (Answer(one.chosen), Answer(one.rejected)), one.template_kwargs)
-            for one in pairs
+            Question(pair.id, pair.prompt, (Answer(pair.chosen), Answer(pair.rejected)), pair.template_kwargs)
+            for pair in pairs
         ]
         shares = [matrix[0][1] for matrix in judge.preferences(questions, name)]
-        return [Said(share, 1 - share) for share in shares], False
+        return [PairShares(share, 1 - share) for share in shares], False
     assert isinstance(judge, PreferenceOracle)
     comparisons = [
-        Comparison(one.id, one.prompt, Answer(one.chosen), Answer(one.rejected), one.template_kwargs.get("tools", ()))
-        for one in pairs
+        Comparison(
+            pair.id, pair.prompt, Answer(pair.chosen), Answer(pair.rejected), pair.template_kwargs.get("tools", ())
+        )
+        for pair in pairs
     ]
-    orders = [order for one in comparisons for order in (one, one.swapped())]
-    said = check_shares(judge.name, orders, judge.compare(orders, name))
-    return [Said(*both) for both in zip(said[::2], said[1::2], strict=True)], True
+    orders = [order for comparison in comparisons for order in (comparison, comparison.swapped())]
+    probabilities = check_shares(judge.name, orders, judge.compare(orders, name))
+    return [PairShares(*both) for both in zip(probabilities[::2], probabilities[1::2], strict=True)], True
 
 
-def _point(one: float, other: float) -> float:
-    """1[one > other] + 1/2 1[one = other]"""
-    return (one > other) + 0.5 * (one == other)
+def _point(left: float, right: float) -> float:
+    """1[left > right] + 1/2 1[left = right]"""
+    return (left > right) + 0.5 * (left == right)
 
 
 def _shows_orders(judge: Oracle) -> bool:
-    """Whether it compares two answers at a time: it defines how, for the base class does not."""
+    """Whether it compares two answers at a time: then it defines compare or prefer, which the base class leaves open."""
     base = PreferenceOracle
     return isinstance(judge, base) and (type(judge).compare, type(judge).prefer) != (base.compare, base.prefer)
 
 
-def agreement_table(found: dict[str, Figure]) -> str:
-    """A line per figure: its value, its 95% interval, and the number of pairs that it is from."""
+def agreement_table(figures: dict[str, Figure]) -> str:
+    """A line per figure: its value, its 95% interval, and the number of pairs behind it."""
     lines = [["", "value", "95% interval", "pairs"]]
-    for name, one in found.items():
-        value = "-" if one.value is None else f"{one.value:.3f}"
-        interval = "-" if one.interval is None else "{:.3f} to {:.3f}".format(*one.interval)
-        lines.append([name.replace("_", " "), value, interval, str(one.n)])
+    for name, figure in figures.items():
+        value = "-" if figure.value is None else f"{figure.value:.3f}"
+        interval = "-" if figure.interval is None else "{:.3f} to {:.3f}".format(*figure.interval)
+        lines.append([name.replace("_", " "), value, interval, str(figure.n)])
     return "\n".join(aligned(lines))
 
 
 def check_judge(settings: JudgeCheckSettings) -> dict[str, Any]:
-    """Asks, writes pairs.jsonl, judge_check.json and table.txt into --out, prints the table; returns the result.
+    """Asks the oracle, writes pairs.jsonl, judge_check.json and table.txt into --out, prints the table; returns the result.
 
-    Raises ValueError for data that cannot be read, a server that does not answer, and a folder that is something else's.
+    Raises ValueError for unreadable data, a server that does not answer, and a folder that belongs to something else.
     """
     config = settings.inference()
     data = settings.data
@@ -200,48 +202,48 @@ def check_judge(settings: JudgeCheckSettings) -> dict[str, Any]:
     log_to(folder.path)
     judge = _make(settings.oracle, config, folder.path)
     try:
-        said, shows_orders = ask(judge, pairs)
+        shares, shows_orders = ask(judge, pairs)
     finally:
         judge.close()
-    rows = zip(pairs, said, strict=True)
-    write_jsonl(folder.path / "pairs.jsonl", ({"id": pair.id, **one._asdict()} for pair, one in rows))
-    notes = [] if shows_orders else ["the oracle shows no order, so that its position bias is 0 by construction"]
+    rows = zip(pairs, shares, strict=True)
+    write_jsonl(folder.path / "pairs.jsonl", ({"id": pair.id, **share._asdict()} for pair, share in rows))
+    notes = [] if shows_orders else ["the oracle shows no order, so its position bias is 0 by construction"]
     if len(pairs) < len(loaded):
         notes.append(f"{len(loaded) - len(pairs)} pairs of two equal answers are left out")
     if loaded.left_out:
-        notes.append(f"{len(loaded.left_out)} rows are no pairs, such as {loaded.left_out[0]}")
-    found = agreement_figures(pairs, said, shows_orders)
+        notes.append(f"{len(loaded.left_out)} rows are not pairs, such as {loaded.left_out[0]}")
+    figures = agreement_figures(pairs, shares, shows_orders)
     models = (settings.judge.model, settings.reward.model_name_or_path, *settings.reward.heads)
     result = {
         "oracle": settings.oracle,
         "model": " ".join(filter(None, models)),
         "pairs": len(pairs),
-        "figures": {name: one._asdict() for name, one in found.items()},
+        "figures": {name: figure._asdict() for name, figure in figures.items()},
         "notes": notes,
         "usage": judge.usage(),
     }
     write_json(folder.path / "judge_check.json", result)
     cost = ", ".join(f"{name} {value}" for name, value in judge.usage().items())
-    text = "\n".join([agreement_table(found), *notes, f"asked just now: {cost}", ""])
+    text = "\n".join([agreement_table(figures), *notes, f"cost of this call: {cost}", ""])
     write_text(folder.path / "table.txt", text)
     say(text, end="")
     return result
 
 
 def _make(name: str, config: Inference, folder: Path) -> Oracle:
-    """The oracle, without a policy: ``implicit`` is unavailable, and one of the user's has neither chat nor scorer."""
+    """The oracle. There is no policy: ``implicit`` is unavailable, and a user's oracle has neither chat nor scorer."""
     strategy: Any = None
-    if name != "judge":  # which needs none, and this takes a while
+    if name != "judge":  # a judge needs no strategy, which takes a while to build
         from openrlhf_sgpo.openrlhf import build_strategy
 
         strategy = build_strategy(config)
-    nothing: Any = None
-    return oracle.get(name)(oracle.Resources(config, strategy, nothing, nothing, folder))
+    missing: Any = None
+    return oracle.get(name)(oracle.Resources(config, strategy, missing, missing, folder))
 
 
 def load(argv: Sequence[str]) -> JudgeCheckSettings:
     """The settings from command-line arguments. Raises flags.SettingsError with every problem at once."""
-    instances, given, _ = flags.parse(argv, {"": JudgeCheckSettings})
+    instances, origins, _ = flags.parse(argv, {"": JudgeCheckSettings})
     settings: JudgeCheckSettings = instances[""]
     required = {"data.dataset": (settings.data.dataset, "pairs that people chose"), "out": (settings.out, "a folder")}
     problems = [f"--{name}: missing, give {what}" for name, (value, what) in required.items() if not value]
@@ -249,20 +251,20 @@ def load(argv: Sequence[str]) -> JudgeCheckSettings:
         problems.append(f"--data.dataset_split: {settings.data.dataset} is a file, which has no splits; leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("judge-check is one process: start it without a launcher")
-    problems += flags.out_of_range({"": settings}) + _oracle_problems(settings, given)
+    problems += flags.out_of_range({"": settings}) + _oracle_problems(settings, origins)
     if problems:
         raise flags.SettingsError(*problems)
     return settings
 
 
-def _oracle_problems(settings: JudgeCheckSettings, given: dict[str, str]) -> list[str]:
+def _oracle_problems(settings: JudgeCheckSettings, origins: dict[str, str]) -> list[str]:
     if settings.oracle == "implicit":
-        return ["--oracle: implicit is a policy's own reward, whose agreement a run measures as held-out accuracy"]
+        return ["--oracle: implicit is a policy's own reward; runs measure its agreement as held-out accuracy"]
     groups = ("reward.", "judge.", *(_LOCAL if settings.oracle == "judge" else ()))
     reasons = dict.fromkeys(groups, f"--oracle {settings.oracle} has no use for it")
     _, reads = other_oracle(settings.oracle)
     return [
-        *unread(settings, JudgeCheckSettings(), given, reasons, reads),
+        *unread(settings, JudgeCheckSettings(), origins, reasons, reads),
         *oracle.problems(settings.oracle, settings.inference()),
     ]
 

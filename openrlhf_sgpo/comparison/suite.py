@@ -1,7 +1,7 @@
 """``openrlhf-sgpo compare --suite FILE``: train every algorithm with every seed, then compare them.
 
-A suite is a YAML file. ``common`` holds settings of ``train`` for all; ``settings`` of an algorithm are merged into them (keys
-nested or dotted, null takes a common one away). Each run is a process and a folder of its own, OUT/NAME/seed_S.
+A suite is a YAML file. ``common`` holds settings of ``train`` for all; the ``settings`` of an algorithm are merged into them
+(keys nested or dotted; null removes a common setting). Each run has its own process and its own folder, OUT/NAME/seed_S.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _ALGORITHM_KEYS = ("name", "settings", "trials", "fork_from")
 
 @dataclass(frozen=True)
 class Entry:
-    """An algorithm of a suite. settings: of ``train``, nested, common ones included. fork_from: the algorithm whose seed stage
-    and first samples it takes over, see ``--ckpt.fork_from``."""
+    """An algorithm of a suite. settings: those of ``train``, nested, including the common ones. fork_from: the algorithm whose
+    seed stage and first samples it reuses, see ``--ckpt.fork_from``."""
 
     name: str
     settings: Tree
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """compare: settings of ``compare``, nested."""
+    """A parsed suite file. compare: settings of ``compare``, nested."""
 
     out: Path
     seeds: list[int]
@@ -57,7 +57,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class SuiteRun:
-    """One run. words: arguments of ``train``. resolved: what they resolve to."""
+    """One run. words: arguments of ``train``. resolved: the complete settings that follow from them."""
 
     folder: Path
     words: list[str]
@@ -73,16 +73,15 @@ class SuiteRun:
 
 
 def train_suite(argv: Sequence[str]) -> list[str]:
-    """Trains what is not finished; returns the arguments of ``compare`` for it. argv: of ``compare``, with ``--suite``; they
-    win over the file's ``compare``.
+    """Train all unfinished runs; returns the arguments of ``compare`` for them. argv: arguments of ``compare``, with
+    ``--suite``; they override the file's ``compare``.
 
-    Everything that settings can tell is checked before the first run starts, and that a judge's server is there. Raises
-    ValueError, also for a run that fails.
+    All settings are checked before the first run starts, and a judge's server is called once. Raises ValueError, also for a
+    run that fails.
     """
     if any(word.partition("=")[0] == "--config" for word in argv):
         raise flags.SettingsError(
-            "--config: give --suite on the command line, and settings of the comparison under `compare` of that file, "
-            "with no --config beside it"
+            "--config: leave it out, give --suite on the command line and settings of the comparison under `compare` in its file"
         )
     if taken := [word for word in argv if word.partition("=")[0] in ("--runs", "--trials")]:
         raise flags.SettingsError(f"{taken[0]}: --suite says which runs are compared; leave it out")
@@ -103,32 +102,32 @@ def train_suite(argv: Sequence[str]) -> list[str]:
 
 
 def read_suite(path: Path) -> Suite:
-    """Raises flags.SettingsError with everything that is wrong with the file's own keys."""
+    """The suite in a YAML file. Raises flags.SettingsError with every problem of the file's own keys."""
     try:
         tree = yaml_files.load(path)
     except ValueError as error:
         raise flags.SettingsError(f"--suite {error}") from error
-    # Keys first: of a file that holds one nothing is written.
+    # API keys first: nothing from a file that holds one is written to disk.
     problems = list(_refused(tree)) or list(_suite_problems(tree))
     if problems:
         raise flags.SettingsError(*(f"--suite {path}: {problem}" for problem in problems))
     common = nested(tree.get("common") or {})
     entries = [
         Entry(
-            one["name"],
-            merged(common, nested(one.get("settings") or {})),
-            one.get("trials", 1),
-            one.get("fork_from", ""),
+            item["name"],
+            merged(common, nested(item.get("settings") or {})),
+            item.get("trials", 1),
+            item.get("fork_from", ""),
         )
-        for one in tree["algorithms"]
+        for item in tree["algorithms"]
     ]
     return Suite(Path(tree["out"]), tree["seeds"], entries, nested(tree.get("compare") or {}))
 
 
 def prepare_runs(suite: Suite) -> list[SuiteRun]:
-    """The runs in the order in which they are made, an algorithm after the other; writes the files of settings that they read.
+    """The runs in training order, one algorithm after the other; writes the settings files that they read.
 
-    Raises flags.SettingsError with what is wrong with the settings of each, and for folders that hold a run with others.
+    Raises flags.SettingsError with the problems of each run's settings, and for folders that hold a run with other settings.
     """
     problems, runs = [], []
     for entry in suite.entries:
@@ -149,15 +148,15 @@ def prepare_runs(suite: Suite) -> list[SuiteRun]:
     return runs
 
 
-def train_run(run: SuiteRun, place: str) -> None:
-    """Finishes the run in a process of its own, whose output is added to the log beside the folder. place: for progress.
+def train_run(run: SuiteRun, position: str) -> None:
+    """Finish the run in a separate process, whose output goes to the log beside the folder. position: shown as progress.
 
     Raises ValueError if it fails.
     """
     if run.finished:
-        print(f"{place}: {run.folder} is finished", flush=True)
+        print(f"{position}: {run.folder} is finished", flush=True)
         return
-    print(f"{place}: {run.folder}, see {run.log}", flush=True)
+    print(f"{position}: {run.folder}, see {run.log}", flush=True)
     resume = ["--resume"] if (run.folder / "resolved_config.yaml").exists() else []
     command = [sys.executable, "-m", "openrlhf_sgpo.cli.main", "train", *run.words, *resume]
     begin = time.monotonic()
@@ -167,39 +166,37 @@ def train_run(run: SuiteRun, place: str) -> None:
             command, stdout=log, stderr=subprocess.STDOUT, check=False, preexec_fn=end_with_parent
         ).returncode
     if code or not run.finished:
-        raise ValueError(
-            f"--suite: the run {run.folder} failed ({code}), see {run.log}; the same command takes it up again"
-        )
-    print(f"{place}: finished in {time.monotonic() - begin:.0f} s", flush=True)
+        raise ValueError(f"--suite: the run {run.folder} failed ({code}), see {run.log}; the same command continues it")
+    print(f"{position}: finished in {time.monotonic() - begin:.0f} s", flush=True)
 
 
 def nested(tree: Mapping[str, Any]) -> Tree:
     """The same settings with dotted keys as groups: {"a.b": 1} is {"a": {"b": 1}}."""
-    found: Tree = {}
+    result: Tree = {}
     for key, value in tree.items():
         value = nested(value) if isinstance(value, dict) else value
         for part in reversed(str(key).split(".")):
             value = {part: value}
-        found = merged(found, value, keep_null=True)
-    return found
+        result = merged(result, value, keep_null=True)
+    return result
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any], keep_null: bool = False) -> Tree:
-    """``base`` with the values of ``change``, group by group; null takes a key away (JSON Merge Patch, RFC 7396)."""
-    found = dict(base)
+    """``base`` with the values of ``change``, group by group; null removes a key (JSON Merge Patch, RFC 7396)."""
+    result = dict(base)
     for key, value in change.items():
         if isinstance(value, dict):
-            group = found.get(key)
-            found[key] = merged(group if isinstance(group, dict) else {}, value, keep_null)
+            group = result.get(key)
+            result[key] = merged(group if isinstance(group, dict) else {}, value, keep_null)
         elif value is None and not keep_null:
-            found.pop(key, None)
+            result.pop(key, None)
         else:
-            found[key] = value
-    return found
+            result[key] = value
+    return result
 
 
 def _refused(value: Any, name: str = "") -> Iterator[str]:
-    """Problems with settings that hold a key or an address with a password, wherever they are in the file."""
+    """Problems of settings that hold an API key or an address with a password, anywhere in the file."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _refused(inner, f"{name}.{key}".lstrip("."))
@@ -224,34 +221,34 @@ def _suite_problems(tree: Any) -> Iterator[str]:
     if (
         not isinstance(seeds, list)
         or not seeds
-        or {type(one) for one in seeds} != {int}
+        or {type(seed) for seed in seeds} != {int}
         or len(set(seeds)) < len(seeds)
     ):
         yield "seeds: give a list of different integers"
     names: list[str] = []
-    for number, one in enumerate(tree["algorithms"], start=1):
-        name = one.get("name") if isinstance(one, dict) else None
-        # A name is a folder of the suite's, beside its own files.
+    for number, item in enumerate(tree["algorithms"], start=1):
+        name = item.get("name") if isinstance(item, dict) else None
+        # A name becomes a folder beside the suite's own files.
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in {*map(str.lower, names), *_TAKEN}:
             yield (
-                f"algorithm {number}: give a name of its own, of at most 100 letters, digits, '_', '.' and '-', which begins "
-                f"with a letter or digit and is none of {', '.join(_TAKEN)}"
+                f"algorithm {number}: give a unique name of at most 100 letters, digits, '_', '.' and '-', which begins with a "
+                f"letter or digit and is none of {', '.join(_TAKEN)}"
             )
             continue
         yield from (
-            f"{name}: {key} is unknown, use {', '.join(_ALGORITHM_KEYS)}" for key in one if key not in _ALGORITHM_KEYS
+            f"{name}: {key} is unknown, use {', '.join(_ALGORITHM_KEYS)}" for key in item if key not in _ALGORITHM_KEYS
         )
-        if not isinstance(one.get("settings") or {}, dict):
+        if not isinstance(item.get("settings") or {}, dict):
             yield f"{name}: expected settings under settings"
-        if type(one.get("trials", 1)) is not int or one.get("trials", 1) < 1:
-            yield f"{name}: trials {one['trials']!r} is no number of at least 1"
-        if one.get("fork_from", name) not in [*names, name] or one.get("fork_from") == name:
-            yield f"{name}: fork_from {one['fork_from']} is no algorithm before it in the list"
+        if type(item.get("trials", 1)) is not int or item.get("trials", 1) < 1:
+            yield f"{name}: trials {item['trials']!r} is not an integer of at least 1"
+        if item.get("fork_from", name) not in [*names, name] or item.get("fork_from") == name:
+            yield f"{name}: fork_from {item['fork_from']} is not an algorithm before it in the list"
         names.append(name)
 
 
 def _resolved(words: list[str], folder: Path) -> Tree:
-    """Raises flags.SettingsError also if the folder holds a run with other settings."""
+    """The complete settings of the run. Raises flags.SettingsError, also if the folder holds a run with other settings."""
     settings, options = run_settings.load(words)
     resolved = flags.to_dict({"": replace(settings, resume=False), algorithms.get(settings.algo).name: options})
     stored = folder / "resolved_config.yaml"
@@ -260,7 +257,7 @@ def _resolved(words: list[str], folder: Path) -> Tree:
         listed = [f"--{key} {old!r}, now {new!r}" for key, (old, new) in changed.items() if key not in ADDRESS]
         if listed:
             raise flags.SettingsError(
-                f"{folder} holds a run with {'; '.join(listed)}; choose another out, or remove it"
+                f"{folder} holds a run with {'; '.join(listed)}; choose another out, or remove that folder"
             )
     return resolved
 
@@ -275,9 +272,9 @@ def _compare_words(suite: Suite, argv: Sequence[str]) -> list[str]:
     tree = {"out": str(suite.out / "comparison"), **suite.compare, "runs": groups, "trials": trials}
     file = suite.out / "compare.yaml"
     write_text(file, yaml.safe_dump(tree, sort_keys=False))
-    place = next(place for place, word in enumerate(argv) if word.partition("=")[0] == "--suite")
-    rest = [*argv[:place], *argv[place + (1 if "=" in argv[place] else 2) :]]
-    words = ["--config", str(file), *rest]
+    index = next(index for index, word in enumerate(argv) if word.partition("=")[0] == "--suite")
+    overrides = [*argv[:index], *argv[index + (1 if "=" in argv[index] else 2) :]]
+    words = ["--config", str(file), *overrides]
     out = flags.peek(words, "out") or ""
     stored = os.path.exists(os.path.join(out, "resolved_config.yaml"))
-    return [*words, "--resume"] if stored and "--resume" not in rest else words
+    return [*words, "--resume"] if stored and "--resume" not in overrides else words

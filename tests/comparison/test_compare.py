@@ -93,9 +93,9 @@ def test_how_answers_are_drawn_is_the_first_run_s(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (lambda run: shutil.rmtree(run), "is no run folder: there is no resolved_config.yaml"),
-        (lambda run: (run / "resolved_config.yaml").write_text(signed("out: x\n")), "is no run folder"),
-        (lambda run: (run / "table.txt").unlink(), "is a run that is not finished; finish it with train --resume"),
+        (lambda run: shutil.rmtree(run), "is not a run folder: it has no resolved_config.yaml"),
+        (lambda run: (run / "resolved_config.yaml").write_text(signed("out: x\n")), "is not a run folder"),
+        (lambda run: (run / "table.txt").unlink(), "is unfinished; finish it with train --resume"),
     ],
 )
 def test_what_is_no_finished_run(tmp_path, spoil, expected):
@@ -147,9 +147,9 @@ def test_warnings_where_the_conditions_were_not_equal(tmp_path):
     groups = read_groups(texts, [])
     assert group_warnings(groups) == [
         "the numbers of seeds differ: sgpo 2, nash_md 1",
-        "nash_md has one seed: intervals say nothing of what another seed would give",
+        "nash_md has one seed: its intervals say nothing about other seeds",
         "the runs were trained on different human pairs",
-        "the runs were measured on different numbers of held-out pairs (4, 8), so that accuracy and margin cannot be compared",
+        "the runs were measured on different numbers of held-out pairs (4, 8), so accuracy and margin cannot be compared",
         "--model.beta, the unit of margins, differs: sgpo 0.1, nash_md 0.008",
     ]
     assert oracle_warnings(groups, ORACLE[1], "", "") == [
@@ -171,7 +171,7 @@ def test_without_prompts_they_are_those_that_all_runs_saw(tiny_data, capsys):
 
     assert records([6, 6]) == 6 and records([0, 0]) == 8 and capsys.readouterr().out == ""
     assert records([6, 4, 0]) == records([0, 4]) == 4 and records([6, 4], 3) == 3
-    assert "differ in --eval.max_samples: they are compared on the first 4 held-out prompts" in capsys.readouterr().out
+    assert "differ in --eval.max_samples: all are compared on the first 4 held-out prompts" in capsys.readouterr().out
 
 
 # Real runs ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import BIAS, JudgeServer, sigmoid
 
-from openrlhf_sgpo.comparison.judge_check import Said, agreement_figures, ask, load, main, share_of
+from openrlhf_sgpo.comparison.judge_check import PairShares, agreement_figures, ask, load, main, share_of
 from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.flags import SettingsError
 from openrlhf_sgpo.oracle import PreferenceOracle, RewardOracle
@@ -163,7 +163,7 @@ SHARES = st.floats(0, 1)
 
 @given(st.lists(st.tuples(SHARES, SHARES), min_size=8, max_size=8))
 def test_figures_fit_together(shares):
-    said = [Said(*both) for both in shares]
+    said = [PairShares(*both) for both in shares]
     found = agreement_figures(pairs(), said, True)
     value = {name: one.value for name, one in found.items()}
     chosen = value["longer_chosen"]
@@ -175,7 +175,9 @@ def test_figures_fit_together(shares):
         assert one.interval[0] - 1e-12 <= one.value <= one.interval[1] + 1e-12
     # With people's choice and the other answer exchanged, all that was right is wrong, and places are what they were.
     turned = [Pair(pair.id, pair.prompt, pair.rejected, pair.chosen) for pair in pairs()]
-    other = {name: one.value for name, one in agreement_figures(turned, [Said(b, a) for a, b in shares], True).items()}
+    other = {
+        name: one.value for name, one in agreement_figures(turned, [PairShares(b, a) for a, b in shares], True).items()
+    }
     assert other["agreement"] == pytest.approx(1 - value["agreement"])
     assert other["position_bias"] == pytest.approx(value["position_bias"]) and other["flips"] == value["flips"]
     assert other["longer_preferred"] == pytest.approx(value["longer_preferred"])
@@ -239,5 +241,5 @@ def test_a_reward_model(tiny_reward_model, tmp_path):
     assert result["figures"]["agreement"]["value"] == fmean(row["chosen_first"] > 0.5 for row in said)
     assert all(row["chosen_first"] + row["chosen_second"] == pytest.approx(1) for row in said)
     assert len({row["chosen_first"] for row in said}) == len(PAIRS)
-    assert result["notes"] == ["the oracle shows no order, so that its position bias is 0 by construction"]
+    assert result["notes"] == ["the oracle shows no order, so its position bias is 0 by construction"]
     assert result["usage"]["judge_calls"] == 2 * len(PAIRS)

@@ -82,7 +82,7 @@ def test_names_stay_in_the_folder_of_the_suite(name, tmp_path):
     suite = small(tmp_path / "inner")
     suite["algorithms"][0]["name"] = name
     (tmp_path / "inner").mkdir()
-    with pytest.raises(SettingsError, match="algorithm 1: give a name of its own"):
+    with pytest.raises(SettingsError, match="algorithm 1: give a unique name"):
         train_suite(["--suite", str(write(tmp_path / "inner", suite))])
     assert [path.name for path in tmp_path.rglob("*")] == ["inner", "suite.yaml"]
 
@@ -90,7 +90,7 @@ def test_names_stay_in_the_folder_of_the_suite(name, tmp_path):
 def test_names_that_one_folder_would_serve_are_one(tmp_path):
     suite = small(tmp_path)
     suite["algorithms"][1]["name"] = "SELF"
-    with pytest.raises(SettingsError, match="algorithm 2: give a name of its own"):
+    with pytest.raises(SettingsError, match="algorithm 2: give a unique name"):
         read_suite(write(tmp_path, suite))
 
 
@@ -143,8 +143,11 @@ def test_the_examples_resolve_at_equal_budgets(name, tmp_path, monkeypatch):
         ({"algorithms": [{"name": "a"}, {"name": "a"}]}, "algorithm 2: give a name"),
         ({"algorithms": [{"name": "start"}]}, "algorithm 1: give a name"),
         ({"algorithms": [{"name": "a", "setting": {}}]}, "a: setting is unknown"),
-        ({"algorithms": [{"name": "a", "fork_from": "b"}, {"name": "b"}]}, "a: fork_from b is no algorithm before it"),
-        ({"algorithms": [{"name": "a", "trials": 0}]}, "a: trials 0 is no number of at least 1"),
+        (
+            {"algorithms": [{"name": "a", "fork_from": "b"}, {"name": "b"}]},
+            "a: fork_from b is not an algorithm before it",
+        ),
+        ({"algorithms": [{"name": "a", "trials": 0}]}, "a: trials 0 is not an integer of at least 1"),
         ({"algorithms": "sgpo"}, "algorithms is a list"),
     ],
 )
@@ -264,7 +267,7 @@ def test_a_run_that_fails_stops_the_suite(tiny_data, tmp_path):
     process = forked(SCRIPT, "file nothing", "--suite", str(path), **PATH)
     assert process.returncode == 1
     log = tmp_path / "out/self/seed_1.log"
-    assert f"failed (2), see {log}; the same command takes it up again" in process.stderr
+    assert f"failed (2), see {log}; the same command continues it" in process.stderr
     assert "nothing_here cannot be loaded" in log.read_text()
     assert not (tmp_path / "out/sgpo/seed_1").exists() and not (tmp_path / "out/comparison").exists()
 
