@@ -1,5 +1,5 @@
-"""Results that cost something, kept by a hash of what was asked, in files that are only ever appended to: a killed process
-loses only the line that it was writing."""
+"""A cache of paid results by a hash of the request, in append-only files: a killed process loses only the line that it was
+writing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def content_key(*parts: Any) -> str:
 
 
 def kept_lines(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects in the lines of such a file, without what a killed process left of one; none if there is no file. A
-    line says how many are not what was written, which are left out, so that they are computed or asked again.
+    """The JSON objects in the lines of a cache file; none if there is no file. Unfinished lines of a killed process are left
+    out. Damaged lines are left out too, and a message says how many: their results are computed or requested again.
 
     Raises ValueError, which names the line and ends with ``remedy``, for a number that is not finite.
     """
@@ -45,34 +45,34 @@ def kept_lines(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
 
 
 def keep_line(path: Path, value: Mapping[str, Any]) -> None:
-    """Appends a JSON object, with a hash of it, to such a file, which is made if there is none."""
+    """Append a JSON object and its hash to a cache file, which is created if it does not exist."""
     text = json_text(sealed(value), ascii_only=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="ascii") as file:
-        # A killed process may have left a line without an end.
+        # A killed process may have left an unfinished line.
         file.write(f"\n{text}\n")
 
 
 class ContentCache:
-    """JSON-serialisable values by ``content_key``, in memory and, with a path, in a file, to which each is written when it
-    arrives. For one process: with several ranks, rank 0."""
+    """JSON-serialisable values by ``content_key``, in memory and, with a path, in a file, to which each value is written when
+    it arrives. For a single process: with several ranks, rank 0."""
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        self._known: dict[str, Any] = {}
-        for row in kept_lines(path, "delete the line, and it is asked again") if path else ():
-            self._known[row["key"]] = row["value"]
+        self._values: dict[str, Any] = {}
+        for row in kept_lines(path, "delete the line to request it again") if path else ():
+            self._values[row["key"]] = row["value"]
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._values)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._known
+        return key in self._values
 
     def __getitem__(self, key: str) -> Any:
-        return self._known[key]
+        return self._values[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
         if self.path is not None:
             keep_line(self.path, {"key": key, "value": value})
-        self._known[key] = value
+        self._values[key] = value

@@ -1,4 +1,4 @@
-"""Intervals and tests of means, shares and ratios: over prompts, over seeds, over both."""
+"""Intervals and tests for means, shares and ratios: over prompts, over seeds, or over both."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
-NORMAL_95 = 1.96  # standard errors to both sides that hold 95% of a normal law
-# The same of Student's law, by degrees of freedom from 1; beyond, it is close to 1.96 + 2.7 / degrees.
+NORMAL_95 = 1.96  # standard errors to both sides that hold 95% of a normal distribution
+# The same for Student's t, by degrees of freedom from 1; beyond these it is close to 1.96 + 2.7 / degrees.
 _STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for fewer than two values."""
+    """Standard error of the mean; None for fewer than two values."""
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def student_95(count: int) -> float:
-    """Standard errors to both sides of a mean of ``count`` values, at least 2, that make a 95% interval, within 0.5%.
+    """Half of the 95% interval of a mean of ``count`` values, at least 2, in standard errors and correct within 0.5%.
 
-    Numbers, and not SciPy's quantile, because pages are drawn where SciPy is not installed."""
+    A table instead of SciPy's quantile, because pages are drawn where SciPy is not installed."""
     degrees = count - 1
     return _STUDENT_95[degrees - 1] if degrees <= len(_STUDENT_95) else NORMAL_95 + 2.7 / degrees
 
 
 def scores(margins: Sequence[float]) -> list[float]:
-    """Of each held-out pair: 1 if its margin is positive; at a tie one half, so that an untrained policy has accuracy 0.5."""
+    """A score for each held-out pair: 1 if its margin is positive, 1/2 for a tie, so an untrained policy has accuracy 0.5."""
     return [(margin > 0) + 0.5 * (margin == 0) for margin in margins]
 
 
 def share_error(values: Sequence[float]) -> float | None:
-    """Standard error of a share, of which ``values`` in [0, 1] are the parts; None if all are ties or there are none.
+    """Standard error of a share, the mean of ``values`` in [0, 1]; None if all are ties or there are none.
 
-    Of Agresti and Coull (The American Statistician 52, 1998): as if two more had been of either kind. It is not 0 where all
+    Agresti and Coull's (The American Statistician 52, 1998): as if there were two more of each kind, so it is not 0 where all
     are right.
     """
     if all(value == 0.5 for value in values):
@@ -51,21 +51,22 @@ def share_error(values: Sequence[float]) -> float | None:
 def change(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
     """Mean of after - before over the same pairs, in [-1, 1], and half of its 95% interval.
 
-    Of Agresti and Min (Biometrics 61, 2005): as if one more pair had changed half to either side.
+    Agresti and Min's (Biometrics 61, 2005): as if one more pair had changed half in each direction.
     """
-    moved = [two - one for one, two in zip(before, after, strict=True)]
-    n, total = len(moved) + 2, sum(moved)
-    return total / len(moved), NORMAL_95 * (sum(one * one for one in moved) + 1 - total**2 / n) ** 0.5 / n
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    n, total = len(differences) + 2, sum(differences)
+    squares = sum(difference * difference for difference in differences)
+    return total / len(differences), NORMAL_95 * (squares + 1 - total**2 / n) ** 0.5 / n
 
 
 def half_of(row: Mapping[str, Any], key: str) -> float | None:
-    """Half of the 95% interval of row[key], from the standard error that stands under the same name and _error."""
+    """Half of the 95% interval of row[key], from its standard error, row[key + "_error"]; None without one."""
     error = row.get(f"{key}_error")
     return None if error is None else NORMAL_95 * error
 
 
 def half_of_result(row: Mapping[str, Any], name: str) -> float | None:
-    """Half of the 95% interval of a figure of a row of leaderboard.json; None where it is unknown."""
+    """Half of the 95% interval of a figure in a row of leaderboard.json; None where it is unknown."""
     interval, error = (row.get("intervals") or {}).get(name), (row.get("errors") or {}).get(name)
     if interval:
         return (interval[1] - interval[0]) / 2
@@ -73,8 +74,8 @@ def half_of_result(row: Mapping[str, Any], name: str) -> float | None:
 
 
 def half_over_seeds(value: Mapping[str, Any]) -> float | None:
-    """Half of the 95% interval of a mean over seeds, {mean, error, values}, by Student's law, because seeds are few; None for
-    one seed."""
+    """Half of the 95% interval of a mean over seeds, {mean, error, values}, by Student's t, because seeds are few; None for one
+    seed."""
     return None if value.get("error") is None else student_95(len(value["values"])) * value["error"]
 
 
@@ -90,9 +91,9 @@ def bootstrap_interval(
     values: npt.ArrayLike, seed: int = 0, draws: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
     """(low, high): percentile bootstrap interval of the mean of ``values``, shape (n,). Raises ValueError if there are none."""
-    known = _checked(values, 1)
-    counts = _counts(np.random.default_rng(seed), draws, known.shape[0])
-    return _percentiles(counts @ known / known.shape[0], level)
+    array = _checked(values, 1)
+    counts = _counts(np.random.default_rng(seed), draws, array.shape[0])
+    return _percentiles(counts @ array / array.shape[0], level)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class TwoLevelMean:
         return self.mean - half, self.mean + half
 
     def p_value(self, null: float) -> float:
-        """Two-sided p-value of "the mean is ``null``": below 0.05 where the 95% interval leaves ``null`` out. It is never below
-        2^(1 - prompts), the least that a sign test of so many prompts can give: few equal values do not vary."""
+        """Two-sided p-value of "the mean is ``null``": below 0.05 where the 95% interval excludes ``null``. It is never below
+        2^(1 - prompts), the smallest that a sign test can give: a few equal values have no variance."""
         from scipy.special import stdtr
 
         distance = abs(self.mean - null)
@@ -124,42 +125,42 @@ class TwoLevelMean:
 
 
 def two_level_mean(values: npt.ArrayLike) -> TwoLevelMean:
-    """The mean of ``values[i, j, p]``, shape (first's seeds, second's seeds, prompts): what seed i of the one group gets
-    against seed j of the other on prompt p. All pairs of seeds answer the same prompts.
+    """The mean of ``values[i, j, p]``, shape (first's seeds, second's seeds, prompts): the result of the first group's seed i
+    against the second group's seed j on prompt p. All pairs of seeds answer the same prompts.
 
-    With s2_k the sample variance of the means over everything but one of the three, k = first's seeds, second's seeds, prompts,
-    and n_k their number,
+    With s2_k the sample variance of the means over all axes but k (first's seeds, second's seeds, prompts) and n_k the length of
+    axis k,
 
         error^2 = sum_k s2_k / n_k,        degrees of freedom = error^4 / sum_k [ (s2_k / n_k)^2 / (n_k - 1) ]
 
-    (Satterthwaite, Biometrics Bulletin 2, 1946). What varies with all three is counted more than once, which is on the safe
-    side. A group of one seed says nothing of other seeds: then the error is over the rest. Exchanging the groups, values'[j,
-    i, p] = 1 - values[i, j, p], mirrors the interval. Raises ValueError.
+    (Satterthwaite, Biometrics Bulletin 2, 1946). Variance that all three share is counted more than once, so the error can only
+    be too large. One seed tells nothing about other seeds: its axis is left out. Exchanging the groups,
+    values'[j, i, p] = 1 - values[i, j, p], mirrors the interval. Raises ValueError for values of another shape, or not finite.
     """
-    known = _checked(values, 3)
+    array = _checked(values, 3)
     parts = []
-    for axis, count in enumerate(known.shape):
+    for axis, count in enumerate(array.shape):
         if count > 1:
-            others = tuple(other for other in range(3) if other != axis)
-            parts.append((float(known.mean(axis=others).var(ddof=1)) / count, count - 1))
+            averaged = tuple(number for number in range(3) if number != axis)
+            parts.append((float(array.mean(axis=averaged).var(ddof=1)) / count, count - 1))
     squared = sum(part for part, _ in parts)
     shares = sum(part**2 / freedom for part, freedom in parts)
-    freedom = squared**2 / shares if shares else float(max((known.shape[2] - 1), 1))
-    return TwoLevelMean(float(known.mean()), math.sqrt(squared), freedom, known.shape[2])
+    freedom = squared**2 / shares if shares else float(max((array.shape[2] - 1), 1))
+    return TwoLevelMean(float(array.mean()), math.sqrt(squared), freedom, array.shape[2])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values, in the given order (Holm, Scandinavian Journal of Statistics 6, 1979): with m hypotheses and the k-th
-    smallest p_(k), max over l <= k of min(1, (m - l + 1) p_(l)). Those below a level may be rejected together at it."""
+    smallest p_(k), max over l <= k of min(1, (m - l + 1) p_(l)). All hypotheses below a level may be rejected at that level."""
     adjusted = np.zeros(len(p_values))
     order = np.argsort(p_values, kind="stable")
     factors = np.arange(len(p_values), 0, -1)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values, dtype=np.float64)[order]))
-    return [float(one) for one in adjusted]
+    return [float(value) for value in adjusted]
 
 
 def _counts(generator: np.random.Generator, draws: int, n: int) -> Array:
-    """How often each of n things is drawn in n drawings with replacement, shape (draws, n)."""
+    """How often each of n values is drawn in n draws with replacement, shape (draws, n)."""
     return generator.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
 
 
@@ -169,7 +170,7 @@ def _percentiles(means: Array, level: float) -> tuple[float, float]:
 
 
 def _checked(values: npt.ArrayLike, dimensions: int) -> Array:
-    known = np.asarray(values, dtype=np.float64)
-    if known.ndim != dimensions or not known.size or not np.isfinite(known).all():
-        raise ValueError(f"an interval needs finite values in {dimensions} dimensions, got shape {known.shape}")
-    return known
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != dimensions or not array.size or not np.isfinite(array).all():
+        raise ValueError(f"an interval needs finite values in {dimensions} dimensions, got shape {array.shape}")
+    return array

@@ -1,4 +1,4 @@
-"""What ``compare`` and ``refine`` share: policies on disk answer prompts, an oracle compares the answers, stage by stage."""
+"""The shared base of ``compare`` and ``refine``: policies on disk answer prompts, an oracle compares the answers, in stages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 class Settings(Protocol):
-    """oracle: its name, empty for none."""
+    """The settings that both commands have. oracle: its name, empty for none."""
 
     out: str
     oracle: str
@@ -35,10 +35,10 @@ class Settings(Protocol):
 
 
 class StagedCommand:
-    """Base of such a command. Everything that can be wrong with data, folders and servers is found before a model is loaded: a
-    constructor calls that of this class, ``read_prompts``, which sets ``prompts`` and their ``tokens``, and then ``begin``.
+    """Base of both commands. Problems of data, folders and servers are found before a model is loaded: a constructor calls that
+    of this class, then ``read_prompts``, which sets ``prompts`` and their ``tokens``, and then ``begin``.
 
-    model: folder or hub name in whose chat format prompts are written; name: what messages call it.
+    model: folder or hub name of the model whose chat format is used; name: its name in messages.
     """
 
     def __init__(self, settings: Settings, config: Inference, model: str, name: str):
@@ -57,8 +57,8 @@ class StagedCommand:
         self.rollout: Rollout | None = None
 
     def read_prompts(self, records: Records[Prompt], name: str, room: int) -> None:
-        """Inspects the prompts and prints the report, in which they are called ``name``. room: tokens for an answer. Raises
-        DataError for a limit that is exceeded, ValueError for a prompt that the oracle cannot read."""
+        """Inspect the prompts and print the report, which calls them ``name``. room: tokens reserved for an answer. Raises
+        DataError if a limit is exceeded, ValueError for a prompt that the oracle cannot read."""
         inspected = inspect_prompts(records, self.chat, self.config.data.limits, name=name, room=room)
         self.report: DataReport = inspected.report
         say(self.report.text())
@@ -68,8 +68,8 @@ class StagedCommand:
             oracle.get(self._settings.oracle).check_prompts(self.config, self.prompts)
 
     def begin(self, resolved: str, digests: Mapping[str, str]) -> None:
-        """Takes the folder, or goes on in it. resolved: the settings as YAML; digests: of the data, by flag. Raises ValueError
-        if the folder is something else's."""
+        """Create the folder, or resume in it. resolved: the settings as YAML; digests: hashes of the data, by flag. Raises
+        ValueError if the folder belongs to something else."""
         path = self.folder.path
         self.folder.prepare(resolved, self._settings.resume, dict(digests), self.chat.template)
         log_to(path)
@@ -85,23 +85,23 @@ class StagedCommand:
         work: Callable[[dict[str, float]], list[Row]],
         usage: Callable[[], dict[str, int]] = dict,
     ) -> list[Row]:
-        """The rows of a stage, which are made only if they are not there, see ``ledger.stage_rows``."""
+        """The rows of a stage, computed only if they do not exist yet, see ``ledger.stage_rows``."""
         return stage_rows(self.folder.path, self.ledger, name, work, usage)
 
     def engine(self, folder: str) -> Rollout:
-        """The rollout engine, which starts at the first call, with the weights in ``folder``."""
+        """The rollout engine with the weights in ``folder``; the first call starts it."""
         if self.rollout is None:
             self.rollout = start_rollout(self.config, self.chat, folder)
         self.rollout.load(folder)
         return self.rollout
 
     def close_engine(self) -> None:
-        """Scoring and an oracle may need its memory."""
+        """End the engine, whose memory scoring and an oracle may need."""
         if self.rollout:
             self.rollout.close()
 
     def make_oracle(self) -> Oracle:
-        """The oracle of the settings; its models stay in memory until it is closed."""
+        """The oracle of --oracle; its models stay in memory until it is closed."""
         return oracle.get(self._settings.oracle)(
             Resources(
                 self.config,

@@ -7,7 +7,7 @@ from typing import Any
 
 from openrlhf_sgpo.intervals import half_of
 
-PLUS_MINUS = "\N{PLUS-MINUS SIGN} is half of a 95% interval"  # wherever it stands in a table, a text or a page
+PLUS_MINUS = "\N{PLUS-MINUS SIGN} is half of a 95% interval"  # in every table, text and page
 FIGURES = (  # title, key, digits
     ("accuracy", "accuracy", 3),
     ("margin", "margin", 4),
@@ -21,15 +21,15 @@ STAGES = ("generate", "annotate", "oracle", "score", "follower", "log_probs", "t
 
 
 def plus_minus(value: float | None, half: float | None, digits: int, missing: str = "-") -> str:
-    """A figure with half of its 95% interval, where that is known."""
+    """A figure with half of its 95% interval, if known."""
     if value is None:
         return missing
     return f"{value:,.{digits}f}" + ("" if half is None else f" \N{PLUS-MINUS SIGN} {half:,.{digits}f}")
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Container[int] = (0,), rule: bool = True) -> list[str]:
-    """Columns of cells. left: places of those that are flush left; the others are flush right. rule: whether one stands under
-    the header."""
+    """Rows of cells as aligned columns. left: indices of the columns that are flush left. rule: whether to underline the
+    header."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
@@ -42,8 +42,8 @@ def aligned(lines: Sequence[Sequence[str]], left: Container[int] = (0,), rule: b
 
 
 def measured_differently(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence on the numbers of held-out pairs and of prompts, where a resumed run was told others and evaluation rows
-    differ in them; else empty."""
+    """A sentence if evaluation rows differ in their numbers of held-out pairs or prompts, which a resumed run may change; else
+    empty."""
     parts = []
     for key, what in (("pairs", "held-out pairs"), ("prompts", "prompts")):
         names: dict[int, list[str]] = {}
@@ -51,21 +51,21 @@ def measured_differently(rows: Sequence[Mapping[str, Any]]) -> str:
             if key in row:
                 names.setdefault(row[key], []).append(row["name"])
         if len(names) > 1:
-            parts.append(f"{what}: " + ", ".join(f"{count} ({', '.join(some)})" for count, some in names.items()))
+            parts.append(f"{what}: " + ", ".join(f"{count} ({', '.join(listed)})" for count, listed in names.items()))
     if not parts:
         return ""
     return f"rows were measured on different numbers of {'; of '.join(parts)}; wins: of the prompts that the start answered"
 
 
 def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]]) -> str:
-    """rows: evaluation rows with ``name``, and what was measured of accuracy, margin, kl, response_length, label_accuracy and
-    value; stages: the ledger's entries, from which the seconds of each stage are taken. Missing figures are a dash."""
-    found = [_seconds(row["name"], stages) for row in rows]
+    """The table at the end of a run. rows: evaluation rows with ``name`` and any of the figures of ``FIGURES``; stages: the
+    ledger's entries, which hold the seconds of each stage. Missing figures are a dash."""
+    times = [_seconds(row["name"], stages) for row in rows]
     # Rounds of pairs and rounds of plays have different stages.
-    shown = [stage for stage in STAGES if any(seconds.get(stage) is not None for seconds in found)]
+    shown = [stage for stage in STAGES if any(seconds.get(stage) is not None for seconds in times)]
     header = ["", *(title for title, _, _ in FIGURES), *shown]
     lines = [header]
-    for row, seconds in zip(rows, found, strict=True):
+    for row, seconds in zip(rows, times, strict=True):
         figures = [plus_minus(row.get(key), half_of(row, key), digits) for _, key, digits in FIGURES]
         lines.append([row["name"], *figures, *(_figure(seconds.get(stage), 1) for stage in shown)])
     text = aligned(lines)
@@ -79,7 +79,7 @@ def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]
 
 
 def _seconds(name: str, stages: dict[str, dict[str, float]]) -> dict[str, float | None]:
-    """Seconds by stage, or by part of every step where a round consists of plays."""
+    """Seconds by stage; for a round of plays, by part of its steps."""
     folder = "initial" if name == "start" else name.replace(" ", "_")
     parts = {key.removeprefix("seconds_"): value for key, value in stages.get(f"{folder}/play", {}).items()}
     return {

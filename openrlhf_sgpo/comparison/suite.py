@@ -81,7 +81,7 @@ def train_suite(argv: Sequence[str]) -> list[str]:
     """
     if any(word.partition("=")[0] == "--config" for word in argv):
         raise flags.SettingsError(
-            "--config: leave it out, give --suite on the command line and settings of the comparison under `compare` in its file"
+            "--config: leave it out; put settings of the comparison under `compare` in the file of --suite"
         )
     if taken := [word for word in argv if word.partition("=")[0] in ("--runs", "--trials")]:
         raise flags.SettingsError(f"{taken[0]}: --suite says which runs are compared; leave it out")
