@@ -128,7 +128,7 @@ def two_level_mean(values: npt.ArrayLike) -> TwoLevelMean:
     """The mean of ``values[i, j, p]``, shape (first's seeds, second's seeds, prompts): the result of the first group's seed i
     against the second group's seed j on prompt p. All pairs of seeds answer the same prompts.
 
-    With s2_k the sample variance of the means over all axes but k (first's seeds, second's seeds, prompts) and n_k the length of
+    With s2_k the sample variance of the means over all axes but k (first's seeds, second's seeds, prompts) and n_k the size of
     axis k,
 
         error^2 = sum_k s2_k / n_k,        degrees of freedom = error^4 / sum_k [ (s2_k / n_k)^2 / (n_k - 1) ]

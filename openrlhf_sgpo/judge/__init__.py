@@ -1,1 +1,1 @@
-"""Asking a language model behind an OpenAI-compatible server: the client, and the answers that are kept."""
+"""The client of language models behind OpenAI-compatible servers, which judge answers, and the replies that it stores."""

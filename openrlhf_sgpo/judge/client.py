@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible servers: many requests at a time, failures asked again, every answer kept when it arrives."""
+"""A client of OpenAI-compatible servers: concurrent requests, retries, and every answer stored as soon as it arrives."""
 
 from __future__ import annotations
 
@@ -34,39 +34,39 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# Seconds between two attempts: the pause doubles, unless the server asks for more.
+# Seconds between two attempts: the pause doubles, unless the server requests a longer one.
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
 LONGEST_REQUESTED = 600.0
-PASSING = (408, 409, 425, 429)  # the client errors that another attempt may not meet
-REFUSING = (400, 413, 422)  # those that are about one request: a content filter, a context that is too long
+PASSING = (408, 409, 425, 429)  # client errors that a retry may avoid
+REFUSING = (400, 413, 422)  # client errors of a single request: a content filter, a context that is too long
 NO_CREDIT = "insufficient_quota"
 KEY = "OPENAI_API_KEY"  # the variable of --judge.api_key env
 
 
 class JudgeError(ValueError):
-    """A server did not give what was asked for, in the end."""
+    """A server gave no usable answer, after all retries."""
 
 
 class Unanswered(JudgeError):
-    """A server replied, and to the last attempt with nothing that can be used; or it refused this one request."""
+    """The server's last reply to a request was unusable, or it refused this request."""
 
 
 class Request(NamedTuple):
-    """name: how an error calls it."""
+    """A request to the judge. name: its name in errors."""
 
     name: str
     messages: Messages
 
 
 class ChatClient:
-    """Asks the model of ``settings`` with one ``decoding`` (further arguments of chat completions, which are part of what an
-    answer is kept by). For one process: with several ranks, rank 0.
+    """Asks the model of ``settings`` with one ``decoding``: further arguments of chat completions, which belong to the cache
+    key of an answer. For a single process: with several ranks, rank 0.
 
-    counts: calls (usable replies that were not kept from before), prompt_tokens and completion_tokens of all replies,
-    failures (attempts that gave nothing usable) and retries. kept: where answers are kept, a file, or a cache that several
-    clients share. api_version: of Azure's OpenAI service, whose servers are spoken to in their own way; empty: any other.
-    group: of the flags that messages name.
+    counts: calls (usable replies that were not in the cache), prompt_tokens and completion_tokens of all replies, failures
+    (attempts without a usable reply) and retries. kept: where answers are stored, a file, or a cache that several clients
+    share. api_version: of Azure's OpenAI service, which has its own protocol; empty for any other server. group: the group of
+    flags that messages name.
     """
 
     def __init__(
@@ -87,25 +87,25 @@ class ChatClient:
         self._jitter = random.Random()
 
     def ask(self, requests: Sequence[Request], label: str, accept: Callable[[Reply], Value]) -> list[Value]:
-        """What ``accept`` makes of each reply. Replies that are kept are not asked for again, equal requests once. Without a
+        """``accept`` applied to each reply. Stored replies are not requested again, and equal requests are sent once. Without a
         label there is no progress bar.
 
-        Raises JudgeError where a request failed for good; what had arrived by then, and what was under way, is kept.
+        Raises JudgeError if a request fails for good; replies that had arrived or were under way are stored.
         """
         self._fetch(requests, label, accept, partial=False)
-        return [accept(reply) for one in requests if (reply := self._kept(one))]
+        return [accept(reply) for request in requests if (reply := self._kept(request))]
 
     def ask_partially(
         self, requests: Sequence[Request], label: str, accept: Callable[[Reply], Value]
     ) -> list[Value | None]:
-        """The same, but None for a request to which the server replied, and to the last attempt nothing usable, and for one
-        that it refused. Nothing is kept of it. Everything else that fails for good raises JudgeError."""
+        """The same, but None for a request that stays ``Unanswered``, of which nothing is stored. Any other failure for good
+        raises JudgeError."""
         self._fetch(requests, label, accept, partial=True)
-        return [accept(reply) if (reply := self._kept(one)) else None for one in requests]
+        return [accept(reply) if (reply := self._kept(request)) else None for request in requests]
 
     def missing(self, requests: Sequence[Request]) -> dict[str, Request]:
-        """By their keys the requests that are not answered yet."""
-        return {self._key(one): one for one in requests if self._kept(one) is None}
+        """The requests that are not answered yet, by key."""
+        return {self._key(request): request for request in requests if self._kept(request) is None}
 
     def _key(self, request: Request) -> str:
         return content_key(self.settings.model, self.decoding, request.messages)
@@ -124,10 +124,10 @@ class ChatClient:
         from openrlhf_sgpo.output import Progress
 
         todo = iter(missing.items())
-        failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()  # the first that is for good
+        failure: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()  # the first one for good
 
         async def work() -> None:
-            for key, request in todo:  # workers share it
+            for key, request in todo:  # the workers share this iterator
                 if failure.done():
                     return
                 try:
@@ -143,7 +143,7 @@ class ChatClient:
             progress = Progress(total=len(missing), desc=label, unit="call", disable=not label)
             workers = [asyncio.ensure_future(work()) for _ in range(min(self.settings.concurrency, len(missing)))]
             try:
-                # After a failure too: what is under way is paid for, and kept.
+                # Even after a failure: requests under way are paid for, so their replies are stored.
                 await asyncio.gather(*workers)
             finally:
                 for worker in workers:
@@ -160,7 +160,7 @@ class ChatClient:
         from openai import AsyncAzureOpenAI, AsyncOpenAI
 
         address, key = self.settings.base_url, keys.read_key(self.settings.api_key, KEY) or "none"
-        # No retries and no time limits of theirs: what counts as a failure is for this class to say.
+        # The package's retries and time limits are off: this class decides what counts as a failure.
         shared: Any = {"api_key": key, "timeout": None, "max_retries": 0, "http_client": limited_client()}
         if self.api_version:
             return AsyncAzureOpenAI(azure_endpoint=address, api_version=self.api_version, **shared)
@@ -169,8 +169,8 @@ class ChatClient:
     async def _ask(
         self, server: AsyncOpenAI, request: Request, accept: Callable[[Reply], Any], failure: asyncio.Future[Exception]
     ) -> Reply:
-        """One reply that ``accept`` takes. Raises JudgeError; if ``accept`` refused the last reply, or the server this request,
-        Unanswered. failure: of another request; once it is there, nothing is asked again."""
+        """A reply that ``accept`` takes. Raises JudgeError, and Unanswered if ``accept`` refused the last reply or the server
+        refused the request. failure: of any request; once it is set, nothing is retried."""
         from openai import APIConnectionError, APIStatusError
 
         attempts = 1 + self.settings.max_retries
@@ -183,7 +183,7 @@ class ChatClient:
                 problem = f"it timed out after {self.settings.timeout:g} seconds, see --{self.group}.timeout"
             except Elsewhere as error:
                 self.counts["failures"] += 1
-                advice = f"; if key and texts may go there, give that address as --{self.group}.base_url"
+                advice = f"; if the key and the texts may go there, give that address as --{self.group}.base_url"
                 raise JudgeError(self._failed(request, str(error), advice)) from None
             except APIStatusError as error:
                 problem = error.message
@@ -212,7 +212,7 @@ class ChatClient:
         raise kind(self._failed(request, problem, tried))
 
     async def _reply_of(self, server: AsyncOpenAI, request: Request) -> Reply:
-        """What the server says, usable or not. Raises Unusable, Elsewhere, and the errors of the package openai."""
+        """The server's reply, acceptable or not. Raises Unusable, Elsewhere, and the errors of the package openai."""
         from openai import APIConnectionError
 
         messages: Any = request.messages
@@ -220,7 +220,7 @@ class ChatClient:
         try:
             answer = await create(model=self.settings.model, messages=messages, **self.decoding)
         except APIConnectionError as error:
-            if isinstance(error.__cause__, (Elsewhere, Unusable)):  # which some versions of the package wrap
+            if isinstance(error.__cause__, (Elsewhere, Unusable)):  # some versions of the package wrap them
                 raise error.__cause__ from None
             raise
         except RecursionError:
@@ -230,18 +230,18 @@ class ChatClient:
         return read_reply(completion)
 
     def _hopeless(self, error: APIStatusError) -> str:
-        """What to do about an error that every further attempt would meet; empty for any other."""
+        """Advice on an error that no retry can avoid; empty for any other error."""
         flag = f"--{self.group}"
         if error.status_code in (401, 403):
             return f"set {flag}.api_key"
         if error.status_code == 404:
             return f"is {flag}.model a model of that server, and {flag}.base_url its address up to /v1?"
         if error.code == NO_CREDIT or (400 <= error.status_code < 500 and error.status_code not in PASSING):
-            return "the server will not answer this, however often it is asked"
+            return "the server will not answer this request, and retries cannot help"
         return ""
 
     def _failed(self, request: Request, problem: str, more: str) -> str:
-        """problem: what a server says may be long, and may have the key in it."""
+        """The text of an error. problem: a server's message, which may be long and may contain the key."""
         shown = " ".join(keys.redacted(problem).split())[:300]
         server = f"--{self.group}.base_url {self.settings.base_url}, model {self.settings.model}"
         return f"{server}: {request.name} failed: {shown}{more}"
@@ -250,23 +250,23 @@ class ChatClient:
         if not self.cache.path:
             return ""
         return (
-            f". {len(self.cache)} answers are kept in {self.cache.path}; the same command again (for a run with --resume) "
-            "asks for the others only"
+            f". {len(self.cache)} answers are kept in {self.cache.path}; the same command (for a run, with --resume) requests "
+            "only the others"
         )
 
 
 def server_problems(settings: ServerSettings, group: str) -> list[str]:
-    """What is wrong with a server's address and key, each problem naming its flag in the group."""
-    found = []
+    """Problems of a server's address and key, each naming its flag in the group."""
+    problems = []
     address = settings.base_url
     if address and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", address):
-        # The address is not repeated: who forgot its beginning may still have written a password.
-        found.append(f"--{group}.base_url: not an address such as http://localhost:8000/v1, without ? and #")
-    return found + keys.key_problems(f"{group}.api_key", settings.api_key, KEY)
+        # The message does not repeat the address, which may contain a password.
+        problems.append(f"--{group}.base_url: not an address such as http://localhost:8000/v1, without ? and #")
+    return problems + keys.key_problems(f"{group}.api_key", settings.api_key, KEY)
 
 
 def _requested_pause(error: APIStatusError) -> float:
-    """Seconds that the server asks to wait (Retry-After: a number, or a date); 0 if it does not."""
+    """Seconds to wait as requested by the server (Retry-After: a number, or a date); 0 without a request."""
     value = error.response.headers.get("retry-after", "")
     try:
         seconds = float(value)

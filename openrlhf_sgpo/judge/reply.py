@@ -1,4 +1,4 @@
-"""What a server may send: how much of it, from where, and which of it is an answer. Nothing that it sends is trusted."""
+"""Replies of a server, which are not trusted: limits on their size and origin, and the answers in them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 
 from openrlhf_sgpo import keys
 
-LONGEST = 2**23  # bytes of a reply, unpacked
+LONGEST = 2**23  # bytes of a reply, uncompressed
 _ROUNDING = 1e-3  # by which a log-probability may exceed 0
 
 
 class Unusable(ValueError):
-    """A reply that is no answer: it is asked for again, and never kept."""
+    """A reply without a usable answer: it is requested again, and never stored."""
 
 
 class NotJson(Unusable):
-    """What came is not even JSON: it is the server that is broken, not its answer."""
+    """A reply that is not even JSON: the server is broken, not its answer."""
 
 
 class Elsewhere(ValueError):
-    """The server sends the request to another one."""
+    """The server redirects the request to another server."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """top: the likeliest first tokens with their log-probabilities; empty where the server did not say."""
+    """An answer. top: the most likely first tokens with their log-probabilities; empty if the server did not send any."""
 
     text: str
     finish_reason: str | None = None
@@ -42,12 +42,12 @@ def read_completion(content: bytes) -> dict[str, Any]:
     try:
         completion = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise NotJson(f"the server's reply is no chat completion, it is not JSON ({error})") from None
+        raise NotJson(f"the server's reply is not a chat completion: it is not JSON ({error})") from None
     return _object(completion, "it")
 
 
 def spent(completion: Mapping[str, Any]) -> dict[str, int]:
-    """prompt_tokens and completion_tokens, as far as the server says."""
+    """prompt_tokens and completion_tokens, where the server reports them."""
     usage = completion.get("usage")
     counts = (
         {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")} if isinstance(usage, dict) else {}
@@ -56,7 +56,7 @@ def spent(completion: Mapping[str, Any]) -> dict[str, int]:
 
 
 def read_reply(completion: Mapping[str, Any]) -> Reply:
-    """The answer in a chat completion, without keys, which a server may send back. Raises Unusable."""
+    """The answer in a chat completion, with API keys removed, which a server may echo. Raises Unusable."""
     choices = _list(completion.get("choices"), "choices")
     choice = _object(choices[0] if choices else None, "choices[0]")
     message = _object(choice.get("message"), "message")
@@ -66,8 +66,8 @@ def read_reply(completion: Mapping[str, Any]) -> Reply:
     top = [
         (keys.redacted(_text(entry.get("token"), "token")), _log_probability(entry.get("logprob")))
         for place in first
-        for one in _list(_object(place, "logprobs.content[0]").get("top_logprobs"), "top_logprobs")
-        for entry in [_object(one, "top_logprobs[]")]
+        for item in _list(_object(place, "logprobs.content[0]").get("top_logprobs"), "top_logprobs")
+        for entry in [_object(item, "top_logprobs[]")]
     ]
     return Reply(
         keys.redacted(_text(message.get("content"), "content")),
@@ -77,14 +77,14 @@ def read_reply(completion: Mapping[str, Any]) -> Reply:
 
 
 def written_text(reply: Reply) -> str:
-    """What the judge wrote, which need not hold the verdict that it was asked for. Raises Unusable for nothing at all."""
+    """The judge's text, with or without a verdict. Raises Unusable if it is blank."""
     if not reply.text.strip():
         raise Unusable("the judge wrote nothing")
     return reply.text
 
 
 def written_letter(reply: Reply, letters: Sequence[str]) -> str:
-    """The one of the letters that is the whole reply but for punctuation. Raises Unusable for any other text."""
+    """The letter that is the whole reply, except for punctuation. Raises Unusable for any other text."""
     match = re.fullmatch(rf"\W*([{''.join(letters)}])\W*", reply.text)
     if match is None:
         raise Unusable(f"the judge wrote {reply.text[:40]!r}, neither {' nor '.join(letters)}")
@@ -92,13 +92,13 @@ def written_letter(reply: Reply, letters: Sequence[str]) -> str:
 
 
 def letter_log_probs(reply: Reply, letters: Sequence[str]) -> list[float]:
-    """For each letter log sum_i exp(l_i) over those of the likeliest tokens that are the letter but for white space, l_i their
-    log-probabilities; -inf for a letter without one. Raises Unusable if no letter has one."""
+    """For each letter log sum_i exp(l_i), over the top tokens that are this letter except for white space, with l_i their
+    log-probabilities; -inf if there are none. Raises Unusable if no letter has any."""
     totals = [_log_sum([value for token, value in reply.top if token.strip() == letter]) for letter in letters]
     if max(totals) == -math.inf:
         shown = ", ".join(repr(token) for token, _ in reply.top[:5])
         raise Unusable(
-            f"neither {' nor '.join(letters)} is among the likeliest tokens ({shown})"
+            f"neither {' nor '.join(letters)} is among the most likely tokens ({shown})"
             if reply.top
             else "the server sent no log-probabilities; --judge.logprobs false reads the letter that the judge writes"
         )
@@ -106,13 +106,13 @@ def letter_log_probs(reply: Reply, letters: Sequence[str]) -> list[float]:
 
 
 def _log_sum(values: Sequence[float]) -> float:
-    """log sum_i exp(values_i), also where every exp is 0 in floating point; -inf for none."""
+    """log sum_i exp(values_i), even where every exp underflows; -inf without values."""
     top = max(values, default=-math.inf)
     return top + math.log(sum(math.exp(value - top) for value in values)) if values else top
 
 
 def kept_reply(value: Any) -> Reply | None:
-    """A reply that was kept as a mapping of its fields; None if it is not one that would be kept today."""
+    """A stored reply from the mapping of its fields; None if it is invalid by today's rules."""
     try:
         top = [(_text(token, "token"), _log_probability(number)) for token, number in value["top"]]
         return Reply(_text(value["text"], "text"), value["finish_reason"], tuple(top))
@@ -121,27 +121,27 @@ def kept_reply(value: Any) -> Reply | None:
 
 
 def limited_client() -> Any:
-    """The HTTP client of the package openai with limits: redirects stay on the server, replies have ``LONGEST`` bytes at
-    most."""
+    """The HTTP client of the package openai with limits: redirects stay on the server, and replies have at most ``LONGEST``
+    bytes."""
     from openai import DefaultAsyncHttpxClient
 
-    # Unpacked is what is not packed; a server that packs all the same is read with the same limit.
+    # Requests uncompressed replies; compressed ones, if sent anyway, have the same limit.
     return DefaultAsyncHttpxClient(event_hooks={"response": [_limit]}, headers={"Accept-Encoding": "identity"})
 
 
 async def _limit(response: Any) -> None:
-    """Before any of the body is read. Raises Elsewhere, or Unusable."""
+    """Check a response and limit its stream, before its body is read. Raises Elsewhere, or Unusable."""
     if response.has_redirect_location:
         try:
             target = response.url.join(response.headers["location"])
-        except Exception as error:  # the HTTP package has kinds of its own for addresses that are none
-            raise Elsewhere(f"the server redirects to an address that is none ({type(error).__name__})") from None
+        except Exception as error:  # the HTTP package has several errors for invalid addresses
+            raise Elsewhere(f"the server redirects to an invalid address ({type(error).__name__})") from None
         if _origin(target) != _origin(response.url):
-            raise Elsewhere(f"the server redirects to {target.host}, which may be anybody's")
-    packing = response.headers.pop("content-encoding", "identity").strip().lower()
-    if packing not in ("", "identity", "gzip"):
-        raise Unusable(f"the server's reply is packed as {packing[:40]}, which was not asked for")
-    response.stream = _limited(response.stream, packing == "gzip")
+            raise Elsewhere(f"the server redirects to {target.host}, which anybody may own")
+    encoding = response.headers.pop("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity", "gzip"):
+        raise Unusable(f"the server's reply is compressed with {encoding[:40]}, which was not requested")
+    response.stream = _limited(response.stream, encoding == "gzip")
 
 
 def _origin(address: Any) -> tuple[Any, ...]:
@@ -149,20 +149,20 @@ def _origin(address: Any) -> tuple[Any, ...]:
     return address.scheme, address.host, address.port or ports.get(address.scheme)
 
 
-def _limited(stream: Any, packed: bool) -> Any:
-    """The stream of bytes, unpacked, which raises Unusable where there are more than ``LONGEST``."""
-    # Of the HTTP package that openai has, which knows its own streams only.
+def _limited(stream: Any, compressed: bool) -> Any:
+    """The uncompressed stream of bytes, which raises Unusable beyond ``LONGEST``."""
+    # The HTTP package behind openai accepts only its own class of streams.
     base = next(kind for kind in type(stream).__mro__ if kind.__name__ == "AsyncByteStream")
 
     class Limited(base):  # type: ignore[misc, valid-type]
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            unpack = zlib.decompressobj(wbits=31) if packed else None
+            gzip = zlib.decompressobj(wbits=31) if compressed else None
             room = LONGEST
             async for part in stream:
                 try:
-                    part = unpack.decompress(part, room + 1) if unpack else part
+                    part = gzip.decompress(part, room + 1) if gzip else part
                 except zlib.error as error:
-                    raise Unusable(f"the server's reply cannot be unpacked ({error})") from None
+                    raise Unusable(f"the server's reply cannot be decompressed ({error})") from None
                 room -= len(part)
                 if room < 0:
                     raise Unusable(f"the server's reply has more than {LONGEST // 2**20} MiB")
@@ -192,7 +192,7 @@ def _text(value: Any, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which no file can hold
-        raise Unusable(f"the server's reply is no chat completion: {name} is no Unicode text") from None
+        raise Unusable(f"the server's reply is not a chat completion: {name} is not Unicode text") from None
     return value
 
 
@@ -203,5 +203,5 @@ def _log_probability(value: Any) -> float:
 
 
 def _strange(name: str, value: Any) -> Unusable:
-    said = repr(value) if value is None or isinstance(value, float) else f"of the type {type(value).__name__}"
-    return Unusable(f"the server's reply is no chat completion: {name} is {said}")
+    shown = repr(value) if value is None or isinstance(value, float) else f"of type {type(value).__name__}"
+    return Unusable(f"the server's reply is not a chat completion: {name} is {shown}")

@@ -1,4 +1,4 @@
-"""A vLLM server on this machine for a model that judges: it lives as long as the process that started it, at most."""
+"""A vLLM server on this machine for a judge model: it never outlives the process that started it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from openrlhf_sgpo.ray_session import LOOPBACK
 
 KEY = "OPENRLHF_SGPO_JUDGE_KEY"
 START_LIMIT = 1800  # seconds; a large model may have to be downloaded first
-STOP_LIMIT = 20.0  # seconds that the server has to end by itself
+STOP_LIMIT = 20.0  # seconds for the server to end by itself
 SHOWN = 30  # lines of its log in an error
 
 
 def served_name(model: str) -> str:
-    """What a model is called by its server and in results: a hub name as it is; of a folder its name and a hash of its files,
-    so that other weights at the same place are another judge."""
+    """The model's name on its server and in results: a hub name unchanged; for a folder, its name and a hash of its files, so
+    other weights at the same path count as another judge."""
     folder = Path(model)
     if not folder.is_dir():
         return model
@@ -42,10 +42,10 @@ def served_name(model: str) -> str:
 
 
 class LocalServer:
-    """Serves ``model``, a Hugging Face folder or hub name, to this machine only. It is not started yet.
+    """A server of ``model``, a Hugging Face folder or hub name, for this machine only; ``start`` starts it.
 
-    arguments: further ones of vLLM's server. log: file for what it says. name: the model's, see ``served_name``. base_url:
-    its address while it runs. Its key, a new one for every server, is in the variable ``KEY`` of this process.
+    arguments: further arguments of vLLM's server. log: file for its output. name: the model's name, see ``served_name``.
+    base_url: its address while it runs. Every server has a new key, in the variable ``KEY`` of this process.
     """
 
     def __init__(self, model: str, arguments: Mapping[str, Any], log: Path):
@@ -54,11 +54,11 @@ class LocalServer:
         self.log = log
         self.name = served_name(model)
         self.base_url = ""
-        self._key = secrets.token_urlsafe(32)  # others on this machine could ask the server, too
+        self._key = secrets.token_urlsafe(32)  # other users of this machine could reach the server, too
         self._keeper: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when the server can be asked. Raises JudgeError, with the end of its log, if that never comes."""
+        """Start the server and wait until it is ready. Raises JudgeError, with the end of its log, if it never is."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         command, environment = self._command(port)
@@ -70,7 +70,7 @@ class LocalServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # a process group of its own, which can be ended as a whole
+                start_new_session=True,  # a separate process group, which can be ended as a whole
             )
         try:
             self._wait(self._keeper, port)
@@ -81,14 +81,14 @@ class LocalServer:
         os.environ[KEY] = self._key
 
     def stop(self) -> None:
-        """Ends the server and all that it started."""
+        """End the server and every process that it started."""
         if self._keeper is not None and self._keeper.stdin is not None:
             self._keeper.stdin.close()
             self._keeper.wait()
         self._keeper, self.base_url = None, ""
 
     def _command(self, port: int) -> tuple[list[str], dict[str, str]]:
-        """What starts the server, and its environment."""
+        """The command that starts the server, and its environment."""
         import torch
 
         from openrlhf_sgpo.rollout.vllm import local_folder
@@ -99,7 +99,7 @@ class LocalServer:
             "served-model-name": self.name,
             "host": "127.0.0.1",
             "port": port,
-            # Otherwise a model's own sampling settings would change what the decoding says.
+            # Otherwise the model's generation config would override the decoding.
             "generation-config": "vllm",
             **self.arguments,
         }
@@ -108,36 +108,36 @@ class LocalServer:
         environment = {**without_keys(os.environ), **LOOPBACK, "VLLM_NO_USAGE_STATS": "1", "VLLM_API_KEY": self._key}
         if not torch.cuda.is_available():
             command.append("--enforce-eager")
-            environment |= {**CPU_ENVIRONMENT, PLAIN_WEIGHTS: "0"}  # these weights stay as they are
+            environment |= {**CPU_ENVIRONMENT, PLAIN_WEIGHTS: "0"}  # these weights are never updated
         return command, environment
 
     def _wait(self, keeper: subprocess.Popen[bytes], port: int) -> None:
         from openrlhf_sgpo.output import Progress
 
-        # Without a rate: it is always one.
+        # Without a rate, which is always one.
         shape = "{desc}: {n_fmt} of at most {total_fmt} s"
         for _ in Progress(range(START_LIMIT), desc=f"judge: vLLM starts with {self.name}", bar_format=shape):
             if keeper.poll() is not None:
-                raise self._failed("ended before it could be asked")
+                raise self._failed("ended before it was ready")
             if _is_up(port):
                 return
             time.sleep(1)
-        raise self._failed(f"could not be asked within {START_LIMIT} seconds")
+        raise self._failed(f"was not ready within {START_LIMIT} seconds")
 
     def _failed(self, what: str) -> JudgeError:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         end = "\n".join(lines[-SHOWN:])
         return JudgeError(
             f"--judge.model {self.model}: its server {what}. The end of its log, {self.log}:\n{end}\n"
-            f"Correct what the log says, or start a server yourself and give --judge.base_url"
+            f"Fix the error in the log, or start a server yourself and give --judge.base_url"
         )
 
 
 def run_until_input_ends(command: Sequence[str]) -> None:
-    """Runs a command until it ends, or standard input does; then ends this process group, which this process leads.
+    """Run a command until it or standard input ends; then end this process group, which this process leads.
 
-    The other end of standard input is with the process that wants the command to run. When that process is gone, even by
-    SIGKILL, the input ends.
+    The process that needs the command holds the other end of standard input. When that process dies, even by SIGKILL, the input
+    ends.
     """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
@@ -149,11 +149,11 @@ def run_until_input_ends(command: Sequence[str]) -> None:
 
     threading.Thread(target=stop, daemon=True).start()
     print(f"the server ended with {process.wait()}", flush=True)
-    os.killpg(0, signal.SIGKILL)  # what the server may have left; and this process
+    os.killpg(0, signal.SIGKILL)  # processes that the server may have left, and this process
 
 
 def _is_up(port: int) -> bool:
-    connection = HTTPConnection("127.0.0.1", port, timeout=1)  # asks no proxy
+    connection = HTTPConnection("127.0.0.1", port, timeout=1)  # uses no proxy
     try:
         connection.request("GET", "/health")
         return connection.getresponse().status == 200

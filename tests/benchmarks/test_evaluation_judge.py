@@ -64,7 +64,7 @@ REASONS = {
     "401": "set --judge.api_key",
     "400": "the server will not answer this",
     "slow": "timed out",
-    "half": "no chat completion",
+    "half": "not a chat completion",
     "cut": "body",
     "bare": "no log-probabilities",
     "other": "no m",

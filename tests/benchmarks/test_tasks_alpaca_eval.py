@@ -183,7 +183,7 @@ def test_replies_without_a_letter_are_failures_and_not_ties(tmp_path):
         return "other" if "answer 2" in text else None
 
     with JudgeServer(plan, tokens) as server:
-        with pytest.raises(JudgeError, match="neither m nor M is among the likeliest tokens"):
+        with pytest.raises(JudgeError, match="neither m nor M is among the most likely tokens"):
             task.evaluate("mine", items, responses, judge_of(tmp_path, server.url), tmp_path / "out")
         result = task.evaluate("mine", items, responses, judge_of(tmp_path, server.url, partial=True), tmp_path / "out")
     remaining = [

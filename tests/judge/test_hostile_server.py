@@ -135,9 +135,9 @@ def test_a_packed_reply_is_read_where_a_server_cannot_do_without():
     with serving(lambda handler: send(handler, content, Content_Encoding="gzip")) as (url, _):
         assert chat(url).ask([QUESTION], "", text_of) == ["A"]
     for packing, reason in {
-        "br": "packed as br",
-        "gzip, gzip": "packed as gzip, gzip",
-        "gzip": "cannot be unpacked",
+        "br": "compressed with br",
+        "gzip, gzip": "compressed with gzip, gzip",
+        "gzip": "cannot be decompressed",
     }.items():
         packed = serving(lambda handler, packing=packing: send(handler, b"\0" * 99, Content_Encoding=packing))
         with packed as (url, _), pytest.raises(Unanswered, match=reason):

@@ -188,7 +188,7 @@ def test_the_share_of_a_letter_is_a_softmax(a, b, temperature):
 def test_letters_that_are_not_among_the_likeliest():
     assert letter_share(Reply("", top=(("A", -3.0), ("Both", -0.1))), 1.0) == 1
     assert letter_share(Reply("", top=((" B", -3.0),)), 1.0) == 0
-    with pytest.raises(Unusable, match=r"neither A nor B is among the likeliest tokens \('a', 'Answer'\)"):
+    with pytest.raises(Unusable, match=r"neither A nor B is among the most likely tokens \('a', 'Answer'\)"):
         letter_share(Reply("A", top=(("a", -0.1), ("Answer", -3.0))), 1.0)
     with pytest.raises(Unusable, match=r"no log-probabilities; --judge.logprobs false"):
         letter_share(Reply("A"), 1.0)
