@@ -467,7 +467,7 @@ def test_bad_settings_are_named_before_a_model_is_loaded(more, message, tiny_mod
         ([{"id": "p0", "text": "yes"}], "line 1: missing column prompt; found id, text; add it, or give --prompts"),
         ([{"prompt": "Hm?"}], "line 1: missing column text or output"),
         (["yes"], "line 1: expected an object"),
-        ([{"prompt": "Hm?", "text": "yes", "method": "iid", "depth": 1}], "first answers of chains count"),
+        ([{"prompt": "Hm?", "text": "yes", "method": "iid", "depth": 1}], "only the first answers of chains are read"),
     ],
 )
 def test_drafts_that_cannot_be_used_are_named(rows, message, tiny_model, tiny_data, tmp_path):

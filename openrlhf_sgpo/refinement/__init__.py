@@ -1,1 +1,1 @@
-"""Refinement at inference: chains of answers, each of which revises the one before, and what else their tokens could buy."""
+"""Refinement at inference: chains of answers, each revising the one before it, and controls with the same number of tokens."""

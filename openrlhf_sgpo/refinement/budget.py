@@ -1,4 +1,4 @@
-"""How many independent answers the tokens of a chain pay for."""
+"""How many independent answers fit into the token budget of a chain."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from itertools import accumulate
 
 
 def affordable(lengths: Sequence[int], budget: int) -> int:
-    """The largest n with lengths[0] + ... + lengths[n - 1] <= budget, but 1 if there is none: one answer there must be."""
+    """The largest n with lengths[0] + ... + lengths[n - 1] <= budget, and at least 1: there must be an answer."""
     return max(1, sum(total <= budget for total in accumulate(lengths)))
 
 
 def further(lengths: Sequence[int], budget: int, depth: int, most: int) -> int:
-    """How many answers to draw next, 0 once ``affordable`` can be told.
+    """How many answers to sample next; 0 once ``lengths`` suffices for ``affordable``.
 
-    lengths: of those that are there. At first as many as the chain is deep. Then as many as it takes at their mean length, but
-    no more than are there already; rounded up to a power of two, so that a few calls serve prompts that need unlike numbers.
+    lengths: tokens of the answers so far. depth: length of the chain, and size of the first batch. Later batches fill the
+    budget at the mean length, with at most as many answers as there are, rounded up to a power of two, so a few engine calls
+    serve prompts with different needs. most: limit on the number of answers.
     """
     left, room = budget - sum(lengths), most - len(lengths)
     if not lengths:
         return min(depth, room)
     if left <= 0 or room <= 0:
         return 0
-    wanted = min(-(-left * len(lengths) // sum(lengths)), len(lengths))
-    return min(1 << (wanted - 1).bit_length(), room)
+    needed = min(-(-left * len(lengths) // sum(lengths)), len(lengths))
+    return min(1 << (needed - 1).bit_length(), room)

@@ -1,4 +1,4 @@
-"""First answers from elsewhere: answers of other models, which a chain then revises."""
+"""Drafts: answers of other models that a chain revises."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from openrlhf_sgpo.data.messages import Messages, checked_text, question, templa
 from openrlhf_sgpo.data.records import Prompt, Records
 
 _TEXTS = ("text", "output", "answer", "response", "completion")
-_PROMPTS = ("prompt", "instruction")  # the second is AlpacaEval's
+_PROMPTS = ("prompt", "instruction")  # instruction: AlpacaEval's column
 
 
 @dataclass(frozen=True)
 class Draft:
-    """generator: who wrote it. truncated: a length limit stopped it."""
+    """An answer to revise. generator: the model that wrote it. truncated: a length limit stopped it."""
 
     text: str
     generator: str
@@ -33,16 +33,16 @@ class _Row:
 
 
 def load_drafts(source: str, prompts: Records[Prompt] | None) -> tuple[Records[Prompt], dict[str, Draft]]:
-    """The prompts, and the draft of each by the prompt's id.
+    """The prompts, and the draft for each prompt id.
 
     A row has an answer, as ``text``, ``output``, ``answer``, ``response`` or ``completion``, and its prompt, as ``prompt`` or
-    ``instruction``, or only the ``id`` of one of ``prompts``. Of this package's own records the first answers of chains count.
-    prompts: None if they are to be those of the rows. Raises DataError for rows that cannot be used, two answers to one
-    prompt, and prompts without an answer.
+    ``instruction``, or only the ``id`` of one of ``prompts``. From records of this package only the first answers of chains are
+    read. prompts: None to take the prompts of the rows. Raises DataError for unusable rows, two answers to one prompt, and
+    prompts without an answer.
     """
     rows, problems = [], []
-    found = read_rows(source)
-    for place, row in found.entries:
+    table = read_rows(source)
+    for place, row in table.entries:
         try:
             if isinstance(row, DataError):
                 raise row
@@ -53,24 +53,26 @@ def load_drafts(source: str, prompts: Records[Prompt] | None) -> tuple[Records[P
         except DataError as error:
             problems.append((place, str(error)))
     if problems:
-        lines, single = listing(source, found.unit, problems)
+        lines, single = listing(source, table.unit, problems)
         raise DataError(f"{len(problems)} unusable drafts (correct or remove them):\n  " + "\n  ".join(lines), single)
     if not rows:
-        raise DataError(f"--drafts {source}: no answers; of records of this command the first answers of chains count")
+        raise DataError(
+            f"--drafts {source}: no answers; from records of refine only the first answers of chains are read"
+        )
     if prompts is not None:
         return prompts, _joined(source, rows, prompts)
     drafts: dict[str, Draft] = {}
-    own = []
+    drafted = []
     for number, row in enumerate(rows):
         name = row.id or f"row-{number}"
         name = f"{name}#{number}" if name in drafts else name
         drafts[name] = row.draft
-        own.append(Prompt(name, row.messages or [], template_kwargs=row.template_kwargs))
-    return Records(own), drafts
+        drafted.append(Prompt(name, row.messages or [], template_kwargs=row.template_kwargs))
+    return Records(drafted), drafts
 
 
 def _parse(row: Any, name: str) -> _Row | None:
-    """None for a row of this package's records that is no first answer of a chain."""
+    """The row; None for a record of this package other than the first answer of a chain."""
     if not isinstance(row, dict):
         raise DataError(f"expected an object, found {type(row).__name__}")
     if "method" in row and (row["method"], row.get("depth")) != ("chain", 1):
@@ -94,20 +96,20 @@ def _columns(row: dict[str, Any]) -> str:
 
 
 def _joined(source: str, rows: list[_Row], prompts: Records[Prompt]) -> dict[str, Draft]:
-    """By what the prompts say; by their ids only where a row does not say its prompt."""
-    known: dict[Any, Draft] = {}
+    """The drafts by prompt id. Rows are matched by the text of their prompt, or by id if they have no prompt."""
+    by_key: dict[Any, Draft] = {}
     for row in rows:
         key = prompt_key(row.messages) if row.messages is not None else row.id
-        if key in known:
+        if key in by_key:
             raise DataError(
                 f"--drafts {source}: two answers to one prompt ({row.id or row.messages}); keep one of them"
             )
-        known[key] = row.draft
-    drafts = {one.id: known.get(prompt_key(one.messages), known.get(one.id)) for one in prompts}
-    lacking = [name for name, draft in drafts.items() if draft is None]
-    if lacking:
+        by_key[key] = row.draft
+    drafts = {prompt.id: by_key.get(prompt_key(prompt.messages), by_key.get(prompt.id)) for prompt in prompts}
+    missing = [name for name, draft in drafts.items() if draft is None]
+    if missing:
         raise DataError(
-            f"--drafts {source}: no answer to {len(lacking)} of {len(prompts)} prompts, such as {', '.join(lacking[:5])}; add "
-            "them, or leave --prompts out to refine what is there"
+            f"--drafts {source}: no answer to {len(missing)} of {len(prompts)} prompts, such as {', '.join(missing[:5])}; add "
+            "them, or leave --prompts out to refine all drafts"
         )
     return {name: draft for name, draft in drafts.items() if draft is not None}

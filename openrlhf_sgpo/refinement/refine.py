@@ -1,11 +1,11 @@
 """The stages of ``openrlhf-sgpo refine``.
 
-    prompts -> y_1 -> y_2 -> ... -> y_depth        a chain: y_1 ~ pi(.|x) or a draft, y_i ~ omega(.|x, y_{i-1}), which is pi
-                                                   in its second role, or a follower with weights of its own
-    prompts -> independent y ~ pi(.|x)             until their tokens are those of the chain
-    both -> oracle -> preferences -> table         if there is an oracle
+    prompts -> y_1 -> y_2 -> ... -> y_depth        a chain: y_1 ~ pi(.|x) or a draft, y_i ~ omega(.|x, y_{i-1}), where omega is
+                                                   pi as its own follower, or a follower with separate weights
+    prompts -> independent y ~ pi(.|x)             with as many tokens as the chain
+    both -> oracle -> preferences -> table         with --oracle
 
-A stage's rows are taken from its file if that is there, so that a stopped refinement goes on where it was.
+A finished stage is read from its file, so a stopped refinement continues where it was.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from openrlhf_sgpo.refinement.budget import affordable, further
 from openrlhf_sgpo.refinement.drafts import Draft, load_drafts
 from openrlhf_sgpo.refinement.preferences import Answers, chain_preferences, choose
 from openrlhf_sgpo.refinement.results import (
+    Origin,
     Row,
-    Writers,
     alpaca_eval_outputs,
     answer_rows,
     figures_by_depth,
@@ -37,7 +37,7 @@ from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messa
 from openrlhf_sgpo.run_folder import write_json, write_jsonl, write_text
 from openrlhf_sgpo.staged_command import StagedCommand
 
-WHOLE = 2**31  # tokens, more than any text has
+WHOLE = 2**31  # tokens, more than any text has: no limit
 
 
 class Refinement(StagedCommand):
@@ -54,7 +54,7 @@ class Refinement(StagedCommand):
         config = inference(settings, policy.folder)
         super().__init__(settings, config, policy.folder, "model")
         new = config.rollout.max_new_tokens
-        self.longest = config.data.max_len - new  # context of an answer, in tokens
+        self.longest = config.data.max_len - new  # limit on the context of an answer, in tokens
         name = f"--prompts {settings.prompts}" if settings.prompts else f"--drafts {settings.drafts}"
         room = follower_room(self.chat, settings.follower_prompt, new) if settings.depth > 1 else new
         self.read_prompts(records, name, room)
@@ -64,7 +64,7 @@ class Refinement(StagedCommand):
         self.begin(flags.dump({"": replace(settings, resume=False)}), digests)
 
     def execute(self) -> Row:
-        """All stages that are not finished yet, and the results; returns the summary."""
+        """Run all unfinished stages and write the results; returns the summary."""
         try:
             chains = self._chains()
             budgets = [list(accumulate(sample.tokens for sample in chain)) for chain in chains]
@@ -72,15 +72,15 @@ class Refinement(StagedCommand):
         finally:
             self.close_engine()
         answers = []
-        for prompt, chain, own, budget in zip(self.prompts, chains, samples, budgets, strict=True):
-            lengths = [one.tokens for one in own]
+        for prompt, chain, independent, budget in zip(self.prompts, chains, samples, budgets, strict=True):
+            lengths = [sample.tokens for sample in independent]
             counts = [affordable(lengths, total) for total in budget]
-            answers.append(Answers(prompt, chain, own, counts, self._draft_by(prompt)))
+            answers.append(Answers(prompt, chain, independent, counts, self._draft_by(prompt)))
         best, preferences = self._judged(answers) if self.settings.oracle else ([], [])
         return self._write(answers, best, preferences)
 
     def _chains(self) -> list[list[Sample]]:
-        """For each prompt its answers by depth."""
+        """The chain of each prompt: its answers by depth."""
         seed, instruction = self.config.train.seed, self.settings.follower_prompt
         if self.drafts:
             chains = [[self._draft(prompt)] for prompt in self.prompts]
@@ -92,9 +92,9 @@ class Refinement(StagedCommand):
                 for prompt, chain in zip(self.prompts, chains, strict=True)
             ]
             requests = [(context, 1) for context in contexts]
-            found = self._generate(f"depth_{depth}", self.policy.follower, requests, prompt_seed(seed, (depth,)))
-            for chain, (one,) in zip(chains, found, strict=True):
-                chain.append(one)
+            revisions = self._generate(f"depth_{depth}", self.policy.follower, requests, prompt_seed(seed, (depth,)))
+            for chain, revision in zip(chains, revisions, strict=True):
+                chain += revision
         return chains
 
     def _draft(self, prompt: Prompt) -> Sample:
@@ -106,37 +106,39 @@ class Refinement(StagedCommand):
 
     def _drafts_cut(self) -> int:
         """How many drafts are too long to be shown whole."""
-        told = self.settings.follower_prompt
+        instruction = self.settings.follower_prompt
         drafts = [(prompt, self.drafts[prompt.id].text) for prompt in self.prompts] if self.drafts else []
         contexts = (
-            self.chat.prompt(follower_messages(prompt.messages, text, told), prompt.template_kwargs, complete=False)
+            self.chat.prompt(
+                follower_messages(prompt.messages, text, instruction), prompt.template_kwargs, complete=False
+            )
             for prompt, text in drafts
         )
         return sum(len(context) > self.longest for context in contexts)
 
     def _independent(self, budgets: list[int]) -> list[list[Sample]]:
-        """For each prompt independent answers, until they have as many tokens as its chain."""
+        """Independent answers to each prompt, until they have as many tokens as its chain."""
         samples: list[list[Sample]] = [[] for _ in budgets]
         if not self.settings.controls:
             return samples
         depth, most = self.settings.depth, self.settings.control_samples
         for wave in count(1):
-            wanted = [
-                further([one.tokens for one in own], budget, depth, most)
-                for own, budget in zip(samples, budgets, strict=True)
+            needed = [
+                further([sample.tokens for sample in drawn], budget, depth, most)
+                for drawn, budget in zip(samples, budgets, strict=True)
             ]
-            if not any(wanted):
+            if not any(needed):
                 return samples
-            requests = list(zip(self.tokens, wanted, strict=True))
-            # Depth 0, so to speak: other random numbers than those of the chains.
+            requests = list(zip(self.tokens, needed, strict=True))
+            # As depth 0, to draw other random numbers than the chains.
             wave_seed = prompt_seed(self.config.train.seed, (0, wave))
-            found = self._generate(f"independent_{wave}", self.policy.folder, requests, wave_seed)
-            for own, new in zip(samples, found, strict=True):
-                own += new
+            batches = self._generate(f"independent_{wave}", self.policy.folder, requests, wave_seed)
+            for drawn, batch in zip(samples, batches, strict=True):
+                drawn += batch
         raise AssertionError  # count has no end
 
     def _judged(self, answers: Sequence[Answers]) -> tuple[list[list[int]], list[Row]]:
-        """By prompt and depth the best of the samples, empty if that is not asked for; and the rows of preferences."""
+        """The index of the best sample by prompt and depth, empty without best_of_n; and the rows of preferences."""
         config, controls = self.config, self.settings.controls or []
         judge = self.make_oracle()
         best: list[list[int]] = []
@@ -155,50 +157,52 @@ class Refinement(StagedCommand):
     def _generate(
         self, name: str, folder: str, requests: Sequence[tuple[Tokens, int]], seed: int
     ) -> list[list[Sample]]:
-        """n samples for each (context, n) that is asked for, by the weights in a folder."""
+        """n samples for each request (context, n), from the weights in ``folder``."""
 
         def work(cost: dict[str, float]) -> list[Row]:
             engine = self.engine(folder)
-            found: dict[int, list[Sample]] = {}
+            drawn: dict[int, list[Sample]] = {}
             for n in sorted({n for _, n in requests} - {0}):
-                numbers = [number for number, (_, wanted) in enumerate(requests) if wanted == n]
+                numbers = [number for number, (_, size) in enumerate(requests) if size == n]
                 contexts = [requests[number][0] for number in numbers]
                 label = name.replace("_", " ") + (f", {n} each" if n > 1 else "")
                 samples = engine.generate(contexts, sampling_of(self.config.rollout, seed, n), label)
-                found |= dict(zip(numbers, samples, strict=True))
+                drawn |= dict(zip(numbers, samples, strict=True))
                 cost["tokens_prompt"] = cost.get("tokens_prompt", 0) + sum(map(len, contexts))
-            cost["samples"] = sum(map(len, found.values()))
-            cost["tokens_generated"] = sum(one.tokens for own in found.values() for one in own)
+            cost["samples"] = sum(map(len, drawn.values()))
+            cost["tokens_generated"] = sum(sample.tokens for samples in drawn.values() for sample in samples)
             return [
                 {
                     "id": prompt.id,
                     "context_tokens": len(context),
                     "samples": [
-                        {"text": one.text, "truncated": one.truncated, "token_ids": one.token_ids}
-                        for one in found.get(number, [])
+                        {"text": sample.text, "truncated": sample.truncated, "token_ids": sample.token_ids}
+                        for sample in drawn.get(number, [])
                     ],
                 }
                 for number, (prompt, (context, _)) in enumerate(zip(self.prompts, requests, strict=True))
             ]
 
         return [
-            [Sample(one["text"], one["truncated"], tuple(one["token_ids"])) for one in row["samples"]]
+            [Sample(stored["text"], stored["truncated"], tuple(stored["token_ids"])) for stored in row["samples"]]
             for row in self.stage(name, work)
         ]
 
-    def _samples_cut(self, one: Answers) -> bool:
-        """Whether the chain would have paid for more than ``--control_samples``."""
-        spent = sum(sample.tokens for sample in one.samples)
-        return len(one.samples) == self.settings.control_samples and spent < sum(sample.tokens for sample in one.chain)
+    def _samples_cut(self, answers: Answers) -> bool:
+        """Whether the budget of the chain allows more samples than ``--control_samples``."""
+        spent, budget = (sum(sample.tokens for sample in samples) for samples in (answers.samples, answers.chain))
+        return len(answers.samples) == self.settings.control_samples and spent < budget
 
     def _write(self, answers: Sequence[Answers], best: list[list[int]], preferences: list[Row]) -> Row:
         settings, path = self.settings, self.folder.path
-        by = Writers(self.policy.name, Path(settings.prompts or settings.drafts).stem, settings.follower_prompt)
-        found = [
-            row for number, one in enumerate(answers) for row in answer_rows(one, best[number] if best else [], by)
+        origin = Origin(self.policy.name, Path(settings.prompts or settings.drafts).stem, settings.follower_prompt)
+        rows = [
+            row
+            for number, of_prompt in enumerate(answers)
+            for row in answer_rows(of_prompt, best[number] if best else [], origin)
         ]
-        write_jsonl(path / "answers.jsonl", found)
-        for name, outputs in alpaca_eval_outputs(found, by.dataset).items():
+        write_jsonl(path / "answers.jsonl", rows)
+        for name, outputs in alpaca_eval_outputs(rows, origin.dataset).items():
             write_json(path / name, outputs)
         summary: Row = {
             "model": self.policy.name,
@@ -208,7 +212,7 @@ class Refinement(StagedCommand):
             "drafts": settings.drafts,
             "drafts_cut": self._drafts_cut(),
             "oracle": settings.oracle,
-            "samples_cut": sum(self._samples_cut(one) for one in answers),
+            "samples_cut": sum(map(self._samples_cut, answers)),
             "depths": figures_by_depth(answers, preferences),
         }
         write_json(path / "summary.json", summary)

@@ -1,4 +1,4 @@
-"""What a refinement leaves: a row for every answer, files in AlpacaEval's format, figures by depth, and their table."""
+"""The results of a refinement: a row per answer, files in AlpacaEval's format, figures by depth, and their table."""
 
 from __future__ import annotations
 
@@ -31,30 +31,31 @@ over ...: mean preference of the oracle for the chain's answer; {PLUS_MINUS}, ov
 
 
 @dataclass(frozen=True)
-class Writers:
-    """Who wrote what. model: every answer but first ones that are drafts. dataset: where the prompts are from.
-    follower_prompt: what the model was told about a draft."""
+class Origin:
+    """The origin of answers. model: the name of the model, which wrote every answer but drafts. dataset: the source of the
+    prompts. follower_prompt: the instruction for revisions."""
 
     model: str
     dataset: str
     follower_prompt: str
 
 
-def answer_rows(one: Answers, best: Sequence[int], by: Writers) -> Iterator[Row]:
-    """A row for each answer to a prompt. best: by depth the index of the best sample, empty if that is not known.
+def answer_rows(answers: Answers, best: Sequence[int], origin: Origin) -> Iterator[Row]:
+    """A row for each answer to a prompt. best: index of the best sample by depth, empty if unknown.
 
-    chain: depth, and the answer that it revised. iid: index from 1, and the least depth whose tokens pay for it, if any does.
-    best_of_n: depth, and the index among as many ``samples`` as that depth pays for. total_tokens: of all answers that it
-    took to get there.
+    chain: depth, and the answer that it revised. iid: index from 1, and the smallest depth whose budget includes it, if any.
+    best_of_n: depth, and the index among the ``samples`` within the depth's budget. total_tokens: tokens of all answers needed
+    for this one.
     """
+    prompt = answers.prompt
 
-    def row(name: str, role: str, sample: Sample, total: int, **own: Any) -> Row:
+    def row(name: str, role: str, sample: Sample, total: int, **columns: Any) -> Row:
         method = name.partition("/")[0]
         return {
-            "answer_id": f"{one.prompt.id}/{name}",
-            "id": one.prompt.id,
-            "prompt": one.prompt.messages,
-            **template_columns(one.prompt.template_kwargs),
+            "answer_id": f"{prompt.id}/{name}",
+            "id": prompt.id,
+            "prompt": prompt.messages,
+            **template_columns(prompt.template_kwargs),
             "method": method,
             "role": role,
             "depth": None,
@@ -62,36 +63,36 @@ def answer_rows(one: Answers, best: Sequence[int], by: Writers) -> Iterator[Row]
             "samples": None,
             "parent_id": None,
             "follower_prompt": None,
-            "generator": by.model,
+            "generator": origin.model,
             **sample.to_row(),
             "total_tokens": total,
-            **own,
+            **columns,
         }
 
-    totals = list(accumulate(sample.tokens for sample in one.chain))
-    for depth, (sample, total) in enumerate(zip(one.chain, totals, strict=True), start=1):
+    totals = list(accumulate(sample.tokens for sample in answers.chain))
+    for depth, (sample, total) in enumerate(zip(answers.chain, totals, strict=True), start=1):
         if depth > 1:
-            parent = {"parent_id": f"{one.prompt.id}/chain/{depth - 1}", "follower_prompt": by.follower_prompt}
+            parent = {"parent_id": f"{prompt.id}/chain/{depth - 1}", "follower_prompt": origin.follower_prompt}
             yield row(f"chain/{depth}", "follower", sample, total, depth=depth, **parent)
-        elif one.draft_by:
-            yield row("chain/1", "draft", sample, total, depth=1, generator=one.draft_by)
+        elif answers.draft_by:
+            yield row("chain/1", "draft", sample, total, depth=1, generator=answers.draft_by)
         else:
             yield row("chain/1", "leader", sample, total, depth=1)
-    totals = list(accumulate(sample.tokens for sample in one.samples))
-    for index, (sample, total) in enumerate(zip(one.samples, totals, strict=True), start=1):
-        pays = next((depth for depth, count in enumerate(one.counts, start=1) if count >= index), None)
-        yield row(f"iid/{index}", "leader", sample, total, depth=pays, index=index)
-    for depth, (place, count) in enumerate(zip(best, one.counts, strict=bool(best)), start=1):
-        own = {"depth": depth, "index": place + 1, "samples": count}
-        yield row(f"best_of_n/{depth}", "leader", one.samples[place], totals[count - 1], **own)
+    totals = list(accumulate(sample.tokens for sample in answers.samples))
+    for index, (sample, total) in enumerate(zip(answers.samples, totals, strict=True), start=1):
+        smallest = next((depth for depth, count in enumerate(answers.counts, start=1) if count >= index), None)
+        yield row(f"iid/{index}", "leader", sample, total, depth=smallest, index=index)
+    for depth, (index, count) in enumerate(zip(best, answers.counts, strict=bool(best)), start=1):
+        columns = {"depth": depth, "index": index + 1, "samples": count}
+        yield row(f"best_of_n/{depth}", "leader", answers.samples[index], totals[count - 1], **columns)
 
 
-def alpaca_eval_outputs(found: Sequence[Row], dataset: str) -> dict[str, list[Row]]:
-    """Outputs of chains and best samples in AlpacaEval's format, by file name; prompts of several messages have none."""
+def alpaca_eval_outputs(rows: Sequence[Row], dataset: str) -> dict[str, list[Row]]:
+    """Outputs of chains and best samples in AlpacaEval's format, by file name; only for prompts of a single user message."""
     files: dict[str, list[Row]] = {}
-    for row in found:
-        (first, *others), depth = row["prompt"], row["depth"]
-        if row["method"] == "iid" or others or first["role"] != "user":
+    for row in rows:
+        (first, *later), depth = row["prompt"], row["depth"]
+        if row["method"] == "iid" or later or first["role"] != "user":
             continue
         best = row["method"] == "best_of_n"
         generator = row["generator"] + ("-best-of-n" if best else "")
@@ -104,33 +105,35 @@ def alpaca_eval_outputs(found: Sequence[Row], dataset: str) -> dict[str, list[Ro
 
 
 def figures_by_depth(answers: Sequence[Answers], preferences: Sequence[Row]) -> list[Row]:
-    """Means over the prompts, a row per depth; preferences with their standard errors. What was not measured is None."""
-    found = []
-    for place in range(len(answers[0].chain)):
-        sampled = [one for one in answers if one.samples]
+    """Means over the prompts, a row per depth; preferences with their standard errors. Unmeasured figures are None."""
+    rows = []
+    for level in range(len(answers[0].chain)):
+        current = [record.chain[level] for record in answers]
+        chains = [record.chain[: level + 1] for record in answers]
+        controls = [record.samples[: record.counts[level]] for record in answers if record.samples]
         row: Row = {
-            "depth": place + 1,
-            "answer_tokens": fmean(one.chain[place].tokens for one in answers),
-            "truncated": fmean(one.chain[place].truncated for one in answers),
-            "total_tokens": fmean(sum(sample.tokens for sample in one.chain[: place + 1]) for one in answers),
-            "samples": fmean(one.counts[place] for one in sampled) if sampled else None,
-            "sample_tokens": fmean(sum(sample.tokens for sample in one.samples[: one.counts[place]]) for one in sampled)
-            if sampled
+            "depth": level + 1,
+            "answer_tokens": fmean(sample.tokens for sample in current),
+            "truncated": fmean(sample.truncated for sample in current),
+            "total_tokens": fmean(sum(sample.tokens for sample in chain) for chain in chains),
+            "samples": fmean(map(len, controls)) if controls else None,
+            "sample_tokens": fmean(sum(sample.tokens for sample in samples) for samples in controls)
+            if controls
             else None,
         }
         for name in (f"over_{opponent}" for opponent in OPPONENTS):
-            values = [one[name] for one in preferences if one["depth"] == place + 1 and one[name] is not None]
+            values = [item[name] for item in preferences if item["depth"] == level + 1 and item[name] is not None]
             row[name] = fmean(values) if values else None
             row[f"{name}_error"] = standard_error(values)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
-def refinement_table(found: Sequence[Row]) -> str:
-    """One line per depth, with the columns that hold something."""
-    shown = [name for name in _TITLES if any(row[name] is not None for row in found)]
+def refinement_table(rows: Sequence[Row]) -> str:
+    """One line per depth, without empty columns."""
+    shown = [name for name in _TITLES if any(row[name] is not None for row in rows)]
     lines = [["depth", *(_TITLES[name] for name in shown)]]
-    for row in found:
+    for row in rows:
         lines.append([str(row["depth"]), *(_cell(row, name) for name in shown)])
     return "\n".join([*aligned(lines, left=()), _NOTE]) + "\n"
 
