@@ -139,9 +139,9 @@ def test_the_examples_resolve_at_equal_budgets(name, tmp_path, monkeypatch):
         ({"seed": [1]}, "seed is unknown, use out, seeds"),
         ({"out": None}, "out: missing"),
         ({"common": [1]}, "common: expected settings"),
-        ({"algorithms": [{"name": "a/b"}]}, "algorithm 1: give a name"),
-        ({"algorithms": [{"name": "a"}, {"name": "a"}]}, "algorithm 2: give a name"),
-        ({"algorithms": [{"name": "start"}]}, "algorithm 1: give a name"),
+        ({"algorithms": [{"name": "a/b"}]}, "algorithm 1: give a unique name"),
+        ({"algorithms": [{"name": "a"}, {"name": "a"}]}, "algorithm 2: give a unique name"),
+        ({"algorithms": [{"name": "start"}]}, "algorithm 1: give a unique name"),
         ({"algorithms": [{"name": "a", "setting": {}}]}, "a: setting is unknown"),
         (
             {"algorithms": [{"name": "a", "fork_from": "b"}, {"name": "b"}]},
@@ -202,7 +202,9 @@ def test_a_suite_beside_or_within_a_config_is_refused(tmp_path):
     path, config = write(tmp_path, small(tmp_path)), tmp_path / "config.yaml"
     config.write_text(f"suite: {path}\n")
     for words in (["--config", str(config)], ["--suite", str(path), f"--config={config}"]):
-        with pytest.raises(SettingsError, match="--config: give --suite on the command line"):
+        with pytest.raises(
+            SettingsError, match="--config: leave it out; put settings of the comparison under `compare`"
+        ):
             compare(words)
     assert not (tmp_path / "out").exists()
 
