@@ -108,13 +108,13 @@ def test_sigterm_to_the_script_reaches_the_ranks(by, tiny_model, tiny_data, tmp_
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=120)[1]  # the ranks hold the other end too
     assert gone(ranks)
-    lines = [line for line in said.splitlines() if line.startswith(("stopped: ", "to go on: "))]
+    lines = [line for line in said.splitlines() if line.startswith(("stopped: ", "to continue: "))]
     typed = " ".join(
         ["bash", str(SCRIPT), "--num_gpus", "2"] if by == "bash" else ["deepspeed", "--num_gpus", "2", str(SCRIPT)]
     )
-    assert [line.startswith(start + typed) for line, start in zip(lines, ("stopped: ", "to go on: "), strict=True)] == [
-        True
-    ] * 2
+    assert [
+        line.startswith(start + typed) for line, start in zip(lines, ("stopped: ", "to continue: "), strict=True)
+    ] == [True] * 2
     assert lines[1].endswith(" --resume") and "Traceback" not in said
     if by == "bash":
         assert process.returncode == 143 and len(said.splitlines()) == 2, said

@@ -1,4 +1,4 @@
-"""How a command ends that does not end well: what is said of it, and with which code. Imports no torch."""
+"""Failed and stopped commands: their messages and exit codes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from openrlhf_sgpo import extras, flags, keys, output
 from openrlhf_sgpo.launch import COMMAND
 
 FOLDERS = ("ckpt.output_dir", "out")  # flags that name the folder of a run
-TIDYING = 60.0  # seconds after a signal in which a command may close what it has open
-RETRY = 0.1  # seconds after which a signal comes again that was not heard
-FULL = 16 * 2**20  # bytes; with less free space writing fails
+TIDYING = 60.0  # seconds that a command has to clean up after a signal
+RETRY = 0.1  # seconds after which a signal that Python would drop is sent again
+FULL = 16 * 2**20  # bytes; a disk with less free space counts as full
 
 _REMEDIES = {
     (errno.ENOSPC, errno.EDQUOT): "free some space",
     (errno.EACCES, errno.EPERM, errno.EROFS): "change its permissions, or choose another folder{flag}",
     (errno.ENAMETOOLONG,): "choose a shorter name{flag}",
-    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST): "choose another name{flag}, or move what is there",
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST): "choose another name{flag}, or move the existing file or folder",
     (errno.ENOENT,): "create it, or correct the name",
     (errno.EMFILE, errno.ENFILE): "raise the limit of open files, `ulimit -n`",
 }
 _MEMORY = "lower --train.micro_batch_size, --data.max_len or --vllm.gpu_memory_utilization"
 
-_signal = 0  # that asked this process to stop
+_signal = 0  # the signal that stopped this process
 
 
 @contextlib.contextmanager
 def stopped_by_signals(argv: list[str]) -> Iterator[None]:
-    """Within the block, which is the command ``argv``, SIGTERM ends it as Ctrl-C does. It has ``TIDYING`` seconds to end; a
-    second signal ends it at once.
+    """Within the block, which runs the command ``argv``, SIGTERM stops it like Ctrl-C. The command has ``TIDYING`` seconds to
+    end; a second signal ends it at once.
 
-    Ranks other than the first have nothing to finish: they end at once, even while they wait for another rank, where Python
-    would not hear a signal.
+    Ranks other than the first have nothing to clean up: they end at once, even while they wait for another rank, where Python
+    handles no signals.
     """
     done = threading.Event()
 
@@ -60,7 +60,7 @@ def stopped_by_signals(argv: list[str]) -> Iterator[None]:
         global _signal
         if _signal:
             end_at_once(number)
-        if _is_unheard(frame):
+        if _would_be_dropped(frame):
             threading.Timer(RETRY, os.kill, (os.getpid(), number)).start()
             return
         _signal = number
@@ -70,7 +70,7 @@ def stopped_by_signals(argv: list[str]) -> Iterator[None]:
     handler: Any = stop if _rank() == 0 else signal.SIG_DFL
     try:
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread, which alone hears signals
+    except ValueError:  # only the main thread handles signals
         before = {}
     try:
         yield
@@ -80,8 +80,8 @@ def stopped_by_signals(argv: list[str]) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _is_unheard(frame: FrameType | None) -> bool:
-    """Whether Python is about to drop whatever is raised here, as it does in finalisers."""
+def _would_be_dropped(frame: FrameType | None) -> bool:
+    """Whether Python would drop an exception raised here, as it does in finalisers."""
     while frame is not None:
         if frame.f_code.co_name == "__del__" or frame.f_code.co_filename.endswith("/weakref.py"):
             return True
@@ -90,32 +90,32 @@ def _is_unheard(frame: FrameType | None) -> bool:
 
 
 def _say_stopped(argv: list[str]) -> None:
-    _say(f"stopped: {shlex.join(_typed(argv))}\nto go on: {shlex.join(_continued(argv))}")
+    _say(f"stopped: {shlex.join(_typed(argv))}\nto continue: {shlex.join(_continued(argv))}")
 
 
 def explain(error: BaseException, argv: list[str]) -> int:
-    """Says on stderr, in one line where it is not written for the user already, what ended the command ``argv``; returns the
-    exit code. With several ranks the first one speaks; another one does if it fails alone."""
+    """Print to stderr why the command ``argv`` ended, in one line unless the error is written for users; returns the exit code.
+    With several ranks the first one prints; another one does if it fails alone."""
     global _signal
     stopped, _signal = _signal or signal.SIGINT * isinstance(error, KeyboardInterrupt), 0
     if stopped:
         _say_stopped(argv)
         return 128 + stopped
     together = part_from_other_ranks()
-    # Before the ranks have met, all of them read the same settings and data.
+    # Before the ranks have met, all read the same settings and data, so all have the same error.
     if _rank() > 0 and (together or (together is None and isinstance(error, ValueError))):
         return 2 if isinstance(error, ValueError) else 1
     who = f"rank {_rank()}: " if _rank() > 0 else ""
     if isinstance(error, ValueError):
         # Settings and data errors are written for the user.
-        log = f" (what other packages said: {output.last_log})" if output.last_log else ""
+        log = f" (output of other packages: {output.last_log})" if output.last_log else ""
         _say(f"error: {who}{error}{log}")
         return 2
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("openrlhf_sgpo"):
         _say(f"error: {who}{extras.how_to_install(error.name)}")
         return 2
     if isinstance(error, BrokenPipeError) and not _stdout_is_read():
-        return 141  # what a shell reports of a command that ended by SIGPIPE
+        return 141  # as shells report a command that SIGPIPE ended
     what = _os_error(error, argv) or _other(error, argv)
     _say(f"error: {who}{what}{_details(error, argv)}")
     return 1
@@ -128,14 +128,14 @@ def _say(text: str) -> None:
 def _stdout_is_read() -> bool:
     try:
         print(flush=True)
-    except BrokenPipeError:  # whoever reads our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+    except BrokenPipeError:  # the reader of our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
         return False
     return True
 
 
 def part_from_other_ranks() -> bool | None:
-    """See ``ranks.part_ways``; whoever has not imported torch has not met the other ranks."""
+    """See ``ranks.part_ways``; a process that has not imported torch has not met the other ranks."""
     ranks = sys.modules.get("openrlhf_sgpo.ranks")
     return ranks.part_ways() if ranks is not None else None
 
@@ -146,7 +146,7 @@ def _rank() -> int:
 
 def _folder(argv: list[str]) -> tuple[str, Path] | None:
     """The flag that names the folder of this command's run, and the folder."""
-    with contextlib.suppress(ValueError):  # the settings themselves may be what is wrong
+    with contextlib.suppress(ValueError):  # the error may be in the settings themselves
         for flag in FOLDERS:
             if value := flags.peek(argv[1:], flag):
                 return f"--{flag}", Path(value)
@@ -154,7 +154,7 @@ def _folder(argv: list[str]) -> tuple[str, Path] | None:
 
 
 def _run_folder(argv: list[str]) -> Path | None:
-    """The folder of this command's run, if it is there by now."""
+    """The folder of this command's run, if it exists already."""
     named = _folder(argv)
     return named[1] if named and os.path.exists(named[1] / "resolved_config.yaml") else None
 
@@ -171,7 +171,7 @@ def _continued(argv: list[str]) -> list[str]:
 
 
 def _os_error(error: BaseException, argv: list[str]) -> str:
-    """Path, reason and remedy; empty for other errors. Not every library raises an OSError when there is no room."""
+    """Path, reason and remedy; empty for other errors. Not every library raises an OSError on a full disk."""
     named = _folder(argv)
     is_full = "No space left" in str(error)
     if named and "PytorchStreamWriter" in str(error):
@@ -179,7 +179,7 @@ def _os_error(error: BaseException, argv: list[str]) -> str:
     number = errno.ENOSPC if is_full else error.errno if isinstance(error, OSError) else None
     if number is None:
         return ""
-    # What is written to an open file fails without a name.
+    # A failed write to an open file names no path.
     names = [getattr(error, "filename2", None), getattr(error, "filename", None), named and named[1]]
     path = next((str(name) for name in names if name), "")
     is_inside = named is not None and path.startswith((str(named[1]), str(named[1].absolute())))
@@ -187,7 +187,7 @@ def _os_error(error: BaseException, argv: list[str]) -> str:
     flag = f" with {named[0]}" if named and is_inside else ""
     remedy = remedy.format(flag=flag)
     if number in (errno.ENOSPC, errno.EDQUOT) and _run_folder(argv):
-        remedy += f", then go on: {shlex.join(_continued(argv))}"
+        remedy += f", then continue: {shlex.join(_continued(argv))}"
     return ": ".join(filter(None, [_short(path, 200), os.strerror(number), remedy]))
 
 
@@ -200,7 +200,7 @@ def _other(error: BaseException, argv: list[str]) -> str:
 
 
 def _details(error: BaseException, argv: list[str]) -> str:
-    """Where the traceback is: the log of the run's folder, or a file for temporary ones where there is no such folder."""
+    """Write the traceback to the run's log, or to a temporary file if there is no run folder; returns where it is."""
     text = keys.redacted("".join(traceback.format_exception(error)))
     folder = _run_folder(argv)
     try:
@@ -211,7 +211,7 @@ def _details(error: BaseException, argv: list[str]) -> str:
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(text)
         return f" (details: {folder / 'log.txt'})"
-    except OSError:  # no room for them either
+    except OSError:  # no space for the traceback either
         return ""
 
 
@@ -221,6 +221,6 @@ def _short(text: str, length: int = 400) -> str:
 
 
 def _free(path: Path) -> int:
-    """Bytes that are free where ``path`` is, or will be."""
+    """Free bytes on the disk of ``path``, which need not exist."""
     existing = next(folder for folder in [path.absolute(), *path.absolute().parents] if os.path.exists(folder))
     return shutil.disk_usage(existing).free

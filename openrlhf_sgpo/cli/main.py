@@ -24,7 +24,7 @@ USAGE = """usage: openrlhf-sgpo COMMAND [flags]
   compare      runs head to head: --runs RUN RUN ... --oracle NAME --out FOLDER, or --suite FILE, which trains them first
   refine       answer prompts and revise the answers: --model RUN --prompts FILE --out FOLDER
   report       draw report.html of runs, comparisons and leaderboards: report FOLDER ...
-  judge-check  how far a judge agrees with human pairs, and its biases: --data.dataset FILE --oracle NAME
+  judge-check  how far a judge agrees with human preferences, and its biases: --data.dataset FILE --oracle NAME
   algorithms   list the algorithms
   games        drive the algorithms on small games to their known solutions: --out FOLDER draws their paths
 
@@ -32,18 +32,18 @@ USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 """
 ALGORITHMS_USAGE = """usage: openrlhf-sgpo algorithms
 
-Lists the algorithms, those of other packages included: what each is, where it comes from, and its flags with their defaults.
+Lists the algorithms, including those of other packages: a summary, the source, and the flags with their defaults.
 """
 
-# Stands for a space at which a line must not break; textwrap breaks at ASCII ones only.
+# Stands for a space at which a line must not break; textwrap breaks only at ASCII spaces.
 _UNBROKEN = "\u00a0"
 
 
 def train(argv: list[str]) -> int:
     """Parse, check, and either print the resolved configuration (--dry_run) or run."""
     if "--help" in argv or "-h" in argv:
-        rest = [word for word in argv if word not in ("--help", "-h")]
-        algorithm = algorithms.get(flags.peek(rest, "algo") or Config().algo)
+        words = [word for word in argv if word not in ("--help", "-h")]
+        algorithm = algorithms.get(flags.peek(words, "algo") or Config().algo)
         print(flags.help_text(run_settings.sections(algorithm)))
         return 0
     settings, options = run_settings.load(argv)
@@ -57,9 +57,9 @@ def train(argv: list[str]) -> int:
 
 
 def run(settings: Config, algorithm: type[algorithms.Algorithm], options: Any) -> list[dict[str, Any]]:
-    """The run that these settings describe; returns the rows of its results table.
+    """Run the training that these settings describe; returns the rows of its results table.
 
-    Raises ValueError if a package is missing, before the others are loaded."""
+    Raises ValueError if a package is missing, before the other packages are loaded."""
     if problem := extras.missing("transformers", "deepspeed", "peft", "openrlhf"):
         raise ValueError(problem)
     check_run(settings, algorithm, options)
@@ -94,8 +94,8 @@ def refine(argv: list[str]) -> int:
     from openrlhf_sgpo.refinement.settings import defaults, load
 
     if "--help" in argv or "-h" in argv:
-        rest = [word for word in argv if word not in ("--help", "-h")]
-        print(flags.help_text({"": lambda: defaults(rest)}))
+        words = [word for word in argv if word not in ("--help", "-h")]
+        print(flags.help_text({"": lambda: defaults(words)}))
         return 0
     settings, policy = load(argv)
     with other_packages_apart():
@@ -121,7 +121,7 @@ def evaluate(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> int:
-    """Runs head to head, see ``openrlhf_sgpo.comparison.compare``; with --suite they are trained first."""
+    """Runs head to head, see ``openrlhf_sgpo.comparison.compare``; with --suite the runs are trained first."""
     from openrlhf_sgpo.comparison.settings import CompareSettings, load
 
     argv = argv if not argv or argv[0].startswith("-") else ["--runs", *argv]
@@ -141,14 +141,14 @@ def compare(argv: list[str]) -> int:
 
 
 def report(argv: list[str]) -> int:
-    """Pages to look at, see ``openrlhf_sgpo.report``."""
+    """HTML pages of results, see ``openrlhf_sgpo.report``."""
     from openrlhf_sgpo.report import main
 
     return main(argv)
 
 
 def judge_check(argv: list[str]) -> int:
-    """What a judge is worth, see ``openrlhf_sgpo.comparison.judge_check``."""
+    """Agreement and biases of a judge, see ``openrlhf_sgpo.comparison.judge_check``."""
     from openrlhf_sgpo.comparison.judge_check import main
 
     return main(argv)
@@ -166,7 +166,7 @@ def games(argv: list[str]) -> int:
 
 
 def list_algorithms(argv: list[str]) -> int:
-    """A block per algorithm: name and summary; paper and origin; flags with their defaults. At most 100 columns."""
+    """Print a block per algorithm: name and summary; paper and origin; flags with their defaults. At most 100 columns."""
     if "--help" in argv or "-h" in argv:
         print(ALGORITHMS_USAGE, end="")
         return 0
@@ -178,7 +178,7 @@ def list_algorithms(argv: list[str]) -> int:
         head = name.ljust(width)
         try:
             summary, paper, *settings = _described(algorithms.get(name))
-        except Exception as error:  # foreign code: one bad package must not hide the others
+        except Exception as error:  # foreign code: a broken package must not hide the others
             summary, paper, *settings = f"error: {error}", ""
         for line in (summary, ", ".join(filter(None, [paper, algorithms.origin(name)])), *settings):
             text = textwrap.fill(
@@ -190,22 +190,21 @@ def list_algorithms(argv: list[str]) -> int:
 
 
 def _described(algorithm: type[algorithms.Algorithm]) -> list[str]:
-    """Summary, paper, its own flags with defaults, and the shared flags whose default is another one here."""
-    own = _flag_words(flags.to_dict({algorithm.name: algorithm.settings()}))
+    """Summary, paper, the algorithm's flags with defaults, and the shared flags with another default than usual."""
     shared = _flag_words(algorithm.defaults)
-    lines = [own, f"shared: {shared}" if shared else ""]
+    lines = [_flag_words(flags.to_dict({algorithm.name: algorithm.settings()})), f"shared: {shared}" if shared else ""]
     return [algorithm.summary, algorithm.paper, *filter(None, lines)]
 
 
 def _flag_words(tree: dict[str, Any], prefix: str = "") -> str:
-    """``--group.flag value`` of every leaf; the spaces within one flag do not break."""
+    """``--group.flag value`` for every leaf, without line breaks inside a flag."""
     words = []
     for key, value in tree.items():
         if isinstance(value, dict):
             words.append(_flag_words(value, f"{prefix}{key}."))
         else:
             values = value if isinstance(value, (list, tuple)) else [value]
-            texts = [str(one).lower() if isinstance(one, bool) else str(one) or "''" for one in values]
+            texts = [str(item).lower() if isinstance(item, bool) else str(item) or "''" for item in values]
             words.append(_UNBROKEN.join([f"--{prefix}{key}", *texts]))
     return " ".join(words)
 
@@ -224,8 +223,9 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command in ``argv``, by default this process's arguments; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    # The deepspeed launcher hands every rank its number as a flag; the environment has it as well.
+    # The deepspeed launcher passes every rank its number as a flag; the environment has it as well.
     argv = [word for word in argv if not word.startswith("--local_rank")]
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -233,17 +233,17 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"openrlhf-sgpo {__version__}")
         return 0
-    command, rest = argv[0], argv[1:]
+    command, arguments = argv[0], argv[1:]
     with ending.stopped_by_signals(argv):
         try:
             if "RANK" in os.environ and COMMAND not in os.environ:
                 follow_deepspeed(command)
-            # For module:Class. The console script and the launcher put only the script's folder on the path. At the end, so
-            # that a file of the user's never stands in for an installed package.
+            # For module:Class: the console script and the launcher put only the script's folder on the path. At the end, so a
+            # user's file never shadows an installed package.
             if os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())
             if command in COMMANDS:
-                code = COMMANDS[command](rest)
+                code = COMMANDS[command](arguments)
                 ending.part_from_other_ranks()
                 sys.stdout.flush()
                 return code

@@ -46,7 +46,7 @@ def test_two_lines_say_what_was_stopped_and_how_to_go_on(number, code, where):
     assert process.returncode == code
     assert said.splitlines() == [
         "stopped: openrlhf-sgpo games --out 'a folder'",
-        "to go on: openrlhf-sgpo games --out 'a folder'",
+        "to continue: openrlhf-sgpo games --out 'a folder'",
     ]
 
 
@@ -87,7 +87,7 @@ def test_a_full_disk_is_named_with_the_run_and_how_to_go_on(tmp_path, capsys):
     for error in (caught.value, RuntimeError("I/O error: No space left on device (os error 28)")):
         assert ending.explain(error, argv) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {tmp_path}: {os.strerror(errno.ENOSPC)}: free some space, then go on: ")
+        assert line.startswith(f"error: {tmp_path}: {os.strerror(errno.ENOSPC)}: free some space, then continue: ")
         assert f"train --ckpt.output_dir {tmp_path} --resume" in line and line.endswith(f"{tmp_path}/log.txt)")
 
 
