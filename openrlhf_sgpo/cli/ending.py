@@ -105,19 +105,19 @@ def explain(error: BaseException, argv: list[str]) -> int:
     # Before the ranks have met, all read the same settings and data, so all have the same error.
     if _rank() > 0 and (together or (together is None and isinstance(error, ValueError))):
         return 2 if isinstance(error, ValueError) else 1
-    who = f"rank {_rank()}: " if _rank() > 0 else ""
+    rank = f"rank {_rank()}: " if _rank() > 0 else ""
     if isinstance(error, ValueError):
         # Settings and data errors are written for the user.
         log = f" (output of other packages: {output.last_log})" if output.last_log else ""
-        _say(f"error: {who}{error}{log}")
+        _say(f"error: {rank}{error}{log}")
         return 2
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("openrlhf_sgpo"):
-        _say(f"error: {who}{extras.how_to_install(error.name)}")
+        _say(f"error: {rank}{extras.how_to_install(error.name)}")
         return 2
     if isinstance(error, BrokenPipeError) and not _stdout_is_read():
         return 141  # as shells report a command that SIGPIPE ended
-    what = _os_error(error, argv) or _other(error, argv)
-    _say(f"error: {who}{what}{_details(error, argv)}")
+    problem = _os_error(error, argv) or _other(error, argv)
+    _say(f"error: {rank}{problem}{_details(error, argv)}")
     return 1
 
 

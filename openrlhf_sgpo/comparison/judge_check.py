@@ -41,10 +41,10 @@ _LOCAL = ("ds.", "train.", "data.max_len")  # settings of models that this proce
 
 @dataclass
 class JudgeCheckSettings:
-    oracle: str = setting("judge", "who compares answers: as in training, but not implicit")
+    oracle: str = setting("judge", "the oracle that compares answers: as in training, but not implicit")
     out: str = setting("", "folder for judgements and results")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
-    resume: bool = setting(False, "continue in --out; answers of the judge that are there are not requested again")
+    resume: bool = setting(False, "continue in --out, without requesting stored judgements again")
     data: DataSettings = part(DataSettings, "dataset", "dataset_split", "max_samples", "max_len")
     reward: RewardSettings = field(default_factory=RewardSettings)
     # Without swap: the difference between the two orders is to be measured, so both are always shown.

@@ -1,4 +1,4 @@
-"""Settings of ``openrlhf-sgpo compare``, and what may be wrong with them. Imports no torch."""
+"""Settings of ``openrlhf-sgpo compare`` and their checks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ from openrlhf_sgpo.inference import JudgedSettings, no_splits, other_oracle, sto
 class CompareSettings(JudgedSettings):
     runs: list[str] = setting(
         [],
-        "finished runs, FOLDER or NAME=FOLDER,FOLDER,...: those of one name are seeds of one algorithm (default name: --algo "
-        "of the run); the flag may be left out where they come first",
+        "finished runs, FOLDER or NAME=FOLDER,FOLDER,...: runs of the same name are seeds of the same algorithm (default name: "
+        "--algo of the run); the flag itself may be omitted if the runs come first",
     )
-    suite: str = setting(
-        "", "YAML file of algorithms and seeds that are trained first and then compared, in place of --runs"
-    )
-    trials: list[str] = setting([], "NAME=K: tuning trials that went before the runs of this name (default: 1 each)")
+    suite: str = setting("", "YAML file of algorithms and seeds to train first and then compare, in place of --runs")
+    trials: list[str] = setting([], "NAME=K: tuning trials before the runs of this name (default: 1 each)")
     out: str = setting("", "folder for answers, preferences and results")
     prompts: str = setting("", "prompts to answer: a file, or a hub name (default: the runs' held-out prompts)")
-    split: str = setting("", "split of --prompts when it is a hub name (default: train, or train_prefs)")
-    max_prompts: int = setting(0, "answer at most so many prompts (0: all)", low=0)
-    oracle: str = setting("", "who compares answers: as in training, but implicit is always frozen")
+    split: str = setting("", "split of --prompts if it is a hub name (default: train, or train_prefs)")
+    max_prompts: int = setting(0, "largest number of prompts to answer (0: all)", low=0)
+    oracle: str = setting("", "the oracle that compares answers: as in training, but implicit is always frozen")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit", above=0)
     resume: bool = setting(False, "continue in --out at the first unfinished stage")
 
 
 def load(argv: Sequence[str]) -> tuple[CompareSettings, list[RunGroup]]:
-    """The settings from command-line arguments, complete, and the runs that they name. How answers are drawn is by default as
-    in the first run. Raises flags.SettingsError with every problem of settings, then of folders. Imports no torch."""
+    """The complete settings from command-line arguments, and the runs that they name. By default answers are sampled as in the
+    first run. Raises flags.SettingsError with every problem of settings, then of folders. Imports no torch."""
     runs = flags.parse(argv, {"": CompareSettings}).instances[""].runs
     first = named_folders(runs[0])[1][0] if runs else ""
     settings = read_settings(argv, stored_settings(first) or {})
@@ -44,7 +42,7 @@ def load(argv: Sequence[str]) -> tuple[CompareSettings, list[RunGroup]]:
 
 
 def read_settings(argv: Sequence[str], run: Mapping[str, Any]) -> CompareSettings:
-    """The settings without a look at folders. run: resolved settings of one, from which defaults come.
+    """The settings, without reading folders. run: resolved settings of a run, for the defaults.
 
     Raises flags.SettingsError with every problem at once."""
 
@@ -54,24 +52,24 @@ def read_settings(argv: Sequence[str], run: Mapping[str, Any]) -> CompareSetting
         settings.trust_remote_code = run.get("model", {}).get("trust_remote_code", False)
         return settings
 
-    instances, given, _ = flags.parse(argv, {"": defaults})
+    instances, origins, _ = flags.parse(argv, {"": defaults})
     settings: CompareSettings = instances[""]
-    others, reads = other_oracle(settings.oracle)
-    problems = _problems(settings) + unread(settings, defaults(), given, settings.other_engine() | others, reads)
+    reasons, reads = other_oracle(settings.oracle)
+    problems = _problems(settings) + unread(settings, defaults(), origins, settings.other_engine() | reasons, reads)
     if problems:
         raise flags.SettingsError(*problems)
     return settings
 
 
 def inference(settings: CompareSettings, policy: str, reference: str) -> Inference:
-    """The settings as engines and oracles read them. policy, reference: the initial ones of the runs."""
+    """The settings as engines and oracles read them. policy, reference: initial policy and initial reference of the runs."""
     model = ModelSettings(policy, settings.beta, trust_remote_code=settings.trust_remote_code)
     return replace(settings.inference(model), ref=RefSettings(reference))
 
 
 def _problems(settings: CompareSettings) -> list[str]:
     problems = settings.problems(
-        "compare", runs="finished runs", out="a folder for the results", oracle="who compares the answers"
+        "compare", runs="finished runs", out="a folder for the results", oracle="the oracle that compares answers"
     )
     problems += no_splits(settings.prompts, settings.split)
     return problems + (oracle.problems(settings.oracle, inference(settings, "", "")) if settings.oracle else [])

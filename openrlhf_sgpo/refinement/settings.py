@@ -1,4 +1,4 @@
-"""Settings of ``openrlhf-sgpo refine``: parts of a run's, with a run's own values as defaults, and a few more."""
+"""Settings of ``openrlhf-sgpo refine``: some settings of a run, with the run's values as defaults, and a few more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from openrlhf_sgpo.inference import JudgedSettings, Policy, no_splits, other_ora
 
 Control = Literal["iid", "best_of_n"]
 
-# Of a model that is no run of this package: what SLHF's follower was trained and published with (arXiv 2512.16626).
+# Defaults for a model that is not a run of this package: those of SLHF's published follower (arXiv 2512.16626).
 PLAIN = {"rollout.temperature": 0.9, "rollout.max_new_tokens": 512, "data.max_len": 2048}
 
 
@@ -25,22 +25,27 @@ class _Reference(RefSettings):
 
 @dataclass
 class RefineSettings(JudgedSettings):
-    model: str = setting("", "who answers and revises: a run folder, or a Hugging Face folder or hub name")
-    round: int | None = setting(None, "round of the run folder whose policy it is (default: the last finished one)")
+    model: str = setting("", "the model that answers and revises: a run folder, or a Hugging Face folder or hub name")
+    round: int | None = setting(
+        None, "round of the run folder that the policy comes from (default: the last finished one)"
+    )
     prompts: str = setting("", "prompts to answer: a file, or a hub name (default: those of --drafts)")
-    split: str = setting("", "split of --prompts when it is a hub name (default: train, or train_prefs)")
-    drafts: str = setting("", "file of another model's answers to revise (default: the model's own)")
-    depth: int = setting(5, "answers of a chain: the first one, and revisions, each of the answer before it", low=1)
+    split: str = setting("", "split of --prompts if it is a hub name (default: train, or train_prefs)")
+    drafts: str = setting("", "file of another model's answers to revise (default: answers of the model itself)")
+    depth: int = setting(
+        5, "number of answers in a chain: a first answer, and revisions, each of the previous answer", low=1
+    )
     controls: list[Control] | None = setting(
         None,
         "what a chain is compared with at the same number of tokens: iid, independent answers; best_of_n, the best of them "
         "(default: iid, and with an oracle both)",
     )
-    control_samples: int = setting(64, "at most so many independent answers to a prompt", low=1)
-    follower_prompt: str = setting(IMPROVE, "what the model is told after it has seen prompt and draft")
+    control_samples: int = setting(64, "largest number of independent answers to a prompt", low=1)
+    follower_prompt: str = setting(IMPROVE, "instruction to the model after the prompt and the draft")
     out: str = setting("", "folder for records and results")
     oracle: str = setting(
-        "", "who compares answers: as in training, but implicit is always frozen (default: nobody, tokens are counted)"
+        "",
+        "the oracle that compares answers: as in training, but implicit is always frozen (default: none)",
     )
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit", above=0)
@@ -49,17 +54,17 @@ class RefineSettings(JudgedSettings):
 
 
 def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
-    """The settings from command-line arguments, complete, and the policy that they name.
+    """The complete settings from command-line arguments, and the policy that they name.
 
-    Raises flags.SettingsError with every problem at once, ValueError if there is no such policy. Imports no torch.
+    Raises flags.SettingsError with every problem at once, ValueError if the policy does not exist. Imports no torch.
     """
     run = stored_settings(flags.peek(argv, "model") or "")
     default = defaults(argv)
-    instances, given, _ = flags.parse(argv, {"": lambda: defaults(argv)})
+    instances, origins, _ = flags.parse(argv, {"": lambda: defaults(argv)})
     settings: RefineSettings = instances[""]
     if settings.controls is None:
         settings.controls = ["iid", "best_of_n"] if settings.oracle else ["iid"]
-    problems = _problems(settings, run is not None) + _unread(settings, default, given)
+    problems = _problems(settings, run is not None) + _unread(settings, default, origins)
     if problems:
         raise flags.SettingsError(*problems)
     policy = policy_of(settings.model, settings.round, "model")
@@ -74,7 +79,7 @@ def inference(settings: RefineSettings, policy: str) -> Inference:
 
 
 def defaults(argv: Sequence[str]) -> RefineSettings:
-    """The settings where ``argv`` says nothing but which model it is: those of the run, if it is one."""
+    """The default settings for the model in ``argv``: those of the run, if the model is a run."""
     settings, run = RefineSettings(), stored_settings(flags.peek(argv, "model") or "")
     if run is None:
         for name, value in PLAIN.items():
@@ -90,7 +95,7 @@ def defaults(argv: Sequence[str]) -> RefineSettings:
 
 
 def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
-    problems = settings.problems("refine", model="who answers", out="a folder for the results")
+    problems = settings.problems("refine", model="the model that answers", out="a folder for the results")
     if not settings.prompts and not settings.drafts:
         problems.append("--prompts: missing, give prompts to answer, or --drafts")
     problems += no_splits(settings.prompts, settings.split)
@@ -99,12 +104,12 @@ def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
     if settings.drafts and settings.depth == 1:
         problems.append("--depth: 1 revises nothing of --drafts; use at least 2")
     if not settings.follower_prompt.strip():
-        problems.append("--follower_prompt: empty, the model would not know what to do with a draft")
+        problems.append("--follower_prompt: empty; give an instruction to revise a draft")
     controls = settings.controls or []
     if len(set(controls)) < len(controls):
-        problems.append("--controls: one of them is given twice")
+        problems.append("--controls: a control is given twice")
     if "best_of_n" in controls and not settings.oracle:
-        problems.append("--controls: best_of_n needs an oracle that says which is best; give --oracle")
+        problems.append("--controls: best_of_n needs an oracle to choose the best answer; give --oracle")
     if settings.oracle:
         problems += oracle.problems(settings.oracle, inference(settings, settings.model))
     if settings.oracle == "implicit" and not settings.ref.model_name_or_path:
@@ -112,8 +117,8 @@ def _problems(settings: RefineSettings, is_run: bool) -> list[str]:
     return problems
 
 
-def _unread(settings: RefineSettings, default: RefineSettings, given: Mapping[str, str]) -> list[str]:
-    """Settings that were given although nothing reads them."""
+def _unread(settings: RefineSettings, default: RefineSettings, origins: Mapping[str, str]) -> list[str]:
+    """Problems of settings that are given but never read."""
     reasons, reads = other_oracle(settings.oracle)
     reasons = settings.other_engine() | reasons
     if not settings.oracle:
@@ -122,4 +127,4 @@ def _unread(settings: RefineSettings, default: RefineSettings, given: Mapping[st
         reasons["control_samples"] = "there are no --controls"
     if settings.depth == 1:
         reasons["follower_prompt"] = "--depth 1 revises nothing"
-    return unread(settings, default, given, reasons, reads)
+    return unread(settings, default, origins, reasons, reads)
