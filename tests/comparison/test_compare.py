@@ -288,8 +288,7 @@ def test_the_divergence_is_over_the_whole_vocabulary(compared, runs, tiny_model)
         messages = [{"role": "user", "content": question["prompt"]}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         context = tokenizer(text, add_special_tokens=False)["input_ids"]
-        response = tokenizer(answer["text"], add_special_tokens=False)["input_ids"]
-        response += [] if answer["truncated"] else [tokenizer.eos_token_id]
+        response = answer["token_ids"]
         with torch.no_grad():
             policy, start = (
                 model(torch.tensor([context + response])).logits[0, len(context) - 1 : -1].double().log_softmax(-1)

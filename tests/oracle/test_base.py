@@ -302,5 +302,5 @@ def test_a_kept_figure_that_is_not_finite_is_refused_with_its_line(tmp_path):
     oracle.rewards([question("a", "b")], "")
     (file,) = (tmp_path / "judgements").iterdir()
     file.write_text(file.read_text().replace("0.5", "NaN"))
-    with pytest.raises(ValueError, match=f"{file}, line 2: it holds NaN.*asked again"):
+    with pytest.raises(ValueError, match=f"{file}, line 2: it holds NaN.*request it again"):
         SaysReward(resources(tmp_path)).rewards([question("a", "b")], "")
