@@ -1,4 +1,4 @@
-"""``python -m openrlhf_sgpo``: the command ``openrlhf-sgpo``, also where its folder is not on the PATH."""
+"""``python -m openrlhf_sgpo``: the command ``openrlhf-sgpo``, even if its folder is not on the PATH."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What stops a run: a loss, a log-probability, a gradient norm or a weight that is not finite."""
+"""Errors that stop a run when a loss, log-probability, gradient norm or weight is not finite."""
 
 from __future__ import annotations
 
@@ -17,51 +17,55 @@ class NotFiniteError(ValueError):
 
 
 def in_training(place: str, what: str, dtype: str) -> NotFiniteError:
-    """The error that ends a stage of training. place: stage and step. what: is not finite."""
+    """The error that ends a training stage. place: stage and step. what: the figure, and that it is not finite."""
     precision = ", --ds.param_dtype bf16, whose range is larger than that of fp16," if dtype == "fp16" else ""
     return NotFiniteError(
-        f"{place}: {what}. Nothing of this step is kept, and no policy of this stage: --resume goes on from the checkpoint "
-        "before it, or from the beginning of the stage. If it happens again, try a lower learning rate (--adam.lr, in a seed "
-        f"stage --seed.lr){precision} or look for extreme rows in the data; for other settings start a new run in another "
-        "--ckpt.output_dir (--ckpt.fork_from takes over a finished seed stage)"
+        f"{place}: {what}. This step is discarded, and the stage writes no policy: --resume continues from the checkpoint "
+        "before it, or from the start of the stage. If it happens again, try a lower learning rate (--adam.lr, in a seed "
+        f"stage --seed.lr){precision} or look for extreme rows in the data; to use other settings, start a new run in another "
+        "--ckpt.output_dir (--ckpt.fork_from reuses a finished seed stage)"
     )
 
 
 def check_figures(figures: Mapping[str, Any], place: str, dtype: str) -> None:
-    """Raises NotFiniteError, ``in_training``, for the first figure that is not finite."""
+    """Raises the error of ``in_training`` for the first figure that is not finite."""
     for name, value in figures.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise in_training(place, f"the {name} is {value}", dtype)
 
 
 def weight_not_finite(model: nn.Module) -> str:
-    """The name of the first parameter with a value that is not finite, empty if there is none; with ZeRO-3 of those values that
-    this rank holds."""
+    """The name of the first parameter with a value that is not finite; empty if all are finite.
+
+    With ZeRO-3 it checks the values that this rank holds.
+    """
     import torch
 
     weights = {name: getattr(weight, "ds_tensor", weight).detach() for name, weight in model.named_parameters()}
-    # A sum is finite only where every term is. It takes no mask of the weight's size, and one read for all of them.
+    # A sum is finite only if every term is; it needs no mask of the weight's size, and all sums are read at once.
     sums = torch.stack([weight.sum(dtype=torch.float32) for weight in weights.values()])
     suspects = [name for name, good in zip(weights, sums.isfinite().tolist(), strict=True) if not good]
     return next((name for name in suspects if not weights[name].isfinite().all()), "")
 
 
 def check_loaded(model: nn.Module, folder: str, dtype: str) -> None:
-    """Raises NotFiniteError on every rank if a weight of the model that was read from ``folder`` is not finite. Collective."""
+    """Raises NotFiniteError on every rank if a weight of the model loaded from ``folder`` is not finite. Collective."""
     name = weight_not_finite(model)
     precision = (
         ", or, if they are finite there, use --ds.param_dtype bf16, whose range is larger" if dtype == "fp16" else ""
     )
     problem = NotFiniteError(
-        f"the model {folder} has values in {name} that are not finite: take an undamaged copy of it, or another "
+        f"the model {folder} has values in {name} that are not finite: use an undamaged copy of it, or another "
         f"checkpoint{precision}"
     )
     ranks.raise_together(problem if name else None)
 
 
 def check_trained(actor: Any, log_probs: Tensor, place: str, dtype: str) -> None:
-    """Raises NotFiniteError, ``in_training``, on every rank if a weight of the actor, or one of its log-probabilities of some
-    responses, is not finite. Collective."""
+    """Raises the error of ``in_training`` on every rank if a weight or log-probability of the actor is not finite.
+
+    Collective.
+    """
     problem = f"the weight {name} is not finite" if (name := weight_not_finite(actor)) else ""
     if not problem and not log_probs.isfinite().all():
         problem = "the policy's log-probabilities are not finite"

@@ -1,4 +1,4 @@
-"""Taking over what another run has already made: runs that differ only in the leader's stage share seed stage and samples."""
+"""Reuses results of another run: runs that differ only in the leader's stage share the seed stage and first samples."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from openrlhf_sgpo.run_folder import (
     write_sealed,
 )
 
-# What may differ, because neither the seed stage nor the first round's samples and labels depend on it.
+# Settings that may differ, because the seed stage and the first round's samples and labels do not depend on them.
 _FREE = ("algo", "rounds.loss_reference", "train.max_epochs", "adam.lr", "ckpt.", "logger.", *ADDRESS)
 _SHARED_STAGES = ("generate", "pairs")
 
 
 def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any], data: dict[str, str]) -> None:
-    """Whether ``take_over`` can do its work, before the folder is made.
+    """Checks that ``take_over`` can succeed, before the folder is created.
 
-    Raises ValueError if there is no such run, or its seed stage is unfinished, or it was made from other settings or data.
+    Raises ValueError if the run does not exist, its seed stage is unfinished, or its settings or data differ.
     """
     if _is_done(folder):
         return
@@ -41,10 +41,10 @@ def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any],
     if not stored.exists() or not source.finished(0, "train"):
         raise ValueError(f"{flag} is not a run with a finished seed stage")
     _check_same(flag, read_configuration(stored), resolved)
-    known = source.data()
-    other = [name for name, digest in data.items() if known.get(name) != digest]
-    if other:
-        raise ValueError(f"{flag}: {' and '.join(other)} held other rows in that run")
+    source_data = source.data()
+    changed = [name for name, digest in data.items() if source_data.get(name) != digest]
+    if changed:
+        raise ValueError(f"{flag}: {' and '.join(changed)} held other rows in that run")
     check_ended(source)
     for number, stages in ((None, ()), (0, ()), (1, _SHARED_STAGES)):
         check_round(source, number, stages)
@@ -52,10 +52,10 @@ def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any],
 
 
 def take_over(source: RunFolder, folder: RunFolder) -> None:
-    """Bring the finished seed stage of ``source`` into ``folder``, and its first round up to the labels.
+    """Copies the finished seed stage of ``source`` into ``folder``, and its first round up to the labels.
 
-    What is already in the folder stays, so that it can be repeated after a kill. Policies are hard links where the file
-    system allows it; ledger and metrics of what was taken over come along.
+    Files that are already in the folder stay, so this can be repeated after a kill. Policies are hard links where the file
+    system allows it; the ledger entries and metrics of these stages are copied too.
     """
     if _is_done(folder):
         return
@@ -66,7 +66,7 @@ def take_over(source: RunFolder, folder: RunFolder) -> None:
             for name in ("prompts.jsonl", "responses.jsonl", "pairs.jsonl"):
                 _link(source.round(1) / name, partial / name)
             write_sealed(partial / MANIFEST, first | {"stages": kept})
-    # Scores are appended to: they need a copy of their own. Those of later policies are dropped when those are trained.
+    # Scores are appended to, so they are copied. Those of later policies are dropped when these are trained.
     for name in ("log_probs", "rewards", "judgements"):
         if (source.path / name).exists() and not (folder.path / name).exists():
             with whole_folder(folder.path / name) as partial:
@@ -78,7 +78,7 @@ def take_over(source: RunFolder, folder: RunFolder) -> None:
     write_jsonl(
         folder.path / METRICS, (row for row in read_growing(source.path / METRICS) if row["stage"] == "round 0")
     )
-    # The seed stage comes last: where it is, everything is, and a resumed run asks no further.
+    # The seed stage comes last: once it exists, the copy is complete, and a resumed run skips it.
     for name in ("initial", "round_0"):
         with whole_folder(folder.path / name) as partial:
             shutil.copytree(source.path / name, partial, copy_function=_link, dirs_exist_ok=True)
@@ -88,24 +88,26 @@ def _is_done(folder: RunFolder) -> bool:
     return folder.finished(0, "train") and folder.path.joinpath("initial").exists()
 
 
-def _check_same(flag: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    for name in (theirs["algo"], ours["algo"]):
+def _check_same(flag: str, source: dict[str, Any], resolved: dict[str, Any]) -> None:
+    for name in (source["algo"], resolved["algo"]):
         algorithm = algorithms.get(name)
         if not (algorithm.needs.rounds or algorithm is DPO):
-            raise ValueError(f"{flag}: the seed stage of --algo {name} has its own loss, so that it cannot be shared")
-    groups = {algorithms.get(name).name for name in (theirs["algo"], ours["algo"])}
+            raise ValueError(f"{flag}: the seed stage of --algo {name} has its own loss, so it cannot be shared")
+    groups = {algorithms.get(name).name for name in (source["algo"], resolved["algo"])}
     changed = {
         key: values
-        for key, values in differences(theirs, ours).items()
+        for key, values in differences(source, resolved).items()
         if key.partition(".")[0] not in groups and not key.startswith(_FREE)
     }
     if changed:
         listed = "\n  ".join(f"--{key}: {old!r} there, {new!r} here" for key, (old, new) in changed.items())
-        raise ValueError(f"{flag} has other settings, from which another seed stage or other samples come:\n  {listed}")
+        raise ValueError(
+            f"{flag} has other settings, which would give another seed stage or other samples:\n  {listed}"
+        )
 
 
 def _link(source: str | Path, destination: str | Path) -> None:
     try:
         os.link(source, destination)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or no support for links
         shutil.copy2(source, destination)

@@ -1,4 +1,4 @@
-"""Whether files are still what was written: digests that a manifest keeps of other files, and JSON that carries its own."""
+"""Detects changed files: digests of files, kept in a manifest, and JSON objects that contain their own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 SEAL = "blake2b"
 WEIGHTS = (".safetensors", ".bin")
-LARGE = 2**26  # bytes of a file of weights beyond which only its ends are read
+LARGE = 2**26  # bytes; of larger files of weights only the ends are read
 PART = 2**20
 
 
@@ -22,15 +22,15 @@ def hash_of(parts: Iterable[bytes]) -> str:
 
 
 def files_in(path: Path) -> list[Path]:
-    """The file, or the files in the folder; none if it is not there."""
-    return sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    """The file, or the files in the folder; none if it does not exist."""
+    return sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path] if path.is_file() else []
 
 
 def file_digest(path: Path) -> dict[str, Any]:
-    """Bytes and hash of a file, and the rows of a JSONL file.
+    """Size in bytes and hash of a file, and the number of rows of a JSONL file.
 
-    Of weights beyond 64 MiB the hash is of the first and the last MiB. With the size this notices a file that is missing, cut
-    or of another model, because a safetensors file begins with the names and shapes of its tensors; to read 16 GB whenever a
+    For weights beyond 64 MiB, only the first and last MiB are hashed. With the size, this detects a file that is missing, cut
+    or of another model, because a safetensors file begins with the names and shapes of its tensors; reading 16 GB whenever a
     run is resumed would take minutes.
     """
     size, rows = path.stat().st_size, 0
@@ -42,8 +42,8 @@ def file_digest(path: Path) -> dict[str, Any]:
         while part := file.read(PART):
             digest.update(part)
             rows += part.count(b"\n")
-    found: dict[str, Any] = {"bytes": size, SEAL: digest.hexdigest()}
-    return {"rows": rows, **found} if path.suffix == ".jsonl" else found
+    facts: dict[str, Any] = {"bytes": size, SEAL: digest.hexdigest()}
+    return {"rows": rows, **facts} if path.suffix == ".jsonl" else facts
 
 
 def rows_digest(content: bytes) -> dict[str, Any]:
@@ -51,12 +51,14 @@ def rows_digest(content: bytes) -> dict[str, Any]:
     return {"rows": content.count(b"\n"), "bytes": len(content), SEAL: hash_of([content])}
 
 
-def check_digest(what: str, found: Mapping[str, Any], expected: Mapping[str, Any], remedy: str) -> None:
-    """Raises ValueError, which begins with ``what`` and ends with ``remedy``, unless both digests are equal."""
+def check_digest(what: str, actual: Mapping[str, Any], expected: Mapping[str, Any], remedy: str) -> None:
+    """Raises ValueError, with ``what`` first and ``remedy`` last, unless the digests are equal."""
     for unit in ("rows", "bytes"):
-        if found.get(unit) != expected.get(unit):
-            raise ValueError(f"{what}: {expected.get(unit)} {unit} were written, {found.get(unit)} are there; {remedy}")
-    if found != expected:
+        if actual.get(unit) != expected.get(unit):
+            raise ValueError(
+                f"{what}: {expected.get(unit)} {unit} were written, {actual.get(unit)} are there; {remedy}"
+            )
+    if actual != expected:
         raise ValueError(f"{what} was changed after it was written; {remedy}")
 
 
@@ -68,30 +70,30 @@ def check_file(path: Path, expected: Mapping[str, Any], remedy: str) -> None:
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a hash of the rest of it."""
-    rest = {key: item for key, item in value.items() if key != SEAL}
-    return rest | {SEAL: hash_of([json.dumps(rest, sort_keys=True).encode()])}
+    """The JSON object with a hash of its content added."""
+    content = {key: item for key, item in value.items() if key != SEAL}
+    return content | {SEAL: hash_of([json.dumps(content, sort_keys=True).encode()])}
 
 
 def intact(value: Any) -> bool:
-    """Whether this is what was ``sealed``."""
+    """Whether this is an unchanged result of ``sealed``."""
     return isinstance(value, dict) and value == sealed(value)
 
 
 def unsealed(path: Path, value: Any, remedy: str) -> dict[str, Any]:
-    """What was ``sealed`` and read from ``path``, without the hash. Raises ValueError if it is not what was written."""
+    """A ``sealed`` object read from ``path``, without its hash. Raises ValueError if it was changed."""
     if not intact(value):
         raise ValueError(f"{path} is damaged, or was not written by this version of the package; {remedy}")
     return {key: item for key, item in value.items() if key != SEAL}
 
 
 def signed(text: str) -> str:
-    """A YAML file with a last line, a comment, that has the hash of the others."""
+    """The text of a YAML file, with a last comment line that contains the hash of the others."""
     return f"{text}# {SEAL}: {hash_of([text.encode()])}\n"
 
 
 def unsigned(path: Path) -> str:
-    """The text that was ``signed``. Raises ValueError if the file is something else."""
+    """The ``signed`` text in a file, without the hash. Raises ValueError if the file was changed."""
     try:
         lines = path.read_bytes().decode("utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:

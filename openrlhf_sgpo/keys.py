@@ -1,4 +1,4 @@
-"""Keys of servers: settings say where a key is and never hold one, and what is written or printed does not show one."""
+"""API keys: settings say where a key is but never contain it, and no file or output shows it."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from pathlib import Path
 
 SOURCES = "env, env:NAME or file:PATH"
 HIDDEN = "[hidden]"
-SHORTEST = 8  # characters: what is shorter is a placeholder such as "none", and may be any word of a text
+SHORTEST = 8  # characters; shorter keys are placeholders such as "none", which may be ordinary words
 
 _SOURCE = re.compile(r"|env|env:[A-Za-z_]\w*|file:.+", re.ASCII)
-# Not pad_token or prompt_key, which are no secrets.
+# But not pad_token or prompt_key, which are not secrets.
 _SECRET_NAME = re.compile(r"(?:api_?key|secret|password|(?:^|\.)(?:key|token))$", re.IGNORECASE)
-# Not TOKENIZERS_PARALLELISM or KEYBOARD.
+# But not TOKENIZERS_PARALLELISM or KEYBOARD.
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL)S?(_|$)", re.IGNORECASE)
 _WITH_USER = re.compile(r"(\w://)[^/\s]+@")
 _read: set[str] = set()  # every key that this process has read
 
 
 def refused(name: str, value: object, secret: bool = False) -> str:
-    """Why this value of a setting is not accepted; empty if it is. The text does not repeat the value.
+    """Why this value of a setting is refused; empty if it is accepted. The text does not repeat the value.
 
-    secret: the setting is a key, also if its name does not say so.
+    secret: the setting is a key, even if its name does not say so.
     """
     values = value if isinstance(value, (list, tuple)) else [value]
-    texts = [str(one) for one in values if one is not None]
+    texts = [str(item) for item in values if item is not None]
     if secret or _SECRET_NAME.search(name):
         if not all(_SOURCE.fullmatch(text) for text in texts):
             return (
-                "takes no key itself, which would end up in logs and in the history of your shell (not repeated here): put "
-                f"the key into {_variable(name)} and give env, or use env:NAME or file:PATH"
+                "takes no key itself, which would end up in logs and in your shell's history (not repeated here): put the key "
+                f"into {_variable(name)} and pass env, or use env:NAME or file:PATH"
             )
     elif any(_WITH_USER.search(text) for text in texts):
         return (
-            "is an address with a user's name or password before the @ (not repeated here): leave them out, and give a key "
+            "is an address with a user's name or password before the @ (not repeated here): remove them, and provide a key "
             "in the environment"
         )
     return ""
 
 
 def read_key(source: str, variable: str) -> str:
-    """The key that ``source`` points to; empty for an empty source. variable: which ``env`` stands for.
+    """The key that ``source`` points to; empty for an empty source. variable: the one that ``env`` stands for.
 
-    Raises ValueError if there is no key, or what is there cannot be one; the message does not repeat it.
+    Raises ValueError if the key is missing or cannot be one; the message does not repeat it.
     """
     if not source:
         return ""
@@ -65,12 +65,12 @@ def read_key(source: str, variable: str) -> str:
         raise ValueError(f"{where} is {'not set' if kind == 'env' else 'empty'}")
     _read.add(key)
     if not re.fullmatch(r"[\x21-\x7e]+", key):
-        raise ValueError(f"{where} holds no key: there is a space, a line break or a special character in it")
+        raise ValueError(f"{where} holds no valid key: it contains a space, a line break or a special character")
     return key
 
 
 def key_problems(name: str, source: str, variable: str) -> list[str]:
-    """What is wrong with a setting of a key, which it names; see ``read_key``."""
+    """The problem with a key setting, naming it, if ``read_key`` fails."""
     try:
         read_key(source, variable)
     except ValueError as error:
@@ -84,10 +84,10 @@ def without_keys(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def redacted(text: str) -> str:
-    """The text without the keys that this process has read, without those in variables named like keys, and without names
-    and passwords in addresses."""
-    known = _read | {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
-    parts = {part for key in known for part in key.split() if len(part) >= SHORTEST}
+    """The text with hidden keys (those that this process has read, and values of variables named like keys) and hidden user
+    names and passwords in addresses."""
+    secrets = _read | {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    parts = {part for key in secrets for part in key.split() if len(part) >= SHORTEST}
     for part in sorted(parts, key=len, reverse=True):
         text = text.replace(part, HIDDEN)
     return _WITH_USER.sub(rf"\1{HIDDEN}@", text)

@@ -1,7 +1,7 @@
 """One process per rank on this machine: ``python -m openrlhf_sgpo.launch RANKS SCRIPT [arguments]``.
 
-Ranks meet at a free port of the loopback interface, get the signals that this process gets, and end with it. For several
-machines there is deepspeed's own launcher.
+Ranks meet at a free port of the loopback interface, receive the signals that this process receives, and end with it. For
+several machines use DeepSpeed's launcher.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import threading
 import time
 from typing import Any
 
-COMMAND = "OPENRLHF_SGPO_COMMAND"  # what people typed before a command's own flags, where that was not openrlhf-sgpo
-GRACE = 20.0  # seconds that the others have to end when one rank has failed, or was told to stop
-PAUSE = 0.2  # seconds between looks at the ranks
+COMMAND = "OPENRLHF_SGPO_COMMAND"  # what the user typed before a command's flags, if not openrlhf-sgpo
+GRACE = 20.0  # seconds that the other ranks have to end after a rank has failed or a signal to stop
+PAUSE = 0.2  # seconds between polls of the ranks
 PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 
 
 def main(argv: list[str]) -> int:
-    count, script, rest = int(argv[0]), argv[1], argv[2:]
+    count, script, arguments = int(argv[0]), argv[1], argv[2:]
     environment = {**os.environ, COMMAND: f"bash {shlex.quote(script)} --num_gpus {count}", **_devices(count)}
-    command = [sys.executable, "-u", script, *rest]
+    command = [sys.executable, "-u", script, *arguments]
     if count == 1:
         os.execve(sys.executable, command, environment)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         subprocess.Popen(
             command,
             env={**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,  # Ctrl-C reaches this process alone, which hands it on once
+            start_new_session=True,  # Ctrl-C reaches only this process, which forwards it once
             preexec_fn=end_with_parent,
         )
         for rank in range(count)
@@ -46,12 +46,12 @@ def main(argv: list[str]) -> int:
 
 
 def end_with_parent() -> None:
-    """In a new process: it gets SIGTERM when the one that started it is gone, however that ended."""
+    """In a new process: requests SIGTERM for when its parent ends, however the parent ends."""
     ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGTERM)
 
 
 def _devices(count: int) -> dict[str, str]:
-    """The GPUs of the ranks: the first ones of those that are visible."""
+    """The environment for the ranks' GPUs: the first of those that are visible."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "":
         return {}
@@ -62,35 +62,35 @@ def _devices(count: int) -> dict[str, str]:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    """Returns the exit code of the first rank that fails, or 0, when all have ended."""
-    told: list[int] = []
+    """Waits until all ranks have ended; returns the exit code of the first that failed, or 0."""
+    received: list[int] = []
 
-    def hand_on(number: int, frame: Any) -> None:
-        told.append(number)
+    def forward(number: int, frame: Any) -> None:
+        received.append(number)
         _signal(ranks, number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, hand_on)
-    deadline, code, is_told_to_end = float("inf"), 0, False
+        signal.signal(number, forward)
+    deadline, code, was_terminated = float("inf"), 0, False
     while None in [process.poll() for process in ranks]:
         failed = [(rank, process.returncode) for rank, process in enumerate(ranks) if process.returncode]
-        if deadline == float("inf") and (failed or told):
+        if deadline == float("inf") and (failed or received):
             deadline = time.monotonic() + GRACE
-            if failed and not told:
+            if failed and not received:
                 rank, code = failed[0]
-                if code < 0:  # it could not say anything itself
+                if code < 0:  # it could not print anything itself
                     name = signal.Signals(-code).name
                     print(
                         f"error: rank {rank} was ended by {name}; SIGKILL may mean that memory ran out", file=sys.stderr
                     )
                     deadline = time.monotonic()
         if time.monotonic() >= deadline:
-            _signal(ranks, signal.SIGKILL if is_told_to_end else signal.SIGTERM)
-            is_told_to_end, deadline = True, time.monotonic() + GRACE
+            _signal(ranks, signal.SIGKILL if was_terminated else signal.SIGTERM)
+            was_terminated, deadline = True, time.monotonic() + GRACE
         time.sleep(PAUSE)
     code = code or next((process.returncode for process in ranks if process.returncode), 0)
-    if told:
-        return 128 + told[0]
+    if received:
+        return 128 + received[0]
     return code if code >= 0 else 128 - code
 
 
@@ -102,8 +102,11 @@ def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def follow_deepspeed(command: str) -> None:
-    """In a rank of ``deepspeed``, from now on: when that is ended, so are the ranks. It has a process start them, to which it
-    hands no signal on. command: of this package, which the rank runs."""
+    """In a rank started by ``deepspeed``: from now on, ends the ranks when ``deepspeed`` ends.
+
+    DeepSpeed starts ranks through another process, to which it forwards no signals. command: the one of this package that
+    the rank runs.
+    """
     import psutil
 
     launcher = psutil.Process(os.getppid())
@@ -112,11 +115,11 @@ def follow_deepspeed(command: str) -> None:
     is_module = sys.argv[0].endswith("__main__.py")
     what = f"--module openrlhf_sgpo {command}" if is_module else shlex.quote(sys.argv[0])
     os.environ[COMMAND] = f"deepspeed --num_gpus {os.environ['WORLD_SIZE']} {what}"
-    above = launcher.ppid()
+    parent = launcher.ppid()
 
     def watch() -> None:
         with contextlib.suppress(psutil.Error):
-            while launcher.ppid() == above:
+            while launcher.ppid() == parent:
                 time.sleep(1)
             launcher.terminate()
 

@@ -1,4 +1,4 @@
-"""What a run, a comparison or an evaluation cost, stage by stage."""
+"""Costs of a run, a comparison or an evaluation, by stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from openrlhf_sgpo.run_folder import MANIFEST, jsonl, read_jsonl, read_sealed, w
 
 
 class Ledger:
-    """What each stage cost: wall seconds and peak memory, and whatever the stage adds (samples, tokens, calls)."""
+    """Costs of each stage: wall-clock seconds, peak memory, and what the stage adds (samples, tokens, calls)."""
 
     def __init__(self, path: Path, writes: bool):
         self.path = path
@@ -24,8 +24,10 @@ class Ledger:
 
     @contextlib.contextmanager
     def stage(self, name: str, add: bool = False) -> Iterator[dict[str, float]]:
-        """The entry of a stage, to which the block adds what it costs. Entries of blocks that fail are dropped. add: to what
-        the stage has cost before, and also if the block fails: of stages whose parts are kept."""
+        """The entry of a stage, to which the block adds its costs. Entries of blocks that fail are dropped.
+
+        add: adds to the stage's earlier costs, even if the block fails; for stages that keep finished parts.
+        """
         entry: dict[str, float] = {}
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
@@ -40,7 +42,7 @@ class Ledger:
         self.book(name, entry, start, add)
 
     def book(self, name: str, entry: dict[str, float], start: float, add: bool = False) -> None:
-        """A stage that began at ``start`` of time.perf_counter and is over."""
+        """Enters the costs of a stage that began at ``start`` of time.perf_counter and has ended."""
         entry["seconds"] = round(time.perf_counter() - start, 2)
         entry["peak_memory_gib"] = round(_peak_memory_gib(), 2)
         self.stages[name] = _sum([self.stages[name], entry]) if add and name in self.stages else entry
@@ -49,8 +51,7 @@ class Ledger:
 
 
 class Stopwatch:
-    """Adds the seconds of parts of a stage to what it cost. Of a part within another the seconds count for the inner one
-    alone."""
+    """Adds the seconds of parts of a stage to its costs. For nested parts, the seconds count only for the inner part."""
 
     def __init__(self, cost: dict[str, float]):
         self.cost = cost
@@ -79,16 +80,16 @@ def write_ledger(path: Path, stages: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def read_ledger(path: Path) -> dict[str, Any]:
-    """``total`` and ``stages`` of ledger.json, both empty if there is none. Raises ValueError if it is not what was written."""
+    """``total`` and ``stages`` of ledger.json, both empty without the file. Raises ValueError if it was changed."""
     if not path.exists():
         return {"total": {}, "stages": {}}
-    return read_sealed(path, "restore it from a copy, or delete it: what finished stages cost is then unknown")
+    return read_sealed(path, "restore it from a copy, or delete it: the costs of finished stages are then unknown")
 
 
 def _sum(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
     totals: dict[str, float] = {}
-    for one in costs:
-        for key, value in one.items():
+    for cost in costs:
+        for key, value in cost.items():
             totals[key] = max(totals.get(key, 0), value) if "peak" in key else totals.get(key, 0) + value
     return totals
 
@@ -100,10 +101,13 @@ def stage_rows(
     work: Callable[[dict[str, float]], list[dict[str, Any]]],
     usage: Callable[[], Mapping[str, float]] = dict,
 ) -> list[dict[str, Any]]:
-    """The rows of ``folder``/stages/NAME.jsonl, which ``work`` makes if it is not there. usage: running totals of what it
-    costs, which the ledger gets beside what ``work`` adds. Raises ValueError if the file is no longer what was written."""
+    """The rows of ``folder``/stages/NAME.jsonl, which ``work`` creates if the file is missing.
+
+    usage: running totals of costs, whose increase is entered beside what ``work`` adds. Raises ValueError if the file was
+    changed.
+    """
     path = folder / "stages" / f"{name}.jsonl"
-    remedy = "restore it from a copy, or delete it and add --resume: then it is made again"
+    remedy = "restore it from a copy, or delete it and add --resume to create it again"
     digests = read_sealed(path.with_name(MANIFEST), remedy) if path.with_name(MANIFEST).exists() else {}
     if path.exists():
         check_file(path, digests.get(path.name, {}), remedy)
@@ -112,14 +116,14 @@ def stage_rows(
         with ledger.stage(name) as cost:
             rows = work(cost)
             cost |= {key: total - before[key] for key, total in usage().items()}
-        # Its digest comes first: where a process is killed in between, the rows are made again.
+        # The digest comes first: after a kill in between, the rows are created again.
         write_sealed(path.with_name(MANIFEST), digests | {path.name: rows_digest(jsonl(rows).encode())})
         write_jsonl(path, rows)
     return read_jsonl(path)
 
 
 def _peak_memory_gib() -> float:
-    """Of this process: GPU memory where there is one, else resident memory."""
+    """Peak memory of this process: on its GPU if it has one, else resident memory."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30

@@ -1,4 +1,4 @@
-"""Memory of models that are out of use."""
+"""Freeing the memory of models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def release_memory() -> None:
-    """Return the memory of a model that is out of use, after its engine's ``destroy``: engines hold reference cycles."""
+    """Frees the memory of a model that is no longer used, after its engine's ``destroy``: engines hold reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""metrics.jsonl and the trackers: a row per optimiser step."""
+"""metrics.jsonl and trackers, with a row per optimiser step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openrlhf_sgpo.run_folder import METRICS, json_text, keep_rows, read_jsonl
 
 
 class Metrics:
-    """metrics.jsonl, and W&B or TensorBoard where asked for; one run for all rounds."""
+    """Writes metrics.jsonl and, if configured, to W&B and TensorBoard, as one run for all rounds."""
 
     def __init__(self, folder: Path, config: Any, resolved: dict[str, Any], writes: bool):
         self.every = config.logger.logging_steps
@@ -27,7 +27,7 @@ class Metrics:
         if wandb_settings.key:
             import wandb
 
-            # `env` is W&B's own way. A key from elsewhere is for this process alone; login would write it to ~/.netrc.
+            # `env` is W&B's default. Other keys are passed to this process only; login would write them to ~/.netrc.
             key = None if wandb_settings.key == "env" else keys.read_key(wandb_settings.key, "WANDB_API_KEY")
             self._trackers.append(
                 wandb.init(
@@ -45,18 +45,18 @@ class Metrics:
             self._trackers.append(SummaryWriter(os.path.join(config.logger.tensorboard_dir, wandb_settings.run_name)))
 
     def rewind(self, stage: str, step: int) -> None:
-        """Drop what a killed process logged of this stage after ``step``: those steps are taken again."""
+        """Drops the rows that a killed process logged after ``step`` of this stage, because these steps are repeated."""
         if self.file is None:
             return
         path = Path(self.file.name)
         if keep_rows(path, lambda row: row["stage"] != stage or row["step"] <= step):
-            self.file.close()  # it is another file now
+            self.file.close()  # the file was replaced
             self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        # Trackers count on from where the steps that stay end.
+        # Trackers continue counting after the kept steps.
         self._step = self.every * len(read_jsonl(path))
 
     def log(self, stage: str, step: int, row: Mapping[str, float | None]) -> None:
-        """step counts within the stage; trackers get a counter over the whole run. A metric whose value is None is left out."""
+        """Logs a step, counted within the stage; trackers count over the whole run. Metrics that are None are left out."""
         self._step += 1
         if self.file is None or step % self.every:
             return

@@ -291,7 +291,7 @@ def test_seed_stages_with_a_loss_of_their_own_are_not_shared(tmp_path, there, he
     source = make_source(tmp_path / "source", algo=there)
     message = refusal(source, tmp_path / "fork", algo=here)
     own = there if there != "sgpo" else here
-    assert message.endswith(f"the seed stage of --algo {own} has its own loss, so that it cannot be shared")
+    assert message.endswith(f"the seed stage of --algo {own} has its own loss, so it cannot be shared")
 
 
 def test_a_stage_on_human_pairs_alone_is_no_seed_stage(tmp_path):

@@ -89,7 +89,9 @@ def test_what_a_source_gives(monkeypatch, tmp_path):
             keys.read_key(source, "X")
     for bad in (f"{LITERAL}\nmore", f"{LITERAL} more", f"{LITERAL}\x7f", f"{LITERAL}ä"):
         monkeypatch.setenv("X", bad)
-        with pytest.raises(ValueError, match="holds no key: there is a space, a line break or a special") as caught:
+        with pytest.raises(
+            ValueError, match="holds no valid key: it contains a space, a line break or a special"
+        ) as caught:
             keys.read_key("env", "X")
         assert LITERAL not in str(caught.value) and LITERAL not in keys.redacted(f"Illegal header {bad!r}")
 
