@@ -154,7 +154,7 @@ class EvaluationJudge:
         accept: Callable[[Reply], Value],
         label: str,
     ) -> list[Value | None]:
-        """``accept`` of each reply; None, only with ``partial``, for replies that stayed unusable.
+        """The value of ``accept`` for each reply; None, only with ``partial``, for replies that stayed unusable.
 
         With a label, prints under the name ``kind`` what is missing and may cost, and at the end the actual cost. decoding:
         must have max_tokens, for the estimate. Raises JudgeError if a request fails after all attempts, and, before asking,
@@ -217,14 +217,15 @@ class EvaluationJudge:
         """The possible cost of the missing answers, in words. Raises JudgeError if it exceeds the limit."""
         characters = sum(len(message["content"]) for request in missing for message in request.messages)
         prompt, completion = characters // CHARACTERS_PER_TOKEN, len(missing) * decoding["max_tokens"]
-        tokens = f"estimate: {prompt} prompt tokens ({CHARACTERS_PER_TOKEN} characters each), up to {completion} others"
+        rule = f"{CHARACTERS_PER_TOKEN} characters each"
+        tokens = f"estimate: {prompt} prompt tokens ({rule}), up to {completion} completion tokens"
         if not self._has_prices():
             return tokens
         price, spent, limit = self._price(prompt, completion), self.usage()["judge_usd"], self.settings.max_cost
         if limit and spent + price > limit:
             raise JudgeError(
                 f"--judge.max_cost {limit}: {len(missing)} missing answers may cost {price:.2f} USD ({tokens}), and "
-                f"{spent:.2f} USD are spent. No request was sent: raise the limit, or evaluate less"
+                f"{spent:.2f} USD have been spent. No request was sent: raise the limit, or evaluate less"
             )
         return f"{tokens}, up to {price:.2f} USD"
 
@@ -233,5 +234,5 @@ class EvaluationJudge:
         price = f", {cost['usd']:.2f} USD" if "usd" in cost else ""
         return (
             f"{cost['calls']} answers, {cost['failures']} failed attempts, {cost['prompt_tokens']} prompt and "
-            f"{cost['completion_tokens']} other tokens{price}"
+            f"{cost['completion_tokens']} completion tokens{price}"
         )

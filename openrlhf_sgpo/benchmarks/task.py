@@ -31,8 +31,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Responses:
-    """A model's responses to one item, by turn. truncated: whether the length limit stopped each. tokens: number of each;
-    None for responses of another tool."""
+    """A model's responses to one item, by turn. truncated: whether the length limit stopped each. tokens: length of
+    each in tokens; None for responses of another tool."""
 
     id: str
     turns: tuple[str, ...]

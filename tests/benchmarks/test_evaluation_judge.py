@@ -186,11 +186,11 @@ def test_what_it_may_cost_is_said_before_and_what_it_did_after(tmp_path, capsys)
         assert capsys.readouterr().out == "judge org/rule, loud: all 4 answers are stored already\n"
     # "m or M, item 0" has 14 characters, and 5 words, which the server counts as tokens.
     assert before == (
-        "judge org/rule, loud: 4 of 4 answers to judge; estimate: 14 prompt tokens (4 characters each), up to 32 others, "
-        f"up to {14 * 0.003 + 32 * 0.005:.2f} USD"
+        "judge org/rule, loud: 4 of 4 answers to judge; estimate: 14 prompt tokens (4 characters each), up to 32 completion "
+        f"tokens, up to {14 * 0.003 + 32 * 0.005:.2f} USD"
     )
     assert after == (
-        "judge org/rule, loud: 4 answers, 0 failed attempts, 20 prompt and 4 other tokens, "
+        "judge org/rule, loud: 4 answers, 0 failed attempts, 20 prompt and 4 completion tokens, "
         f"{20 * 0.003 + 4 * 0.005:.2f} USD"
     )
     assert judge.usage()["judge_usd"] == pytest.approx(25 * 0.003 + 5 * 0.005)
@@ -206,7 +206,7 @@ def test_what_may_cost_too_much_is_not_asked(tmp_path):
         judge = make(tmp_path, server.url, **prices, max_cost=18.0)
         judge.ask("t", LETTERS, requests(4), share_of_m, "")
         judge.ask("t", LETTERS, requests(4), share_of_m, "")  # what is kept is free
-        with pytest.raises(JudgeError, match=r"1 missing answers may cost .* 24.00 USD are spent"):
+        with pytest.raises(JudgeError, match=r"1 missing answers may cost .* 24.00 USD have been spent"):
             judge.ask("t", LETTERS, requests(5), share_of_m, "")
         assert len(server.asked) == 4
 

@@ -76,7 +76,7 @@ class IFEval(Task):
         rows, differs = read_checked(flag, path, FIELDS, HUB_DIGEST, unverified=True)
         if not differs:
             return rows, [
-                "prompt 2785 as on the hub, before its correction: it asks for one placeholder, three are checked"
+                "prompt 2785 as on the hub, before its correction: it asks for one placeholder, but three are checked"
             ]
         return read_checked(flag, path, FIELDS, DIGEST, self.settings.unverified)
 
