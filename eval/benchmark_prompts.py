@@ -1,9 +1,9 @@
-"""Writes openrlhf_sgpo/data/benchmark_prompts.json, by which the data report recognises benchmark prompts.
+"""Writes openrlhf_sgpo/data/benchmark_prompts.json, from which the data report recognises benchmark prompts.
 
     python eval/benchmark_prompts.py ALPACA_EVAL MT_BENCH
 
 ALPACA_EVAL: alpaca_eval.json of tatsu-lab/alpaca_eval (rows with ``instruction``). MT_BENCH: question.jsonl of FastChat
-(rows with ``turns``, of which the first counts). Only hashes are written.
+(rows with ``turns``, of which the first is used). Only hashes are written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A script with OpenRLHF's DPOTrainer, turned into SGPO by two changed lines (marked). Works with and without a GPU.
+"""A script for OpenRLHF's DPOTrainer, made into SGPO by changing two lines (marked). Works with or without a GPU.
 
 python examples/drop_in.py --model.model_name_or_path MODEL --data.dataset PAIRS.jsonl --ckpt.output_dir FOLDER
 """

@@ -99,7 +99,7 @@ def test_a_small_study(tiny_model, tmp_path):
     path.write_text(yaml.safe_dump(study))
     other = launch([*map(str, command), "--pairs", str(pairs), "--model", str(tiny_model)])
     assert other.returncode == 1
-    assert "holds another study" in other.stderr
+    assert "holds a different study" in other.stderr
 
 
 def test_too_few_pairs_are_said_to_be(tiny_model, tmp_path):
@@ -107,4 +107,4 @@ def test_too_few_pairs_are_said_to_be(tiny_model, tmp_path):
     command = [sys.executable, FOLDER / "study.py", "--out", tmp_path / "out", "--pairs", pairs, "--model", tiny_model]
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert process.returncode == 1
-    assert "1 usable pairs, the study needs 450" in process.stderr
+    assert "1 usable pairs, but the study needs 450" in process.stderr

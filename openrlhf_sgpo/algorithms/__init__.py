@@ -1,4 +1,4 @@
-"""Which algorithms exist: built-ins, entry points of the group ``openrlhf_sgpo.algorithms``, or ``module:Class``."""
+"""Algorithms: built-ins, entry points of the group ``openrlhf_sgpo.algorithms``, or ``module:Class``."""
 
 from __future__ import annotations
 

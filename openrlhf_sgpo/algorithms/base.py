@@ -1,10 +1,9 @@
-"""What an algorithm tells the loop, and what the loop hands back to it.
+"""The interface between an algorithm and the loop.
 
-An algorithm is one file: its settings (a dataclass, so also its flags), what it needs, and its loss, a pure function of
-tensors that returns one value per sample. The loop samples, ranks, measures margins, batches, reduces and steps. There are
-two kinds, with the same hooks: a ``PairAlgorithm`` learns from pairs that are stored before a stage begins, a
-``PlayAlgorithm`` (``plays.py``) from answers that are sampled and judged in every step.
-This module and the settings of every algorithm import without torch.
+An algorithm is one file: its settings (a dataclass, so also its flags), its needs, and its loss, a pure function of tensors
+that returns one value per sample. The loop samples, ranks, measures margins, batches, reduces and steps. There are two kinds
+with the same hooks: a ``PairAlgorithm`` learns from pairs stored before a stage begins, a ``PlayAlgorithm`` (``plays.py``) from
+answers sampled and judged in every step. This module and the settings of every algorithm import without torch.
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Needs:
-    """What the loop must provide.
+    """What the algorithm needs from the loop.
 
-    rounds: the algorithm is made for rounds; one that learns from pairs then begins with a seed stage of DPO (False: one
-    stage on the human pairs, unless ``--rounds.count`` asks for rounds; then the seed stage has the algorithm's loss too).
-    samples_per_prompt: the fewest responses per prompt that a round of self-annotated pairs must sample.
-    reference: the loss is relative to a reference (False: the reference's log-probabilities are 0 everywhere, and there are no
-    rounds).
+    rounds: the algorithm is designed for rounds; if it learns from pairs, it begins with a seed stage of DPO (False: one stage
+    on the human pairs; with ``--rounds.count`` there are rounds, and the seed stage uses the algorithm's loss too).
+    samples_per_prompt: the minimum number of responses per prompt in a round of self-annotated pairs.
+    reference: the loss is relative to a reference (False: all reference log-probabilities are 0, and there are no rounds).
     """
 
     rounds: bool = False
@@ -41,10 +39,10 @@ class Needs:
 
 @dataclass(frozen=True)
 class Stage:
-    """The stage of training that begins.
+    """A stage of training.
 
-    margins: of all its pairs, shape (N,) on the CPU, under the reference and beta of the loss; None where there are no stored
-    pairs. number: 0 for the seed, then the round. steps: optimiser steps it takes. seed: decides what is random.
+    margins: of all its pairs, shape (N,), on the CPU, under the reference and beta of the loss; None without stored pairs.
+    number: 0 for the seed stage, otherwise the round. steps: number of optimiser steps. seed: of everything random.
     """
 
     margins: Tensor | None = None
@@ -55,13 +53,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """One micro-batch of pairs. Log-probabilities are of shape (batch,) and summed over response tokens.
+    """One micro-batch of pairs. Log-probabilities have shape (batch,) and are summed over response tokens.
 
-    index: position of each pair among the pairs given to ``begin_stage``, so that an algorithm can look up what it
-    stored per pair, on the CPU; None where the data loader is not the package's own.
+    index: position of each pair among those given to ``begin_stage``, on the CPU, to look up what the algorithm stored per
+    pair; None with another data loader than this package's.
     chosen_length, rejected_length: response tokens, shape (batch,); None in a drop-in loss.
-    extrapolated_chosen, extrapolated_rejected: detached log-probabilities under the extrapolated logits that
-    ``Algorithm.extrapolation`` asks for; None where it is 0.
+    extrapolated_chosen, extrapolated_rejected: detached log-probabilities under the extrapolated logits, see
+    ``PairAlgorithm.extrapolation``; None if it is 0.
     """
 
     policy_chosen: Tensor
@@ -82,17 +80,16 @@ class PairBatch:
 
 @dataclass
 class NoSettings:
-    """Settings of an algorithm that has none of its own."""
+    """For algorithms without settings."""
 
 
 class Algorithm(Generic[Batch]):
-    """Base of both kinds; hooks are named after the moment at which the loop calls them. Every stage has an instance of its
-    own.
+    """Base class of both kinds; hooks are named after when the loop calls them. Every stage has a new instance.
 
     Class attributes: ``name`` (flag value and flag group), ``paper``, ``summary``, ``settings`` (a dataclass type),
-    ``needs``, ``defaults`` (shared settings whose default is another one here, by flag name), ``fresh_answers`` (whether
-    answers are sampled and judged in every step, so there are no stored pairs and no seed stage), ``mixes`` (whether some
-    answers come from a mixture of policy and reference, from which transformers samples whatever the engine).
+    ``needs``, ``defaults`` (defaults of shared settings for this algorithm, by flag name), ``fresh_answers`` (whether answers
+    are sampled and judged in every step, so there are no stored pairs and no seed stage), ``mixes`` (whether some answers come
+    from a mixture of policy and reference, which is always sampled with transformers).
     """
 
     name: ClassVar[str]
@@ -110,53 +107,53 @@ class Algorithm(Generic[Batch]):
 
     @classmethod
     def check(cls, options: Any) -> list[str]:
-        """Problems with a combination of settings, each naming its flag; empty when all is well. Needs no torch."""
+        """Problems with a combination of settings, each naming its flag; empty if there are none. Needs no torch."""
         return []
 
     def problems(self, config: Config) -> list[str]:
-        """Problems of the algorithm's settings with the shared ones, each naming its flag; empty when all is well."""
+        """Problems between the algorithm's settings and the shared ones, each naming its flag; empty if there are none."""
         return []
 
     @classmethod
     def pairs(cls, pairs: Sequence[Pair], chat: ChatFormat) -> Sequence[Pair]:
-        """What is trained and evaluated on in place of the pairs of the data, where the two differ."""
+        """The pairs to train and evaluate on, made from those of the data; by default the same."""
         return pairs
 
     def begin_stage(self, stage: Stage) -> dict[str, Any]:
-        """Called once before a stage's training. Returns what to store as the stage's certificate (JSON-serialisable), empty if
-        there is none."""
+        """Called once before a stage is trained. Returns the stage's certificate (JSON-serialisable), empty if there is
+        none."""
         return {}
 
     def loss(self, batch: Batch) -> Tensor:
-        """Loss of each sample, shape (batch,). Never reduced here."""
+        """Loss of each sample, shape (batch,), not reduced."""
         raise NotImplementedError
 
     def watched(self, batch: Batch) -> Tensor:
-        """What ``after_step`` is to see of each sample, shape (batch,)."""
+        """The value of each sample that ``after_step`` gets, shape (batch,)."""
         raise NotImplementedError
 
     def after_step(self, watched: Tensor) -> dict[str, Any]:
-        """Called after each optimiser step with ``watched`` of the step's samples over all ranks, shape (train.batch_size,),
-        detached, on the CPU. Returns metrics to log, by name."""
+        """Called after each optimiser step with the ``watched`` values of the step's samples from all ranks, shape
+        (train.batch_size,), detached, on the CPU. Returns metrics to log, by name."""
         return {}
 
     def resting(self, step: int) -> tuple[str, ...]:
-        """LoRA adapters that stay as they are in this step."""
+        """LoRA adapters that this step leaves unchanged."""
         return ()
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``after_step`` has changed since ``begin_stage``, for a checkpoint."""
+        """State for a checkpoint: everything that ``after_step`` has changed since ``begin_stage``."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``; called after ``begin_stage`` when a stage goes on from a checkpoint."""
+        """Inverse of ``state_dict``; called after ``begin_stage`` if a stage resumes from a checkpoint."""
 
 
 class PairAlgorithm(Algorithm[PairBatch]):
-    """Base of the algorithms that learn from stored pairs: human ones, and those that rounds annotate."""
+    """Base class of algorithms that learn from stored pairs: human pairs, and those annotated in rounds."""
 
-    # Where this is lambda > 0 after begin_stage, batches carry the log-probabilities under softmax of
-    # (1 + lambda) * (logits of the policy) - lambda * (logits of the loss's reference). It costs a forward pass of both.
+    # If this is lambda > 0 after begin_stage, batches have the log-probabilities under softmax of
+    # (1 + lambda) * (logits of the policy) - lambda * (logits of the loss's reference), for one more forward pass of each.
     extrapolation: float = 0.0
 
     def watched(self, batch: PairBatch) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def cdpo_loss(margins: Tensor, label_smoothing: float | Tensor) -> Tensor:
-    """-(1 - e) log sigmoid(m) - e log sigmoid(-m) per pair, any shape, e = label_smoothing, one for all pairs or one each
+    """-(1 - e) log sigmoid(m) - e log sigmoid(-m) per pair, any shape, e = label_smoothing, a number or one per pair
     (Mitchell, "A note on DPO with noisy preferences & relationship to IPO", 2023, https://ericmitchell.ai/cdpo.pdf, eq. 3).
     e = 0 is ``dpo_loss``."""
     return (1 - label_smoothing) * dpo_loss(margins) + label_smoothing * dpo_loss(-margins)
@@ -26,9 +26,9 @@ class CDPOSettings:
 
 
 class CDPO(PairAlgorithm):
-    """One stage on the human pairs in which each label is believed with probability 1 - e only.
+    """One stage on the human pairs that takes each label to be right with probability 1 - e only.
 
-    The loss of a pair has its minimum where sigmoid(m) = 1 - e, so that no margin is driven to infinity.
+    The loss of a pair has its minimum where sigmoid(m) = 1 - e, so no margin is driven to infinity.
     """
 
     name = "cdpo"

@@ -1,4 +1,4 @@
-"""INPO: no-regret self-play by a regression that needs no win rates."""
+"""INPO: no-regret self-play by regression, without win rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @dataclass
 class INPOSettings:
     inverse_step: float = setting(
-        0.0075, "eta, the inverse size of a round's mirror step; larger than --model.beta", above=0
+        0.0075, "eta, the inverse step size of a round's mirror step; must be larger than --model.beta", above=0
     )
 
 
@@ -25,9 +25,9 @@ class INPO(PlayAlgorithm):
 
         h = log pi(y)/pi(y') - (tau/eta) log ref(y)/ref(y') - (1 - tau/eta) log pi_t(y)/pi_t(y')
 
-    is regressed on (p(y > y') - 1/2) / eta for two answers of pi_t, the policy of the round's beginning. The round's
+    is regressed on (p(y > y') - 1/2) / eta for two answers of pi_t, the policy at the start of the round. The round's
     solution is pi_{t+1} proportional to ref^(tau/eta) pi_t^(1 - tau/eta) exp(p(y > pi_t) / eta), whose last iterate
-    converges to the regularised Nash equilibrium at tau. Certain preferences (0 or 1) give the paper's (h - 1/(2 eta))^2.
+    converges to the regularised Nash equilibrium at tau. Deterministic preferences (0 or 1) give the paper's (h - 1/(2 eta))^2.
     """
 
     name = "inpo"

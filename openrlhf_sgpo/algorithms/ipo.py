@@ -23,16 +23,15 @@ class IPOSettings:
     normalization: Literal["sum", "mean"] = setting(
         "sum",
         "sum: log-ratios of whole responses (the paper); mean: each divided by its response's length (TRL's DPOTrainer); "
-        "one and the same --model.beta is two different strengths",
+        "the same --model.beta has a different strength under each",
     )
 
 
 class IPO(PairAlgorithm):
     """One stage on the human pairs that regresses the difference of log-ratios on 1 / (2 tau), tau = ``--model.beta``.
 
-    DPO's loss falls for ever when labels are certain; this one has its minimum at a finite difference. With
-    normalization ``mean`` that difference is in nats per token, with ``sum`` in nats, so that a value of tau must never
-    be carried over from the one to the other.
+    With deterministic labels DPO's loss has no minimum; this loss has one at a finite difference. The difference is in nats per
+    token with normalization ``mean`` and in nats with ``sum``, so a value of tau for one does not suit the other.
     """
 
     name = "ipo"
@@ -41,7 +40,7 @@ class IPO(PairAlgorithm):
     settings = IPOSettings
 
     def loss(self, batch: PairBatch) -> Tensor:
-        """Raises ValueError if normalization is ``mean`` and the batch does not say how long its responses are."""
+        """Raises ValueError if normalization is ``mean`` and the batch has no response lengths."""
         return ipo_loss(self._differences(batch), self.beta)
 
     def _differences(self, batch: PairBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""IPO-MD: online IPO on answers of the geometric mixture."""
+"""IPO-MD: online IPO on answers from the geometric mixture."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from openrlhf_sgpo.flags import setting
 @dataclass
 class IPOMDSettings:
     mixture: float = setting(
-        0.125, "the reference's share in what the answers are drawn from (0: online IPO)", low=0, high=1
+        0.125, "the reference's share in the mixture that is sampled (0: online IPO)", low=0, high=1
     )
 
 
 class IPOMD(OnlineIPO):
-    """The loss of online IPO on two answers of pi^(1 - b) pi_ref^b (Calandriello et al., arXiv 2403.08635), b = ``mixture``.
+    """The loss of online IPO on two answers from pi^(1 - b) pi_ref^b (Calandriello et al., arXiv 2403.08635), b = ``mixture``.
 
     Its fixed point is Nash-MD's with the same mixture.
     """
 
     name = "ipo_md"
-    summary = "IPO-MD: online IPO on answers of a mixture of policy and reference"
+    summary = "IPO-MD: online IPO on answers from a mixture of policy and reference"
     settings = IPOMDSettings
     mixes = True
 

@@ -1,4 +1,4 @@
-"""Iterative DPO: rounds whose answers an external reward model ranks."""
+"""Iterative DPO: rounds whose answers are ranked by an external reward model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 class IterDPO(PairAlgorithm):
-    """DPO's loss on answers that a reward model ranks (Xu et al., arXiv 2312.16682; the baseline of SPA and SSAPO).
+    """DPO's loss on answers ranked by a reward model (Xu et al., arXiv 2312.16682; the baseline of SPA and SSAPO).
 
-    Round t starts from the policy of round t - 1, which is also the reference of its loss.
+    Round t starts from the policy of round t - 1, which is also the reference of the loss.
     """
 
     name = "iter_dpo"

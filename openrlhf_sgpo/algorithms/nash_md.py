@@ -30,9 +30,9 @@ class NashMD(PlayAlgorithm):
         E[ (p(y > y') - 1/2 - tau * s(y)) * grad log pi(y) ],   y ~ pi,  y' ~ pi^(1 - b) pi_ref^b,
 
     with tau = ``--model.beta`` and b = ``mixture``. Its fixed point is pi proportional to pi_ref exp(p(y > mixture) / tau):
-    the regularised Nash equilibrium for b = 0, and for other b, where answers have one token, a policy whose mixture is the
-    equilibrium at tau / (1 - b); mixing longer answers token by token is not mixing whole answers.
-    Only with b tied to the step size, as in the paper's tabular algorithm, would it be the equilibrium at tau itself.
+    the regularised Nash equilibrium for b = 0, and for other b and answers of one token, a policy whose mixture is the
+    equilibrium at tau / (1 - b); for longer answers, mixing token by token differs from mixing whole answers.
+    Only with b tied to the step size, as in the paper's tabular algorithm, is it the equilibrium at tau itself.
     """
 
     name = "nash_md"
@@ -56,6 +56,6 @@ class NashMD(PlayAlgorithm):
 
     def loss(self, batch: Plays) -> Tensor:
         gain = batch.preferences[:, 0, 1] - 0.5
-        own, reference = batch.log_probs[:, 0], batch.reference[:, 0]
+        log_probs, reference = batch.log_probs[:, 0], batch.reference[:, 0]
         divergence = None if batch.divergence is None else batch.divergence[:, 0]
-        return policy_gradient_loss(own, reference, gain, self.beta, self.options.kl_level, divergence)
+        return policy_gradient_loss(log_probs, reference, gain, self.beta, self.options.kl_level, divergence)

@@ -1,4 +1,4 @@
-"""Online IPO: regression on preferences between two answers of the policy itself."""
+"""Online IPO: regression on preferences between two answers of the policy."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def soft_ipo_loss(differences: Tensor, preferences: Tensor, tau: float) -> Tenso
 class OnlineIPO(PlayAlgorithm):
     """IPO's regression on two fresh answers of the policy (Calandriello et al., arXiv 2403.08635), tau = ``--model.beta``.
 
-    No gradient flows through the drawing. Its expected gradient is proportional to that of self-play, so that its fixed
-    point is the regularised Nash equilibrium.
+    No gradient flows through sampling. The expected gradient is proportional to that of self-play, so the fixed point is the
+    regularised Nash equilibrium.
     """
 
     name = "online_ipo"

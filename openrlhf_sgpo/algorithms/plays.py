@@ -1,6 +1,6 @@
-"""What algorithms that learn from fresh answers have in common: who answers, and what the loss gets.
+"""Base of the algorithms that learn from fresh answers: who answers, and what the loss gets.
 
-In a play, answers to one prompt are drawn, each by a role, and an oracle says how likely each is preferred to each other.
+In a play, several roles answer one prompt, and an oracle gives the probability that one answer is preferred, for each pair.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
 
     from openrlhf_sgpo.config import Config
 
-# policy: the policy as it is. mixture: the geometric mixture of policy and reference. previous: the policy as it was when the
-# round began. follower: the policy in its second role, which sees the play's first answer.
+# policy: the current policy. mixture: the geometric mixture of policy and reference. previous: the policy at the start of the
+# round. follower: the policy in its second role, in which it sees the play's first answer.
 Role = Literal["policy", "mixture", "previous", "follower"]
 Level = Literal["sequence", "reward_to_go", "token_local", "full_vocabulary"]
 Model = Literal["reference", "previous"]
 LEVEL_HELP = (
-    "divergence that weighs a token: of the sequence, of what is to come, its own (biased), or the exact one over the whole "
-    "vocabulary"
+    "divergence that weighs a token: of the whole sequence, of the tokens from it on, of the token alone (biased), or the "
+    "exact one over the whole vocabulary"
 )
 
 
 @dataclass(frozen=True)
 class Plays:
-    """A micro-batch of plays with k answers each. Token tensors have shape (batch, k, T) and are 0 behind an answer's end.
+    """A micro-batch of plays with k answers each. Token tensors have shape (batch, k, T) and are 0 after an answer's end.
 
-    log_probs: of the answers' tokens under the policy, in the context in which each answer was given, at the temperature at
-    which it was drawn; with gradient. reference, previous: the same under the frozen reference and under the policy of the
-    round's beginning, without gradient; not a number where the algorithm does not name that model in ``models``.
-    preferences: (batch, k, k), [b, i, j] the probability that answer i is preferred to answer j; 1/2 on the diagonal, and
-    [b, i, j] + [b, j, i] = 1. divergence: KL(policy || reference) of the next-token distributions at each token, over the
-    whole vocabulary, with gradient; None unless the algorithm asks for it by ``full_vocabulary``. step: of training, from 1.
+    log_probs: of the answers' tokens under the policy, in each answer's context and at the temperature at which it was sampled;
+    with gradient. reference, previous: the same under the frozen reference and under the policy at the start of the round,
+    without gradient; NaN if the algorithm does not name that model in ``models``. preferences: (batch, k, k), [b, i, j] the
+    probability that answer i is preferred to answer j; 1/2 on the diagonal, and [b, i, j] + [b, j, i] = 1. divergence:
+    KL(policy || reference) of the next-token distributions at each token, over the whole vocabulary, with gradient; None
+    unless the algorithm sets ``full_vocabulary``. step: of training, from 1.
     """
 
     log_probs: Tensor
@@ -51,10 +51,10 @@ class Plays:
 
 
 class PlayAlgorithm(Algorithm[Plays]):
-    """Base of the algorithms that sample in every step.
+    """Base class of algorithms that sample in every step.
 
-    models: whose log-probabilities the loss reads beside the policy's. steps_per_sync: optimiser steps between two times
-    that the engines take over the policy: 1, or 0 for once a round, where answers come from the role ``previous``.
+    models: those whose log-probabilities the loss reads, apart from the policy. steps_per_sync: optimiser steps between two
+    syncs of the engines with the policy: 1, or 0 for one sync per round if answers come from the role ``previous``.
     """
 
     needs = Needs(rounds=True)
@@ -66,24 +66,22 @@ class PlayAlgorithm(Algorithm[Plays]):
         problems = []
         if config.rollout.top_p < 1:
             problems.append(
-                f"--rollout.top_p: {config.rollout.top_p} cuts the distribution whose log-probabilities --algo {self.name} "
-                "needs whole; use 1"
+                f"--rollout.top_p: {config.rollout.top_p} truncates the distribution, but --algo {self.name} needs the "
+                "log-probabilities of the whole one; use 1"
             )
         if self.adapters and config.ds.lora.rank == 0:
             names = " and ".join(self.adapters.values())
-            problems.append(
-                f"--ds.lora.rank: 0, but --algo {self.name} is to train the adapters {names}; use at least 1"
-            )
+            problems.append(f"--ds.lora.rank: 0, but --algo {self.name} trains the adapters {names}; use at least 1")
         if "follower" in self.roles and 2 * config.rollout.max_new_tokens >= config.data.max_len:
             problems.append(
                 f"--data.max_len: {config.data.max_len} leaves no room for a prompt, a draft and the follower's answer of "
-                f"--rollout.max_new_tokens {config.rollout.max_new_tokens} each; raise the one or lower the other"
+                f"--rollout.max_new_tokens {config.rollout.max_new_tokens} each; raise the former or lower the latter"
             )
         return problems
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        """Who gives the answers of a play, in their order."""
+        """The role that gives each answer of a play, in order."""
         raise NotImplementedError
 
     @property
@@ -93,17 +91,17 @@ class PlayAlgorithm(Algorithm[Plays]):
 
     @property
     def follower_prompt(self) -> str:
-        """What the role ``follower`` is told after it has seen prompt and draft."""
+        """The instruction for the role ``follower``, after prompt and draft."""
         return ""
 
     @property
     def adapters(self) -> dict[Role, str]:
-        """The LoRA adapter of each role, where roles have weights of their own; empty: one set of weights for all."""
+        """The LoRA adapter of each role, if roles have separate weights; empty if they share one set."""
         return {}
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """Multiples of the learning rate, by adapter."""
+        """Factors of the learning rate, by adapter."""
         return dict.fromkeys(self.adapters.values(), 1.0)
 
     @property
@@ -112,7 +110,7 @@ class PlayAlgorithm(Algorithm[Plays]):
         return False
 
     def watched(self, batch: Plays) -> Tensor:
-        """Mean preference for the first answer over the others."""
+        """Mean preference for the first answer over the others, shape (batch,)."""
         return batch.preferences[:, 0, 1:].mean(-1)
 
 
@@ -121,35 +119,35 @@ def policy_gradient_loss(
 ) -> Tensor:
     """A loss, shape (batch,), whose expected gradient is that of -(E[gain] - beta * KL(pi || pi_ref)).
 
-    log_probs (batch, T) with gradient and reference (batch, T): of answers that pi has drawn; gain (batch,), no gradient
-    flows through it. With k_t = log pi(y_t|..) - log pi_ref(y_t|..) (the estimate k1) held fixed,
+    log_probs (batch, T) with gradient and reference (batch, T): of answers sampled from pi; gain (batch,): no gradient flows
+    through it. With k_t = log pi(y_t|..) - log pi_ref(y_t|..) (the estimate k1) held fixed,
 
         sequence:      -( gain - beta * sum_t k_t ) * sum_t log pi(y_t|..)
-        reward_to_go:  sum_t ( beta * sum_{u >= t} k_u - gain ) * log pi(y_t|..),   the same in expectation, with less noise
-        token_local:   sum_t ( beta * k_t - gain ) * log pi(y_t|..),   which ignores what a token does to later divergence
+        reward_to_go:  sum_t ( beta * sum_{u >= t} k_u - gain ) * log pi(y_t|..),   the same in expectation, with less variance
+        token_local:   sum_t ( beta * k_t - gain ) * log pi(y_t|..),   which ignores how a token affects later divergence
 
-    The last is what TRL's Nash-MD and the released SLHF (arXiv 2512.16626) do; for answers of one token all three are one.
+    The last is that of TRL's Nash-MD and of the released SLHF (arXiv 2512.16626); for answers of one token all three are equal.
     With d_t = KL(pi(.|s_t) || pi_ref(.|s_t)) at the tokens' contexts s_t, given as ``divergence`` (batch, T) with gradient,
 
         full_vocabulary:  sum_t beta * d_t + sum_t ( beta * sum_{u > t} [d_u] - gain ) * log pi(y_t|..),   [.] held fixed,
 
-    the gradient of sum_t E d_t by the product rule: no token of the vocabulary is left to chance.
+    the gradient of sum_t E d_t by the product rule, exact over the vocabulary at each context.
     """
     if level == "full_vocabulary":
         assert divergence is not None
         fixed = divergence.detach()
-        weights = _to_come(fixed) - fixed
+        weights = _sum_to_go(fixed) - fixed
     else:
         weights = (log_probs - reference).detach()
         if level == "sequence":
             weights = weights.sum(-1, keepdim=True)
         elif level == "reward_to_go":
-            weights = _to_come(weights)
+            weights = _sum_to_go(weights)
     loss = ((beta * weights - gain.detach().unsqueeze(-1)) * log_probs).sum(-1)
     return loss if level != "full_vocabulary" or divergence is None else loss + beta * divergence.sum(-1)
 
 
-def _to_come(values: Tensor) -> Tensor:
+def _sum_to_go(values: Tensor) -> Tensor:
     """sum_{u >= t} of values (batch, T)."""
     return values.flip(-1).cumsum(-1).flip(-1)
 

@@ -21,11 +21,11 @@ ORDERS = ("chosen_first", "rejected_first")
 
 
 class PreferenceModel(PairAlgorithm):
-    """The chat model learns to name the better of two answers: the oracle ``preference_model`` asks what it then says.
+    """Trains the chat model to name the better of two answers, for the oracle ``preference_model``.
 
-    Each pair is shown in both orders. With c the letter of the chosen answer and o the other one, the loss of a comparison is
+    Each pair is shown in both orders. With c the letter of the chosen answer and o the other letter, the loss is
     -log sigmoid(log pi(c|..) - log pi(o|..)): the cross-entropy of the two letters. There is no reference, and a margin is
-    the log-odds itself. (Pairwise models that answer with a letter: Zhao et al., arXiv 2305.10425; Dong et al., arXiv
+    the log-odds. (Pairwise models that answer with a letter: Zhao et al., arXiv 2305.10425; Dong et al., arXiv
     2405.07863, whose cross-entropy is over the whole vocabulary and whose order is random.)
     """
 
@@ -38,11 +38,11 @@ class PreferenceModel(PairAlgorithm):
     @classmethod
     def pairs(cls, pairs: Sequence[Pair], chat: ChatFormat) -> list[Pair]:
         """Each pair as two comparisons, whose responses are the letters, without an end of turn."""
-        found = []
+        comparisons = []
         for pair in pairs:
             both = fitted(pair.prompt, pair.chosen, pair.rejected, chat, pair.template_kwargs.get("tools", ()))
             for order, messages, right, wrong in zip(ORDERS, both, LETTERS, LETTERS[::-1], strict=True):
-                found.append(
+                comparisons.append(
                     replace(
                         pair,
                         id=f"{pair.id}/{order}",
@@ -51,10 +51,10 @@ class PreferenceModel(PairAlgorithm):
                         rejected=wrong,
                         chosen_truncated=True,
                         rejected_truncated=True,
-                        template_kwargs={},  # the comparison shows the tools as text
+                        template_kwargs={},  # the comparison has the tools as text
                     )
                 )
-        return found
+        return comparisons
 
     def loss(self, batch: PairBatch) -> Tensor:
         return dpo_loss(batch.margins(1.0))

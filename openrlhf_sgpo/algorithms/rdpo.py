@@ -1,4 +1,4 @@
-"""Provably robust DPO: an unbiased estimate of DPO's loss from flipped labels."""
+"""Provably robust DPO: an unbiased estimate of DPO's loss from noisy labels."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def rdpo_loss(margins: Tensor, flip_rate: float) -> Tensor:
 
 @dataclass
 class RDPOSettings:
-    flip_rate: float = setting(0.1, "share of the labels that are known to be swapped, e (0: DPO)", low=0, below=0.5)
+    flip_rate: float = setting(0.1, "known share of swapped labels, e (0: DPO)", low=0, below=0.5)
 
 
 class RDPO(PairAlgorithm):
     """One stage on human pairs whose labels are swapped at random at a known rate e.
 
-    Over the swaps the loss has the expectation of DPO's loss on the true labels. On a single pair it falls without
-    bound as the margin grows, faster than DPO's: it is an estimate, not a penalty.
+    In expectation over the swaps the loss is DPO's loss on the true labels. On a single pair it falls without bound as the
+    margin grows, unlike DPO's: it is an estimate, not a penalty.
     """
 
     name = "rdpo"

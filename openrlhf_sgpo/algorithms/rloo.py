@@ -1,4 +1,4 @@
-"""RLOO: REINFORCE with the other answers of the prompt as baseline."""
+"""RLOO: REINFORCE with the other answers to the prompt as baseline."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class RLOO(PlayAlgorithm):
 
         -(1/k) sum_i [ (r_i - 1/2) - tau * (s_i - mean_{j != i} s_j) ] * log pi(y_i),   r_i = mean_{j != i} p(y_i > y_j),
 
-    tau = ``--model.beta``, the bracket held fixed. Leave-one-out means are the baseline of the divergence. For the win
-    rates the baseline is 1/2, their exact mean: mean_{j != i} r_j depends on y_i, and would count the preference
+    tau = ``--model.beta``, the bracket held fixed. The baseline of the divergence is the leave-one-out mean. That of the win
+    rates is 1/2, their exact mean: mean_{j != i} r_j depends on y_i, and would count the preference
     k / (k - 1) times. The fixed point is the regularised Nash equilibrium.
     """
 
@@ -38,7 +38,7 @@ class RLOO(PlayAlgorithm):
 
     def loss(self, batch: Plays) -> Tensor:
         count = self.options.answers
-        # The diagonal, an answer against itself, is one half.
+        # The diagonal, an answer against itself, is 1/2.
         rewards = (batch.preferences.sum(-1) - 0.5) / (count - 1)
         ratios = batch.log_ratios().detach()
         others = (ratios.sum(-1, keepdim=True) - ratios) / (count - 1)

@@ -1,4 +1,4 @@
-"""SGPO / SSAPO: preference optimisation against the worst margin distribution in a Wasserstein ball."""
+"""SGPO, the game against the worst distribution of margins in a Wasserstein ball, as SSAPO's rounds play it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 class SaturatedBallError(ValueError):
-    """The radius lets the follower move every margin to the edge, which leaves the leader without a gradient."""
+    """With this radius the follower moves every margin to the edge, which leaves the leader without a gradient."""
 
 
 @dataclass
 class FollowerSettings:
-    """When the follower answers again, and what holds the leader back meanwhile."""
+    """When the follower is solved again, and the leader's proximal term."""
 
     refresh_steps: int = setting(
         1,
-        "solve the follower again every so many optimiser steps on the latest margins (0: once per stage)",
+        "optimiser steps after which the follower is solved again, on the latest margins (0: once per stage)",
         low=0,
     )
-    refresh_window: int = setting(1024, "how many of the latest margins the refreshed follower sees", low=1)
+    refresh_window: int = setting(1024, "number of latest margins on which the follower is solved again", low=1)
     prox: float = setting(
         0.0,
-        "weight of a proximal term: the squared distance of each margin from where it was at the start of the stage",
+        "weight of a proximal term: the squared distance of each margin from its value at the start of the stage",
         low=0,
     )
 
@@ -40,11 +40,11 @@ class FollowerSettings:
 class SGPOSettings(FollowerSettings):
     radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo.space (0: no follower)", low=0)
     space: Literal["margin", "probability"] = setting(
-        "margin", "where the ball lives: on margins (the paper), or on win probabilities sigmoid(margin) (its code)"
+        "margin", "space of the ball: margins (the paper), or win probabilities sigmoid(margin) (the authors' code)"
     )
     pieces: int = setting(
         0,
-        "tangents that stand for the loss (0: the exact loss in margin space; in probability space, where it is unbounded, 6)",
+        "number of tangents that replace the loss (0: the exact loss; in probability space, where it is unbounded, 6 tangents)",
         low=0,
     )
     window_pad: float = setting(
@@ -55,14 +55,15 @@ class SGPOSettings(FollowerSettings):
 
 
 class SGPO(PairAlgorithm):
-    r"""Stackelberg game between the policy and a worst-case preference distribution (Chu et al., arXiv 2502.18099).
+    r"""Stackelberg game of a leader, the policy, and a follower that answers with the worst distribution of its margins in a
+    Wasserstein ball (Chu et al., arXiv 2502.18099).
 
     min_theta  V = sup { E_{xi ~ alpha}[-log sigmoid(xi)] : W1(alpha, law of the margins) <= radius, supp(alpha) in [a, b] }.
 
     The follower is solved exactly (``openrlhf_sgpo.dro``), and the leader's loss has the gradient of V, with the follower's
-    answer held fixed (Danskin's theorem): DPO's loss whose part below the follower's threshold is a straight chord. The
-    support [a, b] is fixed when a stage begins; the follower answers again after every optimiser step, on the latest
-    margins. As the radius goes to 0 the loss becomes DPO's, or that of the tangents where ``pieces`` asks for them.
+    answer held fixed (Danskin's theorem): DPO's loss with a straight chord below the follower's threshold. The support
+    [a, b] is fixed when a stage begins; the follower is solved again after every optimiser step, on the latest margins. As the
+    radius goes to 0, the loss becomes DPO's, or that of the tangents if ``pieces`` sets them.
     """
 
     name = "sgpo"
@@ -74,7 +75,7 @@ class SGPO(PairAlgorithm):
     def __init__(self, options: Any, beta: float):
         super().__init__(options, beta)
         self._solution: WorstCase | BestCase | None = None
-        self._window: tuple[float, float] | None = None  # of the stage
+        self._window: tuple[float, float] | None = None  # support in this stage
         self._start: Tensor | None = None  # margins of all pairs at the start of the stage
         self._recent: Tensor | None = None
         self._steps = 0
@@ -92,7 +93,7 @@ class SGPO(PairAlgorithm):
         self._solution = self._solve(margins)
         self._window = self._solution.window
         self._start = margins.detach()
-        # The latest margins push these out. Which of them come first must not depend on the order of the data.
+        # The latest margins replace these, in an order that must not depend on the order of the data.
         order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(stage.seed))
         self._recent = margins.detach()[order[: self.options.refresh_window]]
         return self._solution.certificate()
@@ -104,7 +105,9 @@ class SGPO(PairAlgorithm):
         loss = self._solution.robust_loss(margins)
         if self.options.prox:
             if self._start is None or batch.index is None:
-                raise ValueError(f"--{self.name}.prox needs to know which pairs a batch holds; leave it at 0 here")
+                raise ValueError(
+                    f"--{self.name}.prox needs the index of each pair, which this batch does not have; use --{self.name}.prox 0"
+                )
             loss = loss + self.options.prox * (margins - self._start[batch.index].to(margins)).square()
         return loss
 
@@ -114,7 +117,7 @@ class SGPO(PairAlgorithm):
 
         if not (self.options.refresh_steps and self.options.radius):
             return {}
-        latest = watched.detach().cpu()  # the follower costs milliseconds there, and a checkpoint comes back there
+        latest = watched.detach().cpu()  # where the follower takes milliseconds and checkpoints are loaded
         recent = latest if self._recent is None else torch.cat([self._recent, latest])
         self._recent = recent[-self.options.refresh_window :]
         self._steps += 1
@@ -135,14 +138,14 @@ class SGPO(PairAlgorithm):
             self._recent, self._steps = state["recent"], state["steps"]
 
     def _solve(self, margins: Tensor) -> WorstCase | BestCase:
-        """The follower's answer, within the window of the stage if one has begun."""
+        """The follower's answer, within the support if a stage has begun."""
         from openrlhf_sgpo.dro import solve_worst_case
 
         options, window = self.options, self._window
         if window is not None and options.space == "margin":
             low, high = window
             margins = margins.double()
-            # Mass is only ever moved down, so that the upper end matters to nothing but the knots of the tangents.
+            # Mass only moves down, so the upper end matters only for the knots of the tangents.
             high = high if options.pieces else max(high, float(margins.max()))
             window, margins = (low, high), margins.clamp(low, high)
         solution = solve_worst_case(
@@ -160,9 +163,9 @@ class SGPO(PairAlgorithm):
 
 
 def saturated_ball(name: str, radius: float, margins: Tensor, place: str, remedy: str = "") -> SaturatedBallError:
-    """The error for a radius that moves all of these margins to one place. remedy: what helps beside a smaller radius."""
+    """The error for a radius that moves all these margins to ``place``. remedy: an alternative to a smaller radius."""
     return SaturatedBallError(
-        f"--{name}.radius {radius} is enough to move all {len(margins)} margins to {place}, where the loss has no gradient "
-        f"left. Margins range from {margins.min():.4g} to {margins.max():.4g}. Lower --{name}.radius{remedy}. With "
+        f"--{name}.radius {radius} is enough to move all {len(margins)} margins to {place}, where the loss has no gradient. "
+        f"Margins range from {margins.min():.4g} to {margins.max():.4g}. Lower --{name}.radius{remedy}. With "
         "--rounds.loss_reference previous all margins are 0 when a round begins."
     )

@@ -1,4 +1,4 @@
-"""The best case of SGPO's ball: pairs that the policy ranks badly are forgiven instead of made worse."""
+"""The best case of SGPO's ball: badly ranked pairs count less, not more."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 class SGPOBestSettings(FollowerSettings):
     radius: float = setting(0.01, "radius of the Wasserstein ball, in units of --sgpo_best.space (0: DPO)", low=0)
     space: Literal["margin", "probability"] = setting(
-        "margin", "where the ball lives: on margins, or on win probabilities sigmoid(margin)"
+        "margin", "space of the ball: margins, or win probabilities sigmoid(margin)"
     )
 
 
 class SGPOBest(SGPO):
-    r"""The inf in place of the sup (not in the SGPO paper):
+    r"""SGPO with inf in place of sup (not in the paper):
 
     min_theta  V = inf { E_{xi ~ alpha}[-log sigmoid(xi)] : W1(alpha, law of the margins) <= radius }.
 
     The follower raises the smallest margins to one level c (``openrlhf_sgpo/dro/best.py``). The leader's loss has the gradient
-    of V: DPO's loss that continues as its own tangent below c. Radius 0 is DPO.
+    of V: DPO's loss, continued by its tangent below c. Radius 0 is DPO.
     """
 
     name = "sgpo_best"

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 @dataclass
 class SGPOReleasedSettings:
     radius: float = setting(0.01, "radius of the Wasserstein ball on win probabilities (0: no follower, DPO)", low=0)
-    pieces: int = setting(6, "tangents that stand for the loss in the follower", low=1)
-    group_size: int = setting(100, "solve the follower on random groups of so many pairs (0: all pairs at once)", low=0)
+    pieces: int = setting(6, "number of tangents that replace the loss in the follower", low=1)
+    group_size: int = setting(
+        100, "solve the follower on random groups of this many pairs (0: all pairs at once)", low=0
+    )
 
 
 class SGPOReleased(SGPOTransport):
@@ -27,7 +29,7 @@ class SGPOReleased(SGPOTransport):
     -sum_k s_ik * log max(sigmoid(xi_i) - d_ik, 1e-6)              (JinYujie99/SSAPO, commit ccb912a).
 
     The solver is part of the method: at the follower's optimum the clamped logarithm has no gradient for the pairs that are
-    moved, and close to it an unbounded one. A group of 100 pairs takes SLSQP minutes.
+    moved, and close to the optimum an unbounded one. SLSQP takes minutes for a group of 100 pairs.
     """
 
     name = "sgpo_released"

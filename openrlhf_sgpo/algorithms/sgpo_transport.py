@@ -1,4 +1,4 @@
-"""SSAPO as its paper's section 3.3 has it: the atoms of the worst case move with the policy."""
+"""SSAPO as in section 3.3 of its paper: the atoms of the worst case move with the policy."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ if TYPE_CHECKING:
 @dataclass
 class SGPOTransportSettings:
     radius: float = setting(0.01, "radius of the Wasserstein ball on margins (0: no follower, DPO)", low=0)
-    pieces: int = setting(6, "tangents that stand for the loss in the follower (0: the exact loss)", low=0)
+    pieces: int = setting(6, "number of tangents that replace the loss in the follower (0: the exact loss)", low=0)
     window_pad: float = setting(1.0, "the support reaches this far beyond the smallest and largest margin", low=0)
-    group_size: int = setting(100, "solve the follower on random groups of so many pairs (0: all pairs at once)", low=0)
+    group_size: int = setting(
+        100, "solve the follower on random groups of this many pairs (0: all pairs at once)", low=0
+    )
     solver: Literal["exact", "program"] = setting(
         "exact", "exact: one sort; program: the paper's convex program in cvxpy"
     )
 
 
 class SGPOTransport(PairAlgorithm):
-    r"""The follower's answer is fixed when a round begins, as atoms that are displaced by d_ik = q_ik / s_ik and weigh s_ik.
-    The leader minimises the loss of the atoms, which keep their distance from the policy's margins:
+    r"""The follower's answer is fixed when a round begins, as atoms with weights s_ik and displacements d_ik = q_ik / s_ik. The
+    leader minimises the loss of the atoms, which keep their distance from the policy's margins:
 
     sum_k s_ik * -log sigmoid(xi_i - d_ik)                         (Chu et al., arXiv 2502.18099, section 3.3 and equation 9).
 
-    Its gradient is not that of the worst-case value; see ``sgpo`` for a leader that has it.
+    Its gradient is not that of the worst-case value; that of ``sgpo`` is.
     """
 
     name = "sgpo_transport"
@@ -53,15 +55,15 @@ class SGPOTransport(PairAlgorithm):
 
     @classmethod
     def package(cls, options: Any) -> str:
-        """The package of the solver, where it needs one."""
+        """The package that the solver needs; empty if none."""
         return "cvxpy" if options.solver == "program" else ""
 
     def __init__(self, options: Any, beta: float):
         super().__init__(options, beta)
-        self._atoms: tuple[Tensor, Tensor] | None = None  # s and displacement of all pairs, (N, K)
+        self._atoms: tuple[Tensor, Tensor] | None = None  # s and displacements of all pairs, each (N, K)
 
     def begin_stage(self, stage: Stage) -> dict[str, Any]:
-        """Solve the follower group by group, all groups in the window of all margins; returns the certificate.
+        """Solve the follower group by group, within the window of all margins; returns the certificate.
 
         Raises SaturatedBallError if a group's ball moves everything, ValueError for margins that are not finite.
         """
@@ -77,7 +79,9 @@ class SGPOTransport(PairAlgorithm):
         for group, solution in zip(groups, solutions, strict=True):
             if solution.saturated:
                 raise saturated_ball(self.name, self.options.radius, margins[group], f"the edge {solution.edge:.4g}")
-        value = sum(len(group) * each.value for group, each in zip(groups, solutions, strict=True)) / len(margins)
+        value = sum(len(group) * solution.value for group, solution in zip(groups, solutions, strict=True)) / len(
+            margins
+        )
         figures = whole.certificate() | {"groups": len(groups), "grouping_loss": whole.value - value}
         if not self.options.radius:
             return figures
@@ -98,7 +102,7 @@ class SGPOTransport(PairAlgorithm):
             return dpo_loss(margins)
         if batch.index is None:
             raise ValueError(
-                f"--algo {self.name} fixes where each pair is moved, so a batch must say which pairs it holds"
+                f"--algo {self.name} needs the index of each pair, because the follower moves each by a fixed distance"
             )
         s, displacement = (values[batch.index].to(margins.device) for values in self._atoms)
         return self._loss_of_atoms(margins, s, displacement)
@@ -112,8 +116,8 @@ class SGPOTransport(PairAlgorithm):
         )
 
     def _solve_group(self, margins: Tensor, worst: WorstCase) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """s (N, K) and displacement q / s (N, K), 0 where s is 0, from the solver that was asked for; and what the certificate
-        should say of it."""
+        """s (N, K) and displacement q / s (N, K), 0 where s is 0, from the chosen solver; and its figures for the
+        certificate."""
         import torch
 
         if self.options.solver == "program":
@@ -132,11 +136,11 @@ class SGPOTransport(PairAlgorithm):
 
 
 def _in_order(parts: Sequence[Tensor], order: Tensor, like: Tensor) -> Tensor:
-    """(N, K) in the order of the pairs from the rows of the groups; order: the pairs of all groups in a row."""
+    """Rows of the groups, concatenated and in the order of the pairs, (N, K); order: the pairs of all groups."""
     import torch
     from torch.nn.functional import pad
 
-    # The program of the exact loss has a tangent per pair, so that groups differ in width; s = 0 is no atom.
+    # The program for the exact loss has one tangent per pair, so groups differ in width. s = 0 is no atom.
     width = max(part.shape[1] for part in parts)
     rows = torch.cat([pad(part, (0, width - part.shape[1])) for part in parts]).to(like)
     return torch.empty_like(rows).index_copy_(0, order.to(like.device), rows)

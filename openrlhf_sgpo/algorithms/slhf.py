@@ -1,4 +1,4 @@
-"""SLHF: a leader that answers, and a follower that sees the answer and improves on it."""
+"""SLHF: a leader answers, and a follower sees the answer and improves it."""
 
 from __future__ import annotations
 
@@ -22,49 +22,50 @@ class SLHFSettings:
     kappa: float = setting(5.0, "how much faster the follower learns than the leader", low=0)
     kappa_mode: Literal["loss_weight", "alternate", "learning_rate"] = setting(
         "loss_weight",
-        "kappa weighs the follower's loss (of one model); or the follower learns in kappa steps for one of the leader; or its "
-        "learning rate is kappa times the leader's (of two adapters)",
+        "loss_weight: kappa weighs the follower's loss (one model); alternate: kappa steps of the follower, then one of the "
+        "leader; learning_rate: the follower's is kappa times the leader's (two adapters)",
     )
     sharing: Literal["shared", "two_adapters"] = setting(
-        "shared", "one model in both roles; or two LoRA adapters, each sampled and trained in its own role"
+        "shared",
+        "shared: one model in both roles; two_adapters: two LoRA adapters, each sampled and trained in one role",
     )
     followers: int = setting(1, "follower answers to each draft of the leader", low=1)
-    follower_prompt: str = setting(IMPROVE, "what the follower is told after it has seen the prompt and the draft")
+    follower_prompt: str = setting(IMPROVE, "instruction for the follower, after prompt and draft")
     follower_kl_credit: bool = setting(
         True,
-        "the leader is credited with the follower's divergence, as the game says (the released code leaves it out)",
+        "add the follower's divergence to the leader's gain, as in the game (the released code does not)",
     )
     kl_level: Level = setting("sequence", LEVEL_HELP)
     parity: bool = setting(
         False,
-        "the released code's detached estimate k3, which is no gradient of a divergence; needs kl_level token_local and "
-        "follower_kl_credit false",
+        "use the released code's detached estimate k3, which is not the gradient of a divergence; needs kl_level token_local "
+        "and follower_kl_credit false",
     )
     baseline: Literal["half", "leave_one_out"] = setting(
-        "half", "what gains are measured against: one half, or the mean gain of the other plays of the micro-batch"
+        "half", "baseline of the gains: one half, or the mean gain of the other plays in the micro-batch"
     )
 
 
 class SLHF(PlayAlgorithm):
-    """Stackelberg learning from human feedback (Pasztor et al., arXiv 2512.16626), by policy gradients in both roles.
+    """Stackelberg learning from human feedback (Pasztor et al., arXiv 2512.16626) with policy gradients in both roles.
 
         max_pi min_omega  E[ p(y > y') + tau_F KL(omega(.|x,y) || omega_ref(.|x,y)) ] - tau_L KL(pi || pi_ref),
 
-    y ~ pi(.|x), y' ~ omega(.|x, y): the follower answers a draft that it sees. With s = log-ratio of an answer to its
+    y ~ pi(.|x), y' ~ omega(.|x, y): the follower sees the draft that it improves. With s = log-ratio of an answer to its
     reference,
 
         leader    gains  p(y > y') + tau_F s_F      and pays tau_L s_L,
         follower  gains  p(y' > y)                  and pays tau_F s_F,
 
-    and ``kappa`` weighs the follower's loss, which makes the follower the faster of the two. ``follower_kl_credit`` off
-    drops tau_F s_F from the leader's gain, which moves the fixed point. Both roles are one model in two contexts, or, with
-    ``sharing`` two_adapters, two LoRA adapters over one base. A weight of the follower's loss would do nothing to an adapter
-    that has no other, because Adam divides it out: there kappa is the ratio of the learning rates.
+    and ``kappa`` weighs the follower's loss, so the follower learns faster than the leader. ``follower_kl_credit`` off drops
+    tau_F s_F from the leader's gain, which moves the fixed point. Both roles are one model in two contexts, or, with
+    ``sharing`` two_adapters, two LoRA adapters on one base. An adapter has only its role's loss, whose weight Adam divides out:
+    there kappa is the ratio of the learning rates.
     """
 
     name = "slhf"
     paper = "arXiv 2512.16626"
-    summary = "SLHF: a leader answers, a follower that sees the answer improves it"
+    summary = "SLHF: a leader answers, and a follower sees the answer and improves it"
     settings = SLHFSettings
     defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.001, "rollout.temperature": 0.9, "data.max_len": 1024}
 
@@ -72,19 +73,19 @@ class SLHF(PlayAlgorithm):
     def check(cls, options: SLHFSettings) -> list[str]:
         problems = []
         if not options.follower_prompt.strip():
-            problems.append("--slhf.follower_prompt is empty: the follower would not know what to do with the draft")
+            problems.append("--slhf.follower_prompt is empty, but the follower needs an instruction for the draft")
         if options.kappa_mode == "alternate" and (options.kappa < 1 or options.kappa % 1):
             problems.append(
-                f"--slhf.kappa {options.kappa} must be a whole number of steps with --slhf.kappa_mode alternate"
+                f"--slhf.kappa {options.kappa} must be a whole number of steps, at least 1, with --slhf.kappa_mode alternate"
             )
         if options.kappa_mode == "learning_rate" and options.sharing == "shared":
             problems.append(
-                "--slhf.kappa_mode learning_rate needs weights that are the follower's alone: use --slhf.sharing two_adapters"
+                "--slhf.kappa_mode learning_rate needs separate weights for the follower: use --slhf.sharing two_adapters"
             )
         if options.kappa_mode == "loss_weight" and options.sharing == "two_adapters":
             problems.append(
-                "--slhf.kappa_mode loss_weight does nothing with --slhf.sharing two_adapters, because Adam divides a weight of "
-                "an adapter's only loss out: use learning_rate or alternate"
+                "--slhf.kappa_mode loss_weight has no effect with --slhf.sharing two_adapters, because Adam divides out the "
+                "weight of an adapter's only loss: use learning_rate or alternate"
             )
         if options.parity and (options.kl_level != "token_local" or options.follower_kl_credit):
             problems.append(
@@ -131,9 +132,9 @@ class SLHF(PlayAlgorithm):
         return self.options.kl_level == "full_vocabulary"
 
     def loss(self, batch: Plays) -> Tensor:
-        """Leader's loss plus the mean of the followers' losses, with kappa as its weight if it is one; or one of the two; shape
-        (batch,)."""
-        wins = batch.preferences[:, 0, 1:]  # of the draft against each follower answer
+        """The leader's loss plus the mean loss of the followers, weighted by kappa with kappa_mode loss_weight; with alternate
+        only one of the two. Shape (batch,)."""
+        wins = batch.preferences[:, 0, 1:]  # preferences for the draft over each follower answer
         gain = wins + self.follower_beta * self._divergences(batch) if self.options.follower_kl_credit else wins
         leader = self._role_loss(batch, 0, gain.mean(-1), self.beta)
         followers = [
@@ -146,7 +147,7 @@ class SLHF(PlayAlgorithm):
         return leader + (self.options.kappa if self.options.kappa_mode == "loss_weight" else 1.0) * follower
 
     def _follower_learns(self, step: int) -> bool:
-        """With kappa_mode alternate: in kappa steps, after which the leader has one."""
+        """With kappa_mode alternate: kappa steps for each step of the leader."""
         return bool(step % (self.options.kappa + 1))
 
     @staticmethod
@@ -160,18 +161,18 @@ class SLHF(PlayAlgorithm):
         baseline: Tensor | float = 0.5
         if self.options.baseline == "leave_one_out":
             baseline = (gain.sum() - gain) / (len(gain) - 1)
-        own, reference = batch.log_probs[:, answer], batch.reference[:, answer]
+        log_probs, reference = batch.log_probs[:, answer], batch.reference[:, answer]
         if self.options.parity:
-            return _released_loss(own, reference, gain - baseline, beta)
+            return _released_loss(log_probs, reference, gain - baseline, beta)
         divergence = None if batch.divergence is None else batch.divergence[:, answer]
-        return policy_gradient_loss(own, reference, gain - baseline, beta, self.options.kl_level, divergence)
+        return policy_gradient_loss(log_probs, reference, gain - baseline, beta, self.options.kl_level, divergence)
 
 
 def _released_loss(log_probs: Tensor, reference: Tensor, gain: Tensor, beta: float) -> Tensor:
     """sum_t (beta * k3_t - gain) * log pi(y_t|..), shape (batch,), with k3 = exp(r) - 1 - r, r = log pi_ref - log pi, held
     fixed.
 
-    What the authors' script for small models computes. In expectation k3 times the score is the gradient of
+    As computed by the authors' script for small models. In expectation, k3 times the score is the gradient of
     KL(pi || ref) - KL(ref || pi), which drives a policy to a corner.
     """
     ratio = (reference - log_probs).detach().clamp(-40, 40)

@@ -1,4 +1,4 @@
-"""SPA: self-annotated rounds in which the labels of the least confident pairs are smoothed."""
+"""SPA: self-annotated rounds that smooth the labels of the least confident pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openrlhf_sgpo.flags import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What the authors' code fixes: two ranks among the latest 50 margins, which stand for a share of one tenth.
+# Fixed in the authors' code: two order statistics of the latest 50 margins, for a share of one tenth.
 RELEASED_WINDOW = 50
 RELEASED_SHARE = 0.1
 
@@ -21,18 +21,18 @@ RELEASED_SHARE = 0.1
 def spa_loss(margins: Tensor, noisy: Tensor, smoothing: float) -> Tensor:
     """-(1 - a z) log sigmoid(m) - a z log sigmoid(-m) per pair (Kim et al., ICLR 2025, arXiv 2406.04412).
 
-    m = margins, any shape; z = noisy, same shape, true or 1 where the label is in doubt; a = smoothing. Where a z is 0
-    this is DPO's loss to the last bit.
+    m = margins, any shape; z = noisy, same shape, true or 1 where the label is in doubt; a = smoothing. Where a z is 0,
+    this is DPO's loss bit for bit.
     """
     return cdpo_loss(margins, smoothing * noisy.to(margins))
 
 
 def share_threshold(recent: Tensor, share: float) -> float:
-    """The value below which another margin from the law of ``recent``, shape (n,), falls with probability ``share``.
+    """The value below which a new margin from the law of ``recent``, shape (n,), falls with probability ``share``.
 
-    It lies at position share * (n + 1) of the sorted margins, between two of them by interpolation: the k-th smallest of n
-    leaves k / (n + 1) of the law below it on average. Minus infinity if n is too small for that position to exist, plus
-    infinity if it is beyond the largest: a share of 0 is below nothing, a share of 1 below everything.
+    It is at position share * (n + 1) of the sorted margins, interpolated between two of them: on average the k-th smallest of n
+    has k / (n + 1) of the law below it. Minus infinity if n is too small for that position, plus infinity if the position is
+    beyond the largest margin: no margin is below a share of 0, all are below a share of 1.
     """
     position = share * (len(recent) + 1)
     if position < 1:
@@ -46,8 +46,8 @@ def share_threshold(recent: Tensor, share: float) -> float:
 
 
 def released_threshold(recent: Tensor) -> float:
-    """The mean of the 6th and the 7th smallest of the latest 50 margins, 0 until there are so many: what the authors' code
-    compares with."""
+    """The threshold of the authors' code: the mean of the 6th and 7th smallest of the latest 50 margins, 0 until there are
+    50."""
     if len(recent) < RELEASED_WINDOW:
         return 0.0
     return recent[-RELEASED_WINDOW:].double().sort().values[5:7].mean().item()
@@ -57,16 +57,16 @@ def released_threshold(recent: Tensor) -> float:
 class SPASettings:
     smoothing: float = setting(0.1, "label smoothing alpha of the pairs in doubt (0: no refinement)", low=0, below=0.5)
     noisy_share: float = setting(
-        0.1, "K: this share of the pairs, the least confident ones, is in doubt", low=0, high=1
+        0.1, "K: share of the pairs, the least confident ones, that is in doubt", low=0, high=1
     )
     extrapolation: list[float] = setting(
         [0.5, 0.25, 0.125],
-        "lambda of each round, the last one for all later rounds: the confidence is taken under logits (1 + lambda) policy "
+        "lambda of each round, the last one for all later rounds: confidence is that under logits (1 + lambda) policy "
         "- lambda reference (0: under the policy)",
         low=0,
     )
-    warmup_share: float = setting(0.2, "no refinement in this share of a round's first steps", low=0, high=1)
-    window: int = setting(50, "how many of the latest confidences decide where the least confident ones begin", low=1)
+    warmup_share: float = setting(0.2, "share of a round's steps, at its start, without refinement", low=0, high=1)
+    window: int = setting(50, "number of latest confidences that set the threshold of the least confident ones", low=1)
     threshold: Literal["quantile", "released"] = setting(
         "quantile",
         "quantile: below --spa.noisy_share of the window; released: the rule of the authors' code (window 50, share 0.1)",
@@ -74,11 +74,11 @@ class SPASettings:
 
 
 class SPA(PairAlgorithm):
-    """Self-annotated rounds of DPO that smooth the labels the policy itself doubts (Kim et al., arXiv 2406.04412).
+    """Self-annotated rounds of DPO that smooth the labels that the policy doubts (Kim et al., arXiv 2406.04412).
 
-    A pair is in doubt if its confidence is among the lowest ``noisy_share`` of the latest ones. The confidence is the
-    win probability under extrapolated logits (de-coupled noise detection). Sigmoid is monotone, so margins are compared in
-    its place. Each round's loss is relative to the policy that enters it.
+    A pair is in doubt if its confidence is among the lowest ``noisy_share`` of the latest ones. The confidence is the win
+    probability under extrapolated logits (de-coupled noise detection). Sigmoid is monotone, so margins are compared instead.
+    Each round's loss is relative to the policy that enters it.
     """
 
     name = "spa"
@@ -92,20 +92,20 @@ class SPA(PairAlgorithm):
     def check(cls, options: SPASettings) -> list[str]:
         problems = []
         if not options.extrapolation:
-            problems.append("--spa.extrapolation is empty: give one or more numbers of 0 or more (0: off)")
+            problems.append("--spa.extrapolation is empty: give one or more numbers of at least 0 (0: off)")
         if options.threshold == "released":
             if (options.window, options.noisy_share) != (RELEASED_WINDOW, RELEASED_SHARE):
                 problems.append(
                     f"--spa.threshold released needs --spa.window {RELEASED_WINDOW} and --spa.noisy_share "
-                    f"{RELEASED_SHARE}, the authors' code fixes both"
+                    f"{RELEASED_SHARE}: the authors' code fixes both"
                 )
         elif 0 < options.noisy_share < 1:
-            # A share finer than one place of the window would silently be none, or all.
-            least = math.ceil(round(1 / min(options.noisy_share, 1 - options.noisy_share) - 1, 6))
-            if options.window < least:
+            # With a smaller window, this share would silently mean no pairs, or all of them.
+            smallest = math.ceil(round(1 / min(options.noisy_share, 1 - options.noisy_share) - 1, 6))
+            if options.window < smallest:
                 problems.append(
                     f"--spa.window {options.window} cannot resolve --spa.noisy_share {options.noisy_share}, "
-                    f"use at least {least}"
+                    f"use at least {smallest}"
                 )
         return problems
 
@@ -118,17 +118,17 @@ class SPA(PairAlgorithm):
         self._forget()
 
     def begin_stage(self, stage: Stage) -> dict[str, Any]:
-        """A round's confidences say nothing about those of the next, whose reference is another one: start anew."""
+        """Forget the confidences of the previous round, whose reference was different."""
         self._stage = stage
         values = self.options.extrapolation
-        # Without smoothing nobody asks who is in doubt, and extrapolation costs two forward passes.
+        # Without smoothing no pair needs to be in doubt, and extrapolation costs two forward passes.
         refines = self.options.smoothing and self.options.noisy_share and self.options.warmup_share < 1
         self.extrapolation = values[min(max(stage.number, 1), len(values)) - 1] if refines else 0.0
         self._forget()
         return {}
 
     def loss(self, batch: PairBatch) -> Tensor:
-        """Raises ValueError if the batch lacks the extrapolated log-probabilities that ``extrapolation`` asks for."""
+        """Raises ValueError if ``extrapolation`` is on and the batch has no extrapolated log-probabilities."""
         return spa_loss(batch.margins(self.beta), self._noisy(self.watched(batch)), self.options.smoothing)
 
     def watched(self, batch: PairBatch) -> Tensor:
@@ -144,14 +144,14 @@ class SPA(PairAlgorithm):
         return (self.beta * (extrapolated - (batch.reference_chosen - batch.reference_rejected))).detach()
 
     def after_step(self, watched: Tensor) -> dict[str, Any]:
-        """Take up the step's detection margins, shape (train.batch_size,). Metrics: the share of these pairs that the loss
-        smoothed, and the threshold of the next step where it is finite."""
+        """Add the step's detection margins, shape (train.batch_size,). Metrics: the share of these pairs that the loss
+        smoothed, and the next step's threshold if it is finite."""
         import torch
 
         latest = watched.detach().cpu()
         metrics = {"spa/noisy_share": self._noisy(latest).double().mean().item()}
         recent = latest if self._recent is None else torch.cat([self._recent, latest])
-        self._recent = recent[-self.options.window :].clone()  # a view would drag all earlier steps into checkpoints
+        self._recent = recent[-self.options.window :].clone()  # a view would put all earlier steps into checkpoints
         self._steps += 1
         self._update_threshold()
         if math.isfinite(self._threshold):  # JSON has no infinity
@@ -180,10 +180,10 @@ class SPA(PairAlgorithm):
             self._threshold = share_threshold(recent, self.options.noisy_share)
 
     def _noisy(self, detection: Tensor) -> Tensor:
-        """Whether each pair's label is to be smoothed, shape of ``detection``, bool."""
+        """Whether to smooth each pair's label, shape of ``detection``, bool."""
         import torch
 
-        # A quotient: in floating point 0.28 * 25 is more than 7, but 7 / 25 is 0.28.
+        # Divide, do not multiply: in floating point 0.28 * 25 is more than 7, but 7 / 25 is 0.28.
         if self._steps / max(self._stage.steps, 1) < self.options.warmup_share:
             return torch.zeros_like(detection, dtype=torch.bool)
         return detection <= self._threshold if self.options.threshold == "released" else detection < self._threshold

@@ -1,4 +1,4 @@
-"""SPPO: regression of log-ratios on win rates against the policy of the round's beginning."""
+"""SPPO: regression of log-ratios on win rates against the policy at the start of the round."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def sppo_loss(log_ratios: Tensor, win_rates: Tensor, step: float) -> Tensor:
 
 @dataclass
 class SPPOSettings:
-    answers: int = setting(5, "answers per prompt, which also estimate the win rates", low=2)
-    step: float = setting(1000.0, "eta, the size of the multiplicative step of a round", above=0)
+    answers: int = setting(5, "answers per prompt, from which the win rates are estimated", low=2)
+    step: float = setting(1000.0, "eta, the step size of a round's multiplicative update", above=0)
     train_on: Literal["extremes", "all"] = setting(
         "extremes",
         "extremes: the answers with the largest and the smallest win rate (the authors' code); all: every answer",
@@ -33,9 +33,9 @@ class SPPOSettings:
 class SPPO(PlayAlgorithm):
     """Self-play by multiplicative weights: pi_{t+1} proportional to pi_t exp(eta * p(y > pi_t)) (Wu et al., arXiv 2405.00675).
 
-    Answers come from pi_t, the policy of the round's beginning, against which the log-ratio is taken too; ``--model.beta`` and
-    the initial reference play no part. The win rate of an answer is its mean preference over the prompt's answers, itself
-    included. With cyclic preferences the last policy circles round the Nash equilibrium; the average over rounds approaches it.
+    Answers come from pi_t, the policy at the start of the round, and log-ratios are relative to it; ``--model.beta`` and the
+    initial reference are not used. The win rate of an answer is its mean preference over the prompt's answers, itself included.
+    With cyclic preferences the last policy circles around the Nash equilibrium; the average over rounds approaches it.
     """
 
     name = "sppo"

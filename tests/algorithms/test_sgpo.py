@@ -317,7 +317,7 @@ def test_the_proximal_term_is_the_squared_distance_from_the_start():
     added = algorithm.loss(batch(later[index], index)) - plain.loss(batch(later[index], index))
     assert torch.allclose(added, 0.7 * (later[index] - start[index]) ** 2)
     pairs = batch(later)
-    with pytest.raises(ValueError, match="which pairs a batch holds"):
+    with pytest.raises(ValueError, match="needs the index of each pair"):
         algorithm.loss(PairBatch(pairs.policy_chosen, *[pairs.policy_rejected] * 3))
 
 

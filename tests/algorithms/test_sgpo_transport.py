@@ -141,7 +141,7 @@ def test_a_batch_must_say_which_pairs_it_holds():
     algorithm = transport(radius=0.3)
     algorithm.begin_stage(Stage(draw(4)))
     pairs = batch(draw(4))
-    with pytest.raises(ValueError, match="which pairs it holds"):
+    with pytest.raises(ValueError, match="needs the index of each pair"):
         algorithm.loss(PairBatch(pairs.policy_chosen, *[pairs.policy_rejected] * 3))
 
 
