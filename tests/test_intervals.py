@@ -166,8 +166,8 @@ units = st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), min_size=1, max
 
 
 @given(units)
-def test_the_mean_is_the_ratio_of_the_sums(found):
-    totals, sizes = zip(*found, strict=True)
+def test_the_mean_is_the_ratio_of_the_sums(units):
+    totals, sizes = zip(*units, strict=True)
     assert fmean(linearised(totals, sizes)) == pytest.approx(sum(totals) / sum(sizes), abs=1e-9)
 
 

@@ -40,11 +40,11 @@ def cells(table):
 
 
 def test_figures_and_seconds():
-    (header, start, one), note = cells(results_table([START, ROUND], STAGE_SECONDS))
+    (header, start, first), note = cells(results_table([START, ROUND], STAGE_SECONDS))
     names = [cell.strip() for cell in header]
     assert names == ["", *FIGURE_NAMES, *SHOWN]
     assert "seconds" in note and "held-out" in note
-    row = dict(zip(names, (cell.strip() for cell in one), strict=True))
+    row = dict(zip(names, (cell.strip() for cell in first), strict=True))
     expected = {
         "": "round 10",
         "accuracy": f"{ROUND['accuracy']:.3f}",
@@ -108,7 +108,7 @@ def test_scoring_is_not_the_follower(tmp_path):
 def test_the_parts_of_plays_are_columns():
     play = {"seconds": 9.0, "seconds_generate": 4.0, "seconds_oracle": 1.0, "seconds_sync": 0.5, "samples": 8}
     row = {"name": "round 1", "win_rate": 0.625}
-    (header, one), _ = cells(results_table([row], {"round_1/play": play, "round_1/evaluate": {"seconds": 2.0}}))
-    found = {name.strip(): cell.strip() for name, cell in zip(header, one, strict=True)}
-    assert list(found)[len(FIGURE_NAMES) + 1 :] == ["generate", "oracle", "sync", "evaluate"]
-    assert (found["wins"], found["generate"], found["oracle"], found["sync"]) == ("0.625", "4.0", "1.0", "0.5")
+    (header, line), _ = cells(results_table([row], {"round_1/play": play, "round_1/evaluate": {"seconds": 2.0}}))
+    shown = {name.strip(): cell.strip() for name, cell in zip(header, line, strict=True)}
+    assert list(shown)[len(FIGURE_NAMES) + 1 :] == ["generate", "oracle", "sync", "evaluate"]
+    assert (shown["wins"], shown["generate"], shown["oracle"], shown["sync"]) == ("0.625", "4.0", "1.0", "0.5")

@@ -36,8 +36,13 @@ def finished(
     folder: Path, *more: str, algo: str = "sgpo", seed: int = 1, model: str = "model", pairs: int = 8, **data: str
 ) -> Path:
     """What a run of ``algo`` leaves, as far as settings and folders are looked at."""
-    own = ORACLE if algo == "nash_md" else ("--data.dataset", "pairs.jsonl")
-    words = ["--algo", algo, *arguments(Path(model), {"held_out": "h.jsonl", "prompts": "p.jsonl"}, folder, seed), *own]
+    needed = ORACLE if algo == "nash_md" else ("--data.dataset", "pairs.jsonl")
+    words = [
+        "--algo",
+        algo,
+        *arguments(Path(model), {"held_out": "h.jsonl", "prompts": "p.jsonl"}, folder, seed),
+        *needed,
+    ]
     config, options = load_run([*words, *more])
     run = RunFolder(str(folder))
     stage = "play" if algo == "nash_md" else "train"
@@ -75,16 +80,16 @@ def test_folders_of_one_algorithm_are_its_seeds(tmp_path):
 
 
 def test_other_settings_need_a_name(tmp_path):
-    one, other = finished(tmp_path / "a"), finished(tmp_path / "b", "--sgpo.radius", "0", seed=2)
-    message = refused("--runs", one, other, "--out", tmp_path / "out", *ORACLE)
+    first, second = finished(tmp_path / "a"), finished(tmp_path / "b", "--sgpo.radius", "0", seed=2)
+    message = refused("--runs", first, second, "--out", tmp_path / "out", *ORACLE)
     assert "differ in --sgpo.radius; name them NAME=FOLDER" in message
-    both = read_groups([f"mine={one},{other}", f"x={finished(tmp_path / 'c')}"], [])
+    both = read_groups([f"mine={first},{second}", f"x={finished(tmp_path / 'c')}"], [])
     assert "the runs of mine differ in --sgpo.radius" in group_warnings(both)
 
 
 def test_how_answers_are_drawn_is_the_first_run_s(tmp_path):
-    one, other = finished(tmp_path / "a"), finished(tmp_path / "b", "--sgpo.radius", "0")
-    settings, _ = load(["--runs", f"a={one}", f"b={other}", "--out", "o", *ORACLE, "--rollout.temperature", "0.5"])
+    first, second = finished(tmp_path / "a"), finished(tmp_path / "b", "--sgpo.radius", "0")
+    settings, _ = load(["--runs", f"a={first}", f"b={second}", "--out", "o", *ORACLE, "--rollout.temperature", "0.5"])
     rollout = settings.rollout
     assert (rollout.engine, rollout.max_new_tokens, rollout.temperature) == ("hf", 8, 0.5)
     assert (settings.data.max_len, settings.ds.param_dtype, settings.train.seed) == (128, "fp32", 1)
@@ -99,25 +104,25 @@ def test_how_answers_are_drawn_is_the_first_run_s(tmp_path):
     ],
 )
 def test_what_is_no_finished_run(tmp_path, spoil, expected):
-    one, other = finished(tmp_path / "a"), finished(tmp_path / "b", algo="nash_md")
-    spoil(other)
-    assert expected in refused("--runs", one, other, "--out", tmp_path / "out", *ORACLE)
+    first, second = finished(tmp_path / "a"), finished(tmp_path / "b", algo="nash_md")
+    spoil(second)
+    assert expected in refused("--runs", first, second, "--out", tmp_path / "out", *ORACLE)
     assert not (tmp_path / "out").exists()
 
 
 def test_runs_that_cannot_be_compared(tmp_path):
-    one = finished(tmp_path / "a")
-    other = finished(tmp_path / "b", "--ref.model_name_or_path", "model", algo="nash_md", model="larger")
+    first = finished(tmp_path / "a")
+    second = finished(tmp_path / "b", "--ref.model_name_or_path", "model", algo="nash_md", model="larger")
     words = ("--out", tmp_path / "out", *ORACLE)
-    message = refused("--runs", one, other, *words)
-    assert f"the initial model of {other} is larger, of {one} model; compare runs of one model" in message
+    message = refused("--runs", first, second, *words)
+    assert f"the initial model of {second} is larger, of {first} model; compare runs of one model" in message
     assert "initial reference" not in message
-    assert "at least two algorithms" in refused("--runs", one, *words)
-    assert f"{one} is given twice" in refused("--runs", one, f"x={one},{one}", *words)
+    assert "at least two algorithms" in refused("--runs", first, *words)
+    assert f"{first} is given twice" in refused("--runs", first, f"x={first},{first}", *words)
     again = finished(tmp_path / "c")
-    assert "have the same --train.seed 1" in refused("--runs", one, again, *words)
-    assert "one name" in refused("--runs", f"start={one}", f"b={again}", *words)
-    message = refused("--runs", f"a={one}", f"b={again}", *words, "--trials", "a=2", "a=3", "c=1", "b=0")
+    assert "have the same --train.seed 1" in refused("--runs", first, again, *words)
+    assert "one name" in refused("--runs", f"start={first}", f"b={again}", *words)
+    message = refused("--runs", f"a={first}", f"b={again}", *words, "--trials", "a=2", "a=3", "c=1", "b=0")
     assert [line.split(":")[0] for line in message.splitlines()] == ["--trials a=3", "--trials c=1", "--trials b=0"]
 
 
@@ -182,7 +187,7 @@ def runs(tiny_model, tiny_data, tmp_path_factory) -> list[str]:
     """SGPO with two seeds, and Nash-MD."""
     folder = tmp_path_factory.mktemp("runs")
     sgpo = ("--algo", "sgpo", "--data.dataset", str(tiny_data["pairs"]))
-    found = []
+    folders = []
     for name, seed, more in (
         ("sgpo_1", 1, sgpo),
         ("sgpo_2", 2, sgpo),
@@ -190,8 +195,8 @@ def runs(tiny_model, tiny_data, tmp_path_factory) -> list[str]:
     ):
         process = train(*arguments(tiny_model, tiny_data, folder / name, seed, *more), **PATH)
         assert process.returncode == 0, process.stderr[-3000:]
-        found.append(str(folder / name))
-    return found
+        folders.append(str(folder / name))
+    return folders
 
 
 def compare(runs: list[str], out: Path, *more: str, moment: str = "file nothing") -> str:
@@ -214,13 +219,13 @@ def rows(out: Path, stage: str) -> list[dict]:
 
 
 def wins(first: list[list[dict]], second: list[list[dict]]) -> list[float]:
-    """sigmoid(letters of the one - letters of the other) of all pairs of seeds and prompts."""
+    """sigmoid(letters of the first - letters of the second) for all pairs of seeds and prompts."""
     score = Letters().score
     return [
         1 / (1 + math.exp(score(None, b["text"]) - score(None, a["text"])))
-        for one in first
-        for other in second
-        for a, b in zip(one, other, strict=True)
+        for left in first
+        for right in second
+        for a, b in zip(left, right, strict=True)
     ]
 
 
@@ -234,16 +239,16 @@ def test_every_policy_meets_every_other(compared, runs):
     assert (pair["first"], pair["second"], pair["comparisons"]) == ("sgpo", "nash_md", 2 * 6)
     assert pair["win_rate"] == pytest.approx(mean(wins(sgpo, nash)))
     assert pair["low"] <= pair["win_rate"] <= pair["high"] and pair["p_holm"] == pair["p_value"]
-    for row, own in zip(comparison["versus_start"], (sgpo, nash), strict=True):
-        assert row["win_rate"] == pytest.approx(mean(wins(own, start)))
+    for row, answers in zip(comparison["versus_start"], (sgpo, nash), strict=True):
+        assert row["win_rate"] == pytest.approx(mean(wins(answers, start)))
 
     first, second = comparison["groups"]
     assert [run["seed"] for run in first["runs"]] == [1, 2]
     evaluations = [json.loads(Path(run, "round_1/evaluation.json").read_text()) for run in runs]
     for name in ("accuracy", "margin"):
-        assert first["figures"][name]["values"] == [one[name] for one in evaluations[:2]]
+        assert first["figures"][name]["values"] == [evaluation[name] for evaluation in evaluations[:2]]
         assert second["figures"][name]["mean"] == evaluations[2][name]
-    lengths = [mean(row["tokens"] for row in own) for own in sgpo]
+    lengths = [mean(row["tokens"] for row in answers) for answers in sgpo]
     assert first["figures"]["response_length"]["values"] == pytest.approx(lengths)
     assert 0 < first["figures"]["kl"]["mean"] == pytest.approx(comparison["versus_start"][0]["kl"])
     shown = comparison["samples"][0]
@@ -282,9 +287,9 @@ def test_the_divergence_is_over_the_whole_vocabulary(compared, runs, tiny_model)
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for folder in (Path(runs[1], "round_1/policy"), tiny_model)
     ]
-    answers, found = rows(compared, "answers_sgpo_2"), rows(compared, "kl_sgpo_2")
-    for question, answer, row in zip(read_jsonl(Path(prompts)), answers, found, strict=False):
-        assert question["id"] == answer["id"] == row["id"]
+    answers, divergences = rows(compared, "answers_sgpo_2"), rows(compared, "kl_sgpo_2")
+    for question, answer, divergence in zip(read_jsonl(Path(prompts)), answers, divergences, strict=False):
+        assert question["id"] == answer["id"] == divergence["id"]
         messages = [{"role": "user", "content": question["prompt"]}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         context = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -294,7 +299,7 @@ def test_the_divergence_is_over_the_whole_vocabulary(compared, runs, tiny_model)
                 model(torch.tensor([context + response])).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
                 for model in models
             )
-        assert row["kl"] == pytest.approx((policy.exp() * (policy - start)).sum().item(), abs=1e-3)
+        assert divergence["kl"] == pytest.approx((policy.exp() * (policy - start)).sum().item(), abs=1e-3)
 
 
 @pytest.mark.slow

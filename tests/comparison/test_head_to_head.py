@@ -54,10 +54,10 @@ def test_holm_is_over_all_pairs():
 
 def test_the_error_of_the_divergence_is_over_prompts_and_seeds():
     prompts = np.random.default_rng(1).exponential(2, 400)
-    one = versus_start("a", np.full((1, 1, 400), 0.75), prompts[None])
-    assert (one["win_rate"], one["low"], one["high"]) == (0.75, 0.75, 0.75)
-    assert one["kl"] == pytest.approx(prompts.mean())
-    assert one["kl_error"] == pytest.approx(prompts.std() / math.sqrt(400), rel=0.05)
+    row = versus_start("a", np.full((1, 1, 400), 0.75), prompts[None])
+    assert (row["win_rate"], row["low"], row["high"]) == (0.75, 0.75, 0.75)
+    assert row["kl"] == pytest.approx(prompts.mean())
+    assert row["kl_error"] == pytest.approx(prompts.std() / math.sqrt(400), rel=0.05)
     # Seeds 3 nats apart have a sample variance of 9 / 2, and their mean half of it.
     both = versus_start("a", np.full((2, 1, 400), 0.75), np.stack([prompts, prompts + 3]))
     assert both["kl"] == pytest.approx(prompts.mean() + 1.5)
@@ -65,8 +65,8 @@ def test_the_error_of_the_divergence_is_over_prompts_and_seeds():
 
 
 def test_a_ledger_is_a_mean_over_seeds():
-    found = mean_ledger([ledger(steps=10, samples=40), ledger(steps=20, samples=40)], trials=3)
-    assert (found["steps"], found["samples"], found["trials"], found["seconds"]) == (15, 40, 3, 100)
+    costs = mean_ledger([ledger(steps=10, samples=40), ledger(steps=20, samples=40)], trials=3)
+    assert (costs["steps"], costs["samples"], costs["trials"], costs["seconds"]) == (15, 40, 3, 100)
 
 
 @pytest.mark.parametrize("budget", [*BUDGET, "steps", "trials"])
@@ -125,5 +125,5 @@ def test_the_table_shows_what_was_not_measured_as_a_dash():
 
 def test_a_name_ends_before_the_first_slash():
     assert named_folders("runs/a") == ("", ["runs/a"])
-    assert named_folders("mine=runs/a,runs/b") == ("mine", ["runs/a", "runs/b"])
+    assert named_folders("wide=runs/a,runs/b") == ("wide", ["runs/a", "runs/b"])
     assert named_folders("runs/lr=3/a") == ("", ["runs/lr=3/a"])

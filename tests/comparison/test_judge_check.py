@@ -70,7 +70,7 @@ def test_a_server_of_a_known_rule(tmp_path, capsys):
     assert again["figures"] == result["figures"] and again["usage"]["judge_calls"] == 0
     assert result["pairs"] == len(PAIRS) and result["usage"]["judge_calls"] == 2 * len(PAIRS)
     assert result["model"] == "rule" and result["notes"] == ["1 pairs of two equal answers are left out"]
-    value = {name: one["value"] for name, one in result["figures"].items()}
+    value = {name: figure["value"] for name, figure in result["figures"].items()}
     places = [(sigmoid(lead + BIAS) + sigmoid(-lead + BIAS)) / 2 - 0.5 for lead in leads]
     # A lead of nothing is a tie over both orders, which the first place wins in each; one of 1 or more outdoes the BIAS.
     wins, ties = sum(lead > 0 for lead in leads), leads.count(0)
@@ -125,28 +125,28 @@ class Matrices(PreferenceOracle):
 
 def values(judge) -> dict[str, float | None]:
     said, shows_orders = ask(judge, pairs())
-    return {name: one.value for name, one in agreement_figures(pairs(), said, shows_orders).items()}
+    return {name: figure.value for name, figure in agreement_figures(pairs(), said, shows_orders).items()}
 
 
 def test_who_always_takes_the_first_knows_nothing():
-    found = values(FirstPlace())
-    assert (found["position_bias"], found["flips"]) == (0.5, 1)
-    assert (found["chosen_first"], found["chosen_second"]) == (1, 0)
-    assert found["agreement"] == found["longer_preferred"] == 0.5
+    figures = values(FirstPlace())
+    assert (figures["position_bias"], figures["flips"]) == (0.5, 1)
+    assert (figures["chosen_first"], figures["chosen_second"]) == (1, 0)
+    assert figures["agreement"] == figures["longer_preferred"] == 0.5
 
 
 def test_who_always_takes_the_longer_one():
-    found = values(Longer())
-    assert not {"position_bias", "flips", "chosen_first", "chosen_second"} & found.keys()
-    assert (found["longer_preferred"], found["agreement_longer"], found["agreement_shorter"]) == (1, 1, 0)
-    assert found["length_bias"] == pytest.approx(1 - found["longer_chosen"])
+    figures = values(Longer())
+    assert not {"position_bias", "flips", "chosen_first", "chosen_second"} & figures.keys()
+    assert (figures["longer_preferred"], figures["agreement_longer"], figures["agreement_shorter"]) == (1, 1, 0)
+    assert figures["length_bias"] == pytest.approx(1 - figures["longer_chosen"])
     # One pair of equal lengths is a tie.
-    assert found["agreement"] == (7 * found["longer_chosen"] + 0.5) / 8
+    assert figures["agreement"] == (7 * figures["longer_chosen"] + 0.5) / 8
 
 
 def test_who_knows_no_order():
-    found = values(Matrices())
-    assert found["agreement"] == 1 and "position_bias" not in found
+    figures = values(Matrices())
+    assert figures["agreement"] == 1 and "position_bias" not in figures
 
 
 def test_a_preference_must_be_a_probability():
@@ -164,19 +164,20 @@ SHARES = st.floats(0, 1)
 @given(st.lists(st.tuples(SHARES, SHARES), min_size=8, max_size=8))
 def test_figures_fit_together(shares):
     said = [PairShares(*both) for both in shares]
-    found = agreement_figures(pairs(), said, True)
-    value = {name: one.value for name, one in found.items()}
+    figures = agreement_figures(pairs(), said, True)
+    value = {name: figure.value for name, figure in figures.items()}
     chosen = value["longer_chosen"]
     # Who agrees where people chose the shorter answer does not prefer the longer one.
     preferred = chosen * value["agreement_longer"] + (1 - chosen) * (1 - value["agreement_shorter"])
     assert value["longer_preferred"] == pytest.approx(preferred)
     assert value["length_bias"] == pytest.approx(preferred - chosen)
-    for one in found.values():
-        assert one.interval[0] - 1e-12 <= one.value <= one.interval[1] + 1e-12
+    for figure in figures.values():
+        assert figure.interval[0] - 1e-12 <= figure.value <= figure.interval[1] + 1e-12
     # With people's choice and the other answer exchanged, all that was right is wrong, and places are what they were.
     turned = [Pair(pair.id, pair.prompt, pair.rejected, pair.chosen) for pair in pairs()]
     other = {
-        name: one.value for name, one in agreement_figures(turned, [PairShares(b, a) for a, b in shares], True).items()
+        name: figure.value
+        for name, figure in agreement_figures(turned, [PairShares(b, a) for a, b in shares], True).items()
     }
     assert other["agreement"] == pytest.approx(1 - value["agreement"])
     assert other["position_bias"] == pytest.approx(value["position_bias"]) and other["flips"] == value["flips"]
@@ -218,7 +219,7 @@ SERVER = "--judge.model m --judge.base_url http://x/v1"
 def test_settings_that_cannot_work(argv, problem):
     with pytest.raises(SettingsError) as caught:
         load(argv.split())
-    assert any(one.startswith(problem) for one in caught.value.args), caught.value.args
+    assert any(text.startswith(problem) for text in caught.value.args), caught.value.args
 
 
 def test_a_judge_that_does_not_answer_is_found_before_the_folder_is_made(tmp_path):

@@ -30,9 +30,9 @@ PATH = {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
 def common(model: Path, data: dict[str, Path]) -> dict:
     """The settings of a small run, with human pairs, as a file has them."""
     words = iter(arguments(model, data, Path("unused"), 0))
-    found = {flag.removeprefix("--"): value for flag, value in zip(words, words, strict=True)}
-    del found["ckpt.output_dir"], found["train.seed"]
-    return found | {"data.dataset": str(data["pairs"])}
+    settings = {flag.removeprefix("--"): value for flag, value in zip(words, words, strict=True)}
+    del settings["ckpt.output_dir"], settings["train.seed"]
+    return settings | {"data.dataset": str(data["pairs"])}
 
 
 def write(folder: Path, suite: dict) -> Path:
@@ -224,7 +224,7 @@ def test_the_judge_of_the_example_leaves_the_gpu_room_for_engines(tmp_path, monk
         read_settings(words, runs[0].resolved).vllm
     ]
     # Training has the rest, a third at least.
-    assert all(server + one.num_engines * one.gpu_memory_utilization <= 2 / 3 for one in engines)
+    assert all(server + engine.num_engines * engine.gpu_memory_utilization <= 2 / 3 for engine in engines)
 
 
 def test_a_finished_run_with_other_settings_is_not_taken(tmp_path):
@@ -253,7 +253,7 @@ def test_a_suite_trains_what_is_missing_and_compares(tiny_model, tiny_data, tmp_
     for name in ("pairs.jsonl", "policy/model.safetensors"):
         assert (first.folder / "round_0" / name).read_bytes() == (last.folder / "round_0" / name).read_bytes()
     comparison = json.loads((tmp_path / "out/comparison/comparison.json").read_text())
-    assert [(one["name"], one["ledger"]["trials"]) for one in comparison["groups"]] == [("self", 1), ("sgpo", 2)]
+    assert [(group["name"], group["ledger"]["trials"]) for group in comparison["groups"]] == [("self", 1), ("sgpo", 2)]
     assert "the budgets of trials differ: self 1, sgpo 2" in comparison["warnings"]
     assert not any("samples" in warning or "steps" in warning for warning in comparison["warnings"])
 

@@ -45,8 +45,8 @@ def test_replies_come_in_the_order_of_the_requests_and_equal_ones_are_asked_once
     with JudgeServer(judge=echo) as server:
         chat = ChatClient(settings(server), DECODING)
         asked = requests(5)
-        found = chat.ask([*asked[::-1], *asked], "test", text_of)
-        assert found == [f"echo of text {i}" for i in (4, 3, 2, 1, 0, 0, 1, 2, 3, 4)]
+        texts = chat.ask([*asked[::-1], *asked], "test", text_of)
+        assert texts == [f"echo of text {i}" for i in (4, 3, 2, 1, 0, 0, 1, 2, 3, 4)]
         assert sorted(server.asked) == [f"text {i}" for i in range(5)]
         assert chat.counts == {"calls": 5, "prompt_tokens": 10, "completion_tokens": 5}
         assert all(body.items() >= (DECODING | {"model": "echo"}).items() for body in server.bodies)

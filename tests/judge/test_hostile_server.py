@@ -266,8 +266,8 @@ def replies(draw) -> bytes:
         return draw(
             st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass"))
         )
-    found = completion() | {"usage": {"prompt_tokens": 1, "completion_tokens": 1}}
-    whole = {"": found}
+    reply = completion() | {"usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    whole = {"": reply}
     holder, place = whole, ""
     while isinstance(holder[place], (dict, list)) and holder[place] and draw(st.integers(0, 5)):
         holder = holder[place]
@@ -281,9 +281,9 @@ def replies(draw) -> bytes:
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_reply_is_an_answer_or_unusable(content):
     try:
-        found = read_completion(content)
-        assert all(type(count) is int for count in spent(found).values())
-        reply = read_reply(found)
+        read = read_completion(content)
+        assert all(type(count) is int for count in spent(read).values())
+        reply = read_reply(read)
     except Unusable:
         return
     reply.text.encode(), json.dumps(reply.top, allow_nan=False)
@@ -291,7 +291,7 @@ def test_any_reply_is_an_answer_or_unusable(content):
         kept_reply(json.loads(json.dumps({"text": reply.text, "finish_reason": reply.finish_reason, "top": reply.top})))
         == reply
     )
-    for accept in (lambda one: letter_share(one, 0.5), letter_written, written_text):
+    for accept in (lambda reply: letter_share(reply, 0.5), letter_written, written_text):
         with suppress(Unusable):
             assert isinstance(accept(reply), (float, str))
 

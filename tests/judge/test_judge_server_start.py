@@ -76,7 +76,7 @@ DECODING = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs":
 def likeliest(reply: Reply) -> list[list]:
     if len(reply.top) != TOP:
         raise Unusable(f"{len(reply.top)} tokens")
-    return [list(one) for one in reply.top]
+    return [list(entry) for entry in reply.top]
 
 
 def refuse(reply: Reply) -> None:
@@ -94,7 +94,7 @@ def test_a_model_is_served_asked_and_gone(tiny_model, tmp_path):
     judge = EvaluationJudge(settings, tmp_path, partial=True)
     assert judge.local and judge.identity["local"] and judge.identity["model"] == served_name(str(tiny_model))
     try:
-        found = judge.ask("letters", DECODING, requests(*texts), likeliest, "test")
+        tops = judge.ask("letters", DECODING, requests(*texts), likeliest, "test")
         assert judge.ask("verdicts", DECODING | {"max_tokens": 2}, requests(*texts), refuse, "test") == [None] * 3
         with pytest.raises(urllib.error.HTTPError, match="401"):  # a stranger, without the key
             urllib.request.urlopen(f"{judge.server.base_url}/models", timeout=10)
@@ -108,13 +108,13 @@ def test_a_model_is_served_asked_and_gone(tiny_model, tmp_path):
     assert living(group) == []
     assert "Application startup complete" in (tmp_path / "judge_server.log").read_text()
     assert judge.usage()["judge_calls"] == 3 and judge.usage()["judge_failures"] == 3
-    for text, top in zip(texts, found, strict=True):
+    for text, top in zip(texts, tops, strict=True):
         # The server computes in half precision, and some bytes are no text.
         expected = sorted(first_token(tiny_model, text), reverse=True)
         assert [logprob for _, logprob in top] == pytest.approx(expected[:TOP], abs=0.15)
 
     rerun = EvaluationJudge(settings, tmp_path)
-    assert rerun.ask("letters", DECODING, requests(*texts), likeliest, "test") == found
+    assert rerun.ask("letters", DECODING, requests(*texts), likeliest, "test") == tops
     assert rerun.server._keeper is None, "nothing was missing, so that no server was started"
 
 
