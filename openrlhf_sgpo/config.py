@@ -1,7 +1,7 @@
-"""Settings of a run: dataclasses whose fields are the command-line flags and the YAML keys.
+"""Settings of a run: dataclasses whose fields are command-line flags and YAML keys.
 
 Names follow OpenRLHF's dotted flags (``--train.batch_size``, ``--adam.lr``, ``--ds.zero_stage``). A nested dataclass is a
-group; ``flags.py`` turns the tree into a parser, and ``run_settings.py`` reads, completes and checks it.
+group; ``flags.py`` makes a parser of the tree, and ``run_settings.py`` reads, completes and checks it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class ModelSettings:
         above=0,
     )
     gradient_checkpointing_enable: bool = setting(False, "recompute activations in the backward pass to save memory")
-    trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
+    trust_remote_code: bool = setting(
+        False, "run code from the model's repository; turn it on only if you have read the code"
+    )
 
 
 @dataclass
@@ -31,12 +33,12 @@ class RefSettings:
 
 @dataclass
 class DataLimits:
-    """The largest share of rows that may show a finding. ``docs/data.md`` defines the findings."""
+    """The largest accepted share of rows with each finding. ``docs/data.md`` defines the findings."""
 
     malformed: float = setting(
         0.05, "rows of a hub dataset that cannot be read, at most (in a file there may be none)", low=0, high=1
     )
-    refused: float = setting(0.01, "conversations that the chat template refuses, at most", low=0, high=1)
+    refused: float = setting(0.01, "conversations on which the chat template fails, at most", low=0, high=1)
     empty: float = setting(0.05, "pairs with an empty prompt or response, at most", low=0, high=1)
     identical: float = setting(0.05, "pairs whose responses are the same, at most", low=0, high=1)
     too_long: float = setting(
@@ -48,33 +50,33 @@ class DataLimits:
     missing_eos: float = setting(
         0.05, "pairs with an uncut response that does not end in an end of turn, at most", low=0, high=1
     )
-    double_bos: float = setting(
-        0.01, "conversations in which the begin-of-sequence token is doubled, at most", low=0, high=1
-    )
-    double_eos: float = setting(0.01, "conversations whose texts hold the end-of-turn token, at most", low=0, high=1)
+    double_bos: float = setting(0.01, "conversations with a doubled begin-of-sequence token, at most", low=0, high=1)
+    double_eos: float = setting(0.01, "conversations whose texts contain the end-of-turn token, at most", low=0, high=1)
     open_thought: float = setting(
         0.01,
         "pairs with an uncut response that does not close the thought that the chat template opens, at most",
         low=0,
         high=1,
     )
-    near_identical: float = setting(0.2, "pairs whose responses differ in next to nothing, at most", low=0, high=1)
+    near_identical: float = setting(0.2, "pairs with nearly identical responses, at most", low=0, high=1)
     repeats_prompt: float = setting(0.05, "pairs with a response that begins with the prompt, at most", low=0, high=1)
     duplicate: float = setting(0.1, "rows that repeat an earlier one, at most", low=0, high=1)
     contradictory: float = setting(0.02, "pairs that prefer the opposite of an earlier pair, at most", low=0, high=1)
     benchmark: float = setting(
         0.01, "conversations that begin with a prompt of AlpacaEval or MT-Bench, at most", low=0, high=1
     )
-    held_out: float = setting(0.01, "prompts of --eval.dataset that --data.dataset has too, at most", low=0, high=1)
+    held_out: float = setting(
+        0.01, "prompts of --eval.dataset that also occur in --data.dataset, at most", low=0, high=1
+    )
 
 
 @dataclass
 class DataSettings:
     dataset: str = setting("", "human preference pairs: prompt, chosen, rejected (JSON, JSONL, Parquet, or a hub name)")
-    dataset_split: str = setting("", "split of --data.dataset when it is a hub name (default: train, or train_prefs)")
+    dataset_split: str = setting("", "split of --data.dataset if it is a hub name (default: train, or train_prefs)")
     prompt_dataset: str = setting("", "unlabelled prompts for the self-annotated rounds")
-    prompt_split: str = setting("", "split of --data.prompt_dataset when it is a hub name (default: the same)")
-    max_samples: int = setting(0, "read at most so many human pairs (0: all)", low=0)
+    prompt_split: str = setting("", "split of --data.prompt_dataset if it is a hub name (default: the same)")
+    max_samples: int = setting(0, "read at most this many human pairs (0: all)", low=0)
     max_len: int = setting(512, "longest prompt plus response, in tokens; longer responses are cut at the end", low=1)
     chat_template_kwargs: list[str] = setting(
         [], "variables for the chat template, each as NAME=VALUE, such as enable_thinking=false"
@@ -84,7 +86,7 @@ class DataSettings:
 
 @dataclass
 class SeedSettings:
-    size: int = setting(0, "how many human pairs form the seed (0: all)", low=0)
+    size: int = setting(0, "number of human pairs in the seed (0: all)", low=0)
     selection: Literal["random", "fps"] = setting(
         "random", "random, or fps: farthest-point selection over the initial model's prompt embeddings"
     )
@@ -97,11 +99,13 @@ class SeedSettings:
 class RoundsSettings:
     count: int = setting(
         3,
-        "rounds, after the seed stage of algorithms that have one (0: training on the human pairs alone)",
+        "rounds, after the seed stage of algorithms that have one (0: train only on the human pairs)",
         low=0,
     )
-    steps: int = setting(100, "optimiser steps of a round, for algorithms that sample in every step", low=1)
-    prompts: list[int] = setting([], "prompts of each round, in order (default: all prompts, split evenly)", low=1)
+    steps: int = setting(100, "optimiser steps per round, for algorithms that sample in every step", low=1)
+    prompts: list[int] = setting(
+        [], "number of prompts in each round, in order (default: all prompts, split evenly)", low=1
+    )
     data: Literal["new", "all"] = setting(
         "new", "train a round on its own pairs, or on all pairs so far, seed included"
     )
@@ -157,7 +161,7 @@ class TrainSettings:
     max_epochs: int = setting(1, "epochs over a round's pairs", low=1)
     max_steps: int = setting(
         0,
-        "end every stage of training on pairs after exactly so many optimiser steps, whatever its epochs (0: by epochs)",
+        "end every training stage on pairs after exactly this many optimiser steps, whatever its epochs (0: by epochs)",
         low=0,
     )
     seed: int = setting(42, "seed of every random choice", low=0, high=2**32 - 1)
@@ -199,22 +203,20 @@ class DeepspeedSettings:
 class CkptSettings:
     output_dir: str = setting("", "run folder")
     save_steps: int = setting(
-        -1, "save a DeepSpeed checkpoint every so many steps of a stage, for --resume (-1: none)", low=1, also=-1
+        -1, "save a DeepSpeed checkpoint every this many steps of a stage, for --resume (-1: never)", low=1, also=-1
     )
-    max_num: int = setting(1, "how many checkpoints to keep", low=1)
-    fork_from: str = setting(
-        "", "run folder whose seed stage and first samples are taken over where they would be identical"
-    )
+    max_num: int = setting(1, "number of checkpoints to keep", low=1)
+    fork_from: str = setting("", "run folder whose seed stage and first samples are reused if they would be identical")
 
 
 @dataclass
 class EvalSettings:
     dataset: str = setting("", "held-out preference pairs; evaluated at the start and after each round")
-    split: str = setting("", "split of --eval.dataset when it is a hub name (default: test, or test_prefs)")
-    max_samples: int = setting(0, "use at most so many held-out pairs (0: all)", low=0)
+    split: str = setting("", "split of --eval.dataset if it is a hub name (default: test, or test_prefs)")
+    max_samples: int = setting(0, "use at most this many held-out pairs (0: all)", low=0)
     max_prompts: int = setting(
         0,
-        "sample an answer to at most so many held-out prompts, for length, divergence and win rate (0: all in a run with "
+        "sample an answer to at most this many held-out prompts, for length, divergence and win rate (0: all in a run with "
         "rounds, none in one without)",
         low=0,
     )
@@ -255,14 +257,14 @@ class WandbSettings:
 
 @dataclass
 class LoggerSettings:
-    logging_steps: int = setting(1, "log metrics every so many optimiser steps", low=1)
+    logging_steps: int = setting(1, "log metrics every this many optimiser steps", low=1)
     tensorboard_dir: str = setting("", "TensorBoard folder (default: none)")
     wandb: WandbSettings = field(default_factory=WandbSettings)
 
 
 @dataclass
 class Inference:
-    """What engines, scorers and oracles read: of a run, and of a command that only asks policies."""
+    """Settings that engines, scorers and oracles read, in a run and in commands that only sample from policies."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     ref: RefSettings = field(default_factory=RefSettings)
@@ -277,15 +279,15 @@ class Inference:
 
 @dataclass
 class Config(Inference):
-    """Everything a run needs except the algorithm's own group, which the algorithm's file defines."""
+    """All settings of a run except those of the algorithm, which its own file defines."""
 
-    algo: str = setting("sgpo", "algorithm: a registered name, or module:Class, whose code then runs")
+    algo: str = setting("sgpo", "algorithm: a registered name, or module:Class, which runs its code")
     seed: SeedSettings = field(default_factory=SeedSettings)
     rounds: RoundsSettings = field(default_factory=RoundsSettings)
     oracle: str = setting(
         "implicit",
-        "who judges sampled answers: implicit, reward_model, reward_heads, preference_model, judge, or module:Class, whose "
-        "code then runs",
+        "judge of sampled answers: implicit, reward_model, reward_heads, preference_model, judge, or module:Class, which runs "
+        "its code",
     )
     adam: AdamSettings = field(default_factory=AdamSettings)
     ckpt: CkptSettings = field(default_factory=CkptSettings)
@@ -294,12 +296,14 @@ class Config(Inference):
     lr_scheduler: Literal[
         "cosine_with_min_lr", "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
     ] = setting("cosine_with_min_lr", "learning-rate schedule, by its transformers name")
-    lr_warmup_ratio: float = setting(0.1, "share of the steps that warm up", low=0, high=1)
-    min_lr_ratio: float = setting(0.1, "final learning rate over peak (cosine_with_min_lr only)", low=0, high=1)
+    lr_warmup_ratio: float = setting(0.1, "share of the steps used for warm-up", low=0, high=1)
+    min_lr_ratio: float = setting(
+        0.1, "final learning rate relative to the peak (only cosine_with_min_lr)", low=0, high=1
+    )
     max_norm: float = setting(1.0, "gradient norm at which gradients are clipped", low=0)
-    resume: bool = setting(False, "continue the run in --ckpt.output_dir at its first unfinished stage")
+    resume: bool = setting(False, "continue the run in --ckpt.output_dir from its first unfinished stage")
     dry_run: bool = setting(False, "print the resolved configuration and stop before a model is loaded")
 
 
-# Values of --ds.param_dtype by the names that torch, transformers and vLLM share.
+# The names that torch, transformers and vLLM use for values of --ds.param_dtype.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

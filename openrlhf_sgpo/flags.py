@@ -1,8 +1,8 @@
 """From dataclasses to flags and YAML keys, and back: a field is a flag, a nested dataclass is a group.
 
-``sections`` maps a prefix to what makes a dataclass instance of defaults (often the type itself); the prefix "" is the
-root. Field types: ``bool``, ``int``, ``float`` (finite), ``str``, ``Literal`` of strings or integers, ``list[...]``,
-``tuple[...]`` of fixed length, and ``... | None``. The command line wins over the file of ``--config``, which wins over
+``sections`` maps a prefix to a callable that returns a dataclass instance of defaults (often the type itself); the prefix
+"" is the root. Field types: ``bool``, ``int``, ``float`` (finite), ``str``, ``Literal`` of strings or integers, ``list[...]``,
+``tuple[...]`` of fixed length, and ``... | None``. The command line overrides the file of ``--config``, which overrides
 the defaults.
 """
 
@@ -26,21 +26,21 @@ COMMAND_LINE = "command line"
 CONFIG_FLAG = "config"
 RECIPES = Path(__file__).with_name("recipes")
 _Sections: TypeAlias = Mapping[str, Callable[[], Any]]
-_Words: TypeAlias = list[tuple[str, list[str]]]  # flags with their texts
+_Words: TypeAlias = list[tuple[str, list[str]]]  # flags with their values as text
 _Entries: TypeAlias = list[tuple[str, Any, str]]  # keys with their values and origins
 _SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 class SettingsError(ValueError):
-    """Everything that is wrong with the settings: one problem per line of the message, and in ``args``."""
+    """All problems with the settings, one per line of the message and per entry of ``args``."""
 
     def __str__(self) -> str:
         return "\n".join(self.args)
 
 
 class Parsed(NamedTuple):
-    """An instance per prefix; the origin of every flag set explicitly, ``COMMAND_LINE`` or ``file:line``; and the origins of
-    the keys of a file that belong to a group known elsewhere, which are ignored."""
+    """instances: by prefix. given: origin of each flag that was set, ``COMMAND_LINE`` or ``file:line``. ignored: origins of a
+    file's keys in groups that exist only elsewhere."""
 
     instances: dict[str, Any]
     given: dict[str, str]
@@ -54,7 +54,7 @@ class _Flag(NamedTuple):
 
 
 class Range(NamedTuple):
-    """Which numbers a setting takes: low <= x <= high and above < x < below, where they are given; and ``also`` one more."""
+    """The numbers that a setting accepts: low <= x <= high and above < x < below, where set, and the number ``also``."""
 
     low: float | None = None
     above: float | None = None
@@ -63,7 +63,7 @@ class Range(NamedTuple):
     also: float | None = None
 
     def holds(self, number: float) -> bool:
-        """Also false for NaN."""
+        """Whether the number is in range; NaN is not."""
         return number == self.also or (
             (self.low is None or number >= self.low)
             and (self.above is None or number > self.above)
@@ -72,7 +72,7 @@ class Range(NamedTuple):
         )
 
     def __str__(self) -> str:
-        """In words; empty where any number will do."""
+        """The range in words; empty if any number is accepted."""
         if self.low is not None and self.high is not None:
             parts = [f"{self.low} to {self.high}"]
         else:
@@ -92,10 +92,10 @@ def setting(
     below: float | None = None,
     also: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text; lists are copied, so that no two configurations share one.
+    """A dataclass field with its help text; lists are copied, so no two configurations share one.
 
-    secret: it says where a key is (``keys.SOURCES``); anything else is refused, and nothing of it is written to the run folder.
-    The others: the range of a number, or of each number in a list or tuple, see ``Range`` and ``out_of_range``.
+    secret: it says where a key is (``keys.SOURCES``); any other value is refused, and none is written to the run folder.
+    Other arguments: the range of the number, or of each number in a list or tuple, see ``Range`` and ``out_of_range``.
     """
     metadata = {"help": help, "secret": secret, "range": Range(low, above, high, below, also)}
     if isinstance(default, list):
@@ -104,9 +104,9 @@ def setting(
 
 
 def part(kind: Callable[[], Any], *names: str) -> Any:
-    """A dataclass field for a group of which only these settings are flags; the others stay as ``kind`` makes them.
+    """A dataclass field for a group of which only these settings are flags; the others stay as ``kind`` sets them.
 
-    kind: a dataclass, or what makes one. names: within the group, those of groups in it with a dot."""
+    kind: a dataclass, or a callable that returns one. names: within the group, with dots for nested groups."""
     return dataclasses.field(default_factory=kind, metadata={"names": names})
 
 
@@ -118,14 +118,14 @@ def parse(
 ) -> Parsed:
     """Reads flags and the file of ``--config`` into one instance per section.
 
-    known_elsewhere: groups that this run does not have, and what to say of a flag in one of them; in a file they are ignored,
-    so that one file may serve several runs. other_names: names that no flag has, and what to say of them.
+    known_elsewhere: groups that this run does not have, with the message for flags in them; in a file they are ignored, so one
+    file can serve several runs. other_names: names that are not flags, with their messages.
     Raises SettingsError with every problem at once, TypeError if a field's type is not supported.
     """
     defaults = {prefix: section() for prefix, section in sections.items()}
     flags = _flags(defaults)
     for flag in flags.values():
-        _expected(flag.annotation)  # rejects an unsupported type even if this run does not give the flag
+        _expected(flag.annotation)  # rejects an unsupported type even if the flag is not set
     (_, strays), *words = _words(argv)
     entries, problems = _read(words)
     problems += [f"{text!r} is unexpected, every value follows a flag ({COMMAND_LINE})" for text in strays]
@@ -145,8 +145,8 @@ def parse(
             if elsewhere and origin != COMMAND_LINE:
                 ignored[name] = origin
                 return
-            known = elsewhere or (other_names or {}).get(name.replace("-", "_"))
-            problems.append(f"--{name} {known or 'is unknown' + _suggestion(name, [CONFIG_FLAG, *flags])} ({origin})")
+            answer = elsewhere or (other_names or {}).get(name.replace("-", "_"))
+            problems.append(f"--{name} {answer or 'is unknown' + _suggestion(name, [CONFIG_FLAG, *flags])} ({origin})")
             return
         try:
             values[name] = _convert(flags[name].annotation, raw)
@@ -183,7 +183,7 @@ def parse(
 
 
 def peek(argv: Sequence[str], name: str) -> str | None:
-    """A flag's text where ``parse`` would find it, None if not given; SettingsError if the file cannot be read."""
+    """A flag's text as ``parse`` would find it; None if it is not set. Raises SettingsError if the file cannot be read."""
     words = _words(argv)
     texts = dict(reversed(words)).get(name)
     entries, problems = ([], []) if texts else _read(words)
@@ -193,9 +193,9 @@ def peek(argv: Sequence[str], name: str) -> str | None:
 
 
 def out_of_range(instances: Mapping[str, Any], only: tuple[str, ...] = ("",)) -> list[str]:
-    """What is wrong with single values, wherever they come from: a problem for each that is not in its field's range.
+    """A problem for each value that is outside of its field's range, whatever its origin.
 
-    instances: dataclass instances by prefix, as ``parse`` returns them. only: beginnings of the names that are looked at."""
+    instances: dataclass instances by prefix, as ``parse`` returns them. only: prefixes of the flags to check."""
     problems = []
     for name, flag in _flags(instances).items():
         if not name.startswith(only):
@@ -208,7 +208,7 @@ def out_of_range(instances: Mapping[str, Any], only: tuple[str, ...] = ("",)) ->
 
 
 def to_dict(instances: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested plain values in field order, groups last: tuples become lists, secrets are empty, groups without fields vanish."""
+    """Nested plain values in field order, groups last. Tuples become lists, secrets empty; empty groups are omitted."""
     tree: dict[str, Any] = {}
     for name, (_, value, metadata) in _flags(instances).items():
         *group, leaf = name.split(".")
@@ -220,16 +220,18 @@ def to_dict(instances: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dump(instances: Mapping[str, Any]) -> str:
-    """YAML text from which ``parse`` restores the same instances, but for secrets, which are never written."""
+    """YAML text from which ``parse`` restores the same instances, except secrets, which are never written."""
     return yaml.safe_dump(to_dict(instances), sort_keys=False, allow_unicode=True, width=120)
 
 
 def help_text(sections: _Sections) -> str:
-    """One block per group: each flag with what it takes and its default, then its help; at most 120 columns."""
+    """One block per group: each flag with its type and default, then its help; at most 120 columns."""
     config = _Flag(
         str,
         "",
-        {"help": "YAML file with any of these flags as keys, or a recipe by its name; the command line wins"},
+        {
+            "help": "YAML file with any of these flags as keys, or the name of a recipe; the command line takes precedence"
+        },
     )
     groups: dict[str, list[str]] = {}
     for name, flag in {CONFIG_FLAG: config, **_flags({key: kind() for key, kind in sections.items()})}.items():
@@ -262,7 +264,7 @@ def _flags(instances: Mapping[str, Any]) -> dict[str, _Flag]:
 
 
 def _replaced(instance: Any, prefix: str, values: Mapping[str, Any]) -> Any:
-    """A copy of the instance with the given values; works on frozen dataclasses too."""
+    """A copy of the instance with these values; also works for frozen dataclasses."""
     changes = {}
     for item in dataclasses.fields(instance):
         name, value = f"{prefix}.{item.name}" if prefix else item.name, getattr(instance, item.name)
@@ -272,7 +274,7 @@ def _replaced(instance: Any, prefix: str, values: Mapping[str, Any]) -> Any:
 
 
 def _words(argv: Sequence[str]) -> _Words:
-    """Every flag with the texts up to the next flag; texts before the first flag come first, under the name ""."""
+    """Each flag with the texts up to the next flag; texts before the first flag come first, under the name ""."""
     words: _Words = [("", [])]
     for word in argv:
         if word.startswith("--"):
@@ -284,7 +286,7 @@ def _words(argv: Sequence[str]) -> _Words:
 
 
 def _read(words: _Words) -> tuple[_Entries, list[str]]:
-    """Name, raw value (see ``_plain``) and origin of every key in the file of --config, and the file's problems."""
+    """(name, raw value (see ``_plain``) and origin of each key in the file of --config; problems of the file)"""
     path = next((texts[0] for name, texts in words if name == CONFIG_FLAG and texts), None)
     if path is None:
         return [], []
@@ -302,7 +304,7 @@ def _read(words: _Words) -> tuple[_Entries, list[str]]:
 
     def walk(node: yaml.Node, prefix: str) -> None:
         for key, value in node.value:
-            name = prefix + (key.value if isinstance(key, yaml.ScalarNode) else "?")  # a list as key fits no flag
+            name = prefix + (key.value if isinstance(key, yaml.ScalarNode) else "?")  # a list as key matches no flag
             origin = f"{path}:{key.start_mark.line + 1}"
             if name in origins:  # "adam:" twice, or "adam.lr:" next to "adam:" with "lr:"
                 problems.append(f"--{name} is a duplicate key, first in {origins[name]} ({origin})")
@@ -325,20 +327,20 @@ def _plain(node: yaml.Node) -> Any:
 
 
 def _bounds(flag: _Flag) -> str:
-    """Which numbers a setting takes, in words; empty where any will do."""
+    """The range of a setting in words; empty if any number is accepted."""
     text = str(flag.metadata.get("range", Range()))
     return f"{text} each" if text and get_origin(flag.annotation) in (list, tuple) else text
 
 
 def _inner(annotation: Any) -> tuple[Any, bool]:
-    """The type without ``| None``, and whether it had that."""
+    """(the type without ``| None``, whether it had that)"""
     options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
-    rest = [option for option in options if option is not type(None)]
-    return (rest[0], True) if len(rest) == 1 else (annotation, False)
+    values = [option for option in options if option is not type(None)]
+    return (values[0], True) if len(values) == 1 else (annotation, False)
 
 
 def _expected(annotation: Any) -> str:
-    """What a value of this type looks like, in words; raises TypeError for a type that is not supported."""
+    """The values of this type in words. Raises TypeError for an unsupported type."""
     annotation, optional = _inner(annotation)
     origin, options = get_origin(annotation), get_args(annotation)
     if annotation in _SCALARS:
@@ -354,7 +356,7 @@ def _expected(annotation: Any) -> str:
 
 
 def _convert(annotation: Any, raw: Any) -> Any:
-    """A value of the given type from what ``_plain`` returns; raises ValueError or KeyError if it does not fit."""
+    """A result of ``_plain`` converted to this type. Raises ValueError or KeyError if it does not match."""
     annotation, optional = _inner(annotation)
     origin, options = get_origin(annotation), get_args(annotation)
     if (optional and raw is None) or (annotation is str and isinstance(raw, str)):
@@ -378,7 +380,7 @@ def _convert(annotation: Any, raw: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as a user would have written it."""
+    """A value as a user would write it."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(_shown, value)) or "nothing"
     names = {"None": "null", "True": "true", "False": "false", "{}": "an empty group"}
@@ -386,8 +388,8 @@ def _shown(value: Any) -> str:
 
 
 def _suggestion(name: str, flags: list[str]) -> str:
-    """The nearest flag by its full name or its last component, as the end of an error message; empty if none is near."""
-    if len(name) > 100:  # nobody's typing error, and comparing takes long
+    """The closest flag by full name or last component, as the end of an error message; empty if none is close."""
+    if len(name) > 100:  # not a typing error, and slow to compare
         return ""
     last = {flag: flag.rpartition(".")[2] for flag in (name, *flags)}
 

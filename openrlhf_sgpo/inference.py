@@ -1,6 +1,6 @@
-"""What commands that only ask policies for answers share: parts of a run's settings, and the policy that a folder holds.
+"""Shared by commands that only sample from policies: parts of a run's settings, and the policy in a folder.
 
-Imports no torch.
+Does not import torch.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
 
 DECODING = ("engine", "temperature", "top_p", "max_new_tokens", "batch_size")
 _LIMITS = ("malformed", "refused", "empty", "too_long", "double_bos", "double_eos", "duplicate")
-_INHERITED = ("ref", "data", "rollout", "vllm", "ds", "train")  # judges are chosen anew
+_INHERITED = ("ref", "data", "rollout", "vllm", "ds", "train")  # but not the judge
 
 
 def _data() -> DataSettings:
-    return DataSettings(limits=DataLimits(benchmark=1.0))  # answers to a benchmark's prompts are what this is for
+    return DataSettings(limits=DataLimits(benchmark=1.0))  # these commands may well answer benchmark prompts
 
 
 def _vllm() -> VllmSettings:
-    return VllmSettings(enable_sleep=False)  # nothing is trained meanwhile
+    return VllmSettings(enable_sleep=False)  # no training that needs the memory
 
 
 def one_process() -> DeepspeedSettings:
@@ -50,7 +50,7 @@ def one_process() -> DeepspeedSettings:
 
 @dataclass
 class AnswerSettings:
-    """How policies answer: groups of the settings of evaluate, compare and refine."""
+    """How policies answer: settings that evaluate, compare and refine share."""
 
     data: DataSettings = part(_data, "max_len", "chat_template_kwargs", *(f"limits.{name}" for name in _LIMITS))
     rollout: RolloutSettings = part(RolloutSettings, *DECODING)
@@ -62,12 +62,12 @@ class AnswerSettings:
     train: TrainSettings = part(TrainSettings, "seed", "micro_batch_size")
 
     def inference(self, model: ModelSettings) -> Inference:
-        """What engines and oracles read. model: the policy, and how models are loaded."""
+        """The settings for engines and oracles. model: the policy, and how models are loaded."""
         train = replace(self.train, batch_size=self.train.micro_batch_size)
         return Inference(model=model, data=self.data, rollout=self.rollout, vllm=self.vllm, ds=self.ds, train=train)
 
     def problems(self, command: str, **required: str) -> list[str]:
-        """What may be wrong with the settings of every such command. required: what must be given, by flag."""
+        """Problems with the settings of any such command. required: descriptions of the required flags."""
         problems = [f"--{name}: missing, give {what}" for name, what in required.items() if not getattr(self, name)]
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             problems.append(
@@ -86,21 +86,21 @@ class AnswerSettings:
         return problems + flags.out_of_range({"": self})
 
     def inherit(self, run: Mapping[str, Any]) -> None:
-        """Take over what the resolved settings of a run say of the same flags."""
+        """Takes over the values of the same flags from the resolved settings of a run."""
         for group, values in flags.to_dict({"": self}).items():
             for name in values if group in _INHERITED else ():
                 if name in run.get(group, {}) and name != "limits":
                     setattr(getattr(self, group), name, run[group][name])
 
     def other_engine(self) -> dict[str, str]:
-        """Reasons, for ``unread``, that have to do with the engine."""
+        """Reasons for ``unread`` that depend on the engine."""
         engine = self.rollout.engine
         return {"vllm." if engine == "hf" else "rollout.batch_size": f"--rollout.engine {engine} is not the one"}
 
 
 @dataclass
 class JudgedSettings(AnswerSettings):
-    """The same with an oracle that compares the answers."""
+    """Answer settings with an oracle that compares the answers."""
 
     reward: RewardSettings = field(default_factory=RewardSettings)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
@@ -111,8 +111,10 @@ class JudgedSettings(AnswerSettings):
 
 @dataclass(frozen=True)
 class Policy:
-    """Who answers, and who revises: the same, or a follower with weights of its own. name: of both in records. round: of the
-    run that it comes from; None if it comes from no run."""
+    """The folders of a policy and its follower, which are the same unless the follower has its own weights.
+
+    name: of both in records. round: of the run that the policy comes from; None if it does not come from a run.
+    """
 
     folder: str
     follower: str
@@ -123,8 +125,8 @@ class Policy:
 def policy_of(model: str, number: int | None, flag: str) -> Policy:
     """The policy of a run folder after round ``number`` (None: its last finished one), or of a Hugging Face folder or hub name.
 
-    flag: that names ``model``, for messages. Raises ValueError if the folder holds no such policy, or one that is no
-    longer what was written.
+    flag: the one that names ``model``, for messages. Raises ValueError if the folder holds no such policy, or one that was
+    changed.
     """
     if stored_settings(model) is None:
         if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
@@ -132,11 +134,9 @@ def policy_of(model: str, number: int | None, flag: str) -> Policy:
         return Policy(model, model, os.path.basename(os.path.abspath(model)))
     folder = RunFolder(model)
     check_ended(folder)
-    finished = [one for one in folder.rounds() if {"play", "train"} & folder.manifest(one)["stages"].keys()]
+    finished = [index for index in folder.rounds() if {"play", "train"} & folder.manifest(index)["stages"].keys()]
     if not finished:
-        raise ValueError(
-            f"--{flag} {model} is a run that has finished no round yet, so that it has no policy to answer"
-        )
+        raise ValueError(f"--{flag} {model} is a run that has not finished any round, so it has no policy to answer")
     number = finished[-1] if number is None else number
     if number not in finished:
         numbers = ", ".join(map(str, finished))
@@ -148,14 +148,14 @@ def policy_of(model: str, number: int | None, flag: str) -> Policy:
 
 
 def stored_settings(model: str) -> dict[str, Any] | None:
-    """The settings of the run in a folder; None if that is no run."""
+    """The settings of the run in a folder; None if the folder holds no run."""
     path = Path(model, STORED)
-    found = read_configuration(path) if model and path.is_file() else {}
-    return found if isinstance(found.get("model"), dict) else None
+    settings = read_configuration(path) if model and path.is_file() else {}
+    return settings if isinstance(settings.get("model"), dict) else None
 
 
 def no_splits(source: str, split: str) -> list[str]:
-    """The problem that prompts have no splits, if one is given all the same."""
+    """The problem of a split for prompts that have none."""
     if split and (not source or is_file(source)):
         return [f"--split: --prompts {source or 'is not given'} has no splits; leave it out"]
     return []
@@ -164,10 +164,10 @@ def no_splits(source: str, split: str) -> list[str]:
 def unread(
     settings: object, default: object, given: Mapping[str, str], reasons: Mapping[str, str], reads: tuple[str, ...] = ()
 ) -> list[str]:
-    """Settings that were given although nothing reads them. A file may state a default.
+    """Problems with settings that were set although nothing reads them. A file may state a default.
 
-    default: the same settings where nothing was given; given: origins by flag; reasons: why not, by the beginning of a flag's
-    name; reads: beginnings of those that are read all the same."""
+    default: the same settings at their defaults; given: origins of set flags; reasons: why they are not read, by prefix of the
+    flag; reads: prefixes of flags that are read nevertheless."""
     return [
         f"--{flag}: {reason} and would not read it ({origin}); leave it out"
         for start, reason in reasons.items()
@@ -179,11 +179,11 @@ def unread(
 
 
 def other_oracle(name: str) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Reasons, for ``unread``, that have to do with the oracle of this name; and what it reads."""
-    who = f"--oracle {name} is not the one" if name else "there is no --oracle"
+    """(reasons for ``unread`` that depend on the oracle of this name, prefixes of the flags that it reads)"""
+    reason = f"--oracle {name} is not the one" if name else "there is no --oracle"
     groups = ("reward.", "judge.") if name == "implicit" else ("reward.", "judge.", "ref.", "beta")
     try:
         reads = oracle.get(name).reads if name else ()
-    except ValueError:  # an unknown oracle is a problem of its own
+    except ValueError:  # an unknown oracle is reported elsewhere
         reads = groups
-    return dict.fromkeys(groups, who), reads
+    return dict.fromkeys(groups, reason), reads

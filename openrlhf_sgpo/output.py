@@ -1,7 +1,7 @@
-"""What a command says: its own lines on stdout, its progress on stderr, and all that other packages say in a log file.
+"""Output of a command: its own lines on stdout, its progress on stderr, and the output of other packages in a log file.
 
-Other packages write from Python, from C++ and from processes of their own, and share nothing but the file descriptors 1 and 2.
-While a command works, these two lead to a log, and this package writes to copies of the real ones.
+Other packages write from Python, C++ and child processes, which share only the file descriptors 1 and 2. While a command
+runs, these two are redirected to a log, and this package writes to copies of the originals.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from tqdm import tqdm
 
 LOG = "log.txt"
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} left{postfix}"
-SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no terminal
+SECONDS_BETWEEN_LINES = 30.0  # of progress, without a terminal
 
 
 class _Apart:
-    """Descriptors 1 and 2 lead to a log; ``out`` and ``err`` are what they were."""
+    """Redirects descriptors 1 and 2 to a log; ``out`` and ``err`` write to the originals."""
 
     def __init__(self) -> None:
-        # Until there is a run folder.
-        self._early = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the descriptors lead to it
+        # Until the run folder exists.
+        self._early = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the descriptors point to it
         self._standard = sys.stdout, sys.stderr
         self._real = os.dup(1), os.dup(2)
         self.out, self.err = (self._copy(stream, number) for number, stream in enumerate(self._standard, 1))
-        self._lead_to(self._early.fileno())
+        self._redirect(self._early.fileno())
         sys.stdout, sys.stderr = (
             open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
             for number in (1, 2)
         )
-        # What ends the process without an exception is told where people look.
+        # Crashes without an exception are reported on the real stderr.
         self._faults = not faulthandler.is_enabled()
         if self._faults:
             faulthandler.enable(self._real[1])
 
     def _copy(self, stream: TextIO, number: int) -> TextIO:
-        """A stream that is not the process's own, as of a notebook, stays what it is."""
+        """A copy of a standard stream; any other stream, such as a notebook's, stays as it is."""
         try:
-            own = stream.fileno() == number
+            is_standard = stream.fileno() == number
         except (OSError, ValueError, AttributeError):
-            own = False
-        if not own:
+            is_standard = False
+        if not is_standard:
             return stream
         return open(
             self._real[number - 1], "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False
         )
 
-    def _lead_to(self, first: int, second: int | None = None) -> None:
+    def _redirect(self, first: int, second: int | None = None) -> None:
         for stream in (*self._standard, sys.stdout, sys.stderr):
             stream.flush()
         os.dup2(first, 1)
@@ -63,16 +63,16 @@ class _Apart:
 
     def log_to(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # All ranks, and their children, append to one file.
+        # All ranks and their children append to this file.
         with open(path, "ab") as file:
             file.write(f"== process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
             file.flush()
-            self._lead_to(file.fileno())
+            self._redirect(file.fileno())
             self._early.seek(0)
             shutil.copyfileobj(self._early, file)
 
     def end(self) -> None:
-        self._lead_to(*self._real)
+        self._redirect(*self._real)
         sys.stdout, sys.stderr = self._standard
         if self._faults:
             faulthandler.disable()
@@ -84,13 +84,13 @@ class _Apart:
 
 
 _apart: _Apart | None = None
-last_log: Path | None = None  # of the command that runs, or has just ended
+last_log: Path | None = None  # of the current or last command
 
 
 @contextlib.contextmanager
 def other_packages_apart() -> Iterator[None]:
-    """Within the block only ``say`` and ``Progress`` reach stdout and stderr. What else is written there goes to the file of
-    ``log_to``, and is dropped if that is never called."""
+    """Within the block only ``say`` and ``Progress`` reach stdout and stderr. Other output goes to the file of ``log_to``, or is
+    dropped if that is never called."""
     global _apart
     if _apart is not None:  # a command within a command
         yield
@@ -104,8 +104,10 @@ def other_packages_apart() -> Iterator[None]:
 
 
 def log_to(folder: Path) -> None:
-    """From now on, and what was said before: other packages to ``folder``/log.txt. Outside of ``other_packages_apart``, as in a
-    notebook, nothing is changed."""
+    """Sends the output of other packages, including earlier output, to ``folder``/log.txt.
+
+    Does nothing outside of ``other_packages_apart``, as in a notebook.
+    """
     global last_log
     if _apart is not None:
         _apart.log_to(folder / LOG)
@@ -113,12 +115,12 @@ def log_to(folder: Path) -> None:
 
 
 def say(text: object = "", end: str = "\n") -> None:
-    """A line of this package on stdout."""
+    """Prints a line of this package on stdout."""
     print(text, end=end, file=sys.stdout if _apart is None else _apart.out, flush=True)
 
 
 class Progress(tqdm):
-    """A bar on a terminal, gone when it is done; elsewhere a line from time to time, so that a file of them can be read."""
+    """A progress bar on a terminal, removed when done; elsewhere an occasional line, so that files stay readable."""
 
     def __init__(self, iterable: Iterable[Any] | None = None, **settings: Any):
         stream = sys.stderr if _apart is None else _apart.err
@@ -128,7 +130,7 @@ class Progress(tqdm):
             settings.setdefault("bar_format", LINE)
         super().__init__(iterable, file=stream, leave=False, dynamic_ncols=not self._lines, **settings)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> Any:  # a bool, which its stubs do not know
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:  # a bool, contrary to tqdm's stubs
         if not self._lines:
             return super().display(msg, pos)
         if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
@@ -138,26 +140,26 @@ class Progress(tqdm):
 
     def close(self) -> None:
         if not self.disable and self._lines:
-            self.sp = None  # there is nothing to wipe out
+            self.sp = None  # no bar to erase
         super().close()
 
 
 def stage_line(name: str, plan: Sequence[str], seconds: dict[str, float]) -> str:
-    """Where a run is, such as: stage 7 of 15, round 1: generate, about 12 min left.
+    """The progress of a run, such as: stage 7 of 15, round 1: generate, about 12 min left.
 
-    name, plan: stages as the ledger calls them, FOLDER/KIND. seconds: of finished stages. The time left is the sum over the
-    stages to come of what the last one of the same kind took. It is left out until each of these kinds has been there once.
+    name, plan: stages by their ledger names, FOLDER/KIND. seconds: of finished stages. The time left is a sum over the
+    remaining stages, each taking as long as the last one of its kind. It is omitted until every such kind has run once.
     """
     folder, _, kind = name.partition("/")
     where = "start" if folder == "initial" else folder.replace("_", " ")
-    known = {other.partition("/")[2]: seconds[other] for other in plan if other in seconds and other != name}
-    coming = [other.partition("/")[2] for other in plan[plan.index(name) :]]
+    past = {stage.partition("/")[2]: seconds[stage] for stage in plan if stage in seconds and stage != name}
+    coming = [stage.partition("/")[2] for stage in plan[plan.index(name) :]]
     line = f"stage {plan.index(name) + 1} of {len(plan)}, {where}: {kind}"
-    return line if set(coming) - set(known) else f"{line}, {duration(sum(known[other] for other in coming))} left"
+    return line if set(coming) - set(past) else f"{line}, {duration(sum(past[kind] for kind in coming))} left"
 
 
 def duration(seconds: float) -> str:
-    """About so long, in the unit that suits it."""
+    """An approximate duration in words."""
     if seconds < 60:
         return "less than a minute"
     if seconds < 90 * 60:

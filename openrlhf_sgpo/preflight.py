@@ -1,4 +1,4 @@
-"""What can be wrong with a run that files and their sizes tell, found before torch is imported and a model is loaded."""
+"""Checks of a run by its files and their sizes, before torch is imported and a model is loaded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from openrlhf_sgpo.training.sizes import check_sizes
 
 
 def check_run(config: Config, algorithm: type[Algorithm], options: Any) -> None:
-    """Raises ValueError if data files are missing or of an unknown kind, hold too few rows for a stage, if a prompt and its
-    answer do not fit into the model, or the run folder cannot be used. Rows of hub datasets and JSON arrays are not counted."""
+    """Raises ValueError if data files are missing, of an unknown kind or too small for a stage, if --data.max_len exceeds the
+    model's positions, or if the run folder is unusable. Rows of hub datasets and JSON arrays are not counted."""
     data = config.data
     prompts = data.prompt_dataset if config.rounds.count else ""
     for source, split in (
@@ -37,18 +37,18 @@ def check_run(config: Config, algorithm: type[Algorithm], options: Any) -> None:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_sizes(config, algorithm, pairs, count_rows(prompts) if prompts else None, world_size)
     _check_positions(config)
-    if os.environ.get("RANK", "0") == "0":  # the others would meet rank 0 in the folder
+    if os.environ.get("RANK", "0") == "0":  # other ranks would find the folder held by rank 0
         _check_folder(config, algorithm, options)
 
 
 def _check_positions(config: Config) -> None:
-    """As ``load_chat`` does, where the model's config.json lies here."""
+    """The same check as in ``load_chat``, if the model's config.json is local."""
     model = config.model.model_name_or_path
     try:
         settings = json.loads(Path(model, "config.json").read_text(encoding="utf-8"))
         longest = settings.get("text_config", settings).get("max_position_embeddings", config.data.max_len)
     except (OSError, ValueError, AttributeError):
-        return  # a hub name, or what loading it will tell
+        return  # a hub name, or a problem that loading reports
     if isinstance(longest, int) and config.data.max_len > longest:
         raise ValueError(
             f"--data.max_len {config.data.max_len} exceeds the {longest} positions of --model.model_name_or_path {model}; "

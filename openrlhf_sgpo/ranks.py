@@ -1,7 +1,7 @@
-"""How ranks meet and part, and what they tell each other apart from gradients: decisions, results, and that they are there.
+"""Starting and ending a group of ranks, and what they exchange besides gradients: decisions, results and barriers.
 
-All of it goes over a gloo group with a long limit. Over NCCL, ranks that wait for rank 0's engines would spin on the very
-GPUs on which those engines generate, and give up after an hour.
+All of this uses a gloo group with a long timeout. With NCCL, ranks that wait for rank 0's engines would busy-wait on the GPUs
+on which these engines generate, and time out after an hour.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PARTING = timedelta(seconds=15)  # how long a rank waits for the others at the e
 
 
 def listen_where_named() -> None:
-    """Let torch's rendezvous, in this process from now on, listen at the address by which others look for it (MASTER_ADDR),
-    and at no other; on this machine alone, gloo and NCCL too keep to the loopback interface.
+    """Makes torch's rendezvous in this process listen only at MASTER_ADDR. If that is a loopback address, gloo and NCCL use
+    only the loopback interface too.
 
-    Raises ValueError if ranks on several machines are given an address of this machine alone.
+    Raises ValueError if ranks on several machines get a loopback address.
     """
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     if ip_address(socket.gethostbyname(address)).is_loopback:
@@ -35,16 +35,16 @@ def listen_where_named() -> None:
             os.environ.get("LOCAL_SIZE", os.environ.get("WORLD_SIZE", "1"))
         ):
             raise ValueError(
-                f"--master_addr {address} is this machine alone: give an address that the other machines reach"
+                f"--master_addr {address} is local to this machine: give an address that the other machines can reach"
             )
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
-    # Not by `from torch.distributed`, where the name is a function's.
+    # Not from torch.distributed, where this name is a function.
     sys.modules["torch.distributed.rendezvous"].TCPStore = _store  # type: ignore[attr-defined]
 
 
 def _store(host_name: str, port: int, **settings: Any) -> distributed.TCPStore:
-    """torch's own store listens on all interfaces, whatever its address."""
+    """A store that listens only at its address; torch's default listens on all interfaces."""
     if settings.get("is_master"):
         listener = socket.create_server((host_name, port))
         port = listener.getsockname()[1]
@@ -53,11 +53,11 @@ def _store(host_name: str, port: int, **settings: Any) -> distributed.TCPStore:
 
 
 def part_ways() -> bool | None:
-    """The end of every rank that has a process group; returns whether all ranks came to it, None without a group.
+    """Ends the process group of every rank; returns whether all ranks took part, or None without a group.
 
-    No rank leaves before the others have all that it sent: connections, and the store of rank 0, end with their process, and
-    a rank that is still at work with them would abort. If a rank does not come, because it died or hangs, the others leave
-    after ``PARTING``; the launcher ends it.
+    No rank leaves before the others have received all that it sent: connections, and the store of rank 0, end with their
+    process, and a rank that still uses them would abort. If a rank has died or hangs, the others leave after ``PARTING``,
+    and the launcher ends it.
     """
     if not distributed.is_initialized():
         return None
@@ -74,20 +74,22 @@ def part_ways() -> bool | None:
 
 @cache
 def _control() -> distributed.ProcessGroup:
-    """Created at the first use, which is collective like every use."""
+    """The gloo group, created on first use, which is collective like every use."""
     return distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def from_rank_0(value: Any) -> Any:
-    """Rank 0's value on every rank: what is on disk is for one rank to say, or ranks could part ways. Collective."""
+    """Rank 0's value on every rank: only one rank decides what is on disk, or ranks could diverge. Collective."""
     box = [value]
     distributed.broadcast_object_list(box, src=0, group=_control())
     return box[0]
 
 
 def on_rank_0(work: Callable[[], Value]) -> Value:
-    """Run ``work`` on rank 0 and return its result on every rank; an exception that it raises is raised on every rank, so
-    that none waits for the others. Collective; without a process group this process is the only one."""
+    """Runs ``work`` on rank 0 and returns its result, or raises its exception, on every rank, so none waits for the others.
+
+    Collective; without a process group this process is the only rank.
+    """
     if not distributed.is_initialized():
         return work()
     result, problem = None, None
@@ -96,20 +98,18 @@ def on_rank_0(work: Callable[[], Value]) -> Value:
             result = work()
         except Exception as error:
             problem = error
-    result, told = from_rank_0((result, problem and _portable(problem)))
+    result, shared_problem = from_rank_0((result, problem and _portable(problem)))
     try:
-        if told is not None:
-            raise problem or told
+        if shared_problem is not None:
+            raise problem or shared_problem
         return result
     finally:
-        del (
-            problem,
-            told,
-        )  # an exception that its own frame refers to would keep alive all that ``work`` held, locks included
+        # An exception referenced by its own frame would keep alive everything that ``work`` held, including locks.
+        del problem, shared_problem
 
 
 def _portable(error: Exception) -> Exception:
-    """The same exception where it survives pickling, else one that says the same."""
+    """The exception itself if it survives pickling, else a RuntimeError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
@@ -125,12 +125,13 @@ def gather(value: Value) -> list[Value]:
 
 
 def raise_together(problem: Exception | None) -> None:
-    """Raise the first rank's problem on every rank if any rank has one, so that none waits for the others. Collective; without
-    a process group this process is the only one."""
+    """If any rank has a problem, raises the first one on every rank, so none waits for the others.
+
+    Collective; without a process group this process is the only rank.
+    """
     for first in filter(None, gather(problem) if distributed.is_initialized() else [problem]):
-        raise type(first)(
-            *first.args
-        )  # a new one: an exception that frames of its traceback refer to would keep them alive
+        # A new exception: one that frames of its traceback refer to would keep them alive.
+        raise type(first)(*first.args)
 
 
 def barrier() -> None:

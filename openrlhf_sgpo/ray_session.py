@@ -1,6 +1,6 @@
-"""A Ray of this process alone: for this machine, with a key of its own, and gone when this process is.
+"""A private Ray session: local to this machine, with its own key, and ended with this process.
 
-Ray's servers run whatever they are told, as the user who started them, and by themselves listen on all interfaces.
+Ray's servers execute any request as the user who started them, and by default listen on all interfaces.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from typing import Any
 
 from openrlhf_sgpo.keys import without_keys
 
-SESSION = "OPENRLHF_SGPO_SESSION"  # in the environment of everything that Ray starts
-LONGEST = (
-    25  # characters of the folder for temporary files; Ray's own part of a socket's path is 82, and 107 are allowed
-)
-# For vLLM, which by itself takes the address of the machine: on one machine its processes have nothing to say to others.
+SESSION = "OPENRLHF_SGPO_SESSION"  # in the environment of all processes that Ray starts
+# Characters in the path of the folder for temporary files: Ray appends 82 to it in the path of a socket, and 107 are allowed.
+LONGEST = 25
+# For vLLM, which by default uses the machine's address: on one machine its processes need not be reachable from others.
 LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-PATIENCE = 10.0  # seconds for what is left to clean up behind itself
+PATIENCE = 10.0  # seconds for remaining processes to clean up
 
 _keeper: subprocess.Popen[bytes] | None = None
 
 
 @contextlib.contextmanager
 def _keys_put_aside() -> Iterator[None]:
-    """What starts within the block inherits no keys."""
+    """Processes started within the block inherit no keys."""
     keys = {name: value for name, value in os.environ.items() if name not in without_keys(os.environ)}
     for name in keys:
         del os.environ[name]
@@ -40,13 +39,13 @@ def _keys_put_aside() -> Iterator[None]:
         yield
     finally:
         for name, value in keys.items():
-            os.environ.setdefault(name, value)  # not Ray's, which is that of this session by now
+            os.environ.setdefault(name, value)  # Ray's token stays that of this session
 
 
 def start_ray(environment: Mapping[str, str]) -> None:
-    """Start Ray, if this process has none yet. environment: further variables of its workers, which get no keys of ours.
+    """Starts Ray, unless this process already has. environment: further variables for its workers, which get no API keys.
 
-    Raises RuntimeError if Ray would not ask for its key or listen beyond this machine.
+    Raises RuntimeError if Ray would not require its token, or would listen beyond this machine.
     """
     global _keeper
     import ray
@@ -55,24 +54,24 @@ def start_ray(environment: Mapping[str, str]) -> None:
         return
     from ray._private import ray_constants
 
-    raylet: Any = import_module("ray._raylet")  # compiled, and without a description of these names
+    raylet: Any = import_module("ray._raylet")  # compiled, without stubs for these names
     folder = tempfile.mkdtemp(prefix="sgpo-", dir="/tmp" if len(tempfile.gettempdir()) > LONGEST else None)
     _keeper = subprocess.Popen(
         [sys.executable, "-m", __name__, folder],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,  # a signal to this process's group must not end what cleans up after it
+        start_new_session=True,  # signals to this process's group must not end the cleanup process
     )
-    # Then Ray takes 127.0.0.1 for its address, which it otherwise refuses.
+    # Without this, Ray refuses 127.0.0.1 as its address.
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         with _keys_put_aside():
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION: folder}
-            # Ray may have been imported, and have read its settings, long before.
+            # Ray may have been imported, and read its settings, earlier.
             raylet.Config.initialize("")
             raylet.AuthenticationTokenLoader.instance().reset_cache()
-            # Engines say much; what goes wrong in them arrives as an exception with its traceback.
+            # Engines print much; their failures arrive as exceptions with tracebacks.
             context = ray.init(
                 address="local",
                 include_dashboard=False,
@@ -81,9 +80,7 @@ def start_ray(environment: Mapping[str, str]) -> None:
                 _temp_dir=folder,
             )
         if raylet.get_authentication_mode() != raylet.AuthenticationMode.TOKEN:
-            raise RuntimeError(
-                "this version of Ray does not ask for a token, so that everyone on this machine could use it"
-            )
+            raise RuntimeError("this version of Ray does not require a token, so anyone on this machine could use it")
         address = context.address_info["node_ip_address"]
         if address != "127.0.0.1":
             raise RuntimeError(f"Ray would listen at {address}, where other machines could use it")
@@ -93,7 +90,7 @@ def start_ray(environment: Mapping[str, str]) -> None:
 
 
 def end_ray() -> None:
-    """End Ray, all that it started, and its files; one that was there before ``start_ray`` stays."""
+    """Ends the Ray session, all its processes, and its files. A session that ``start_ray`` did not start stays."""
     global _keeper
     if _keeper is None or _keeper.stdin is None:
         return
@@ -108,7 +105,7 @@ def end_ray() -> None:
 def clean_up_after(folder: str) -> None:
     """Waits for the end of standard input, then ends every process of the session in ``folder`` and removes the folder.
 
-    The other end is with the process that started the session. When that is gone, even by SIGKILL, the input ends.
+    The process that started the session holds the other end. When that process ends, even by SIGKILL, the input ends.
     """
     import psutil
 
@@ -118,7 +115,7 @@ def clean_up_after(folder: str) -> None:
     trackers = [process for process in left if "multiprocessing.resource_tracker" in " ".join(process.cmdline())]
     for process in left:
         with contextlib.suppress(psutil.Error):
-            # A tracker removes the shared memory of the others when they are gone, and then ends by itself.
+            # A tracker removes the shared memory of the other processes after their end, and then exits.
             if process not in trackers:
                 process.kill()
     psutil.wait_procs(left, timeout=PATIENCE)
@@ -126,27 +123,23 @@ def clean_up_after(folder: str) -> None:
         with contextlib.suppress(psutil.Error):
             process.kill()
     shutil.rmtree(folder, ignore_errors=True)
-    # joblib's semaphores bear the number of the process that made them, and stay when it is killed.
+    # joblib's semaphores are named after the process that created them, and stay if it is killed.
     for path in Path("/dev/shm").glob("sem.loky-*"):
         with contextlib.suppress(OSError, ValueError):
-            made = path.stat()
-            if (
-                made.st_uid == os.getuid()
-                and made.st_mtime >= begin
-                and not psutil.pid_exists(int(path.name.split("-")[1]))
-            ):
+            status, creator = path.stat(), int(path.name.split("-")[1])
+            if status.st_uid == os.getuid() and status.st_mtime >= begin and not psutil.pid_exists(creator):
                 path.unlink()
 
 
 def _processes(folder: str) -> list[Any]:
     import psutil
 
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(SESSION) == folder:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""How a name becomes a class: a built-in, an entry point that another package declares, or ``module:Class`` given directly.
+"""Finds classes by name: built-ins, entry points that other packages declare, or ``module:Class``.
 
-Nothing is imported before it is asked for: the file behind a name may be heavy.
+Modules are imported only when their class is requested: they may be heavy.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Base = TypeVar("Base")
 class Registry(Generic[Base]):
     """Classes of one kind by name.
 
-    kind: the word for one of them in messages. group: of entry points. built_ins: ``module:Class`` by name. base: what a
-    class must derive from. complaint: what else is wrong with a class, None if nothing is.
+    kind: what messages call such a class. group: of entry points. built_ins: ``module:Class`` by name. base: the class that
+    all must derive from. complaint: any further problem of a class, or None.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class Registry(Generic[Base]):
         group: str,
         built_ins: Mapping[str, str],
         base: type[Base],
-        complaint: Callable[[type[Base]], str | None] = lambda found: None,
+        complaint: Callable[[type[Base]], str | None] = lambda candidate: None,
     ):
         self.kind = kind
         self.group = group
@@ -37,18 +37,18 @@ class Registry(Generic[Base]):
 
     def names(self) -> list[str]:
         """Registered names: the built-ins, then the entry points in alphabetical order."""
-        found = {entry.name for entry in importlib.metadata.entry_points(group=self.group)}
-        return [*self.built_ins, *sorted(found - self.built_ins.keys())]
+        entry_points = {entry.name for entry in importlib.metadata.entry_points(group=self.group)}
+        return [*self.built_ins, *sorted(entry_points - self.built_ins.keys())]
 
     def origin(self, name: str) -> str:
         """Where a registered name comes from: ``built in``, or the distributions whose entry points claim it."""
         return " and ".join(dict.fromkeys(self._claims(name).values())) or "not registered"
 
     def get(self, name: str) -> type[Base]:
-        """The class behind a registered name or a ``module:Class``.
+        """The class of a registered name or a ``module:Class``.
 
-        Raises ValueError, naming the culprit, if the name is unknown or claimed twice (an entry point never shadows a
-        built-in), if the module cannot be imported or lacks the class, or if the class is not a usable one.
+        Raises ValueError, naming the cause, if the name is unknown or claimed twice (an entry point never shadows a
+        built-in), if the module cannot be imported or lacks the class, or if the class is unusable.
         """
         if ":" in name:
             return self._load(name)
@@ -63,13 +63,15 @@ class Registry(Generic[Base]):
             both = " and ".join(f"{target} ({source})" for target, source in claims.items())
             raise ValueError(f"{self.kind} {name!r} is claimed by {both}; uninstall one, or give module:Class")
         target = next(iter(claims))
-        found: Any = self._load(target)
-        if found.name != name:
-            raise ValueError(f"{self.kind} {name!r}: {target} calls itself {found.name!r}; the two names must agree")
-        return found
+        registered: Any = self._load(target)
+        if registered.name != name:
+            raise ValueError(
+                f"{self.kind} {name!r}: {target} calls itself {registered.name!r}; the two names must agree"
+            )
+        return registered
 
     def _claims(self, name: str) -> dict[str, str]:
-        """Where each claim to a name comes from, by its target: packages may well list the same class twice."""
+        """The sources that claim a name, by target, because packages may list the same class twice."""
         claims = {self.built_ins[name]: "built in"} if name in self.built_ins else {}
         for entry in importlib.metadata.entry_points(group=self.group, name=name):
             source = entry.dist.name if entry.dist is not None else "an unnamed distribution"
@@ -77,25 +79,25 @@ class Registry(Generic[Base]):
         return claims
 
     def _load(self, target: str) -> type[Base]:
-        """Imports ``module:Class``; raises ValueError if that yields no usable class."""
+        """Imports ``module:Class``. Raises ValueError if that yields no usable class."""
         start = f"{self.kind} {target!r}:"
         module_name, _, class_name = target.partition(":")
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:  # foreign code: whatever it raises, the user must learn which file it was
+        except Exception as error:  # foreign code may raise anything; the message must name the module
             raise ValueError(
                 f"{start} cannot import module {module_name!r} ({type(error).__name__}: {error})"
             ) from error
-        found = getattr(module, class_name, None)
-        if found is None:
+        loaded = getattr(module, class_name, None)
+        if loaded is None:
             raise ValueError(f"{start} module {module_name!r} has no class {class_name!r}")
-        if not (isinstance(found, type) and issubclass(found, self.base)):
+        if not (isinstance(loaded, type) and issubclass(loaded, self.base)):
             raise ValueError(f"{start} {class_name!r} is not a subclass of {self.base.__module__}.{self.base.__name__}")
-        # An algorithm's name is also the group of its flags: a dot or a dash would make them unreachable.
-        name = getattr(found, "name", None)
+        # An algorithm's name is also the group of its flags, which a dot or a dash would make unreachable.
+        name = getattr(loaded, "name", None)
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"{start} its attribute 'name' must be an identifier, it is {name!r}")
-        complaint = self.complaint(found)
+        complaint = self.complaint(loaded)
         if complaint:
             raise ValueError(f"{start} {complaint}")
-        return found
+        return loaded

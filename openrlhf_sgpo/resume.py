@@ -1,7 +1,7 @@
-"""Which settings a resumed run may change: those on which nothing depends that is already there.
+"""Settings that a resumed run may change: those on which no finished result depends.
 
-Some are free at any time (``run_folder.FREE``). Others are read by the stages to come alone: more rounds, the settings of
-training before anything was trained, and a smaller batch for a round that has too few pairs. Imports no torch.
+Some may always change (``run_folder.FREE``). Others are read only by later stages: more rounds, training settings before any
+training, and a smaller batch for a round with too few pairs. Does not import torch.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ COUNT = ("rounds.count", "rounds.prompts")
 def accepted_changes(
     folder: RunFolder, config: Config, algorithm: type[Algorithm], resolved_config: str
 ) -> dict[str, tuple[Any, Any]]:
-    """(old, new) value of the settings that differ from the run in the folder and are accepted.
+    """(old, new) values of accepted settings that differ from the run in the folder.
 
-    Raises ValueError if it holds a run and ``config.resume`` is off, or naming every setting that is not accepted.
+    Raises ValueError if the folder holds a run and ``config.resume`` is off, and for changes that are not accepted, naming
+    every one.
     """
     changed = folder.changes(resolved_config, config.resume)
     trained = [
@@ -46,21 +47,19 @@ def accepted_changes(
         if key.startswith(of_training) and not any(_reads(key, number, config, algorithm) for number in trained)
     }
     if changed.keys() & set(COUNT):
-        why = _other_rounds(folder, config, algorithm, trained)
+        why = _why_not_other_rounds(folder, config, algorithm, trained)
         accepted |= set() if why else set(COUNT)
     if "train.batch_size" in changed and not algorithm.fresh_answers:
         old, _ = changed["train.batch_size"]
-        accepted |= {"train.batch_size"} if _stands_still(folder, config, old) else set()
+        accepted |= {"train.batch_size"} if _is_stuck(folder, config, old) else set()
     if "seed.lr" in changed.keys() - accepted and "adam.lr" in changed:
-        why += (
-            f"\nWithout --seed.lr the seed stage follows --adam.lr: add --seed.lr {changed['seed.lr'][0]}, which it had"
-        )
+        why += f"\nWithout --seed.lr the seed stage follows --adam.lr: add --seed.lr {changed['seed.lr'][0]} to keep its value"
     folder.refuse({key: values for key, values in changed.items() if key not in accepted}, why)
     return changed
 
 
 def _reads(key: str, number: int, config: Config, algorithm: type[Algorithm]) -> bool:
-    """Whether the training of this round depends on the setting, which is one of training."""
+    """Whether the training of this round depends on this training setting."""
     if config.rounds.count == 0 or algorithm.fresh_answers:
         return True
     if key.startswith(f"{algorithm.name}."):
@@ -68,8 +67,8 @@ def _reads(key: str, number: int, config: Config, algorithm: type[Algorithm]) ->
     return number == 0 if key in _SEED else number > 0 if key in _ROUND else True
 
 
-def _other_rounds(folder: RunFolder, config: Config, algorithm: type[Algorithm], trained: list[int]) -> str:
-    """Why the rounds cannot be others than those that were planned; empty if they can."""
+def _why_not_other_rounds(folder: RunFolder, config: Config, algorithm: type[Algorithm], trained: list[int]) -> str:
+    """Why the planned rounds cannot be changed; empty if they can."""
     count, prompts = config.rounds.count, config.rounds.prompts
     old = read_configuration(folder.path / STORED).get("rounds", {}).get("count")
     if (count == 0) != (old == 0):
@@ -78,22 +77,22 @@ def _other_rounds(folder: RunFolder, config: Config, algorithm: type[Algorithm],
         if not trained or (config.lr_scheduler == "constant" and (folder.path / "checkpoints").exists()):
             return ""
         return (
-            f"\nThe learning rate of --algo {algorithm.name} follows one schedule over all rounds (but for --lr_scheduler "
-            "constant), and a run that has ended has dropped its optimiser: choose another --ckpt.output_dir"
+            f"\nThe learning rate of --algo {algorithm.name} follows one schedule over all rounds (except --lr_scheduler "
+            "constant), and a run that has ended no longer has its optimiser: choose another --ckpt.output_dir"
         )
     stages = {number: folder.manifest(number)["stages"] for number in folder.rounds()}
-    had = [found["generate"]["prompts"] for number, found in sorted(stages.items()) if "generate" in found]
-    if not had or prompts[: len(had)] == had:
+    used = [finished["generate"]["prompts"] for _, finished in sorted(stages.items()) if "generate" in finished]
+    if not used or prompts[: len(used)] == used:
         return ""
-    listed = " ".join(map(str, had))
+    listed = " ".join(map(str, used))
     return (
         f"\nThe rounds so far had {listed} prompts, which an even split over --rounds.count {count} or other --rounds.prompts "
-        f"would change: give --rounds.prompts {listed}, followed by the numbers for the rounds to come"
+        f"would change: give --rounds.prompts {listed}, followed by the numbers for later rounds"
     )
 
 
-def _stands_still(folder: RunFolder, config: Config, old: int) -> bool:
-    """Whether a round has too few pairs for the old batch, so that the run cannot go on, and enough for the new one."""
+def _is_stuck(folder: RunFolder, config: Config, old: int) -> bool:
+    """Whether a round has too few pairs for the old batch, so the run cannot continue, but enough for the new one."""
     if config.rounds.data == "all":
         return False
     before = replace(config, train=replace(config.train, batch_size=old))

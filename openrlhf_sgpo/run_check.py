@@ -1,4 +1,4 @@
-"""Whether a run folder still holds what its stages wrote: compared with the digests in the manifests, before it is used.
+"""Checks that a run folder still holds what its stages wrote, by the digests in the manifests, before it is used.
 
 Every error names the file and the remedy.
 """
@@ -14,10 +14,10 @@ from openrlhf_sgpo.run_folder import MANIFEST, METRICS, STORED, TABLE, RunFolder
 
 
 def check_round(run: RunFolder, number: int | None, stages: Sequence[str] = (), policy: bool = True) -> None:
-    """Raises ValueError, naming file and remedy, unless what the finished stages left is as it was written.
+    """Raises ValueError, naming file and remedy, if results of finished stages are missing or changed.
 
-    stages: only these. policy: False allows that the weights are not there at all, which may have been deleted to make
-    room; a folder of weights that is there must be whole.
+    stages: check only these. policy: False allows folders of weights to be missing, because they may have been deleted to
+    save space; those that exist must be intact.
     """
     path = run.round(number)
     for name, facts in run.manifest(number)["stages"].items():
@@ -28,9 +28,9 @@ def check_round(run: RunFolder, number: int | None, stages: Sequence[str] = (), 
 
 
 def check_rounds(run: RunFolder, policies: int = 1) -> None:
-    """``check_round`` of the start and of all rounds, which follow one another without a gap, and of their metrics.
+    """``check_round`` for the start and all rounds, which must be consecutive, and a check of their metrics.
 
-    policies: of how many rounds before the one that is to be worked on the weights must be there.
+    policies: for how many rounds before the next one the weights must exist.
     """
     check_round(run, None)
     begun = [number for number in run.rounds() if run.manifest(number)["stages"]]
@@ -49,7 +49,7 @@ def check_rounds(run: RunFolder, policies: int = 1) -> None:
 
 
 def check_ended(run: RunFolder) -> None:
-    """Raises ValueError if there is a table of results, but not all that it was made of."""
+    """Raises ValueError if the table of results exists, but some of the results do not."""
     if not (run.path / TABLE).exists():
         return
     plays = run.finished(1, "play")
@@ -60,25 +60,24 @@ def check_ended(run: RunFolder) -> None:
 
 
 def metrics_digest(run: RunFolder, number: int) -> dict[str, Any]:
-    """Of the rows of metrics.jsonl that belong to a round."""
+    """The digest of a round's rows in metrics.jsonl."""
     path = run.path / METRICS
     rows = [row for row in read_growing(path) if row.get("stage") == f"round {number}"]
     return {"rows": len(rows), SEAL: hash_of(json.dumps(row, sort_keys=True).encode() for row in rows)}
 
 
 def check_metrics(run: RunFolder, numbers: Iterable[int]) -> None:
-    """Raises ValueError if metrics.jsonl is there and rows of finished stages are not what was written."""
+    """Raises ValueError if metrics.jsonl exists and rows of finished stages were changed."""
     path = run.path / METRICS
-    remedy = "restore it from a copy, or delete it: the curves of finished stages are then lost, and nothing else"
+    remedy = "restore it from a copy, or delete it: only the curves of finished stages are then lost"
     for number in numbers if path.exists() else ():
         for facts in run.manifest(number)["stages"].values():
             if "metrics" in facts:
-                found = metrics_digest(run, number)
-                check_digest(f"{path}, round {number}", found, facts["metrics"], remedy)
+                check_digest(f"{path}, round {number}", metrics_digest(run, number), facts["metrics"], remedy)
 
 
 def forget_metrics(run: RunFolder) -> bool:
-    """Where metrics.jsonl is gone, expect no rows of the finished stages; returns whether there were such stages."""
+    """If metrics.jsonl is gone, stops expecting rows of finished stages; returns whether any were expected."""
     lost = False
     for number in [] if (run.path / METRICS).exists() else run.rounds():
         for stage, facts in run.manifest(number)["stages"].items():

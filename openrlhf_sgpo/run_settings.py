@@ -1,5 +1,7 @@
-"""Settings of a run: read from flags and files, completed by defaults that depend on others, and checked before anything is
-loaded. Imports neither torch nor OpenRLHF."""
+"""Reads the settings of a run from flags and files, completes defaults that depend on others, and checks them.
+
+Imports neither torch nor OpenRLHF.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.template import template_arguments
 
-# Only a run with self-annotated rounds reads these.
+# Read only by runs with self-annotated rounds.
 _ROUNDS_ONLY = (
     *("rounds.", "rollout.n_samples_per_prompt", "data.prompt_dataset", "data.prompt_split", "ckpt.fork_from"),
-    *("seed.max_epochs", "seed.lr"),  # without rounds there is one stage, which --train and --adam describe
+    *("seed.max_epochs", "seed.lr"),  # without rounds, --train and --adam describe the only stage
 )
-# Only a run that samples reads these.
+# Read only by runs that sample.
 _SAMPLES_ONLY = ("oracle", "reward.", "judge.", "rollout.", "vllm.", "eval.max_prompts")
 
-# Only algorithms that train on pairs read these, and only those that sample in training read the others.
+# Read only by algorithms that train on pairs, and only by those that sample in training.
 _PAIRS_ONLY = (
     *(
         "data.dataset",
@@ -39,7 +41,7 @@ _PAIRS_ONLY = (
 )
 _PLAYS_ONLY = ("rounds.steps",)
 
-# Only oracles read these, and each says which.
+# Read only by oracles, each of which says which.
 _ORACLES_ONLY = ("reward.", "judge.", "rounds.judge_reference")
 
 _REQUIRED = {
@@ -58,10 +60,10 @@ _SPLITS = {
 def load(argv: Sequence[str]) -> tuple[Config, Any]:
     """The configuration and the algorithm's options from command-line arguments (without the program's name).
 
-    Defaults that depend on other settings are filled in, so that a dump of the result says what the run did and loads
-    to the same result. What a file says to other algorithms is ignored, and named on stderr: one file serves all of them.
-    Raises flags.SettingsError with every problem at once; only a file that cannot be read and an algorithm that cannot be
-    loaded come alone, because they decide which flags exist.
+    Defaults that depend on other settings are filled in, so a dump of the result says what the run did and loads to the same
+    result. A file's settings for other algorithms are ignored, with a note on stderr: one file can serve several algorithms.
+    Raises flags.SettingsError with all problems at once; only an unreadable file or algorithm is reported alone, because
+    these decide which flags exist.
     """
     algorithm, (instances, given, others) = read(argv)
     config, options = instances[""], instances[algorithm.name]
@@ -74,34 +76,34 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
         config.ref.model_name_or_path = config.ref.model_name_or_path or config.model.model_name_or_path
     if config.rounds.count > 0:
         config.seed.lr = config.seed.lr or config.adam.lr
-    # The absolute path, so that a run folder "." has a name too.
+    # The absolute path, so a run folder "." has a name too.
     folder = os.path.basename(os.path.abspath(config.ckpt.output_dir))
     config.logger.wandb.run_name = config.logger.wandb.run_name or folder
     return config, options
 
 
 def read(argv: Sequence[str]) -> tuple[type[Algorithm], flags.Parsed]:
-    """The algorithm, and the settings of a run of it, unchecked. Raises flags.SettingsError as ``load`` does."""
+    """The algorithm and the unchecked settings of its run. Raises flags.SettingsError as ``load`` does."""
     name = flags.peek(argv, "algo")
     try:
         algorithm = algorithms.get(Config().algo if name is None else name)
     except ValueError as error:
         raise flags.SettingsError(f"--algo: {error}") from error
-    own = {item.name for item in fields(Config)}
-    if algorithm.name in own:
+    shared_groups = {item.name for item in fields(Config)}
+    if algorithm.name in shared_groups:
         raise flags.SettingsError(
             f"--algo: {algorithm.name} cannot be an algorithm's name, --{algorithm.name} is taken"
         )
     elsewhere = {
-        other: f"belongs to --algo {other}, this run has --algo {algorithm.name}"
-        for other in algorithms.names()
-        if other != algorithm.name and other not in own
+        registered: f"belongs to --algo {registered}, this run has --algo {algorithm.name}"
+        for registered in algorithms.names()
+        if registered != algorithm.name and registered not in shared_groups
     }
     return algorithm, flags.parse(argv, sections(algorithm), elsewhere, trl_names.ANSWERS)
 
 
 def _note(origins: Mapping[str, str], reasons: Mapping[str, str]) -> None:
-    """Says once what of a file is ignored and why. origins: ``file:line`` by name."""
+    """Prints once which settings of a file are ignored, and why. origins: ``file:line`` by name."""
     if os.environ.get("RANK", "0") != "0":
         return
     groups: dict[tuple[str, str], list[str]] = {}
@@ -114,7 +116,7 @@ def _note(origins: Mapping[str, str], reasons: Mapping[str, str]) -> None:
 
 
 def sections(algorithm: type[Algorithm]) -> dict[str, Callable[[], Any]]:
-    """What makes the default settings of a run of this algorithm, by group: its own, and the shared ones as it wants them."""
+    """Callables that return the default settings of this algorithm's runs: its own, and the shared ones with its defaults."""
 
     def shared() -> Config:
         config = Config()
@@ -128,7 +130,7 @@ def sections(algorithm: type[Algorithm]) -> dict[str, Callable[[], Any]]:
 
 
 def samples(config: Config, algorithm: type[Algorithm]) -> bool:
-    """Whether the run samples answers: in its rounds, or without rounds for its evaluation."""
+    """Whether the run samples answers, in its rounds or for its evaluation."""
     evaluated = config.eval.max_prompts > 0 and config.eval.dataset != "" and algorithm.needs.reference
     return config.rounds.count > 0 or evaluated
 
@@ -136,11 +138,11 @@ def samples(config: Config, algorithm: type[Algorithm]) -> bool:
 def check(
     config: Config, options: Any, algorithm: type[Algorithm], given: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Raises flags.SettingsError with everything that is wrong with the values or their combination.
+    """Raises flags.SettingsError with all problems of the values and their combination.
 
-    given: origin of the settings that were given explicitly, as ``flags.parse`` returns it; without it, a setting that
-    the run would not read goes unnoticed. Such a setting is a problem on the command line; in a file, which may serve
-    several algorithms, it gets back its default. Returns why, by the names of those that were not at their defaults.
+    given: origins of the settings that were set, as ``flags.parse`` returns them; without it, settings that the run does not
+    read go unnoticed. On the command line such a setting is a problem; in a file, which may serve several algorithms, it is
+    reset to its default. Returns the reasons, by name, for those that were reset.
     """
     unread, default = _unread(config, algorithm, given or {}), sections(algorithm)[""]()
     ignored = {}
@@ -276,20 +278,20 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
         )
         add(_SAMPLES_ONLY, f"--algo {algorithm.name} with --rounds.count 0 {without}")
         return unread
-    # Transformers draws from a mixture whatever the engine.
+    # Mixtures are sampled with transformers, whatever the engine.
     engine = {"hf": ("vllm.",), "vllm": () if algorithm.mixes else ("rollout.batch_size",)}
     add(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is not the one")
     try:
         itself = oracle.judges_itself(config, algorithm)
         reads = ("rounds.judge_reference",) if itself else oracle.get(config.oracle).reads
-    except ValueError:  # an unknown oracle is a problem of its own
+    except ValueError:  # an unknown oracle is reported elsewhere
         return unread
     add(_ORACLES_ONLY, f"--oracle {config.oracle} is not the one", reads)
     return unread
 
 
 def _check_together(config: Config, options: Any, algorithm: type[Algorithm]) -> list[str]:
-    """Problems of the algorithm's settings with the shared ones."""
+    """Problems of the algorithm's settings in combination with the shared ones."""
     if not algorithm.fresh_answers:
         return []
     try:

@@ -1,11 +1,11 @@
-"""TRL's names of settings, answered with ours: what ``--learning_rate`` is called here.
+"""TRL's names of settings and their equivalents here, such as ``--adam.lr`` for ``--learning_rate``.
 
-No name is an alias: defaults and meanings differ, so that a setting accepted in silence would not do what it does there.
+These names are not aliases: defaults and meanings differ, so a silently accepted setting could do something else here.
 """
 
 from __future__ import annotations
 
-_OURS = {
+_EQUIVALENTS = {
     "model_name_or_path": "--model.model_name_or_path",
     "attn_implementation": "--ds.attn_implementation",
     "trust_remote_code": "--model.trust_remote_code",
@@ -63,4 +63,4 @@ _OURS = {
     "eval_strategy": "--eval.dataset, on which every round is evaluated",
     "eval_steps": "--eval.dataset, on which every round is evaluated",
 }
-ANSWERS = {name: f"is TRL's name, here it is {ours}" for name, ours in _OURS.items()}
+ANSWERS = {name: f"is TRL's name, here it is {flag}" for name, flag in _EQUIVALENTS.items()}

@@ -1,4 +1,4 @@
-"""YAML files that people write, within limits of size, depth and aliases, and with errors that quote no line."""
+"""YAML files written by users, with limits on size, depth and aliases, and errors that quote no line."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ NULL_TAG = "tag:yaml.org,2002:null"
 
 
 class _Limited:
-    """Mixed into a loader: what grows without end while it is read is an error where it begins."""
+    """Mixed into a loader: makes unbounded nesting or growth an error at the place where it begins."""
 
     depth = 0
-    values = 0  # composed so far, where an alias counts for all that it stands for
+    values = 0  # composed so far; an alias counts as many as it stands for
 
     def compose_node(self: Any, parent: Any, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self.sizes:
-                raise _problem(f"*{event.anchor} stands within what it stands for", event)
+                raise _problem(f"*{event.anchor} is inside the value that it stands for", event)
             self.values += self.sizes.get(event.anchor, 0)
         self.values += 1
         self.depth += 1
         if self.depth > DEEPEST:
             raise _problem(f"more than {DEEPEST} levels of nesting", event)
         if self.values > MOST:
-            raise _problem(f"more than {MOST} values, with those that aliases stand for", event)
+            raise _problem(f"more than {MOST} values, including those that aliases stand for", event)
         before = self.values
         node = super().compose_node(parent, index)  # type: ignore[misc]
         if not isinstance(event, yaml.AliasEvent) and event.anchor:
@@ -42,7 +42,7 @@ class _Limited:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Values by anchor, of those that are complete."""
+        """Number of values by anchor, for complete nodes."""
         return {}
 
 
@@ -55,19 +55,19 @@ class _Values(_Limited, yaml.SafeLoader):
 
 
 class _Texts(_Limited, yaml.BaseLoader):
-    """Leaves scalars as text, so that 1e-6, 010 or 1:30 mean the same in a file as on the command line."""
+    """Leaves scalars as text, so 1e-6, 010 or 1:30 mean the same in a file as on the command line."""
 
 
 _Texts.add_implicit_resolver(NULL_TAG, re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 
 
 def load(path: Path) -> Any:
-    """The file's value. Raises ValueError."""
+    """The file's value. Raises ValueError if it cannot be read."""
     return _read(path, yaml.load, _Values)
 
 
 def load_text(text: str) -> Any:
-    """The value of a text in YAML. Raises ValueError that says why there is none."""
+    """The value of a YAML text. Raises ValueError with the reason if it cannot be read."""
     value, reason = _within_limits(text.encode("utf-8", "surrogateescape"), yaml.load, _Values)
     if reason:
         raise ValueError(reason)
@@ -75,7 +75,7 @@ def load_text(text: str) -> Any:
 
 
 def compose(path: Path) -> yaml.Node | None:
-    """The file's nodes, whose scalars are texts or null; None for an empty file. Raises ValueError."""
+    """The file's nodes, with text or null as scalars; None for an empty file. Raises ValueError if it cannot be read."""
     return _read(path, yaml.compose, _Texts)
 
 
@@ -93,7 +93,7 @@ def _read(path: Path, how: Any, loader: Any) -> Any:
 
 
 def _within_limits(content: bytes, how: Any, loader: Any) -> tuple[Any, str]:
-    """(value, why there is none)."""
+    """(value, reason if it cannot be read)"""
     try:
         if len(content) > LONGEST:
             raise yaml.YAMLError(f"more than {LONGEST // 1024} KiB")
@@ -101,12 +101,12 @@ def _within_limits(content: bytes, how: Any, loader: Any) -> tuple[Any, str]:
     except UnicodeDecodeError as error:
         reason = f"byte {error.start} is not UTF-8; convert the file"
     except yaml.MarkedYAMLError as error:
-        # Without the line itself, which may hold a key.
+        # Without the line itself, which may contain a key.
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         reason = f"{line}{error.problem or error.context}"
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-    # What the values of tags raise that a text does not fit, such as !!int x.
+    # Raised for a text that does not match its tag, such as !!int x.
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
         reason = "a value does not fit its type"
     return None, reason

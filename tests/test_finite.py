@@ -264,7 +264,7 @@ def test_json_has_no_nan():
             ValueError, match=rf"the value\['figures'\]\[1\]\['x'\] is {value}, which JSON does not have"
         ):
             json_text({"figures": [1.0, {"x": value}]})
-        with pytest.raises(ValueError, match="which is no figure"):
+        with pytest.raises(ValueError, match="which is not valid JSON"):
             parse_json(json.dumps([value]))
 
 

@@ -19,7 +19,7 @@ def test_several_machines_need_an_address_that_all_reach(monkeypatch):
     for name, value in {"WORLD_SIZE": "4", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
-        ValueError, match=r"--master_addr 127.0.0.1 is this machine alone: give an address that the other"
+        ValueError, match=r"--master_addr 127.0.0.1 is local to this machine: give an address that the other"
     ):
         ranks.listen_where_named()
 

@@ -499,7 +499,7 @@ def test_folders_without_a_policy(tiny_model, tiny_data, tmp_path, monkeypatch):
         load(flags(tmp_path / "empty", tiny_data, tmp_path / "out"))
     run = make_run(tmp_path / "begun", tiny_model, rounds=1)
     argv = ["--model", str(run), "--prompts", str(tiny_data["prompts"]), "--out", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match="has finished no round yet"):
+    with pytest.raises(ValueError, match="has not finished any round"):
         load(argv)
     run = make_run(tmp_path / "run", tiny_model, rounds=3)
     with pytest.raises(ValueError, match="--round: 3 is not finished in the run .*; finished: 1, 2"):

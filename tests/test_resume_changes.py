@@ -134,7 +134,9 @@ def test_the_learning_rate_of_later_rounds_may_change_where_that_of_the_seed_sta
     folder = begun(tmp_path / "run", SEED)
     with pytest.raises(ValueError, match="--seed.lr: was 5e-07, now 1e-05") as caught:
         accepted(folder, {"adam.lr": "1e-5"})
-    assert "--adam.lr: was" not in str(caught.value) and str(caught.value).endswith("add --seed.lr 5e-07, which it had")
+    assert "--adam.lr: was" not in str(caught.value) and str(caught.value).endswith(
+        "add --seed.lr 5e-07 to keep its value"
+    )
     assert accepted(folder, {"adam.lr": "1e-5", "seed.lr": "5e-07"}) == {"adam.lr"}
 
 

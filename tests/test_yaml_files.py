@@ -19,7 +19,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 HOSTILE = {
     "laughs": (LAUGHS, "line 4: more than 5000 values"),
-    "itself": ("algo: &a [*a]\n", r"line 1: \*a stands within what it stands for"),
+    "itself": ("algo: &a [*a]\n", r"line 1: \*a is inside the value that it stands for"),
     "deep": ("[" * 60_000, "line 1: more than 32 levels of nesting"),
     "deep_lines": ("".join(" " * depth + "a:\n" for depth in range(200)), "line 32: more than 32 levels"),
     "dashes": ("- " * 30_000, "more than 32 levels"),
