@@ -89,8 +89,8 @@ last_log: Path | None = None  # of the current or last command
 
 @contextlib.contextmanager
 def other_packages_apart() -> Iterator[None]:
-    """Within the block only ``say`` and ``Progress`` reach stdout and stderr. Other output goes to the file of ``log_to``, or is
-    dropped if that is never called."""
+    """Within the block only ``say`` and ``Progress`` reach stdout and stderr. Other output goes to the file of ``log_to``,
+    or is dropped if that is never called."""
     global _apart
     if _apart is not None:  # a command within a command
         yield
