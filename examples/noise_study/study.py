@@ -259,12 +259,8 @@ def main() -> None:
     parser.add_argument("--model", default="", help="policy to start from")
     parser.add_argument("--out", type=Path, required=True, help="folder of the study")
     parser.add_argument("--study", type=Path, default=HERE / "cpu.yaml", help="methods, sizes and shared settings")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="cells to run at the same time; they share the CPU's threads"
-    )
-    parser.add_argument(
-        "--report_only", action="store_true", help="only write table and figure, from the finished cells"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="cells to run in parallel; they share the CPU's threads")
+    parser.add_argument("--report_only", action="store_true", help="only table and figure, from the finished cells")
     arguments = parser.parse_args()
     study, out = yaml_files.load(arguments.study), arguments.out.absolute()
     if not arguments.report_only:

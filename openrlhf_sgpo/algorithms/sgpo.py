@@ -1,4 +1,4 @@
-"""SGPO, the game against the worst distribution of margins in a Wasserstein ball, as SSAPO's rounds play it."""
+"""SGPO: the game against the worst distribution of margins in a Wasserstein ball, played by the algorithm SSAPO."""
 
 from __future__ import annotations
 
@@ -105,9 +105,7 @@ class SGPO(PairAlgorithm):
         loss = self._solution.robust_loss(margins)
         if self.options.prox:
             if self._start is None or batch.index is None:
-                raise ValueError(
-                    f"--{self.name}.prox needs the index of each pair, which this batch does not have; use --{self.name}.prox 0"
-                )
+                raise ValueError(f"--{self.name}.prox needs the index of each pair, which this batch lacks; use 0")
             loss = loss + self.options.prox * (margins - self._start[batch.index].to(margins)).square()
         return loss
 

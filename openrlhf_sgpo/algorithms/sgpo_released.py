@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 class SGPOReleasedSettings:
     radius: float = setting(0.01, "radius of the Wasserstein ball on win probabilities (0: no follower, DPO)", low=0)
     pieces: int = setting(6, "number of tangents that replace the loss in the follower", low=1)
-    group_size: int = setting(
-        100, "solve the follower on random groups of this many pairs (0: all pairs at once)", low=0
-    )
+    group_size: int = setting(100, "pairs per random group, each with its own follower (0: all pairs at once)", low=0)
 
 
 class SGPOReleased(SGPOTransport):

@@ -23,9 +23,7 @@ class SGPOTransportSettings:
     radius: float = setting(0.01, "radius of the Wasserstein ball on margins (0: no follower, DPO)", low=0)
     pieces: int = setting(6, "number of tangents that replace the loss in the follower (0: the exact loss)", low=0)
     window_pad: float = setting(1.0, "the support reaches this far beyond the smallest and largest margin", low=0)
-    group_size: int = setting(
-        100, "solve the follower on random groups of this many pairs (0: all pairs at once)", low=0
-    )
+    group_size: int = setting(100, "pairs per random group, each with its own follower (0: all pairs at once)", low=0)
     solver: Literal["exact", "program"] = setting(
         "exact", "exact: one sort; program: the paper's convex program in cvxpy"
     )
@@ -79,9 +77,7 @@ class SGPOTransport(PairAlgorithm):
         for group, solution in zip(groups, solutions, strict=True):
             if solution.saturated:
                 raise saturated_ball(self.name, self.options.radius, margins[group], f"the edge {solution.edge:.4g}")
-        value = sum(len(group) * solution.value for group, solution in zip(groups, solutions, strict=True)) / len(
-            margins
-        )
+        value = sum(len(group) * worst.value for group, worst in zip(groups, solutions, strict=True)) / len(margins)
         figures = whole.certificate() | {"groups": len(groups), "grouping_loss": whole.value - value}
         if not self.options.radius:
             return figures
@@ -102,7 +98,7 @@ class SGPOTransport(PairAlgorithm):
             return dpo_loss(margins)
         if batch.index is None:
             raise ValueError(
-                f"--algo {self.name} needs the index of each pair, because the follower moves each by a fixed distance"
+                f"--algo {self.name} needs the index of each pair, because each is moved by a fixed distance"
             )
         s, displacement = (values[batch.index].to(margins.device) for values in self._atoms)
         return self._loss_of_atoms(margins, s, displacement)

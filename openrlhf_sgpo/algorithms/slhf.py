@@ -26,8 +26,7 @@ class SLHFSettings:
         "leader; learning_rate: the follower's is kappa times the leader's (two adapters)",
     )
     sharing: Literal["shared", "two_adapters"] = setting(
-        "shared",
-        "shared: one model in both roles; two_adapters: two LoRA adapters, each sampled and trained in one role",
+        "shared", "shared: one model in both roles; two_adapters: one LoRA adapter per role, sampled and trained in it"
     )
     followers: int = setting(1, "follower answers to each draft of the leader", low=1)
     follower_prompt: str = setting(IMPROVE, "instruction for the follower, after prompt and draft")

@@ -119,9 +119,7 @@ def save_weights(actor: Actor, folder: str, strategy: DeepspeedStrategy, adapter
         # Tied weights are one tensor under two names; the file has the first.
         names = {(weight.data_ptr(), weight.shape): name for name, weight in reversed(state.items())}
         os.makedirs(folder, exist_ok=True)
-        save_file(
-            {name: state[name].contiguous() for name in names.values()}, os.path.join(folder, "model.safetensors")
-        )
+        save_file({name: state[name].contiguous() for name in names.values()}, f"{folder}/model.safetensors")
     torch.distributed.barrier()
 
 

@@ -129,8 +129,7 @@ class HuggingFaceRollout:
         rank_samples: dict[int, list[Sample]] = {}
         finite = Finite(self.model.device)
         for batch in Progress(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
-            samples = self._sample([prompts[index] for index in batch], sampling, finite)
-            rank_samples.update(zip(batch, samples, strict=True))
+            rank_samples |= zip(batch, self._sample([prompts[i] for i in batch], sampling, finite), strict=True)
         problem = NotFiniteError(f"the next-token probabilities of the model {self.folder} are not finite")
         ranks.raise_together(None if finite.all else problem)
         merged = {index: samples for part in ranks.gather(rank_samples) for index, samples in part.items()}

@@ -111,7 +111,6 @@ class Roles:
             with self.clock("sync"):
                 rollout.load(self.folders[role])  # does nothing if these weights are loaded
             sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count)
-            sampled = rollout.generate(contexts, sampling, label="")
-            for play, context, samples in zip(answers, contexts, sampled, strict=True):
+            for play, context, samples in zip(answers, contexts, rollout.generate(contexts, sampling, ""), strict=True):
                 play += [(context, sample) for sample in samples]
         return answers
