@@ -16,9 +16,7 @@ from openrlhf_sgpo.flags import setting
 class ModelSettings:
     model_name_or_path: str = setting("", "policy to start from: a Hugging Face folder or hub name")
     beta: float = setting(
-        0.1,
-        "strength of the KL regularisation; the implicit reward is beta * log(policy / reference)",
-        above=0,
+        0.1, "strength of the KL regularisation; the implicit reward is beta * log(policy / reference)", above=0
     )
     gradient_checkpointing_enable: bool = setting(False, "recompute activations in the backward pass to save memory")
     trust_remote_code: bool = setting(
@@ -98,9 +96,7 @@ class SeedSettings:
 @dataclass
 class RoundsSettings:
     count: int = setting(
-        3,
-        "rounds, after the seed stage of algorithms that have one (0: train only on the human pairs)",
-        low=0,
+        3, "rounds, after the seed stage of algorithms that have one (0: train only on the human pairs)", low=0
     )
     steps: int = setting(100, "optimiser steps per round, for algorithms that sample in every step", low=1)
     prompts: list[int] = setting(

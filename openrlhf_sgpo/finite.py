@@ -35,10 +35,7 @@ def check_figures(figures: Mapping[str, Any], place: str, dtype: str) -> None:
 
 
 def weight_not_finite(model: nn.Module) -> str:
-    """The name of the first parameter with a value that is not finite; empty if all are finite.
-
-    With ZeRO-3 it checks the values that this rank holds.
-    """
+    """The first parameter with a value that is not finite, empty if all are finite; with ZeRO-3, of this rank's values."""
     import torch
 
     weights = {name: getattr(weight, "ds_tensor", weight).detach() for name, weight in model.named_parameters()}
@@ -62,10 +59,7 @@ def check_loaded(model: nn.Module, folder: str, dtype: str) -> None:
 
 
 def check_trained(actor: Any, log_probs: Tensor, place: str, dtype: str) -> None:
-    """Raises the error of ``in_training`` on every rank if a weight or log-probability of the actor is not finite.
-
-    Collective.
-    """
+    """Raises ``in_training`` on every rank if a weight or log-probability of the actor is not finite. Collective."""
     problem = f"the weight {name} is not finite" if (name := weight_not_finite(actor)) else ""
     if not problem and not log_probs.isfinite().all():
         problem = "the policy's log-probabilities are not finite"

@@ -102,11 +102,8 @@ def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
 
 
 def follow_deepspeed(command: str) -> None:
-    """In a rank started by ``deepspeed``: from now on, ends the ranks when ``deepspeed`` ends.
-
-    DeepSpeed starts ranks through another process, to which it forwards no signals. command: the one of this package that
-    the rank runs.
-    """
+    """In a rank started by ``deepspeed``: from now on, ends the ranks when ``deepspeed`` ends, which starts them through a
+    process that gets no signals from it. command: the one of this package that the rank runs."""
     import psutil
 
     launcher = psutil.Process(os.getppid())

@@ -24,10 +24,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def stage(self, name: str, add: bool = False) -> Iterator[dict[str, float]]:
-        """The entry of a stage, to which the block adds its costs. Entries of blocks that fail are dropped.
-
-        add: adds to the stage's earlier costs, even if the block fails; for stages that keep finished parts.
-        """
+        """The entry of a stage, to which the block adds its costs. Entries of blocks that fail are dropped. add: adds to the
+        stage's earlier costs, even if the block fails, for stages that keep finished parts."""
         entry: dict[str, float] = {}
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
@@ -101,11 +99,8 @@ def stage_rows(
     work: Callable[[dict[str, float]], list[dict[str, Any]]],
     usage: Callable[[], Mapping[str, float]] = dict,
 ) -> list[dict[str, Any]]:
-    """The rows of ``folder``/stages/NAME.jsonl, which ``work`` creates if the file is missing.
-
-    usage: running totals of costs, whose increase is entered beside what ``work`` adds. Raises ValueError if the file was
-    changed.
-    """
+    """The rows of ``folder``/stages/NAME.jsonl, which ``work`` creates if the file is missing. usage: running totals of
+    costs, whose increase is entered beside what ``work`` adds. Raises ValueError if the file was changed."""
     path = folder / "stages" / f"{name}.jsonl"
     remedy = "restore it from a copy, or delete it and add --resume to create it again"
     digests = read_sealed(path.with_name(MANIFEST), remedy) if path.with_name(MANIFEST).exists() else {}

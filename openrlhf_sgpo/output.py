@@ -104,10 +104,8 @@ def other_packages_apart() -> Iterator[None]:
 
 
 def log_to(folder: Path) -> None:
-    """Sends the output of other packages, including earlier output, to ``folder``/log.txt.
-
-    Does nothing outside of ``other_packages_apart``, as in a notebook.
-    """
+    """Sends the output of other packages, including earlier output, to ``folder``/log.txt. Does nothing outside of
+    ``other_packages_apart``, as in a notebook."""
     global last_log
     if _apart is not None:
         _apart.log_to(folder / LOG)

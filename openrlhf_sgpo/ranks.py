@@ -87,9 +87,7 @@ def from_rank_0(value: Any) -> Any:
 
 def on_rank_0(work: Callable[[], Value]) -> Value:
     """Runs ``work`` on rank 0 and returns its result, or raises its exception, on every rank, so none waits for the others.
-
-    Collective; without a process group this process is the only rank.
-    """
+    Collective; without a process group this process is the only rank."""
     if not distributed.is_initialized():
         return work()
     result, problem = None, None
@@ -125,10 +123,8 @@ def gather(value: Value) -> list[Value]:
 
 
 def raise_together(problem: Exception | None) -> None:
-    """If any rank has a problem, raises the first one on every rank, so none waits for the others.
-
-    Collective; without a process group this process is the only rank.
-    """
+    """If any rank has a problem, raises the first one on every rank, so none waits for the others. Collective; without a
+    process group this process is the only rank."""
     for first in filter(None, gather(problem) if distributed.is_initialized() else [problem]):
         # A new exception: one that frames of its traceback refer to would keep them alive.
         raise type(first)(*first.args)

@@ -211,10 +211,8 @@ class RunFolder:
         _LOCKS.add(self._lock)
 
     def moment(self, source: RunFolder | None = None) -> datetime:
-        """The time that chat templates see: the one kept when this folder was started, or else midnight (UTC) of today.
-
-        source: a run that this one is forked from, whose moment it inherits.
-        """
+        """The time that chat templates see: the one stored when this folder was started, or that of ``source``, the run that
+        it is forked from, or else midnight (UTC) of today."""
         for folder in (self, source):
             if folder and (folder.path / MOMENT).exists():
                 return datetime.fromisoformat(read_sealed(folder.path / MOMENT, KEEP)["moment"])
@@ -327,10 +325,8 @@ class RunFolder:
         return manifest
 
     def finish(self, number: int | None, stage: str, facts: dict[str, Any], files: Iterable[str] = ()) -> None:
-        """Records that a stage is finished; its results must already have their final names.
-
-        files: these results, whose digests ``run_check`` compares later; a folder stands for the files in it.
-        """
+        """Records that a stage is finished; its results must already have their final names. files: these results, whose
+        digests ``run_check`` compares later; a folder stands for the files in it."""
         path = self.round(number)
         results = [file for name in files for file in files_in(path / name)]
         digests = {str(file.relative_to(path)): file_digest(file) for file in results}

@@ -21,13 +21,8 @@ NEARLY = 0.95  # share of common words at which responses count as near-identica
 BATCH = 512  # rows per call of the tokenizer
 # Openings of well-known chat templates: a text that begins with one has already been rendered.
 _HEADERS = (
-    "<|im_start|>",
-    "<|begin_of_text|>",
-    "<|start_header_id|>",
-    "<start_of_turn>",
-    "[INST]",
-    "<s>[INST]",
-    "<|user|>",
+    *("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>"),
+    *("[INST]", "<s>[INST]"),
 )
 _WORD = re.compile(r"\w+")
 

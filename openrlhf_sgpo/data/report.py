@@ -65,11 +65,8 @@ class Finding:
 
     @property
     def exceeded(self) -> bool:
-        """Whether the share is above the limit.
-
-        One or two rows of a small file say little about the share: they stop a run only if they are half of its rows, or if
-        the limit is 0.
-        """
+        """Whether the share is above the limit. One or two rows say little about the share of a small file: they stop a run
+        only if they are half of its rows, or if the limit is 0."""
         if self.limit is None or self.share <= self.limit:
             return False
         return self.limit == 0 or self.count > FEW or 2 * self.count >= self.of

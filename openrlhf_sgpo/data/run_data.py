@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RunRecords:
     """The records of --data.dataset, --eval.dataset and --data.prompt_dataset; empty where a flag is not set.
-
-    held_out: all of them; at most --eval.max_samples are evaluated, but none may be trained on.
-    """
+    held_out: all of them; at most --eval.max_samples are evaluated, but none may be trained on."""
 
     human: Records[Pair]
     held_out: Records[Pair]
@@ -55,11 +53,8 @@ def load_policy_chat(config: Config, moment: datetime | None = None) -> tuple[Ch
     """
     from transformers import AutoConfig
 
-    name, trust, reference = (
-        config.model.model_name_or_path,
-        config.model.trust_remote_code,
-        config.ref.model_name_or_path,
-    )
+    name, trust = config.model.model_name_or_path, config.model.trust_remote_code
+    reference = config.ref.model_name_or_path
     variables = template_arguments(config.data.chat_template_kwargs)
     chat, settings = load_chat(name, trust, "model.model_name_or_path", config.data.max_len, variables, moment)
     refuse_unread_variables([chat.template])

@@ -54,9 +54,8 @@ def start(game: Game, policy: Any = None, follower: Any = None) -> Policies:
 
     policy = game.leader_reference if policy is None else policy
     follower = game.follower_reference if follower is None else follower
-    return Policies(
-        *(torch.tensor(np.log(table), dtype=torch.float64, requires_grad=True) for table in (policy, follower))
-    )
+    tables = np.log(policy, dtype=np.float64), np.log(follower, dtype=np.float64)
+    return Policies(*(torch.tensor(table, dtype=torch.float64, requires_grad=True) for table in tables))
 
 
 def expected_loss(
