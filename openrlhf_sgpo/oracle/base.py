@@ -170,7 +170,7 @@ class Oracle:
 
 
 def _number(ask: Callable[..., float], arguments: tuple[Any, ...], start: str, maximum: float) -> float:
-    """The number returned by a user's function. If it fails, that is an error and never a number."""
+    """The number returned by a user's function. Raises ValueError if it fails or returns an invalid number."""
     try:
         value = float(ask(*arguments))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A policy's implicit reward as preference oracle; in self-annotated rounds, that of the policy being trained."""
+"""A policy's implicit reward as preference oracle; in self-annotated rounds, that of the policy that answers."""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ class VllmRollout:
         return results
 
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
-        """From every engine; raises RuntimeError if an engine differs from the first by more than 0.1 nats per token."""
+        """Those of the first engine; raises RuntimeError if another one differs by more than 0.1 nats per token."""
         return ranks.on_rank_0(lambda: self._log_probs(sequences))
 
     def _log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
