@@ -95,7 +95,7 @@ class AnswerSettings:
     def other_engine(self) -> dict[str, str]:
         """Reasons for ``unread`` that depend on the engine."""
         engine = self.rollout.engine
-        return {"vllm." if engine == "hf" else "rollout.batch_size": f"--rollout.engine {engine} is not the one"}
+        return {"vllm." if engine == "hf" else "rollout.batch_size": f"--rollout.engine {engine} is selected"}
 
 
 @dataclass
@@ -180,7 +180,7 @@ def unread(
 
 def other_oracle(name: str) -> tuple[dict[str, str], tuple[str, ...]]:
     """(reasons for ``unread`` that depend on the oracle of this name, prefixes of the flags that it reads)"""
-    reason = f"--oracle {name} is not the one" if name else "there is no --oracle"
+    reason = f"--oracle {name} is selected" if name else "there is no --oracle"
     groups = ("reward.", "judge.") if name == "implicit" else ("reward.", "judge.", "ref.", "beta")
     try:
         reads = oracle.get(name).reads if name else ()

@@ -238,7 +238,7 @@ def _check_reading(config: Config) -> list[str]:
 
 
 def check_data(config: Config, algorithm: type[Algorithm]) -> None:
-    """Raises flags.SettingsError with what is wrong for reading and inspecting data; nothing else is looked at."""
+    """Raises flags.SettingsError with all problems of the settings for reading and inspecting data."""
     problems = _missing(config, algorithm, "model.model_name_or_path", "data.dataset")
     problems += flags.out_of_range({"": config}, ("data.", "eval.", "rollout.max_new_tokens")) + _check_reading(config)
     if problems:
@@ -272,13 +272,13 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
         return unread
     # Mixtures are sampled with transformers, whatever the engine.
     engine = {"hf": ("vllm.",), "vllm": () if algorithm.mixes else ("rollout.batch_size",)}
-    add(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is not the one")
+    add(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is selected")
     try:
         itself = oracle.judges_itself(config, algorithm)
         reads = ("rounds.judge_reference",) if itself else oracle.get(config.oracle).reads
     except ValueError:  # an unknown oracle is reported elsewhere
         return unread
-    add(_ORACLES_ONLY, f"--oracle {config.oracle} is not the one", reads)
+    add(_ORACLES_ONLY, f"--oracle {config.oracle} is selected", reads)
     return unread
 
 

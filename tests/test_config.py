@@ -212,9 +212,9 @@ def test_settings_that_the_algorithm_would_not_read(tmp_path):
         for name, reason in reasons.items()
     ]
     (found,) = problems(*LOOP, "--reward.max_len", "9")
-    assert found.startswith("--reward.max_len: --oracle implicit is not the one")
+    assert found.startswith("--reward.max_len: --oracle implicit is selected")
     (found,) = problems(*LOOP, "--rollout.engine", "hf", "--vllm.num_engines", "1")
-    assert found.startswith("--vllm.num_engines: --rollout.engine hf is not the one")
+    assert found.startswith("--vllm.num_engines: --rollout.engine hf is selected")
 
 
 def test_one_file_serves_all_algorithms(tmp_path, capsys):

@@ -438,7 +438,7 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(tiny_model, tiny_data, tiny
         (("--rollout.max_new_tokens", "256"), "--rollout.max_new_tokens: 256 leaves no room"),
         (("--rollout.temperature", "0"), "--rollout.temperature: 0.0 is out of range"),
         (("--rollout.n_samples_per_prompt", "2"), "--rollout.n_samples_per_prompt is unknown"),
-        (("--vllm.num_engines", "2"), "--vllm.num_engines: --rollout.engine hf is not the one"),
+        (("--vllm.num_engines", "2"), "--vllm.num_engines: --rollout.engine hf is selected"),
         (("--oracle", "marks"), "--oracle: unknown oracle 'marks'"),
         (("--oracle", "reward_model"), "--reward.model_name_or_path: missing"),
         (("--oracle", "refining:Marks", "--reward.max_len", "9"), "--reward.max_len: --oracle refining:Marks is not"),

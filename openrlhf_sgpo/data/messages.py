@@ -46,7 +46,7 @@ _PROMPTS = {
     *("message", "messages", "conversation", "conversations", "history", "context_messages", "chat", "turns"),
 }
 _KNOWN = {"id", "prompt_id", "chosen", "rejected", "tools", "chat_template_kwargs", *_SYSTEM}
-_WORDS = 4  # with at least so many words, a column of any other name may hold the prompt
+_WORDS = 4  # with at least this many words, a column of any other name may hold the prompt
 _DEEPEST = 32  # levels of nested lists and objects in tools and tool calls
 
 # A message, or a list of messages or message parts, written as text: as JSON or as Python prints it.

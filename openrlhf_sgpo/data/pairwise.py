@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LETTERS = ("A", "B")
 MARK = " [...] "  # where a text was cut
 
-# A trained model learns from its pairs what matters; judges get a longer introduction that says so.
+# A trained model learns what matters from its pairs; judges get instructions instead.
 TRAINED = "Here are a conversation and two answers to its last message."
 LAYOUT = """{introduction}
 

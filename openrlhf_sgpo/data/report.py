@@ -24,7 +24,7 @@ COUNTED = (
     *("duplicate", "contradictory", "unfinished", "benchmark", "held_out"),
 )
 EXAMPLES = 5
-FEW = 2  # so few rows do not stop a run, whatever their share, unless they are half of all
+FEW = 2  # this few rows do not stop a run, whatever their share, unless they are half of all
 NOTED = 0.1  # above this share a finding gets a note
 _QUANTILES = {"5%": 0.05, "50%": 0.5, "95%": 0.95, "max": 1.0}
 _REMEDIES = {

@@ -85,19 +85,19 @@ def test_what_is_missing_or_out_of_range(run, more, start):
 def test_what_the_oracle_would_not_read_is_refused(more, name):
     (found,) = problems(*ROUNDS, *more)
     chosen = more[1] if more[0] == "--oracle" else "implicit"
-    assert found.startswith(f"--{name}: --oracle {chosen} is not the one and would not read it")
+    assert found.startswith(f"--{name}: --oracle {chosen} is selected and would not read it")
 
 
 def test_the_implicit_reward_is_the_policys_own_in_rounds_and_frozen_in_plays():
     assert problems(*ROUNDS, "--rounds.judge_reference", "previous") == []
     (found,) = problems(*ROUNDS, "--reward.model_name_or_path", "seed")
-    assert found.startswith("--reward.model_name_or_path: --oracle implicit is not the one")
+    assert found.startswith("--reward.model_name_or_path: --oracle implicit is selected")
     frozen = ["--oracle", "implicit", "--reward.model_name_or_path", "seed"]
     assert problems(*PLAYS, *frozen) == []
     (found,) = problems(*PLAYS, *frozen[:2])
     assert found.startswith("--reward.model_name_or_path: missing, --oracle implicit needs the policy whose")
     (found,) = problems(*PLAYS, *frozen, "--rounds.judge_reference", "previous")
-    assert found.startswith("--rounds.judge_reference: --oracle implicit is not the one")
+    assert found.startswith("--rounds.judge_reference: --oracle implicit is selected")
 
 
 def test_the_key_is_in_no_dump(tmp_path, monkeypatch):
