@@ -112,6 +112,18 @@ def test_arrows_point_down():
     assert upwards == []
 
 
+NAMES_OF_NOTHING = {"one", "found", "own", "mine", "theirs", "ours"}
+
+
+def test_names_say_what_they_hold():
+    wrong = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = {getattr(node, name, None) for name in ("id", "arg", "attr", "name")} & NAMES_OF_NOTHING
+            wrong += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in names]
+    assert not wrong
+
+
 def test_a_name_stands_for_one_thing():
     """Classes and functions that others may import; a command has a ``main``, its settings are read by a ``load``."""
     places: dict[str, list[str]] = {}

@@ -32,6 +32,7 @@ def play_flags(tiny_model, tiny_data, folder: Path) -> list[str]:
     return test_plays.flags(tiny_model, tiny_data, folder, "toy_states:RunningBaseline", *more, *less)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
     killed_at(
         lambda writes: range(writes // 4, writes, writes // 2),
