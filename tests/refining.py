@@ -1,16 +1,10 @@
-"""For the tests of refinement: an engine whose answers are known, an oracle that reads marks, and a run folder.
-
-``python refining.py MOMENT [flags of refine]`` is ``openrlhf-sgpo refine`` that ends itself with SIGKILL at that moment.
-"""
+"""For the tests of refinement: an engine whose answers are known, an oracle that reads marks, and a run folder."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
-import signal
-import sys
 from pathlib import Path
 
 from openrlhf_sgpo.algorithms.slhf import SLHF
@@ -70,35 +64,3 @@ def make_run(folder: Path, model: Path, *flags: str, rounds: int = 2) -> Path:
         if one < rounds:
             run.finish(one, "play", {})
     return folder
-
-
-def main(moment: str, argv: list[str]) -> int:
-    from openrlhf_sgpo import run_folder
-    from openrlhf_sgpo.cli.main import main
-    from openrlhf_sgpo.refinement import refine
-    from openrlhf_sgpo.rollout import hf
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    kind, name = moment.split()
-    if kind == "generating":
-        generate = hf.HuggingFaceRollout.generate
-        hf.HuggingFaceRollout.generate = lambda self, prompts, sampling, label: (
-            die() if label.startswith(name.replace("_", " ")) else generate(self, prompts, sampling, label)
-        )
-    else:  # half of the file is written
-        write = run_folder.write_text
-
-        def half(path: Path, text: str) -> None:
-            if path.name.startswith(name):
-                path.with_name(path.name + ".partial").write_text(text[: len(text) // 2])
-                die()
-            write(path, text)
-
-        run_folder.write_text = refine.write_text = half
-    return main(["refine", *argv])
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))

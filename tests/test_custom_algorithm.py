@@ -82,9 +82,6 @@ def test_its_flags_are_those_of_a_built_in(installed, tmp_path):
     assert "--dpop.penalty: -1.0 is out of range, use at least 0" in refused.stderr
 
 
-# The loss -------------------------------------------------------------------------------------------------------------
-
-
 def test_it_is_dpo_where_the_chosen_response_has_not_lost(dpop):
     policy, reference = draw(2, 6), draw(4, 6)[2:]
     kept = PairBatch(torch.maximum(policy[0], reference[0]), policy[1], *reference)

@@ -227,9 +227,6 @@ def test_what_is_there_stays(source, tmp_path):
     assert contents(folder.path) == before
 
 
-# Refusals -------------------------------------------------------------------------------------------------------------
-
-
 def refusal(*arguments, **options) -> str:
     path = arguments[1]
     with pytest.raises(ValueError, match="--ckpt.fork_from ") as caught:
@@ -314,9 +311,6 @@ def test_a_stage_on_human_pairs_alone_is_no_seed_stage(tmp_path):
 )
 def test_what_only_the_leader_reads_may_differ(source, tmp_path, algo, more):
     assert sorted(contents(fork(source, tmp_path / "fork", *more, algo=algo).path)) == TAKEN
-
-
-# Whole runs -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

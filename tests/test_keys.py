@@ -156,9 +156,6 @@ def test_the_launcher_does_not_see_a_key():
     assert "--judge.api_key takes no key itself" in found.stderr and LITERAL not in found.stdout + found.stderr
 
 
-# Every byte ------------------------------------------------------------------------------------------------------------
-
-
 class Echo(JudgeServer):
     """Sends the key back, in errors and in answers."""
 

@@ -105,9 +105,6 @@ def test_a_stream_that_is_not_the_terminal_stays_what_it_is(tmp_path, capfd, mon
     assert not (tmp_path / "nothing").exists()
 
 
-# Progress -----------------------------------------------------------------------------------------------------------
-
-
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -136,8 +133,6 @@ def test_on_a_terminal_a_bar_goes_when_it_is_done(monkeypatch):
     assert "3/3" in file.getvalue() and file.getvalue().endswith("\r")
     assert file.getvalue().split("\r")[-2].strip() == ""
 
-
-# Stages -------------------------------------------------------------------------------------------------------------
 
 ROUND = ("generate", "train", "evaluate")
 PLAN = ["initial/evaluate", "round_0/train", "round_0/evaluate", *(f"round_{k}/{one}" for k in (1, 2) for one in ROUND)]

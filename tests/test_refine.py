@@ -8,9 +8,9 @@ import json
 import random
 import re
 import shlex
-import signal
 import subprocess
 import sys
+from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
@@ -19,7 +19,7 @@ from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from refining import ScriptedEngine, make_run
-from running import ROOT, launch, read_jsonl
+from running import ROOT, killed_at, read_jsonl
 
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
 from openrlhf_sgpo.games import GAMES, nash, stackelberg
@@ -62,9 +62,6 @@ def engine(monkeypatch):
     scripted = ScriptedEngine()
     monkeypatch.setattr(staged_command, "start_rollout", lambda config, chat, folder: scripted)
     return scripted
-
-
-# The chain ------------------------------------------------------------------------------------------------------------
 
 
 def chain(shares, follower, length):
@@ -133,8 +130,6 @@ def test_the_follower_sees_prompt_last_draft_and_instruction(tiny_model, tiny_da
             assert row["role"] == ("leader" if depth == 1 else "follower")
             assert row["follower_prompt"] == (None if depth == 1 else "Better!")
 
-
-# Controls -------------------------------------------------------------------------------------------------------------
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=200)
 
@@ -293,9 +288,6 @@ def test_alpaca_eval_reads_the_outputs(tiny_model, tiny_data, tmp_path, engine):
     assert rows["long/chain/2"]["prompt"] == turns
 
 
-# Drafts of others -----------------------------------------------------------------------------------------------------
-
-
 def drafts_of(kind: str, folder, data):
     """Another model's answers to the prompts, in the shapes that are accepted."""
     prompts = read_jsonl(data["prompts"])
@@ -354,9 +346,6 @@ def test_a_draft_that_is_too_long_is_shown_without_its_end(tiny_model, tiny_data
     assert of(read_jsonl(tmp_path / "out/answers.jsonl"), "chain")[0]["tokens"] == 501
 
 
-# Runs, resume ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_s_policy_and_settings(tiny_model, tiny_data, tmp_path, engine):
     own = ("--rollout.temperature", "0.6", "--rollout.max_new_tokens", "7", "--rollout.engine", "hf")
     own += (
@@ -387,38 +376,18 @@ def test_a_run_s_policy_and_settings(tiny_model, tiny_data, tmp_path, engine):
     assert plain.follower_prompt == IMPROVE
 
 
-def contents(folder) -> dict[str, bytes]:
-    """Every file; the ledger has times, and the lock the process's number."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("ledger.json", "lock", "log.txt", "resolved_config.yaml")
-    }
-
-
 def test_killed_and_resumed_it_leaves_the_same_bytes(tiny_model, tiny_data, tiny_reward_model, tmp_path):
     more = ("--oracle", "reward_model", "--reward.model_name_or_path", str(tiny_reward_model))
-    refine(flags(tiny_model, tiny_data, tmp_path / "whole", *more))
-    expected = contents(tmp_path / "whole")
-    folder = tmp_path / "killed"
-    argv = flags(tiny_model, tiny_data, folder, *more)
-    for moment in ("generating depth_2", "writing depth_3", "generating independent_1", "writing preferences"):
-        killed = launch([sys.executable, str(ROOT / "tests/refining.py"), moment, *argv])
-        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stderr[-3000:]}"
-        there = {
-            name: text for name, text in contents(folder).items() if not name.endswith((".partial", "manifest.json"))
-        }
-        assert {name: expected.get(name) == text for name, text in there.items()} == dict.fromkeys(there, True)
-        argv = [*flags(tiny_model, tiny_data, folder, *more), "--resume"]
+
+    def argv(folder: Path) -> list[str]:
+        return ["refine", *flags(tiny_model, tiny_data, folder, *more)]
+
+    killed_at(lambda writes: range(3, writes, writes // 5), tmp_path, argv)
+    _, *whole = argv(tmp_path / "whole")
     with pytest.raises(ValueError, match=r"--depth: was 3, now 4"):
-        refine([*flags(tiny_model, tiny_data, folder, *more, "--depth", "4"), "--resume"])
-    refine(argv)
-    assert contents(folder) == expected
+        refine([*whole, "--depth", "4", "--resume"])
     with pytest.raises(ValueError, match="--out .* already holds a run: add --resume"):
-        refine(argv[:-1])
-
-
-# Bad input ------------------------------------------------------------------------------------------------------------
+        refine(whole)
 
 
 @pytest.mark.parametrize(
@@ -507,9 +476,6 @@ def test_folders_without_a_policy(tiny_model, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="refine is one process"):
         load(["--model", str(run), *argv[2:]])
-
-
-# Documentation --------------------------------------------------------------------------------------------------------
 
 
 def documented() -> list[str]:

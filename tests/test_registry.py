@@ -164,9 +164,6 @@ def test_name_of_the_class_must_agree(folder):
         algorithms.get("better")
 
 
-# The command ----------------------------------------------------------------------------------------------------------
-
-
 def listed(capsys) -> dict[str, list[str]]:
     """What ``openrlhf-sgpo algorithms`` prints, by algorithm."""
     assert main(["algorithms"]) == 0

@@ -34,8 +34,6 @@ from openrlhf_sgpo.run_folder import (
 )
 from openrlhf_sgpo.run_settings import load
 
-# Files ----------------------------------------------------------------------------------------------------------------
-
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
@@ -136,8 +134,6 @@ def test_failed_folder_keeps_the_old_one(tmp_path):
         assert (final / "weights").read_text() == text
         assert names(final) == [f"only {text}", "weights"]
 
-
-# Taking up a run ------------------------------------------------------------------------------------------------------
 
 CONFIG = "model:\n  beta: 0.1\n  path: grün\nadam:\n  betas: [0.9, 0.999]\nalgo: sgpo\n"
 
@@ -256,8 +252,6 @@ def test_secrets_are_not_stored(tmp_path, monkeypatch):
     assert len(started) == 2 and started[1]["settings"] is None
 
 
-# The lock -------------------------------------------------------------------------------------------------------------
-
 ROOT = Path(__file__).parent.parent
 HOLD = """
 import sys, time
@@ -368,9 +362,6 @@ def test_killed_before_the_configuration_was_stored(tmp_path, write, left, resum
     assert names(path) == ["data.json", "lock", "resolved_config.yaml"]
 
 
-# Costs ----------------------------------------------------------------------------------------------------------------
-
-
 def test_totals_add_up_and_peaks_take_the_maximum(tmp_path):
     path = tmp_path / "ledger.json"
     ledger = Ledger(path, writes=True)
@@ -447,9 +438,6 @@ def test_only_the_writing_rank_touches_the_disk(tmp_path):
     metrics.log("round 0", 1, {"loss": 1.0})
     metrics.close()
     assert names(tmp_path) == []
-
-
-# Metrics --------------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_are_written_at_once_and_appended_on_resume(tmp_path):

@@ -176,9 +176,6 @@ def test_refine_revises_with_the_follower(spread_run, tiny_data, tmp_path, monke
         assert call.samples == call.answers_of(own) != call.answers_of(other)
 
 
-# Training -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def make(tiny_model, tiny_data, tmp_path):
     """Trainers of spread adapters. plain: of adapters as they begin."""
@@ -297,9 +294,6 @@ def test_an_adapter_rests_while_the_other_learns(make, plays):
     for other in found[1:]:
         for name in ("leader", "follower"):
             assert (of(name, found[0]) - of(name, other)).abs().quantile(0.99) < 1e-4
-
-
-# Runs -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,6 @@ def test_aliases_of_little_are_read(tmp_path):
     assert config.train.batch_size == config.train.micro_batch_size == 8
 
 
-# A fuzzer --------------------------------------------------------------------------------------------------------------
-
 NAMES = st.sampled_from(["algo", "train", "batch_size", "train.seed", "adam.betas", "judge", "api_key", "out", "seeds"])
 SUITE_NAMES = st.sampled_from(
     ["out", "seeds", "algorithms", "common", "compare", "name", "settings", "trials", "fork_from"]

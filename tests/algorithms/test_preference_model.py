@@ -68,9 +68,6 @@ def test_every_pair_is_shown_in_both_orders(tiny_model):
         assert [len(response) for response in chat.pair(first).responses] == [1, 1]
 
 
-# Settings -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -83,9 +80,6 @@ def test_what_it_has_not(more, message, tiny_data, tmp_path, capsys):
     argv = ["--model.model_name_or_path", "m", "--data.dataset", str(tiny_data["pairs"]), "--ckpt.output_dir"]
     assert main(["train", "--algo", "preference_model", *argv, str(tmp_path / "run"), *more]) == 2
     assert message in capsys.readouterr().err
-
-
-# Learning -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -38,9 +38,6 @@ def follower(options):
     }
 
 
-# Radius 0 -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_radius_0_is_dpo_to_the_last_bit(dtype):
     algorithm = sgpo(radius=0.0)
@@ -82,9 +79,6 @@ def test_margins_of_a_batch_are_those_of_the_paper():
     algorithm = sgpo(radius=0.0)
     algorithm.begin_stage(Stage(expected))
     assert torch.allclose(algorithm.loss(pairs), -torch.log(torch.sigmoid(expected)), rtol=0, atol=1e-12)
-
-
-# Certificate and gradient ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", FOLLOWERS)
@@ -205,9 +199,6 @@ def test_bad_pairs_get_one_weight_and_a_changed_policy_keeps_it():
     assert torch.allclose(gradient[high], -torch.sigmoid(-moved_on[high]))
 
 
-# Refresh --------------------------------------------------------------------------------------------------------------
-
-
 def in_window(margins, window):
     """What a refresh is solved on: the window of the stage, whose upper end gives way."""
     margins = margins.clamp(min=window[0])
@@ -305,9 +296,6 @@ def test_next_stage_has_its_own_margins_and_window():
         assert algorithm.after_step(draw(4, seed + 2))["sgpo/edge"] == worst.edge
 
 
-# The proximal term ----------------------------------------------------------------------------------------------------
-
-
 def test_the_proximal_term_is_the_squared_distance_from_the_start():
     start, later = draw(10), draw(10, seed=1)
     algorithm, plain = sgpo(**MARGIN, prox=0.7), sgpo(**MARGIN)
@@ -319,9 +307,6 @@ def test_the_proximal_term_is_the_squared_distance_from_the_start():
     pairs = batch(later)
     with pytest.raises(ValueError, match="needs the index of each pair"):
         algorithm.loss(PairBatch(pairs.policy_chosen, *[pairs.policy_rejected] * 3))
-
-
-# Refusals -------------------------------------------------------------------------------------------------------------
 
 
 def test_saturated_ball_in_margin_space():

@@ -43,9 +43,6 @@ def batch(margins: torch.Tensor, detection: torch.Tensor | None = None, beta: fl
     )
 
 
-# The loss of a pair ---------------------------------------------------------------------------------------------------
-
-
 @given(margins=MARGINS, smoothing=st.floats(0, 0.49), data=st.data())
 def test_only_pairs_in_doubt_are_smoothed(margins, smoothing, data):
     size = len(margins)
@@ -96,9 +93,6 @@ def test_without_refinement_it_is_dpo_to_the_last_bit(options, extrapolation):
         margins = draw(8, seed=step)
         assert torch.equal(algorithm.loss(batch(margins)), dpo_loss(margins))
         algorithm.after_step(algorithm.watched(batch(margins)))
-
-
-# Extrapolation --------------------------------------------------------------------------------------------------------
 
 
 def test_a_value_per_round_and_the_last_one_for_later_rounds():
@@ -155,9 +149,6 @@ def test_extrapolation_needs_its_log_probabilities():
         ValueError, match=r"--spa\.extrapolation 0\.5 needs log-probabilities under extrapolated logits"
     ):
         algorithm.loss(batch(torch.zeros(2)))
-
-
-# Who is in doubt ------------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -259,9 +250,6 @@ def test_margins_of_the_warm_up_count():
     assert algorithm.after_step(torch.tensor([4.0, 5.0]))["spa/noisy_share"] == 0.5
 
 
-# The rule of the authors' code ----------------------------------------------------------------------------------------
-
-
 def test_released_threshold_read_directly():
     algorithm = spa(**RELEASED)
     seen: list[float] = []
@@ -285,9 +273,6 @@ def test_released_compares_with_equality():
     assert algorithm.after_step(torch.tensor([0.0, 0.1, -0.1]))["spa/noisy_share"] == pytest.approx(2 / 3)
     algorithm.after_step(torch.full((50,), 7.0))
     assert algorithm.after_step(torch.tensor([7.0, 7.5]))["spa/noisy_share"] == 0.5
-
-
-# Stages and checkpoints -----------------------------------------------------------------------------------------------
 
 
 def test_a_stage_begins_anew():
@@ -322,9 +307,6 @@ def test_a_checkpoint_restores_all_later_losses(options, interrupted, tmp_path):
     # A checkpoint holds the window, not the storage of all steps that it was cut from.
     recent = whole.state_dict()["recent"]
     assert len(recent) == min(160, whole.options.window) and recent.untyped_storage().nbytes() == 4 * len(recent)
-
-
-# What self-annotation does to a wrong belief --------------------------------------------------------------------------
 
 
 def self_annotated_rounds(seed_log_ratio: float, smoothing: float, rounds: int, steps: int) -> list[float]:
@@ -364,9 +346,6 @@ def test_certain_labels_confirm_whatever_the_seed_believed(favourite):
     refined = self_annotated_rounds(0.01 * favourite, 0.1, 3, 400)
     expected = [favourite * (0.01 + number * math.log(9)) for number in (1, 2, 3)]
     assert refined == pytest.approx(expected, abs=1e-6)
-
-
-# Settings -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 from collections import Counter
 from pathlib import Path
 from statistics import mean
@@ -15,7 +14,7 @@ import pytest
 import yaml
 from comparing import arguments
 from conftest import write_jsonl
-from running import ROOT, forked, read_jsonl, train
+from running import ROOT, forked, killed_at, read_jsonl, train
 from toy_oracles import Letters
 
 from openrlhf_sgpo.comparison.compare import _records
@@ -27,7 +26,6 @@ from openrlhf_sgpo.ledger import write_ledger
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_sealed, write_text
 from openrlhf_sgpo.run_settings import load as load_run
 
-SCRIPT = ROOT / "tests" / "comparing.py"
 ORACLE = ("--oracle", "toy_oracles:Letters")
 PATH = {"PYTHONPATH": str(ROOT / "tests")}
 
@@ -179,9 +177,6 @@ def test_without_prompts_they_are_those_that_all_runs_saw(tiny_data, capsys):
     assert "differ in --eval.max_samples: all are compared on the first 4 held-out prompts" in capsys.readouterr().out
 
 
-# Real runs ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def runs(tiny_model, tiny_data, tmp_path_factory) -> list[str]:
     """SGPO with two seeds, and Nash-MD."""
@@ -199,10 +194,13 @@ def runs(tiny_model, tiny_data, tmp_path_factory) -> list[str]:
     return folders
 
 
-def compare(runs: list[str], out: Path, *more: str, moment: str = "file nothing") -> str:
-    process = forked(SCRIPT, moment, *runs, "--out", str(out), *ORACLE, "--max_prompts", "6", *more, **PATH)
-    expected = 0 if moment == "file nothing" else -signal.SIGKILL
-    assert process.returncode == expected, process.stderr[-3000:]
+def words(runs: list[str], out: Path, *more: str) -> list[str]:
+    return ["compare", *runs, "--out", str(out), *ORACLE, "--max_prompts", "6", *more]
+
+
+def compare(runs: list[str], out: Path, *more: str) -> str:
+    process = forked(None, *words(runs, out, *more), **PATH)
+    assert process.returncode == 0, process.stderr[-3000:]
     return process.stdout
 
 
@@ -303,23 +301,14 @@ def test_the_divergence_is_over_the_whole_vocabulary(compared, runs, tiny_model)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment", ["answers sgpo_2", "file kl_nash_md_1.jsonl", "file preferences_sgpo_over_start.jsonl", "file table.txt"]
-)
-def test_a_killed_comparison_ends_as_if_nothing_had_happened(compared, runs, tmp_path, moment):
-    out = tmp_path / "out"
-    compare(runs, out, "--trials", "sgpo=5", moment=moment)
-    begun = {path: path.read_bytes() for path in (out / "stages").glob("*.jsonl")}
-    assert begun and not (out / "table.txt").exists()
-    compare(runs, out, "--trials", "sgpo=5", "--resume")
-    assert all(path.read_bytes() == content for path, content in begun.items())
-    files = ["comparison.json", "table.txt", *(f"stages/{path.name}" for path in (compared / "stages").iterdir())]
-    for name in files:
-        assert (out / name).read_bytes() == (compared / name).read_bytes(), name
-    judged = [
-        row["key"] for row in (json.loads(line) for line in (out / "judgements/letters.jsonl").open() if line.strip())
-    ]
-    assert len(judged) == len(set(judged))  # no answer was judged twice
+def test_a_killed_comparison_ends_as_if_nothing_had_happened(runs, tmp_path):
+    killed_at(
+        lambda writes: range(3, writes, writes // 5), tmp_path, lambda out: words(runs, out, "--trials", "sgpo=5")
+    )
+    for path in tmp_path.glob("write_*/judgements/letters.jsonl"):
+        # A line without an end is that of a kill.
+        keys = [json.loads(line)["key"] for line in path.open() if line.endswith("}\n")]
+        assert len(keys) == len(set(keys)), "no answer is judged twice"
 
 
 @pytest.mark.slow
@@ -329,9 +318,9 @@ def test_prompts_of_its_own_and_what_keeps_a_folder_from_being_taken_up(compared
     compare(runs, out, "--prompts", str(prompts))
     assert [row["id"] for row in rows(out, "answers_start")] == [f"q{i}" for i in range(6)]
 
-    def fails(*words: str) -> str:
-        process = forked(SCRIPT, "file nothing", *runs, *ORACLE, "--max_prompts", "6", *words, **PATH)
-        assert process.returncode == 1
+    def fails(*flags: str) -> str:
+        process = forked(None, "compare", *runs, *ORACLE, "--max_prompts", "6", *flags, **PATH)
+        assert process.returncode == 2
         return process.stderr.splitlines()[-1]
 
     again = ("--out", str(out), "--prompts", str(prompts))

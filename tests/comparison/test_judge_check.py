@@ -97,9 +97,6 @@ def test_a_server_of_a_known_rule(tmp_path, capsys):
     assert [row["chosen_second"] for row in said] == pytest.approx([sigmoid(-lead + BIAS) for lead in leads])
 
 
-# What sways ------------------------------------------------------------------------------------------------------------
-
-
 class FirstPlace(PreferenceOracle):
     name = "first"
 
@@ -191,9 +188,6 @@ def test_wilsons_interval_ends_where_the_score_test_rejects(n, data):
     share, ends, _ = share_of([1.0] * hits + [0.0] * (n - hits))
     for q in ends:
         assert abs(share - q) == pytest.approx(1.959964 * math.sqrt(q * (1 - q) / n), abs=1e-7)
-
-
-# Settings --------------------------------------------------------------------------------------------------------------
 
 
 FILES = "--data.dataset p.jsonl --out o"

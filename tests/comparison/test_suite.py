@@ -22,7 +22,6 @@ from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.judge.client import JudgeError
 from openrlhf_sgpo.run_settings import load
 
-SCRIPT = ROOT / "tests" / "comparing.py"
 EXAMPLES = ROOT / "examples" / "head_to_head"
 PATH = {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
 
@@ -244,8 +243,8 @@ def test_a_suite_trains_what_is_missing_and_compares(tiny_model, tiny_data, tmp_
     first, last = prepare_runs(read_suite(path))
     process = train(*first.words, **PATH)
     assert process.returncode == 0, process.stderr[-3000:]
-    words = ("file nothing", "--suite", str(path), "--max_prompts", "4")
-    process = forked(SCRIPT, *words, **PATH)
+    words = ("compare", "--suite", str(path), "--max_prompts", "4")
+    process = forked(None, *words, **PATH)
     assert process.returncode == 0, process.stderr[-3000:]
     assert f"1 of 2: {first.folder} is finished" in process.stdout
     assert "2 of 2: finished in" in process.stdout and "train_loss" not in process.stdout and last.log.exists()
@@ -258,7 +257,7 @@ def test_a_suite_trains_what_is_missing_and_compares(tiny_model, tiny_data, tmp_
     assert not any("samples" in warning or "steps" in warning for warning in comparison["warnings"])
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("stages/*.jsonl")}
-    again = forked(SCRIPT, *words, **PATH)
+    again = forked(None, *words, **PATH)
     assert again.returncode == 0 and again.stdout.count("is finished") == 2
     assert {file: file.stat().st_mtime_ns for file in written} == written
 
@@ -266,8 +265,8 @@ def test_a_suite_trains_what_is_missing_and_compares(tiny_model, tiny_data, tmp_
 @pytest.mark.slow
 def test_a_run_that_fails_stops_the_suite(tiny_data, tmp_path):
     path = write(tmp_path, small(tmp_path, tmp_path / "nothing_here", tiny_data))
-    process = forked(SCRIPT, "file nothing", "--suite", str(path), **PATH)
-    assert process.returncode == 1
+    process = forked(None, "compare", "--suite", str(path), **PATH)
+    assert process.returncode == 2
     log = tmp_path / "out/self/seed_1.log"
     assert f"failed (2), see {log}; the same command continues it" in process.stderr
     assert "nothing_here cannot be loaded" in log.read_text()

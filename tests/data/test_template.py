@@ -87,9 +87,6 @@ def model_with(tiny_model, tmp_path):
     return changed
 
 
-# The generation prompt ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("template", "ends_with", "end"),
     [
@@ -127,9 +124,6 @@ def test_the_error_names_tokenizer_and_flag(model_with):
     folder = model_with(CHATML.partition("{% if add")[0])
     with pytest.raises(ValueError, match=f"--reward.model_name_or_path: the chat template of the tokenizer {folder}"):
         load_chat(folder, False, "reward.model_name_or_path", 64)
-
-
-# What a template does not render -----------------------------------------------------------------------------------------
 
 
 def test_a_template_that_wants_parts_or_fails_is_named(chat_with, tiny_model):
@@ -250,9 +244,6 @@ def test_a_reward_model_whose_template_refuses_the_prompts_is_found_before_it_is
         oracle.check_prompts(config, prompts[:1])
 
 
-# Variables ---------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("item", ["enable_thinking=false", "enable_thinking=False", '{"enable_thinking": false}'])
 def test_variables_reach_the_template(chat_with, item):
     chat = chat_with(QWEN, [item])
@@ -295,9 +286,6 @@ def test_a_variable_that_no_template_reads_is_an_error(chat_with):
         refuse_unread_variables([plain])
 
 
-# Thoughts ----------------------------------------------------------------------------------------------------------------
-
-
 def data(model, pairs, *more):
     from openrlhf_sgpo.cli.main import main
 
@@ -313,9 +301,6 @@ def test_answers_inside_an_opened_thought_are_a_finding(model_with, write_pairs,
     assert data(model, write_pairs(chosen="Hm</think>Because.")) == 2
     assert data(model_with(QWEN), pairs) == 0
     assert data(model_with(QWEN), pairs, "--data.chat_template_kwargs", "enable_thinking=false") == 0
-
-
-# The clock ---------------------------------------------------------------------------------------------------------------
 
 
 def test_templates_are_told_one_moment(chat_with):
@@ -345,9 +330,6 @@ def test_a_run_is_told_the_moment_of_its_beginning(model_with, tiny_data, tmp_pa
     (folder / "moment.json").unlink()
     ended = train(*argv, "--resume")
     assert ended.returncode == 2 and "has no moment.json" in ended.stderr
-
-
-# Tokenizer against model -------------------------------------------------------------------------------------------------
 
 
 def test_a_tokenizer_without_padding_and_end_is_an_error(model_with, write_pairs, capsys):

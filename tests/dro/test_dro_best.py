@@ -47,9 +47,6 @@ def spread(count=40, seed=3):
     return 1.5 * torch.randn(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-# Closed forms ---------------------------------------------------------------------------------------------------------
-
-
 def test_two_margins_in_closed_form():
     margins = torch.tensor([2.0, 0.0], dtype=torch.float64)
     solution = solve_best_case(margins, 0.25)  # the budget 0.5 raises the second one to 0.5
@@ -83,9 +80,6 @@ def test_one_sample_takes_the_whole_budget(space, radius, level):
     assert solution.level == pytest.approx(level, abs=1e-7)
     assert solution.raised.tolist() == [pytest.approx(radius)]
     assert abs(solution.gap) < 1e-15
-
-
-# Optimality -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -233,9 +227,6 @@ def test_order_does_not_matter_and_equal_margins_share(instance, random):
         assert solution.raised[margins == value].unique().numel() == 1
 
 
-# What the leader minimises --------------------------------------------------------------------------------------------
-
-
 @QUICK
 @given(instances())
 def test_robust_loss_averages_to_the_value(instance):
@@ -324,8 +315,6 @@ def test_levels_per_sample_equal_each_group_alone(space):
     torch.testing.assert_close(single.double(), losses, rtol=1e-5, atol=1e-6)
 
 
-# Extremes -------------------------------------------------------------------------------------------------------------
-
 EXTREME = [-700.0, -50.0, -1.0, 0.0, 50.0, 700.0]
 
 
@@ -392,9 +381,6 @@ def test_wrong_pairs_whose_probability_underflows():
     helped = solve_best_case(torch.tensor([-900.0, 2.0]), 0.1, space="probability")
     assert helped.level == pytest.approx(0.2)
     assert helped.bound == 0.0
-
-
-# Saturation and refusals ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("radius", [0.5, 0.8])

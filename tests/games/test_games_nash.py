@@ -37,9 +37,6 @@ def grid(steps=60):
     return np.array([(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]) / steps
 
 
-# Nash -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tau", [0.5, 0.1, 0.03])
 def test_regularised_nash_by_playing_until_rest(tau):
     """Small steps of mirror ascent in self-play, log pi <- log pi + a (p(y > pi) / tau - log(pi / ref)), written out here."""
@@ -150,9 +147,6 @@ def test_bradley_terry_digits():
     assert solution.scores == pytest.approx([0.5984, 0.3685, 0.2071], abs=5e-5)
     assert solution.policy == pytest.approx([0.8926, 0.0895, 0.0178], abs=5e-5)
     assert stackelberg(bradley_terry((1, 0, -1)), 0, 0).scores == pytest.approx([0.5, 0.2689, 0.1192], abs=5e-5)
-
-
-# Mixtures and rounds --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.125, 0.5, 1.0])

@@ -51,9 +51,6 @@ def permuted(game, order):
     )
 
 
-# Offline optima -------------------------------------------------------------------------------------------------------
-
-
 def labelled(game, weights, loss):
     """Population loss of pairs with the given weights and soft labels; loss maps differences of log-ratios to losses."""
     reference, chances = torch.tensor(game.leader_reference), torch.tensor(game.preferences)
@@ -136,9 +133,6 @@ def test_behaviour_weights_the_pairs_of_dpo():
 def test_rewards_that_do_not_exist_are_refused(game, weights, message):
     with pytest.raises(ValueError, match=message):
         bradley_terry_rewards(game, weights)
-
-
-# Everywhere -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SOLVERS)

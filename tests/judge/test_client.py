@@ -332,9 +332,6 @@ def test_the_key_is_sent_and_written_nowhere(tmp_path, monkeypatch):
             assert "secret" not in path.read_text() and "environment" not in path.read_text()
 
 
-# What is kept ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_killed_process_costs_the_line_that_it_was_writing(tmp_path):
     path = tmp_path / "cache.jsonl"
     cache = ContentCache(path)

@@ -236,8 +236,6 @@ def test_a_letter_of_which_nothing_is_left_in_floating_point():
     assert letter_share(Reply("", top=(("A", -2000.0), ("B", -2001.0))), 1.0) == pytest.approx(1 / (1 + math.exp(-1)))
 
 
-# A fuzzer --------------------------------------------------------------------------------------------------------------
-
 VALUES = st.recursive(
     st.none()
     | st.booleans()

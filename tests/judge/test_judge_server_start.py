@@ -67,8 +67,6 @@ def test_what_a_server_leaves_behind_ends_with_it():
     assert keeper.wait() == -signal.SIGKILL
 
 
-# vLLM -----------------------------------------------------------------------------------------------------------------
-
 TOP = 5
 DECODING = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": TOP}
 

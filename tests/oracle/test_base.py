@@ -167,9 +167,6 @@ def test_rounding_is_forgiven_and_equal_texts_are_not():
         check_preferences("odd", [question("a", "b")], [])
 
 
-# The registry ---------------------------------------------------------------------------------------------------------
-
-
 def test_names_and_classes():
     assert oracle.names()[:5] == ["implicit", "reward_model", "reward_heads", "preference_model", "judge"]
     for name in oracle.BUILT_INS:

@@ -170,8 +170,6 @@ def test_a_judge_may_go_round_in_a_circle(tmp_path):
         assert judge.rewards([game], "test")[0] == pytest.approx([0.5] * 3)
 
 
-# Reading a reply ------------------------------------------------------------------------------------------------------
-
 LOGPROBS = st.floats(-12, -0.01)
 
 
@@ -199,9 +197,6 @@ def test_written_letters():
     for text in ("", "a", "AB", "A or B", "Answer", "A good", "Both", "C"):
         with pytest.raises(Unusable, match="neither A nor B"):
             letter_written(Reply(text))
-
-
-# Failures -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["500", "half", "bare", "other"])
@@ -296,9 +291,6 @@ def test_two_ranks_ask_once_and_fail_together(tmp_path):
         server.plan = lambda text, times: "500" if len(server.asked) > 60 else None
         for code, _, error in ranks("broken"):
             assert code == 1 and b"JudgeError: --judge.base_url" in error
-
-
-# Settings -------------------------------------------------------------------------------------------------------------
 
 
 def test_settings_that_lack_something(monkeypatch):

@@ -38,8 +38,6 @@ def check(matrix, answers):
             assert matrix[i][j] == 0.5 or answers[i] != answers[j]
 
 
-# Heads that vote ------------------------------------------------------------------------------------------------------
-
 REWARD = st.integers(-2, 2).map(float)
 
 
@@ -103,9 +101,6 @@ def test_heads_are_checked(heads, tiny_model, make_resources):
         RewardHeads.check(make_resources(reward__heads=[heads[0], str(tiny_model)]).config)
 
 
-# The pairwise model ---------------------------------------------------------------------------------------------------
-
-
 def log_odds(folder, chat, messages) -> float:
     """log pi(A) - log pi(B) behind the comparison, by transformers alone."""
     from transformers import AutoModelForCausalLM
@@ -159,9 +154,6 @@ def test_the_pairwise_model_is_checked(tiny_model, tiny_reward_model, make_resou
         PreferenceModelOracle.check(config("no/such model"))
 
 
-# The frozen implicit reward -------------------------------------------------------------------------------------------
-
-
 def test_a_frozen_implicit_reward_is_that_of_the_two_models(tiny_model, other_tiny_model, make_resources):
     from openrlhf_sgpo.oracle.implicit import ImplicitReward, as_group
 
@@ -198,9 +190,6 @@ def test_a_frozen_policy_must_share_the_vocabulary(tiny_model, make_resources, t
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="does not have the vocabulary of --model.model_name_or_path"):
         ImplicitReward.check(make_resources(reward__model_name_or_path=str(tmp_path / "other")).config)
-
-
-# Models in memory -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resident", [False, True])

@@ -69,8 +69,6 @@ def test_agreement_with_the_opposite_labels_is_the_rest(rewards):
     assert agreement(rewards) + agreement([(rejected, chosen) for chosen, rejected in rewards]) == pytest.approx(1)
 
 
-# A reward model -------------------------------------------------------------------------------------------------------
-
 QUESTIONS = [
     Question(
         f"q-{number}",
