@@ -134,15 +134,10 @@ class RunComparison(StagedCommand):
 
         def work(cost: dict[str, float]) -> list[Row]:
             questions = [
-                Question(
-                    prompt.id,
-                    prompt.messages,
-                    (Answer.from_row(row), Answer.from_row(opponent)),
-                    prompt.template_kwargs,
-                )
-                for rows in first
+                Question(prompt.id, prompt.messages, tuple(map(Answer.from_row, rows)), prompt.template_kwargs)
+                for answers in first
                 for opponents in second
-                for prompt, row, opponent in zip(self.prompts, rows, opponents, strict=True)
+                for prompt, *rows in zip(self.prompts, answers, opponents, strict=True)
             ]
             matrices = iter(judge.preferences(questions, " and ".join(names)))
             cost["comparisons"] = len(questions)
