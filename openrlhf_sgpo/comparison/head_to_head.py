@@ -34,7 +34,7 @@ def over_seeds(values: Sequence[float]) -> Row:
 
 def cross_play(names: tuple[str, str], preferences: npt.ArrayLike) -> Row:
     """The first group against the second. preferences[i, j, p]: the preference for seed i's answer to prompt p in the first
-    group over seed j's in the second, 1/2 for a tie. Interval, p-value and freedom: see ``intervals.two_level_mean``."""
+    group over seed j's in the second, 1/2 for a tie. For interval and p-value see ``intervals.two_level_mean``."""
     values = np.asarray(preferences, dtype=np.float64)
     estimate = two_level_mean(values)
     return {
