@@ -383,11 +383,11 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(tiny_model, tiny_data, tiny
         return ["refine", *flags(tiny_model, tiny_data, folder, *more)]
 
     killed_at(lambda writes: range(3, writes, writes // 5), tmp_path, argv)
-    _, *whole = argv(tmp_path / "whole")
+    whole = tmp_path / "whole"
     with pytest.raises(ValueError, match=r"--depth: was 3, now 4"):
-        refine([*whole, "--depth", "4", "--resume"])
+        refine([*flags(tiny_model, tiny_data, whole, *more, "--depth", "4"), "--resume"])
     with pytest.raises(ValueError, match="--out .* already holds a run: add --resume"):
-        refine(whole)
+        refine(argv(whole)[1:])
 
 
 @pytest.mark.parametrize(
