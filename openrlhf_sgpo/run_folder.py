@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import json
 import math
 import os
@@ -179,6 +180,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 _LOCKS: WeakSet[TextIO] = WeakSet()  # of folders that are still referenced
 
 
+def _take(lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
 def release_locks() -> None:
     """Releases the run folders of a command that has ended, because its process may run another command."""
     while _LOCKS:
@@ -197,14 +206,12 @@ class RunFolder:
         already held."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - the lock lives as long as the file is open
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            raise ValueError(
-                f"--{self.flag} {self.path} is in use by {holder}: wait until it ends, or end it"
-            ) from error
+        if not _take(self._lock):
+            gc.collect()  # a command of this process that has ended may still hold it in a reference cycle
+            if not _take(self._lock):
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "another process"
+                raise ValueError(f"--{self.flag} {self.path} is in use by {holder}: wait until it ends, or end it")
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
