@@ -206,7 +206,7 @@ def check(
         problems += keys.key_problems("logger.wandb.key", config.logger.wandb.key, "WANDB_API_KEY")
     problems += (
         flags.out_of_range({algorithm.name: options})
-        or algorithm.check(options)
+        or algorithm.option_problems(options)
         or _check_together(config, options, algorithm)
     )
     if problems:

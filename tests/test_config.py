@@ -28,7 +28,7 @@ class Loop(PairAlgorithm):
     needs = Needs(rounds=True, samples_per_prompt=2)
 
     @classmethod
-    def check(cls, options):
+    def option_problems(cls, options):
         return [] if options.rho >= 0 else ["--loop.rho: negative, use at least 0"]
 
 

@@ -93,7 +93,7 @@ def test_built_ins_are_lazy_and_first(folder, monkeypatch):
 def test_built_ins_load_and_accept_their_defaults(name):
     algorithm = algorithms.get(name)
     assert algorithm.name == name and algorithm.paper and algorithm.summary
-    assert algorithm.check(algorithm.settings()) == []
+    assert algorithm.option_problems(algorithm.settings()) == []
     assert algorithms.origin(name) == "built in"
 
 

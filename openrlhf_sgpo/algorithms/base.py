@@ -106,7 +106,7 @@ class Algorithm(Generic[Batch]):
         self.beta = beta
 
     @classmethod
-    def check(cls, options: Any) -> list[str]:
+    def option_problems(cls, options: Any) -> list[str]:
         """Problems with a combination of settings, each naming its flag; empty if there are none. Needs no torch."""
         return []
 

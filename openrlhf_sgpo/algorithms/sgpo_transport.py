@@ -47,7 +47,7 @@ class SGPOTransport(PairAlgorithm):
     needs = Needs(rounds=True, samples_per_prompt=2)
 
     @classmethod
-    def check(cls, options: Any) -> list[str]:
+    def option_problems(cls, options: Any) -> list[str]:
         problem = cls.package(options) and extras.missing(cls.package(options))
         return [f"--algo {cls.name}: {problem}"] if problem else []
 

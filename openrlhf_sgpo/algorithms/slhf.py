@@ -69,7 +69,7 @@ class SLHF(PlayAlgorithm):
     defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.001, "rollout.temperature": 0.9, "data.max_len": 1024}
 
     @classmethod
-    def check(cls, options: SLHFSettings) -> list[str]:
+    def option_problems(cls, options: SLHFSettings) -> list[str]:
         problems = []
         if not options.follower_prompt.strip():
             problems.append("--slhf.follower_prompt is empty, but the follower needs an instruction for the draft")

@@ -89,7 +89,7 @@ class SPA(PairAlgorithm):
     defaults: ClassVar[dict[str, Any]] = {"rounds.loss_reference": "previous"}
 
     @classmethod
-    def check(cls, options: SPASettings) -> list[str]:
+    def option_problems(cls, options: SPASettings) -> list[str]:
         problems = []
         if not options.extrapolation:
             problems.append("--spa.extrapolation is empty: give one or more numbers of at least 0 (0: off)")

@@ -28,7 +28,7 @@ class SGPOLoss(nn.Module):
     def __init__(self, beta: float, settings: SGPOSettings | None = None):
         super().__init__()
         settings = settings or SGPOSettings()
-        problems = flags.out_of_range({SGPO.name: settings}) + SGPO.check(settings)
+        problems = flags.out_of_range({SGPO.name: settings}) + SGPO.option_problems(settings)
         if not settings.refresh_steps:
             problems.append("refresh_steps 0: here the follower has nothing but recent margins; give 1 or more")
         if settings.prox:

@@ -146,5 +146,5 @@ def test_gradient(normalization):
 
 
 def test_every_choice_is_valid():
-    assert IPO.check(IPOSettings()) == IPO.check(IPOSettings("mean")) == []
+    assert IPO.option_problems(IPOSettings()) == IPO.option_problems(IPOSettings("mean")) == []
     assert not IPO.needs.rounds

@@ -68,7 +68,7 @@ def test_the_released_estimate_pushes_away_from_the_divergence():
     reference = torch.tensor([0.1, 0.6, -0.4], dtype=torch.float64).log_softmax(-1)
     own = logits.log_softmax(-1)
     settings = SLHFSettings(parity=True, kl_level="token_local", follower_kl_credit=False, kappa=0.0)
-    assert SLHF.check(settings) == []
+    assert SLHF.option_problems(settings) == []
     half = torch.full((3, 2, 2), 0.5, dtype=torch.float64)
     answers = torch.stack([own, own.detach()], dim=1)[..., None]
     references = torch.stack([reference, own.detach()], dim=1)[..., None]
@@ -77,7 +77,7 @@ def test_the_released_estimate_pushes_away_from_the_divergence():
     both = (own.exp() * (own - reference)).sum() - (reference.exp() * (reference - own)).sum()
     (expected,) = torch.autograd.grad(BETA * both, logits)
     assert torch.allclose(found, expected, atol=1e-14) and expected.abs().max() > 1e-3
-    assert "parity needs" in SLHF.check(SLHFSettings(parity=True))[0]
+    assert "parity needs" in SLHF.option_problems(SLHFSettings(parity=True))[0]
 
 
 def test_no_gradient_flows_through_the_gain():

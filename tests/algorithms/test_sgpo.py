@@ -23,7 +23,7 @@ FOLLOWERS = [MARGIN, *TANGENTS, PROBABILITY, {**PROBABILITY, "radius": 0.15, "pi
 
 
 def sgpo(**options):
-    assert SGPO.check(SGPOSettings(**options)) == []
+    assert SGPO.option_problems(SGPOSettings(**options)) == []
     return SGPO(SGPOSettings(**options), BETA)
 
 
@@ -375,7 +375,7 @@ def test_settings_and_check_need_no_torch():
     script = (
         "import sys\n"
         "from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings\n"
-        "assert SGPO.check(SGPOSettings()) == []\n"
+        "assert SGPO.option_problems(SGPOSettings()) == []\n"
         "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ FOLLOWERS = [{"radius": 0.3}, {"space": "probability", "radius": 0.05}]
 
 
 def sgpo_best(**options):
-    assert SGPOBest.check(SGPOBestSettings(**options)) == []
+    assert SGPOBest.option_problems(SGPOBestSettings(**options)) == []
     return SGPOBest(SGPOBestSettings(**options), BETA)
 
 

@@ -18,7 +18,7 @@ from openrlhf_sgpo.dro.losses import released_loss
 
 
 def transport(**options):
-    assert SGPOTransport.check(SGPOTransportSettings(**options)) == []
+    assert SGPOTransport.option_problems(SGPOTransportSettings(**options)) == []
     return SGPOTransport(SGPOTransportSettings(**options), BETA)
 
 
@@ -158,4 +158,4 @@ def test_a_batch_must_say_which_pairs_it_holds():
 def test_check_names_the_one_problem(algorithm, options, problem):
     (found,) = flags.out_of_range({algorithm.name: algorithm.settings(**options)})
     assert found.startswith(problem)
-    assert algorithm.check(algorithm.settings()) == []
+    assert algorithm.option_problems(algorithm.settings()) == []

@@ -27,7 +27,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def spa(stage: Stage = Stage(steps=100), beta: float = BETA, **options) -> SPA:  # noqa: B008 - frozen
     """At the beginning of a stage, without warm-up and extrapolation unless they are asked for."""
     chosen = SPASettings(**{"warmup_share": 0.0, "extrapolation": [0.0], **options})
-    assert SPA.check(chosen) == []
+    assert SPA.option_problems(chosen) == []
     algorithm = SPA(chosen, beta)
     assert algorithm.begin_stage(stage) == {}
     return algorithm
@@ -367,7 +367,7 @@ def test_certain_labels_confirm_whatever_the_seed_believed(favourite):
     ],
 )
 def test_check_names_the_one_problem(options, parts):
-    (problem,) = flags.out_of_range({"spa": SPASettings(**options)}) or SPA.check(SPASettings(**options))
+    (problem,) = flags.out_of_range({"spa": SPASettings(**options)}) or SPA.option_problems(SPASettings(**options))
     for part in parts:
         assert part in problem
 
@@ -387,14 +387,14 @@ def test_check_names_the_one_problem(options, parts):
     ],
 )
 def test_check_accepts(options):
-    assert SPA.check(SPASettings(**options)) == []
+    assert SPA.option_problems(SPASettings(**options)) == []
 
 
 @given(share=st.floats(0.01, 0.99), window=st.integers(1, 120))
 @settings(deadline=None)
 def test_a_window_that_is_accepted_tells_the_share_apart(share, window):
     """Where check() is content, a full window gives a finite threshold: neither nobody nor everybody."""
-    accepted = SPA.check(SPASettings(noisy_share=share, window=window)) == []
+    accepted = SPA.option_problems(SPASettings(noisy_share=share, window=window)) == []
     finite = math.isfinite(share_threshold(draw(window), share))
     near_the_limit = abs(min(share, 1 - share) * (window + 1) - 1) < 1e-4
     assert accepted == finite or near_the_limit
@@ -411,7 +411,7 @@ def test_settings_and_check_need_no_torch():
         "from openrlhf_sgpo import algorithms\n"
         "for name in ('ipo', 'cdpo', 'rdpo', 'spa'):\n"
         "    algorithm = algorithms.get(name)\n"
-        "    assert algorithm.check(algorithm.settings()) == []\n"
+        "    assert algorithm.option_problems(algorithm.settings()) == []\n"
         "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

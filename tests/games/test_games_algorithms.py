@@ -110,7 +110,7 @@ def test_kappa_weighs_the_follower_alone():
 
 def test_alternating_steps_are_the_two_losses_in_turn():
     settings = SLHFSettings(kappa=2.0, kappa_mode="alternate")
-    assert SLHF.check(settings) == [] and SLHF.check(SLHFSettings(kappa=0.5, kappa_mode="alternate"))
+    assert SLHF.option_problems(settings) == [] and SLHF.option_problems(SLHFSettings(kappa=0.5, kappa_mode="alternate"))
     plays = Plays(*(torch.rand(4, 2, 1) for _ in range(3)), torch.rand(4, 2, 2))
     alternating = SLHF(settings, TAU)
     losses = [alternating.loss(replace(plays, step=step)) for step in range(1, 7)]
@@ -189,6 +189,6 @@ def test_rloo_counts_the_preference_once():
     ],
 )
 def test_settings_out_of_range_are_named(algorithm, options, flag):
-    (problem,) = flags.out_of_range({algorithm.name: options}) or algorithm.check(options)
+    (problem,) = flags.out_of_range({algorithm.name: options}) or algorithm.option_problems(options)
     assert problem.startswith(flag)
-    assert algorithm.check(algorithm.settings()) == []
+    assert algorithm.option_problems(algorithm.settings()) == []
