@@ -17,6 +17,8 @@ import torch
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_algorithm"
 
 
@@ -119,7 +121,6 @@ def test_gradient(dpop):
     )
 
 
-@pytest.mark.slow
 def test_it_trains(installed, tiny_model, tiny_data, tmp_path):
     """From the installed package by its name, in one stage on the human pairs, with a penalty that makes a difference."""
     argv = [

@@ -85,6 +85,7 @@ def test_recipes_resolve(recipe, tmp_path):
     assert len(config.rounds.prompts) in (0, config.rounds.count) and config.rounds.count > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code, tmp_path):
     (tmp_path / "block.py").write_text(code)

@@ -18,6 +18,8 @@ from openrlhf_sgpo.run_check import metrics_digest
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_sealed, write_text
 from openrlhf_sgpo.run_settings import load
 
+pytestmark = pytest.mark.slow
+
 DATA = {"--data.dataset": "a", "--eval.dataset": "b", "--data.prompt_dataset": "c"}
 STAGES = {
     "initial/evaluate": {"seconds": 1.0, "samples": 8},
@@ -179,7 +181,6 @@ def test_from_a_run_whose_first_round_has_no_labels_yet_only_the_seed_comes(sour
     assert stages == {name: STAGES[name] for name in STAGES if name.startswith(("initial/", "round_0/"))}
 
 
-@pytest.mark.slow
 def test_interrupted_at_any_write_and_repeated(source, tmp_path, monkeypatch):
     """Every file or folder gets its final name by one renaming; the process ends at the first, then at the second, ..."""
     expected = contents(fork(source, tmp_path / "undisturbed").path)
@@ -313,7 +314,6 @@ def test_what_only_the_leader_reads_may_differ(source, tmp_path, algo, more):
     assert sorted(contents(fork(source, tmp_path / "fork", *more, algo=algo).path)) == TAKEN
 
 
-@pytest.mark.slow
 def test_a_forked_run_is_the_run_that_made_everything_itself(tiny_model, tiny_data, tmp_path):
     """DPO with a round of its own, DPO forked from SSAPO, and forked SSAPO of radius 0: the same policy to the last bit."""
 

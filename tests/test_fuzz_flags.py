@@ -16,6 +16,8 @@ from openrlhf_sgpo import algorithms, flags, trl_names
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.run_settings import load
 
+pytestmark = pytest.mark.slow
+
 FIXED = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -105,7 +107,6 @@ TREE = st.recursive(
 )
 
 
-@pytest.mark.slow
 @FIXED
 @given(tree=st.dictionaries(NAME, TREE, max_size=6), algo=st.sampled_from(ALGORITHMS))
 def test_random_files(tree, algo, tmp_path):
@@ -122,7 +123,6 @@ def test_random_bytes_as_a_file(tmp_path, content):
     load_or_settings_error(["--config", str(path), *REQUIRED])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("value", ["-1", "1e30"])
 def test_every_flag_answers_for_itself(value):
     for name in NAMES[:: 1 if value == "-1" else 3]:

@@ -21,6 +21,7 @@ def votes(*shape: int, seed: int = 0, win: float = 0.6) -> np.ndarray:
     return np.random.default_rng(seed).choice([0.0, 0.5, 1.0], size=shape, p=[0.9 - win, 0.1, win])
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
     generator = np.random.default_rng(1)
     trials = 400
@@ -32,6 +33,7 @@ def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
     assert abs(hits / trials - 0.94) < 3 * math.sqrt(0.95 * 0.05 / trials)
 
 
+@pytest.mark.slow
 def test_the_interval_of_a_mean_is_that_of_its_normal_limit():
     values = np.random.default_rng(2).normal(0, 1, 4000)
     low, high = bootstrap_interval(values)

@@ -20,6 +20,8 @@ from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.run_folder import FREE, RunFolder
 from openrlhf_sgpo.run_settings import load
 
+pytestmark = pytest.mark.slow
+
 SEED = {None: ("evaluate",), 0: ("pairs", "train", "evaluate")}  # stages that are finished, by round
 FIRST = SEED | {1: ("generate", "pairs", "train", "evaluate")}
 STOPPED = SEED | {1: ("generate", "pairs")}  # 12 prompts, of which 6 gave pairs
@@ -182,7 +184,6 @@ def begin(tiny_model, tiny_data, folder: Path, **changes: str) -> list[str]:
     return [word for pair in given.items() for word in pair[:1] + tuple(pair[1].split())]
 
 
-@pytest.mark.slow
 def test_other_evaluation_sizes_are_compared_where_both_were_measured(tiny_model, tiny_data, tmp_path):
     """Wins are those over the answers of the start, which are fewer; table and page say so."""
     oracle = {"oracle": "toy_oracles:Letters"}
@@ -203,7 +204,6 @@ def test_other_evaluation_sizes_are_compared_where_both_were_measured(tiny_model
     assert note in (tmp_path / "run/table.txt").read_text() and note in (tmp_path / "run/report.html").read_text()
 
 
-@pytest.mark.slow
 def test_a_round_more_is_the_round_of_a_longer_run(tiny_model, tiny_data, tmp_path):
     """A run of one round that has ended goes on to two, with checkpoints and curves that it did not have: the files of a run
     that was to have two from the start."""
@@ -221,7 +221,6 @@ def test_a_round_more_is_the_round_of_a_longer_run(tiny_model, tiny_data, tmp_pa
     assert contents(tmp_path / "short") == expected
 
 
-@pytest.mark.slow
 def test_a_round_of_plays_more_is_the_round_of_a_longer_run(tiny_model, tiny_data, tmp_path):
     where, constant = {"PYTHONPATH": str(ROOT / "tests")}, ("--lr_scheduler", "constant")
     three = (*constant, "--rounds.count", "3")

@@ -13,6 +13,8 @@ from openrlhf_sgpo.benchmarks.evaluate import Evaluation
 from openrlhf_sgpo.benchmarks.settings import load
 from openrlhf_sgpo.run_folder import read_json, read_jsonl
 
+pytestmark = pytest.mark.slow
+
 OUTPUTS = [{"instruction": text, "output": f"an apple for {text}"} for text in toy_benchmarks.INSTRUCTIONS]
 TURNS = [{"question_id": 81 + number, "choices": [{"turns": ["one", "two"]}]} for number in range(3)]
 
@@ -40,7 +42,6 @@ def outputs(path, rows=OUTPUTS):
     return path
 
 
-@pytest.mark.slow
 def test_another_file_under_the_same_name_does_not_replace_the_row(evaluation, tmp_path):
     path = outputs(tmp_path / "theirs.json")
     with JudgeServer(judge=toy_benchmarks.rule) as server:
@@ -59,7 +60,6 @@ def test_another_file_under_the_same_name_does_not_replace_the_row(evaluation, t
     assert sorted(row["model"] for row in rows) == ["second", "theirs"]
 
 
-@pytest.mark.slow
 def test_a_policy_does_not_take_the_name_of_a_file_nor_of_another_policy(
     evaluation, tiny_model, other_tiny_model, tmp_path
 ):

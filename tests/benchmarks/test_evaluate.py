@@ -238,6 +238,7 @@ def test_temperature_0_is_allowed(tiny_model):
     assert loaded.settings.rollout.temperature == 0
 
 
+@pytest.mark.slow
 def test_models_have_names(tiny_model, tmp_path):
     outputs = tmp_path / "theirs.json"
     outputs.write_text("[]")

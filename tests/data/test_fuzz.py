@@ -136,6 +136,7 @@ def sound(records, folder, chat):
     json.dumps(report.to_dict(), allow_nan=False)
 
 
+@pytest.mark.slow
 @BUDGET
 @given(st.lists(ROWS, min_size=1, max_size=3), st.sampled_from([".jsonl", ".json", ".jsonl.gz", ".json.gz"]))
 def test_any_rows(chat, rows, kind):

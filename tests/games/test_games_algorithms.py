@@ -110,7 +110,9 @@ def test_kappa_weighs_the_follower_alone():
 
 def test_alternating_steps_are_the_two_losses_in_turn():
     settings = SLHFSettings(kappa=2.0, kappa_mode="alternate")
-    assert SLHF.option_problems(settings) == [] and SLHF.option_problems(SLHFSettings(kappa=0.5, kappa_mode="alternate"))
+    assert SLHF.option_problems(settings) == [] and SLHF.option_problems(
+        SLHFSettings(kappa=0.5, kappa_mode="alternate")
+    )
     plays = Plays(*(torch.rand(4, 2, 1) for _ in range(3)), torch.rand(4, 2, 2))
     alternating = SLHF(settings, TAU)
     losses = [alternating.loss(replace(plays, step=step)) for step in range(1, 7)]

@@ -30,6 +30,7 @@ def test_every_algorithm_reaches_its_own_solution(tmp_path, capsys):
     assert (tmp_path / "policy_paths.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_a_wrong_target_is_missed(monkeypatch, capsys):
     rloo = next(check for check in gate.CHECKS if check.title == "rloo")
     monkeypatch.setattr(gate, "CHECKS", (replace(rloo, target=lambda game: regularised_nash(game, 0.2)),))

@@ -228,6 +228,7 @@ def test_rounds_of_nash_md_stay_within_the_published_bound():
             assert kl(target, policy) == pytest.approx(printed[number + 1], rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_average_of_sppo_is_nash_and_its_last_iterate_is_not():
     game, policy, total = GAMES["rock_paper_scissors"](), np.array([0.5, 0.3, 0.2]), np.zeros(3)
     for _ in range(20_000):

@@ -57,6 +57,7 @@ def value(logits, radius):
     return solve_worst_case(batch(logits).margins(BETA), radius, window=(-1.0, 1.0)).value
 
 
+@pytest.mark.slow
 def test_its_policy_has_the_least_worst_case_nearby(dpo):
     """Directly: no step from it lowers V, small or large; and V of DPO's policy is higher."""
     policy = train(radius=0.05)[-1]

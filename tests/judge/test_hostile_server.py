@@ -24,6 +24,8 @@ from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswer
 from openrlhf_sgpo.judge.reply import Reply, Unusable, kept_reply, read_completion, read_reply, spent, written_text
 from openrlhf_sgpo.oracle.judge import letter_share, letter_written
 
+pytestmark = pytest.mark.slow
+
 DECODING = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 2}
 QUESTION = Request("a question", [{"role": "user", "content": "?"}])
 
@@ -274,7 +276,6 @@ def replies(draw) -> bytes:
     return json.dumps(whole[""]).encode()
 
 
-@pytest.mark.slow
 @given(replies())
 @settings(max_examples=300, deadline=None, derandomize=True)
 def test_any_reply_is_an_answer_or_unusable(content):
@@ -294,7 +295,6 @@ def test_any_reply_is_an_answer_or_unusable(content):
             assert isinstance(accept(reply), (float, str))
 
 
-@pytest.mark.slow
 @given(
     st.binary(max_size=200),
     st.sampled_from([200, 204, 304, 400, 401, 429, 500]),

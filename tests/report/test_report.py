@@ -62,6 +62,7 @@ def test_a_folder_that_is_nothing_is_named(tmp_path):
     assert not (tmp_path / REPORT).exists()
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_folder(folders, capsys):
     paths = [str(folders[name] / REPORT) for name in ("comparison", "leaderboard")]
     assert main([str(folders[name]) for name in ("comparison", "leaderboard")]) == 0

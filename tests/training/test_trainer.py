@@ -81,7 +81,8 @@ def our_losses(config, groups, tokenizer, tmp_path, algorithm, look=lambda step,
     return losses, load_file(tmp_path / "policy" / "model.safetensors")
 
 
-@pytest.mark.parametrize("layout", [pytest.param("padded", marks=pytest.mark.slow), "shared_prefix"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 def test_dpo_follows_openrlhf_step_by_step(make_config, groups, tokenizer, tiny_data, tmp_path, layout):
     config = make_config(train__layout=layout)
     assert config.rollout.temperature != 1, "log-probabilities of pairs are those at temperature 1, as OpenRLHF's are"
