@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 from pathlib import Path
 
 import pytest
+
+# A shell starts jobs in the background with SIGINT ignored, and their children inherit that. Some tests interrupt children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

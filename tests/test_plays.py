@@ -188,7 +188,7 @@ def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--rollout.top_p", "0.9"), "--rollout.top_p: 0.9 cuts"),
+        (("--rollout.top_p", "0.9"), "--rollout.top_p: 0.9 truncates"),
         (
             ("--rollout.n_samples_per_prompt", "4"),
             "--rollout.n_samples_per_prompt: --algo nash_md samples in every step",

@@ -96,7 +96,7 @@ def test_heads_are_checked(heads, tiny_model, make_resources):
 
     assert problem(*heads) == []
     assert problem(heads[0])[0].startswith("--reward.heads: 1 given, --oracle reward_heads needs 2")
-    assert "the same model twice" in problem(*heads, heads[0])[0]
+    assert "a model that is named twice" in problem(*heads, heads[0])[0]
     with pytest.raises(ValueError, match=f"--reward.heads {tiny_model} has no weights score.weight"):
         RewardHeads.check(make_resources(reward__heads=[heads[0], str(tiny_model)]).config)
 
