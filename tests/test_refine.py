@@ -410,7 +410,10 @@ def test_killed_and_resumed_it_leaves_the_same_bytes(tiny_model, tiny_data, tiny
         (("--vllm.num_engines", "2"), "--vllm.num_engines: --rollout.engine hf is selected"),
         (("--oracle", "marks"), "--oracle: unknown oracle 'marks'"),
         (("--oracle", "reward_model"), "--reward.model_name_or_path: missing"),
-        (("--oracle", "refining:Marks", "--reward.max_len", "9"), "--reward.max_len: --oracle refining:Marks is selected"),
+        (
+            ("--oracle", "refining:Marks", "--reward.max_len", "9"),
+            "--reward.max_len: --oracle refining:Marks is selected",
+        ),
         (("--oracle", "implicit", "--reward.model_name_or_path", "x"), "--ref.model_name_or_path: missing"),
         (("--beta", "0.3"), "--beta: there is no --oracle"),
         (("--controls", "nothing", "--control_samples", "9"), "--control_samples: there are no --controls"),
