@@ -7,7 +7,7 @@ group; ``flags.py`` makes a parser of the tree, and ``run_settings.py`` reads, c
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from openrlhf_sgpo.flags import setting
 
@@ -29,43 +29,32 @@ class RefSettings:
     model_name_or_path: str = setting("", "initial reference (default: the policy to start from)")
 
 
+def _limit(share: float, finding: str) -> Any:
+    return setting(share, finding, low=0, high=1)
+
+
 @dataclass
 class DataLimits:
     """The largest accepted share of rows with each finding. ``docs/data.md`` defines the findings."""
 
-    malformed: float = setting(
-        0.05, "rows of a hub dataset that cannot be read, at most (in a file there may be none)", low=0, high=1
+    malformed: float = _limit(0.05, "rows of a hub dataset that cannot be read, at most (in a file there may be none)")
+    refused: float = _limit(0.01, "conversations on which the chat template fails, at most")
+    empty: float = _limit(0.05, "pairs with an empty prompt or response, at most")
+    identical: float = _limit(0.05, "pairs whose responses are the same, at most")
+    too_long: float = _limit(0.5, "prompts that leave no room for a response within --data.max_len, at most")
+    truncated: float = _limit(0.6, "pairs with a response that is cut by --data.max_len or marked as cut, at most")
+    missing_eos: float = _limit(0.05, "pairs with an uncut response that does not end in an end of turn, at most")
+    double_bos: float = _limit(0.01, "conversations with a doubled begin-of-sequence token, at most")
+    double_eos: float = _limit(0.01, "conversations whose texts contain the end-of-turn token, at most")
+    open_thought: float = _limit(
+        0.01, "pairs with an uncut response that does not close the thought that the chat template opens, at most"
     )
-    refused: float = setting(0.01, "conversations on which the chat template fails, at most", low=0, high=1)
-    empty: float = setting(0.05, "pairs with an empty prompt or response, at most", low=0, high=1)
-    identical: float = setting(0.05, "pairs whose responses are the same, at most", low=0, high=1)
-    too_long: float = setting(
-        0.5, "prompts that leave no room for a response within --data.max_len, at most", low=0, high=1
-    )
-    truncated: float = setting(
-        0.6, "pairs with a response that is cut by --data.max_len or marked as cut, at most", low=0, high=1
-    )
-    missing_eos: float = setting(
-        0.05, "pairs with an uncut response that does not end in an end of turn, at most", low=0, high=1
-    )
-    double_bos: float = setting(0.01, "conversations with a doubled begin-of-sequence token, at most", low=0, high=1)
-    double_eos: float = setting(0.01, "conversations whose texts contain the end-of-turn token, at most", low=0, high=1)
-    open_thought: float = setting(
-        0.01,
-        "pairs with an uncut response that does not close the thought that the chat template opens, at most",
-        low=0,
-        high=1,
-    )
-    near_identical: float = setting(0.2, "pairs with nearly identical responses, at most", low=0, high=1)
-    repeats_prompt: float = setting(0.05, "pairs with a response that begins with the prompt, at most", low=0, high=1)
-    duplicate: float = setting(0.1, "rows that repeat an earlier one, at most", low=0, high=1)
-    contradictory: float = setting(0.02, "pairs that prefer the opposite of an earlier pair, at most", low=0, high=1)
-    benchmark: float = setting(
-        0.01, "conversations that begin with a prompt of AlpacaEval or MT-Bench, at most", low=0, high=1
-    )
-    held_out: float = setting(
-        0.01, "prompts of --eval.dataset that also occur in --data.dataset, at most", low=0, high=1
-    )
+    near_identical: float = _limit(0.2, "pairs with nearly identical responses, at most")
+    repeats_prompt: float = _limit(0.05, "pairs with a response that begins with the prompt, at most")
+    duplicate: float = _limit(0.1, "rows that repeat an earlier one, at most")
+    contradictory: float = _limit(0.02, "pairs that prefer the opposite of an earlier pair, at most")
+    benchmark: float = _limit(0.01, "conversations that begin with a prompt of AlpacaEval or MT-Bench, at most")
+    held_out: float = _limit(0.01, "prompts of --eval.dataset that also occur in --data.dataset, at most")
 
 
 @dataclass

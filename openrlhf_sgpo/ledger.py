@@ -51,7 +51,7 @@ class Ledger:
 class Stopwatch:
     """Adds the seconds of parts of a stage to its costs. For nested parts, the seconds count only for the inner part."""
 
-    def __init__(self, cost: dict[str, float]):
+    def __init__(self, **cost: float):
         self.cost = cost
         self._parts: list[str] = []
         self._since = 0.0

@@ -85,7 +85,7 @@ def train_round(run: Run, source: Source, number: int) -> None:
             progress.update()
         progress.close()
         trainer.write_policies()
-        cost |= stage.cost
+        cost |= stage.clock.cost
     if run.writes:
         stage.facts["metrics"] = metrics_digest(run.folder, number)
     run.finish(number, source.training, stage.facts, source.files(number))

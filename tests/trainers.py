@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER
 from openrlhf_sgpo.training.pairs import PairBatches, PairForward
 from openrlhf_sgpo.training.plays import PlayForward
@@ -19,7 +20,7 @@ def make_trainer(algorithm, config, strategy, tokenizer, folder: Path, steps: in
     more: dict[str, Any] = {}
     forward = partial(PairForward, algorithm, layout, pad)
     if algorithm.fresh_answers:
-        forward = partial(PlayForward, algorithm, layout, pad, config.rollout.temperature)
+        forward = partial(PlayForward, algorithm, layout, pad, config.rollout.temperature, Stopwatch())
         more = {"frozen": {"reference": reference}, "adapters": algorithm.learning_rates}
     stage = TrainingStage(
         1,

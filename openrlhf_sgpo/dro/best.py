@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from openrlhf_sgpo.dro.instance import read_instance
+from openrlhf_sgpo.dro.instance import certificate_figures, read_instance
 from openrlhf_sgpo.dro.losses import best_case_loss
 
 
@@ -79,23 +79,7 @@ class BestCase:
 
     def certificate(self) -> dict[str, Any]:
         """The figures that describe and prove this solution, JSON-serialisable; see docs/algorithms/sgpo.md."""
-        return {
-            "value": self.value,
-            "dual_value": self.dual_value,
-            "gap": self.gap,
-            "empirical": self.empirical,
-            "bound": self.bound,
-            "slope": self.slope,
-            "level": self.level,
-            "fraction_moved": self.fraction_moved,
-            "budget_used": self.budget_used,
-            "radius": self.radius,
-            # At radius 0 no sample is below the threshold, and JSON has no infinity.
-            "threshold": self.threshold if self.radius else None,
-            "ball": "best",
-            "space": self.space,
-            "pairs": len(self.margins),
-        }
+        return certificate_figures(self, "level") | {"ball": "best", "space": self.space, "pairs": len(self.margins)}
 
     @property
     def gap(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,3 +118,23 @@ def _read_window(window: tuple[float, float], space: str, raw: Tensor) -> tuple[
 
 
 __all__ = ["Instance", "read_instance"]
+
+
+def certificate_figures(solution: Any, place: str) -> dict[str, Any]:
+    """The figures that certificates of the worst and of the best case share. place: the attribute that says where moved mass
+    goes."""
+    names = (
+        "value",
+        "dual_value",
+        "gap",
+        "empirical",
+        "bound",
+        "slope",
+        place,
+        "fraction_moved",
+        "budget_used",
+        "radius",
+    )
+    # At radius 0 no sample is below the threshold, and JSON has no infinity.
+    threshold = {"threshold": solution.threshold if solution.radius else None}
+    return {name: getattr(solution, name) for name in names} | threshold

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openrlhf_sgpo.dro.instance import Instance, read_instance
+from openrlhf_sgpo.dro.instance import Instance, certificate_figures, read_instance
 from openrlhf_sgpo.dro.losses import (
     active_piece,
     chord_slope,
@@ -92,25 +92,8 @@ class WorstCase:
 
     def certificate(self) -> dict[str, Any]:
         """The figures that describe and prove this solution, JSON-serialisable; see docs/algorithms/sgpo.md."""
-        # At radius 0 no sample is below the threshold, and JSON has no minus infinity.
-        figures: dict[str, Any] = {
-            "value": self.value,
-            "dual_value": self.dual_value,
-            "gap": self.gap,
-            "empirical": self.empirical,
-            "bound": self.bound,
-            "slope": self.slope,
-            "edge": self.edge,
-            "fraction_moved": self.fraction_moved,
-            "budget_used": self.budget_used,
-            "radius": self.radius,
-            "threshold": self.threshold if self.radius else None,
-            "ball": "worst",
-            "space": self.space,
-            "pairs": len(self.margins),
-            "pieces": self.pieces,
-            "window": list(self.window),
-        }
+        figures = certificate_figures(self, "edge") | {"ball": "worst", "space": self.space, "pairs": len(self.margins)}
+        figures |= {"pieces": self.pieces, "window": list(self.window)}
         if self.pieces and self.space == "margin":
             figures["delta_K"] = solve_worst_case(self.margins, self.radius, window=self.window).value - self.value
         return figures

@@ -59,6 +59,9 @@ def groups_by_adapter(
 def resting(actor: Actor, adapters: Collection[str]) -> Iterator[None]:
     """Optimiser steps inside the context leave these adapters and their Adam moments unchanged. With a gradient of 0 instead,
     their momentum would still move them."""
+    if not adapters:
+        yield
+        return
     hidden: list[tuple[torch.Tensor, torch.Tensor | None]] = []
 
     def hide(optimizer: torch.optim.Optimizer, *_: Any) -> None:

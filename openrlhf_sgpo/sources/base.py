@@ -27,6 +27,8 @@ class Source:
     def __init__(self, run: Run):
         """Raises ValueError if data is too little for a stage. The run is not open yet."""
         self.run = run
+        self.config = run.config
+        self.folder = run.folder
 
     @property
     def numbers(self) -> Sequence[int]:

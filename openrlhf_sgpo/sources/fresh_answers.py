@@ -25,6 +25,7 @@ from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Role
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.finite import NotFiniteError, in_training
+from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, save_weights
 from openrlhf_sgpo.oracle import Answer, Question
 from openrlhf_sgpo.rollout import Rollout
@@ -48,8 +49,6 @@ class FreshAnswers(Source):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.config = run.config
-        self.folder = run.folder
         taken = run.data.held_out_prompts
         self.prompts = [prompt for prompt in run.data.prompts.prompts if prompt_key(prompt.messages) not in taken]
         check_sizes(self.config, run.algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
@@ -92,12 +91,18 @@ class FreshAnswers(Source):
         assert isinstance(algorithm, PlayAlgorithm)
         steps, before = config.rounds.steps, run.policy_before(number)
         algorithm.begin_stage(Stage(None, number, steps, config.train.seed + number))
+        clock = Stopwatch()
         folders = {"reference": config.ref.model_name_or_path, "previous": before}
         return TrainingStage(
             number,
             algorithm,
             partial(
-                PlayForward, algorithm, config.train.layout, run.tokenizer.pad_token_id, config.rollout.temperature
+                PlayForward,
+                algorithm,
+                config.train.layout,
+                run.tokenizer.pad_token_id,
+                config.rollout.temperature,
+                clock,
             ),
             config.model.model_name_or_path,
             config.adam.lr,
@@ -114,6 +119,7 @@ class FreshAnswers(Source):
             adapters=algorithm.learning_rates,
             keeps_optimizer=True,
             facts={"policy": run.name_of(before), "steps": steps},
+            clock=clock,
         )
 
     def restore(self, stage: TrainingStage, trainer: Trainer, step: int) -> None:
@@ -127,7 +133,7 @@ class FreshAnswers(Source):
         longest = self.config.data.max_len - self.config.rollout.max_new_tokens
         mixture = self._mixture(engine, policy)
         self.roles = Roles(
-            self.play, self.run.chat, engine, mixture, self._folders(), longest, self.config.rollout, trainer.clock
+            self.play, self.run.chat, engine, mixture, self._folders(), longest, self.config.rollout, stage.clock
         )
         self.follows_policy = self.play.steps_per_sync > 0
         if step > stage.first and self.follows_policy:
@@ -135,11 +141,11 @@ class FreshAnswers(Source):
 
     def batch(self, step: int) -> list[list[Play]]:
         """Draw the step's plays. They are the same on every rank, and each rank trains on its share."""
-        config, cost, oracle = self.config, self.trainer.stage.cost, self.run.frozen_oracle()
+        config, cost, oracle = self.config, self.trainer.stage.clock.cost, self.run.frozen_oracle()
         prompts = self._prompts_of(step)
         tokens = [self.run.data.prompts.tokens_of(prompt) for prompt in prompts]
         try:
-            with self.trainer.clock("generate"):
+            with self.trainer.stage.clock("generate"):
                 answers = self.roles.answer(prompts, tokens, prompt_seed(config.train.seed, (step,)))
         except NotFiniteError as error:
             place = f"{self.trainer.stage.label}, step {step}"
@@ -154,7 +160,7 @@ class FreshAnswers(Source):
             for prompt, drawn in zip(prompts, answers, strict=True)
         ]
         before = oracle.usage()
-        with self.trainer.clock("oracle"):
+        with self.trainer.stage.clock("oracle"):
             matrices = oracle.preferences(questions, label="")
         self.plays = [Play(*row) for row in zip(prompts, answers, matrices, strict=True)]
         for name, amount in {
@@ -192,7 +198,7 @@ class FreshAnswers(Source):
 
     def sync(self) -> None:
         """The roles answer with the weights that were just trained. Their folders exist until the next sync."""
-        with self.trainer.clock("sync"):
+        with self.trainer.stage.clock("sync"):
             self._synced += 1
             folder = self.weights / str(self._synced)
             if self.run.writes:

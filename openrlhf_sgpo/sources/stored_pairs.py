@@ -24,6 +24,7 @@ from openrlhf_sgpo.data.messages import template_kwargs
 from openrlhf_sgpo.data.records import Pair, Prompt, load_run_pairs
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.oracle.base import agreement, rank
@@ -50,8 +51,6 @@ class StoredPairs(Source):
 
     def __init__(self, run: Run):
         super().__init__(run)
-        self.config = run.config
-        self.folder = run.folder
         self.data = run.data
         available = len(self.data.prompts.prompts)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))  # there is no process group yet
@@ -237,7 +236,7 @@ class StoredPairs(Source):
             generator=label,
             # Otherwise the reference's log-probabilities are all that is needed of it.
             frozen={"reference": loss_reference} if algorithm.extrapolation else {},
-            cost={"pairs": len(pairs)},
+            clock=Stopwatch(pairs=len(pairs)),
             facts={
                 "policy": run.name_of(start),
                 "loss_reference": run.name_of(loss_reference),

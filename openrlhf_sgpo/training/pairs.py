@@ -12,7 +12,6 @@ from torch import Tensor
 
 from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
 from openrlhf_sgpo.data.tokens import Group
-from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DistributedSampler
 from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
 
@@ -81,7 +80,6 @@ class PairForward:
         layout: str,
         pad_token_id: int,
         frozen: Mapping[str, Actor],
-        clock: Stopwatch,
     ):
         self.algorithm = algorithm
         self.layout = layout
@@ -90,7 +88,7 @@ class PairForward:
 
     def batch(self, model: Actor, samples: PairSamples, step: int) -> PairBatch:
         """What the loss reads, with gradient."""
-        log_probs, extrapolated = self._log_probs(model, samples.groups)
+        log_probs, extrapolated = self._log_probs(model, samples)
         lengths = [[len(response) for response in group.responses] for group in samples.groups]
         policy_chosen, policy_rejected = log_probs.view(-1, 2).T
         reference_chosen, reference_rejected = samples.reference.to(log_probs.device).T
@@ -133,12 +131,12 @@ class PairForward:
         }
         return causes, means | {"rewards/accuracies": accurate.mean().item()}
 
-    def _log_probs(self, model: Actor, groups: list[Group]) -> tuple[Tensor, Tensor | None]:
+    def _log_probs(self, model: Actor, samples: PairSamples) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities of all responses, and those under the extrapolated logits where the algorithm wants them."""
         if self.reference is None:
-            return response_log_probs(model, groups, self.layout, self.pad_token_id), None
-        policy = response_logits(model, groups, self.layout, self.pad_token_id)
+            return self.log_probs(model, samples), None
+        policy = response_logits(model, samples.groups, self.layout, self.pad_token_id)
         with torch.no_grad():
-            reference = response_logits(self.reference, groups, self.layout, self.pad_token_id)
+            reference = response_logits(self.reference, samples.groups, self.layout, self.pad_token_id)
             extrapolated = extrapolated_log_probs(policy, reference, self.algorithm.extrapolation)
         return policy.log_probs(), extrapolated

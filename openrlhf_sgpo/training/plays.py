@@ -56,8 +56,8 @@ class PlayForward:
         layout: str,
         pad_token_id: int,
         temperature: float,
-        frozen: Mapping[str, Actor],
         clock: Stopwatch,
+        frozen: Mapping[str, Actor],
     ):
         self.algorithm = algorithm
         self.layout = layout

@@ -52,13 +52,13 @@ class TrainingStage:
     ``first`` are taken, up to ``last``, of a learning-rate schedule over ``scheduled`` steps. adapters: names of the LoRA
     adapters where there are several, each with its multiple of the learning rate. policies: where the policy of each adapter
     goes. checkpoints: their folder. keeps_optimizer: the next stage goes on with this optimiser, so the last step is a
-    checkpoint too. generator: seeds the random numbers of adapters and dropout. facts: for the manifest. cost: what the stage
-    has cost so far.
+    checkpoint too. generator: seeds the random numbers of adapters and dropout. facts: for the manifest. clock: times parts of
+    the stage, and holds what it has cost so far.
     """
 
     number: int
     algorithm: Algorithm[Any]
-    forward: Callable[[Mapping[str, Actor], Stopwatch], Forward]
+    forward: Callable[[Mapping[str, Actor]], Forward]
     start: str
     learning_rate: float
     first: int
@@ -71,7 +71,7 @@ class TrainingStage:
     adapters: dict[str, float] = field(default_factory=dict)
     keeps_optimizer: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
+    clock: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def label(self) -> str:
@@ -93,7 +93,6 @@ class Trainer:
         self.strategy = strategy
         self.tokenizer = tokenizer
         self.algorithm = stage.algorithm
-        self.clock = Stopwatch(stage.cost)
         self.checkpoints = Checkpoints(stage.checkpoints, strategy)
         self._latest: Any = None  # micro-batch
 
@@ -106,7 +105,7 @@ class Trainer:
         for name, folder in stage.frozen.items():
             self.frozen[name] = self.strategy.prepare(load_actor(folder, config, self.strategy, trainable=False))
             self.frozen[name].eval()
-        self.forward = stage.forward(self.frozen, self.clock)
+        self.forward = stage.forward(self.frozen)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,7 +121,7 @@ class Trainer:
             return self.stage.first
         if state["step"] > self.stage.first:  # otherwise it is the end of the stage before
             self.algorithm.load_state_dict(state["algorithm"])
-            self.stage.cost.update(state["cost"])
+            self.stage.clock.cost.update(state["cost"])
         return state["step"]
 
     def step(self, number: int, samples: list[Any]) -> tuple[dict[str, Any], Tensor]:
@@ -135,7 +134,7 @@ class Trainer:
         seed_generators(self.config.train.seed, self.stage.generator, number, self.strategy.get_rank())
         self.actor.train()
         learning_rate = self.scheduler.get_last_lr()[0]
-        with self.clock("train"):
+        with self.stage.clock("train"):
             rows = [self._micro_step(number, micro_batch) for micro_batch in samples]
             table = self.strategy.all_gather(torch.cat(rows)).cpu()
         self._latest = samples[-1]
@@ -146,7 +145,8 @@ class Trainer:
         check_figures(causes | {"loss": metrics["loss"], "gradient norm": metrics["grad_norm"]}, place, dtype)
         figures = self.algorithm.after_step(watched)
         check_figures({f"metric {name}": value for name, value in figures.items()}, place, dtype)
-        self.stage.cost["tokens_trained"] = self.stage.cost.get("tokens_trained", 0) + int(tokens.sum())
+        cost = self.stage.clock.cost
+        cost["tokens_trained"] = cost.get("tokens_trained", 0) + int(tokens.sum())
         metrics |= {"learning_rate": learning_rate, **figures}
         return {f"train/{name}": value for name, value in metrics.items()}, recorded
 
@@ -164,7 +164,7 @@ class Trainer:
             place = f"{self.stage.label}, after step {number}"
             check_trained(self.actor, log_probs, place, self.config.ds.param_dtype)
         if due:
-            state = {"step": number, "algorithm": self.algorithm.state_dict(), "cost": self.stage.cost}
+            state = {"step": number, "algorithm": self.algorithm.state_dict(), "cost": self.stage.clock.cost}
             self.checkpoints.save(self.actor.model, number, state)
 
     def write_policies(self) -> None:
