@@ -18,6 +18,7 @@ from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.evaluator import Evaluator
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.report import write_report
+from openrlhf_sgpo.report.moments import read_moments, verdict
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_check import metrics_digest
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
@@ -111,10 +112,11 @@ def evaluate_policy(run: Run, evaluator: Evaluator, number: int | None) -> dict[
 
 
 def write_results(run: Run, rows: list[dict[str, Any]]) -> None:
-    """Write table.txt and report.html; print the table, where the policy is, and commands to go on with."""
+    """Write table.txt, with the verdict under the table, and report.html; print the table, where the policy is, and commands
+    to go on with."""
     if not run.writes:
         return
-    table = results_table(rows, run.ledger.stages)
+    table = "\n".join([results_table(rows, run.ledger.stages), *verdict(read_moments(run.folder.path)), ""])
     write_text(run.folder.path / "table.txt", table)
     report = write_report(run.folder.path)
     folder = run.config.ckpt.output_dir

@@ -27,7 +27,7 @@ from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.inference import policy_of
 from openrlhf_sgpo.integrity import file_digest
 from openrlhf_sgpo.ledger import read_ledger, write_ledger
-from openrlhf_sgpo.report.run_page import read_moments
+from openrlhf_sgpo.report.moments import read_moments
 from openrlhf_sgpo.run_check import check_rounds, forget_metrics, metrics_digest
 from openrlhf_sgpo.run_folder import RunFolder, read_growing, write_jsonl
 

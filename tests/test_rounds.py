@@ -46,6 +46,7 @@ def test_a_run_leaves_what_the_layout_says(run, tiny_model):
     table = (folder / "table.txt").read_text()
     assert table in process.stdout
     assert [line.split("  ")[0] for line in table.splitlines()[2:6]] == ["start", "round 0", "round 1", "round 2"]
+    assert "\n\nHeld-out accuracy " in table and "The 2 rounds after it " in table, "the verdict stands under the table"
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """report.html: a run, a comparison or a leaderboard as one page with plotly figures, which needs no network.
 
 ``markup`` escapes text, ``page`` (with page.css and page.js) is the frame, ``figures`` makes plots, ``samples`` shows answers
-side by side; ``run_page``, ``comparison_page`` and ``leaderboard_page`` compose the three pages.
+side by side; ``moments`` reads the rounds of a run; ``run_page``, ``comparison_page`` and ``leaderboard_page`` compose the
+three pages.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,27 +17,14 @@ from openrlhf_sgpo.report.figures import Series, bars, plot, plots
 from openrlhf_sgpo.report.follower import FIGURES as CERTIFICATE
 from openrlhf_sgpo.report.follower import follower_plot
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, tiny, with_minus_sign, words
+from openrlhf_sgpo.report.moments import Moment, read_moments, verdict
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.run_curves import held_out_plot, round_plots, step_plots
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
-from openrlhf_sgpo.report.verdict import run_verdict
-from openrlhf_sgpo.run_check import check_ended, check_metrics, check_round
-from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json, read_jsonl
+from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json
 from openrlhf_sgpo.table import FIGURES, STAGES, measured_differently, plus_minus
 
 PLAYS_SHOWN = 4
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The policy at the start or after a round. row: its evaluation, as in the table at the end of a run. certificate: the
-    round's follower, empty if there is none. margins: of held-out pairs, by id. samples: held-out answers."""
-
-    name: str
-    row: dict[str, Any]
-    certificate: dict[str, Any]
-    margins: dict[str, float]
-    samples: list[dict[str, Any]]
 
 
 def run_page(folder: Path) -> Markup:
@@ -66,11 +52,7 @@ def run_page(folder: Path) -> Markup:
     unfinished = "This run has not ended (there is no table.txt): the page shows what it has written so far."
     return page(
         *("Run", folder.name, facts),
-        run_verdict(
-            [moment.name for moment in moments],
-            [moment.margins for moment in moments],
-            [moment.row for moment in moments],
-        ),
+        verdict(moments),
         [] if ended else [unfinished],
         {
             "Rounds": _rounds(moments),
@@ -83,34 +65,6 @@ def run_page(folder: Path) -> Markup:
             "Settings": [details("Every setting of the run", tag("pre", yaml.safe_dump(settings, sort_keys=False)))],
         },
     )
-
-
-def read_moments(folder: Path) -> list[Moment]:
-    """The start and the rounds so far, in order. Raises ValueError, naming the file, if a file of a finished stage has
-    changed."""
-    run = RunFolder(str(folder))
-    check_ended(run)
-    check_metrics(run, run.rounds())
-    return [_moment(run, number) for number in (None, *run.rounds()) if run.round(number).is_dir()]
-
-
-def _moment(run: RunFolder, number: int | None) -> Moment:
-    check_round(run, number, policy=False)
-    path, stages = run.round(number), run.manifest(number)["stages"]
-    written = {file for facts in stages.values() for file in facts.get("files", {})}
-
-    def read(file: str) -> dict[str, Any]:
-        return read_json(path / file) if file in written else {}
-
-    def rows(file: str) -> list[dict[str, Any]]:
-        return read_jsonl(path / file) if file in written else []
-
-    certificate = read("worst_case.json")
-    labels = stages.get("pairs", {}).get("label_accuracy")
-    row = read("evaluation.json") | {"value": certificate.get("value"), "label_accuracy": labels}
-    margins = {row["id"]: row["margin"] for row in rows("held_out.jsonl")}
-    name = "start" if number is None else f"round {number}"
-    return Moment(name, row, certificate, margins, rows("samples.jsonl"))
 
 
 def _rounds(moments: Sequence[Moment]) -> list[Markup]:
