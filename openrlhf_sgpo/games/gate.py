@@ -4,25 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import permutations
 from math import log
 from pathlib import Path
+
+import numpy as np
 
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.base import NoSettings
 from openrlhf_sgpo.algorithms.cdpo import CDPO, CDPOSettings
 from openrlhf_sgpo.algorithms.dpo import DPO
+from openrlhf_sgpo.algorithms.dr_dpo import DrDPO, DrDPOSettings
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
 from openrlhf_sgpo.algorithms.ipo import IPO, IPOSettings
 from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
+from openrlhf_sgpo.algorithms.kl_dpo import KLDPO, KLDPOSettings
 from openrlhf_sgpo.algorithms.nash_md import NashMD, NashMDSettings
 from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
 from openrlhf_sgpo.algorithms.rdpo import RDPO, RDPOSettings
 from openrlhf_sgpo.algorithms.rloo import RLOO, RLOOSettings
+from openrlhf_sgpo.algorithms.ropo import ROPO, ROPOSettings
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 from openrlhf_sgpo.algorithms.spa import SPA, SPASettings
 from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings
+from openrlhf_sgpo.algorithms.sym_po import SymPO, SymPOSettings
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.games import drive as driver
 from openrlhf_sgpo.games import solutions
@@ -33,6 +40,7 @@ from openrlhf_sgpo.table import aligned
 TAU = 0.1
 NOISE = 0.1  # share of wrong labels that cDPO, rDPO and SPA assume
 RADIUS = 0.05  # of SGPO's ball; at 0.2 the least worst case lies at a kink, around which gradient descent oscillates
+TEMPERATURE = 3.0  # of the weights of Dr. DPO and KLDPO
 SKEWED = (0.1, 0.2, 0.7)  # where paths start, far from all solutions
 
 
@@ -54,7 +62,7 @@ class Check:
     learning_rate: float
     rounds: int = 1
     average: bool = False
-    begin: tuple[float, float, float] = SKEWED
+    begin: tuple[float, ...] = SKEWED
     tolerance: float = 1e-4
 
 
@@ -101,6 +109,36 @@ def _smoothed(game: Game) -> solutions.Solution:
 
 def _unflipped(game: Game) -> solutions.Solution:
     return _relabelled(game, 1 / (1 - 2 * NOISE), -NOISE / (1 - 2 * NOISE))
+
+
+def _tempered(factor: float) -> Callable[[Game], solutions.Solution]:
+    """DPO's solution for preferences whose log-odds are multiplied by ``factor``."""
+
+    def solution(game: Game) -> solutions.Solution:
+        odds = (game.preferences / (1 - game.preferences)) ** factor
+        return solutions.dpo(replace(game, preferences=odds / (1 + odds)), TAU)
+
+    return solution
+
+
+def _ropo(game: Game) -> solutions.Solution:
+    """DPO's solution where the first of two answers wins with the probability s that solves a (2 p - 1) s (1 - s) = s - p: the
+    slope of ROPO's expected loss is 0 there, p being the probability in the data."""
+    p = game.preferences[0, 1]
+    b = ROPOSettings().alpha * (2 * p - 1)
+    s = (b - 1 + ((b - 1) ** 2 + 4 * b * p) ** 0.5) / (2 * b)
+    return solutions.dpo(replace(game, preferences=[[0.5, s], [1 - s, 0.5]]), TAU)
+
+
+def _fewest_defeats(game: Game) -> solutions.Solution:
+    """All probability on the first answer of the order that disagrees with the fewest comparisons (Kemeny's)."""
+
+    def defeats(order: tuple[int, ...]) -> float:
+        behind = [(order[j], order[i]) for i in range(game.size) for j in range(i + 1, game.size)]
+        return sum(game.behaviour[y] * game.behaviour[x] * game.preferences[y, x] for y, x in behind)
+
+    best = min(permutations(range(game.size)), key=defeats)
+    return solutions.Solution(np.eye(game.size)[best[0]], 0.0)
 
 
 def _sgpo(game: Game) -> solutions.Solution:
@@ -165,6 +203,26 @@ CHECKS = (
     Check("dpo, uniform data", "condorcet", DPO(NoSettings(), TAU), "Bradley-Terry", _dpo, 3000, 500.0),
     Check("cdpo", "condorcet", CDPO(CDPOSettings(NOISE), TAU), "DPO's on smoothed labels", _smoothed, 1000, 500.0),
     Check("rdpo", "condorcet", RDPO(RDPOSettings(NOISE), TAU), "DPO's on clean labels", _unflipped, 1000, 500.0),
+    Check("ropo", "two_actions_51_49", ROPO(ROPOSettings(), TAU), "its own", _ropo, 1000, 100.0, begin=(0.3, 0.7)),
+    Check("sym_po", "condorcet", SymPO(SymPOSettings(), TAU), "first of Kemeny's order", _fewest_defeats, 500, 500.0),
+    Check(
+        "dr_dpo",
+        "bradley_terry_close",
+        DrDPO(DrDPOSettings(TEMPERATURE, driver.OCCURRENCES), TAU),
+        "DPO's on sharper labels",
+        _tempered(TEMPERATURE / (TEMPERATURE - 1)),
+        300,
+        200.0,
+    ),
+    Check(
+        "kl_dpo",
+        "bradley_terry_close",
+        KLDPO(KLDPOSettings(TEMPERATURE, window=driver.OCCURRENCES), TAU),
+        "DPO's on flatter labels",
+        _tempered(TEMPERATURE / (TEMPERATURE + 1)),
+        300,
+        200.0,
+    ),
     Check(
         "spa, all in doubt",
         "condorcet",

@@ -191,7 +191,9 @@ GAMES: dict[str, Callable[[], Game]] = {
     "condorcet_tied": partial(condorcet, 1 / 3, 1 / 3, 1 / 3),
     "condorcet_45_30_25": partial(condorcet, 0.45, 0.30, 0.25),
     "bradley_terry": bradley_terry,
+    "bradley_terry_close": partial(bradley_terry, (0.1, 0.0, -0.1)),
     "two_actions": two_actions,
+    "two_actions_51_49": partial(two_actions, 0.51),
     "offline_ipo": offline_ipo_game,
     "indifferent": indifferent,
 }
