@@ -127,7 +127,7 @@ def _ropo(game: Game) -> solutions.Solution:
     p = game.preferences[0, 1]
     b = ROPOSettings().alpha * (2 * p - 1)
     s = (b - 1 + ((b - 1) ** 2 + 4 * b * p) ** 0.5) / (2 * b)
-    return solutions.dpo(replace(game, preferences=[[0.5, s], [1 - s, 0.5]]), TAU)
+    return solutions.dpo(replace(game, preferences=np.array([[0.5, s], [1 - s, 0.5]])), TAU)
 
 
 def _fewest_defeats(game: Game) -> solutions.Solution:
