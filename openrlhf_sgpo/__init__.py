@@ -5,8 +5,13 @@ Names are loaded on first use: importing the package needs neither torch nor Ope
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+# OpenMP reads this when torch is loaded, here and in all child processes. Threads that spin while they wait take the cores from
+# whatever else runs, which then keeps the threads that they wait for from finishing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

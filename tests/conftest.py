@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import openrlhf_sgpo  # noqa: F401 - before torch, because it says how OpenMP waits
+
 # A shell starts jobs in the background with SIGINT ignored, and their children inherit that. Some tests interrupt children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

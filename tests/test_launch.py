@@ -26,11 +26,12 @@ if how != "well":
 """
 
 
-def start(folder: Path, how: str) -> subprocess.Popen:
+def start(folder: Path, how: str, **environment: str) -> subprocess.Popen:
     script = folder / "rank.py"
     script.write_text(RANK)
     command = [sys.executable, "-m", "openrlhf_sgpo.launch", "2", str(script), str(folder), how]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    return subprocess.Popen(command, cwd=ROOT, env=inherited | environment, stderr=subprocess.PIPE, text=True)
 
 
 def ranks_of(folder: Path) -> list[int]:
@@ -67,6 +68,24 @@ def test_the_others_end_with_a_rank_that_is_lost(how, said, code, tmp_path):
     numbers = ranks_of(tmp_path)
     assert process.communicate(timeout=60)[1] == said and process.returncode == code
     assert gone(numbers)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_openmp_waits_passively_in_ranks_unless_told_otherwise(given, expected, tmp_path):
+    process = start(tmp_path, "wait", **given)
+    assert {psutil.Process(rank).environ()["OMP_WAIT_POLICY"] for rank in ranks_of(tmp_path)} == {expected}
+    process.kill()
+    process.communicate(timeout=60)
+
+
+def test_a_run_on_a_cpu_says_that_openmp_waits_actively(monkeypatch, capsys):
+    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.openrlhf import build_strategy
+
+    for policy, said in (("PASSIVE", 0), ("active", 1)):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        build_strategy(Config())
+        assert capsys.readouterr().out.count("OMP_WAIT_POLICY=ACTIVE: beside other busy processes") == said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -23,6 +23,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config, Inference
 from openrlhf_sgpo.openrlhf.adapters import groups_by_adapter
+from openrlhf_sgpo.output import say
 
 
 def openrlhf_arguments(config: Inference) -> SimpleNamespace:
@@ -188,4 +189,10 @@ def build_strategy(config: Inference) -> DeepspeedStrategy:
     ranks.listen_where_named()
     strategy.setup_distributed()
     ranks.barrier()
+    if (
+        kind is CpuDeepspeedStrategy
+        and strategy.is_rank_0()
+        and os.environ.get("OMP_WAIT_POLICY", "").upper() == "ACTIVE"
+    ):
+        say("OMP_WAIT_POLICY=ACTIVE: beside other busy processes this run is many times slower; unset it")
     return strategy

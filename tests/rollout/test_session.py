@@ -102,6 +102,15 @@ def test_workers_know_no_keys(session):
 
 
 @pytest.mark.slow
+def test_openmp_waits_passively_in_engines(session):
+    import ray
+
+    rollout, _ = session
+    engine = rollout.engines[0]
+    assert ray.get(engine.__ray_call__.remote(lambda _: os.environ["OMP_WAIT_POLICY"])) == "PASSIVE"
+
+
+@pytest.mark.slow
 def test_an_engine_that_dies_is_started_again_and_asked_again(session, capsys):
     rollout, folder = session
     undisturbed = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
