@@ -61,9 +61,9 @@ class SGPO(PairAlgorithm):
     min_theta  V = sup { E_{xi ~ alpha}[-log sigmoid(xi)] : W1(alpha, law of the margins) <= radius, supp(alpha) in [a, b] }.
 
     The follower is solved exactly (``openrlhf_sgpo.dro``), and the leader's loss has the gradient of V, with the follower's
-    answer held fixed (Danskin's theorem): DPO's loss with a straight chord below the follower's threshold. The support
-    [a, b] is fixed when a stage begins; the follower is solved again after every optimiser step, on the latest margins. As the
-    radius goes to 0, the loss becomes DPO's, or that of the tangents if ``pieces`` sets them.
+    answer held fixed (Danskin's theorem): DPO's loss with a straight chord between the edge a and the follower's threshold. The
+    support [a, b] is fixed when a stage begins; the follower is solved again after every optimiser step, on the latest margins.
+    As the radius goes to 0, the loss becomes DPO's, or that of the tangents if ``pieces`` sets them.
     """
 
     name = "sgpo"
@@ -91,7 +91,6 @@ class SGPO(PairAlgorithm):
         assert margins is not None
         self._window = None
         self._solution = self._solve(margins)
-        self._window = self._solution.window
         self._start = margins.detach()
         # The latest margins replace these, in an order that must not depend on the order of the data.
         order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(stage.seed))
@@ -136,27 +135,22 @@ class SGPO(PairAlgorithm):
             self._recent, self._steps = state["recent"], state["steps"]
 
     def _solve(self, margins: Tensor) -> WorstCase | BestCase:
-        """The follower's answer, within the support if a stage has begun."""
+        """The follower's answer within the support, which is set by the first margins."""
         from openrlhf_sgpo.dro import solve_worst_case
 
-        options, window = self.options, self._window
-        if window is not None and options.space == "margin":
-            low, high = window
-            margins = margins.double()
-            # Mass only moves down, so the upper end matters only for the knots of the tangents.
-            high = high if options.pieces else max(high, float(margins.max()))
-            window, margins = (low, high), margins.clamp(low, high)
+        options = self.options
         solution = solve_worst_case(
             margins,
             options.radius,
             space=options.space,
             pieces=options.pieces or None,
-            window=window,
+            window=self._window,
             window_pad=options.window_pad,
         )
         if solution.saturated:
             remedy = f", or raise --{self.name}.window_pad" if options.space == "margin" else ""
             raise saturated_ball(self.name, options.radius, margins, f"the edge {solution.edge:.4g}", remedy)
+        self._window = solution.window
         return solution
 
 

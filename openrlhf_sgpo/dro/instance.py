@@ -16,12 +16,14 @@ from openrlhf_sgpo.dro.losses import resolve_pieces, space_variable
 class Instance:
     """A checked follower problem, in float64.
 
-    margins: (N,) copy of the input. values: (N,) variable of the space, clipped to the window.
+    margins: (N,) copy of the input. values: (N,) variable of the space. distance: (N,) from each value down to the edge a, 0
+    for values left of it.
     price: (N,) or None, with ``smallest_price`` its minimum (1 for None). window: (a, b) in the units of the space.
     """
 
     margins: Tensor
     values: Tensor
+    distance: Tensor
     radius: float
     space: str
     pieces: int | None
@@ -43,8 +45,8 @@ def read_instance(
     """Checks a follower problem and fills in its defaults; arguments as in ``solve_worst_case``.
 
     Raises ValueError for margins that are empty, not 1-dimensional, not floating-point or not finite; a negative or
-    non-finite radius or pad; an unknown space; pieces < 1; a window that is empty, leaves [0, 1] in probability space
-    or contains no sample; and prices that have another shape or are not positive and finite.
+    non-finite radius or pad; an unknown space; pieces < 1; a window that is empty or leaves [0, 1] in probability space;
+    and prices that have another shape or are not positive and finite.
     """
     pieces = resolve_pieces(space, pieces)
     if not isinstance(margins, Tensor) or not margins.is_floating_point():
@@ -64,8 +66,7 @@ def read_instance(
     prices, smallest_price = (None, 1.0) if price is None else _read_price(price, margins)
     values = space_variable(margins, space)
     if window is not None:
-        window = _read_window(window, space, values)
-        values = values.clamp(*window)
+        window = _read_window(window, space)
     elif space == "probability":
         window = (0.0, 1.0)
     else:
@@ -77,6 +78,7 @@ def read_instance(
     return Instance(
         margins=margins,
         values=values,
+        distance=(values - window[0]).clamp_min(0.0),
         radius=float(radius),
         space=space,
         pieces=pieces,
@@ -100,20 +102,12 @@ def _read_price(price: Tensor, margins: Tensor) -> tuple[Tensor, float]:
     return prices, smallest
 
 
-def _read_window(window: tuple[float, float], space: str, raw: Tensor) -> tuple[float, float]:
+def _read_window(window: tuple[float, float], space: str) -> tuple[float, float]:
     first, last = float(window[0]), float(window[1])
     if not (math.isfinite(first) and math.isfinite(last) and first < last):
         raise ValueError(f"window must be finite with a < b, got ({first}, {last})")
     if space == "probability" and not (first >= 0.0 and last <= 1.0):
         raise ValueError(f"window of the probability space must lie in [0, 1], got ({first}, {last})")
-    distance = torch.maximum(first - raw, raw - last)
-    closest = distance.min(dim=0)
-    if float(closest.values) > 0:
-        nearest = int(closest.indices)
-        raise ValueError(
-            f"window ({first}, {last}) contains no sample; the nearest is sample {nearest} at {raw[nearest].item()} "
-            f"(units of the {space} space); choose a window that covers it"
-        )
     return first, last
 
 

@@ -188,14 +188,15 @@ def danskin_loss(
 ) -> Tensor:
     """The follower's dual loss phi of each margin, in the shape of ``margins``; differentiable in ``margins``.
 
-    With x the variable of the space and chord(x) = l(edge) - slope * price * (x - edge),
+    With x the variable of the space,
 
-        phi(x) = max(l(x), chord(x))  for x >= edge,        min(l(x), chord(x))  for x < edge.
+        phi(x) = max( l(x), l(edge) - slope * price * (x - edge) ).
 
     By Danskin's theorem its gradient at fixed ``slope`` and ``edge`` is that of the robust objective
-    V = slope * radius + mean_i phi(x_i) (the dual of the SGPO paper's equation 9, arXiv 2502.18099). Where l and the chord
-    meet, phi has a kink, and the follower's solution decides which gradient is that of V: at the edge, where moving is free,
-    the chord's; at the ``threshold``, whose samples are split, ``share`` times the chord's plus (1 - ``share``) times l's.
+    V = slope * radius + mean_i phi(x_i) (the dual of the SGPO paper's equation 9, arXiv 2502.18099). Left of the edge, where
+    training may push a margin, phi is l: nothing is moved from there. Where l and the chord meet, phi has a kink, and the
+    follower's solution decides which gradient is that of V: at the edge l's, because its sample stays; at the ``threshold``,
+    whose samples are split, ``share`` times the chord's plus (1 - ``share``) times l's.
 
     ``slope`` (loss per unit of x and of price), ``edge`` and the entries of ``window`` (units of x), ``threshold`` (a margin;
     None: no sample is split) and ``share`` are floats, or tensors in the shape of ``margins`` if samples come from
@@ -209,12 +210,7 @@ def danskin_loss(
         slope = slope * price.to(margins)
     stays = loss_value(values, space=space, pieces=pieces, window=window)
     chord = loss_value(corner, space=space, pieces=pieces, window=window) - slope * (values - edge)
-    # Training may push a margin left of the edge, where the chord simply continues. Clipping the margin to the window
-    # would remove the gradient of exactly the worst pairs.
-    moves = torch.where(values < edge, chord < stays, chord > stays)
-    steepest = -loss_slope(corner, space=space, pieces=pieces, window=window)
-    moves = moves | ((values == edge) & (slope <= steepest))
-    loss = torch.where(moves, chord, stays)
+    loss = torch.where((chord > stays) & (values > edge), chord, stays)
     if threshold is None:
         return loss
     share = _like(share, margins)

@@ -4,7 +4,7 @@ With pieces l_k(x) = offset_k + slope_k * x, Theorem 3.3 / equation 9 of arXiv 2
 
     maximise   (1/N) sum_ik s_ik * l_k(x_i - q_ik / s_ik)  =  (1/N) sum_ik [ s_ik * l_k(x_i) - slope_k * q_ik ]
     subject to s_ik >= 0,   sum_k s_ik = 1 for every i,   (1/N) sum_i price_i sum_k |q_ik| <= radius,
-               a * s_ik <= s_ik * x_i - q_ik <= b * s_ik,
+               a * s_ik <= s_ik * x_i - q_ik <= b * s_ik     (for x_i outside [a, b]: a or b gives way to x_i),
 
 a linear program once |q| is split. The worst case is the distribution (1/N) sum_ik s_ik * delta(x_i - q_ik / s_ik).
 """
@@ -68,7 +68,7 @@ def program(
         price=None if price is None else torch.as_tensor(price).cpu(),
     )
     slopes, offsets = _tangents(instance)
-    values, (first, last) = instance.values, instance.window
+    values, last = instance.values, instance.window[1]
     count, pieces_used = len(values), len(slopes)
     price_column = (torch.ones_like(values) if instance.price is None else instance.price).unsqueeze(1)
     gains = (offsets + values.unsqueeze(1) * slopes).numpy()
@@ -77,8 +77,9 @@ def program(
     left = cvxpy.Variable(columns, nonneg=True)  # q = left - right: towards a, towards b
     right = cvxpy.Variable(columns, nonneg=True)
     q = left - right
-    room_left = (values - first).unsqueeze(1).expand(columns).numpy()
-    room_right = (last - values).unsqueeze(1).expand(columns).numpy()
+    # Samples outside the window may stay where they are.
+    room_left = instance.distance.unsqueeze(1).expand(columns).numpy()
+    room_right = (last - values).clamp_min(0.0).unsqueeze(1).expand(columns).numpy()
     pull = (-slopes).expand(columns).numpy()
     # The sum, not the mean: HiGHS stops at absolute tolerances, which a factor of 1/N would loosen.
     objective = cvxpy.sum(cvxpy.multiply(gains, s)) + cvxpy.sum(cvxpy.multiply(pull, q))

@@ -14,6 +14,9 @@ Dual. Two numbers describe the whole solution: the edge a and the slope lam, the
     V = min_{lam >= 0}  lam * radius + mean_i max( l(x_i), l(a) - lam * price_i * (x_i - a) )
 
 Both values are computed and reported; their difference certifies the solution and is 0 to rounding.
+
+The window bounds where mass may go, not where it is. Samples left of the edge stay, with c_i = 0 and their own loss, so V is
+never below the loss without an attack and converges to it with the radius, wherever the margins are.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class WorstCase:
     """The follower's solution. Scalars are Python floats; "units of the space" are those of xi or of sigmoid(xi).
 
     value: worst-case mean loss V, from the primal solution.    dual_value: the same from the dual, an upper bound.
-    empirical: mean loss without an attack, at the margins clipped to the window.
+    empirical: mean loss without an attack.
     slope: lam, loss per unit of the space (and of price). 0 if saturated. At radius 0 the Lipschitz constant of the
         loss divided by the smallest price; every slope from there on is optimal.
     edge: a, to which mass is moved, units of the space.
@@ -54,7 +57,7 @@ class WorstCase:
     share: p_i of the samples at the threshold, 0 to 1.
     budget_used: share of the budget N * radius that is spent, 0 to 1 (0 at radius 0).
     saturated: the budget pays for moving all mass to the edge. Such a ball leaves no gradient to train on.
-    margins: (N,) float64 copy of the input, not clipped.    price: (N,) float64, or None for all 1.
+    margins: (N,) float64 copy of the input.    price: (N,) float64, or None for all 1.
     """
 
     value: float
@@ -102,11 +105,12 @@ class WorstCase:
     def gradient(self) -> Tensor:
         """dV/dxi_i at the solved margins with the window held fixed, shape (N,), dtype and device of ``moved``.
 
-            dV/dxi_i = (1/N) * [ -p_i * lam * price_i + (1 - p_i) * l'(x_i) ] * dx/dxi,
+            dV/dxi_i = (1/N) * [ -p_i * lam * price_i + (1 - p_i) * l'(x_i) ] * dx/dxi.
 
-        and 0 for margins outside the window. This is the effect on the mean loss, hence the factor 1/N.
+        This is the effect on the mean loss, hence the factor 1/N. At the edge, where V has a kink, it is the derivative from
+        the left.
         """
-        raw, values = self._values()
+        values = space_variable(self.margins, self.space)
         pull = self.slope if self.price is None else self.slope * self.price
         moved = self.moved.to(values)
         stays = loss_slope(values, space=self.space, pieces=self.pieces, window=self.window)
@@ -114,14 +118,14 @@ class WorstCase:
         if self.space == "probability":
             # sigmoid(-xi) keeps its digits where 1 - sigmoid(xi) has lost them.
             gradient = gradient * torch.sigmoid(self.margins) * torch.sigmoid(-self.margins)
-        return (torch.where(raw == values, gradient, 0.0) / len(values)).to(self.moved.dtype)
+        return (gradient / len(values)).to(self.moved.dtype)
 
     def robust_loss(self, margins: Tensor, price: Tensor | None = None) -> Tensor:
         """The leader's loss per sample: the Danskin loss with this slope and edge held fixed.
 
-        ``margins`` may be those of any samples, in any shape, not clipped; differentiable. ``price`` has their shape and is
-        required exactly if this follower was solved with prices. Equals l(x) at radius 0. At the solved margins
-        slope * radius + mean(robust_loss) = value, if the window clips none of them.
+        ``margins`` may be those of any samples, in any shape; differentiable. ``price`` has their shape and is required
+        exactly if this follower was solved with prices. Equals l(x) at radius 0. At the solved margins
+        slope * radius + mean(robust_loss) = value.
 
         Raises ValueError if the ball is saturated, as the loss then has no gradient, or if prices are missing.
         """
@@ -156,7 +160,7 @@ class WorstCase:
         pieces are the same, the single atom lies at the mean of the two, where the linear piece has the same value. The
         exact loss (``pieces=None``) has no pieces: column 0 is the mass that stays, column 1 the mass that moves.
         """
-        _, values = self._values()
+        values = space_variable(self.margins, self.space)
         moved = self.moved.to(values)
         if self.pieces is None:
             piece_at_sample, piece_at_edge = torch.zeros_like(values), torch.ones_like(values)
@@ -169,11 +173,6 @@ class WorstCase:
         goes = torch.where(columns == piece_at_edge.unsqueeze(1), moved.unsqueeze(1), 0.0)
         q = goes * (values - self.edge).unsqueeze(1)
         return (stays + goes).to(self.moved.dtype), q.to(self.moved.dtype)
-
-    def _values(self) -> tuple[Tensor, Tensor]:
-        """The variable of the space at the solved margins, raw and clipped to the window."""
-        raw = space_variable(self.margins, self.space)
-        return raw, raw.clamp(*self.window)
 
 
 def solve_worst_case(
@@ -192,7 +191,7 @@ def solve_worst_case(
     radius: of the Wasserstein-1 ball, mean distance per sample in units of the space (xi, or win probability).
     space: ``"margin"`` or ``"probability"``.
     pieces: number of tangents; None means the exact logistic loss in margin space and 6 tangents in probability space.
-    window: (a, b), support of the attack in units of the space, to which margins are first clipped. Default:
+    window: (a, b), support of the attack in units of the space; samples may lie outside. Default:
         [min - window_pad, max + window_pad] in margin space, (0, 1) in probability space.
     price: (N,) positive, cost of moving sample i by one unit (default: 1 each).
 
@@ -206,9 +205,9 @@ def solve_worst_case(
         margins, radius, space=space, pieces=pieces, window=window, window_pad=window_pad, price=price
     )
     space, pieces, edge, values = instance.space, instance.pieces, instance.window[0], instance.values
+    cost = instance.distance if instance.price is None else instance.price * instance.distance
     stays = loss_value(values, space=space, pieces=pieces, window=instance.window)
     at_edge = loss_value(values.new_full((), edge), space=space, pieces=pieces, window=instance.window)
-    cost = values - edge if instance.price is None else instance.price * (values - edge)
     if instance.radius == 0.0:
         moved, share, threshold = torch.zeros_like(values), 0.0, -math.inf
         slope = lipschitz(space, pieces) / instance.smallest_price
@@ -254,7 +253,7 @@ def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, float, float, f
     if instance.price is None:
         key = values
         ordered = key.sort().values
-        ordered_cost = ordered - edge
+        ordered_cost = (ordered - edge).clamp_min(0.0)
     else:
         key = -chords(values) / instance.price
         # Equal ratios may have unequal costs. Sorting by cost too makes every sum independent of the input's order.
@@ -263,12 +262,13 @@ def _knapsack(instance: Instance, cost: Tensor) -> tuple[Tensor, float, float, f
         ordered, ordered_cost = key[order], cost[order]
     budget = len(values) * instance.radius
     position = int(torch.searchsorted(ordered_cost.cumsum(0), budget, right=True))
+    movable = cost > 0
     if position == len(values):
-        return torch.ones_like(values), 1.0, 0.0, math.inf
+        return movable.to(values), 1.0, 0.0, math.inf
     marginal = ordered[position]
     first, last = torch.searchsorted(ordered, marginal), torch.searchsorted(ordered, marginal, right=True)
     share = ((budget - ordered_cost[:first].sum()) / ordered_cost[first:last].sum()).clamp(0.0, 1.0)
-    moved = torch.heaviside(marginal - key, share)
+    moved = torch.heaviside(marginal - key, share) * movable
     threshold = instance.margins.masked_fill(key != marginal, -math.inf).max()
     slope = chords(marginal) if instance.price is None else -marginal
     return moved, float(share), float(slope), float(threshold)

@@ -142,10 +142,9 @@ def _fewest_defeats(game: Game) -> solutions.Solution:
 
 
 def _sgpo(game: Game) -> solutions.Solution:
-    """SGPO's solution with the support of a stage that starts at SKEWED: its smallest and largest margin, padded by 1."""
+    """SGPO's solution with the edge of a stage that starts at SKEWED: its smallest margin, padded by 1."""
     rewards = [TAU * log(share) for share in SKEWED]
-    widest = max(rewards) - min(rewards)
-    return solutions.sgpo(game, TAU, RADIUS, (-widest - 1, widest + 1))
+    return solutions.sgpo(game, TAU, RADIUS, min(rewards) - max(rewards) - 1)
 
 
 def _regularised_nash(game: Game) -> solutions.Solution:

@@ -257,29 +257,30 @@ def dpo(game: Game, beta: float, pair_weights: Any = None) -> Solution:
     return Solution(tilted(game.leader_reference, rewards, beta), residual, iterations)
 
 
-def sgpo(game: Game, beta: float, radius: float, window: tuple[float, float]) -> Solution:
+def sgpo(game: Game, beta: float, radius: float, edge: float) -> Solution:
     """argmin_pi of SGPO's worst-case value (arXiv 2502.18099) on soft labels, by direct search from the solution of ``dpo``:
 
         V(x) = min_{lam >= 0}  lam * radius + sum_i w_i max( l(x_i), l(a) - lam (x_i - a) ),      l(x) = -log sigmoid(x),
 
-    with the margins x = r(y) - r(y') of all pairs of two samples from mu, r = beta log(pi / ref), clipped to the ``window``
-    (a, b), and weights w = 2 mu mu' P, which sum to one. V is convex and piecewise linear in lam, so its minimum is at 0 or
-    where two pieces meet. residual: by how much a second search, starting where the first ended, lowers V. Raises
+    with the margins x = r(y) - r(y') of all pairs of two samples from mu, r = beta log(pi / ref), weights w = 2 mu mu' P, which
+    sum to one, and ``edge`` a. Margins left of the edge stay. V is convex and piecewise linear in lam, so its minimum is at 0
+    or where two pieces meet. residual: by how much a second search, starting where the first ended, lowers V. Raises
     ValueError unless beta > 0, and NotConverged if the residual is above 1e-9.
     """
     from scipy.optimize import minimize
 
     positive(beta, "the beta of sgpo")
     weights = 2 * np.outer(game.behaviour, game.behaviour) * game.preferences
-    low, high = window
-    at_edge = np.logaddexp(0, -low)
+    at_edge = np.logaddexp(0, -edge)
 
     def value(free: Array) -> float:
         rewards = np.append(free, -free.sum())
-        margins = np.clip(rewards[:, None] - rewards[None, :], low, high)
+        margins = rewards[:, None] - rewards[None, :]
+        distance = np.maximum(margins - edge, 0)
         losses = np.logaddexp(0, -margins)
-        slopes = np.append(((at_edge - losses) / np.maximum(margins - low, 1e-300)).ravel(), 0.0)[:, None, None]
-        worst = np.maximum(losses, at_edge - slopes * (margins - low))
+        chords = np.divide(at_edge - losses, distance, out=np.zeros_like(losses), where=distance > 0)
+        slopes = np.append(chords.ravel(), 0.0)[:, None, None]
+        worst = np.maximum(losses, at_edge - slopes * distance)
         return float((slopes.ravel() * radius + (weights * worst).sum((1, 2))).min())
 
     options = {"xatol": 1e-10, "fatol": 1e-15, "maxiter": 10_000}

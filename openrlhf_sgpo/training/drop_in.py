@@ -18,7 +18,7 @@ class SGPOLoss(nn.Module):
     """Stands where OpenRLHF's ``DPOLoss`` stands; the follower lives on a sliding window of recent margins.
 
     settings: see ``SGPOSettings``; here the follower is solved every ``refresh_steps`` training calls on the last
-    ``refresh_window`` margins of all ranks, in a support window around these margins, and until the first solve the loss is
+    ``refresh_window`` margins of all ranks, in a support window around those of the first solve, and until then the loss is
     DPO's. The recent margins are not part of OpenRLHF's checkpoints: after a restart the loss is DPO's again until the first
     solve. A follower that is solved once per stage, and the proximal term, need the rounds of ``openrlhf-sgpo train``.
 

@@ -51,19 +51,24 @@ def test_radius_0_is_dpo_to_the_last_bit(dtype):
 
 
 @pytest.mark.parametrize("options", FOLLOWERS)
-def test_loss_and_gradient_are_continuous_in_the_radius_down_to_0(options):
-    """As the radius falls to 0 the leader's loss and gradient approach those of radius 0: DPO's, with the exact loss. A pair
-    above the threshold gets the very same ones; the threshold itself falls to the smallest margin."""
-    margins = draw(40)
+@pytest.mark.parametrize("start", [draw(40), 0.03 + draw(40) / 30])
+@pytest.mark.parametrize("pad", [1.0, 0.0])
+def test_loss_and_gradient_are_continuous_in_the_radius_down_to_0(options, start, pad):
+    """As the radius falls to 0 the leader's loss and gradient approach those of radius 0: DPO's, with the exact loss, also at
+    the edge, left of it, and far right of where the follower was solved. A pair above the threshold gets the very same ones;
+    the threshold itself falls to the smallest margin."""
+    options = {**options, "window_pad": pad}
+    outside = [-9.0, 5.0] if options["space"] == "margin" else [5.0]  # nothing lies left of probability 0
+    margins = torch.cat([start, start.new_tensor(outside)])
     without = sgpo(**{**options, "radius": 0.0})
-    without.begin_stage(Stage(margins))
+    without.begin_stage(Stage(start))
     expected, expected_gradient = without.loss(batch(margins)), gradient_of(without, margins)
-    if options == MARGIN:
+    if options["space"] == "margin" and "pieces" not in options:
         assert torch.equal(expected, dpo_loss(margins))
     distances = []
     for radius in (1e-2, 1e-4, 1e-6, 1e-8):
         algorithm = sgpo(**{**options, "radius": radius})
-        algorithm.begin_stage(Stage(margins))
+        algorithm.begin_stage(Stage(start))
         loss, gradient = algorithm.loss(batch(margins)), gradient_of(algorithm, margins)
         distances.append(float((loss - expected).abs().max() + (gradient - expected_gradient).abs().max()))
     assert all(later <= earlier + 1e-15 for earlier, later in pairwise(distances))
@@ -100,8 +105,12 @@ def test_certificate(options):
 def test_the_value_is_never_below_the_loss_without_an_attack_unless_tangents_are_named():
     margins = 0.5 + draw(200) / 1.5
     plain = float(dpo_loss(margins).mean())
-    certificate = sgpo(radius=0.01).begin_stage(Stage(margins))
+    algorithm = sgpo(radius=0.01)
+    certificate = algorithm.begin_stage(Stage(margins))
     assert certificate["value"] > certificate["empirical"] == pytest.approx(plain)
+    later = torch.cat([torch.full((500,), certificate["edge"] - 3.0), draw(524) + 5]).double()
+    refreshed = algorithm.after_step(later)  # many pairs have left the support on both sides
+    assert refreshed["sgpo/value"] > refreshed["sgpo/empirical"] == pytest.approx(float(dpo_loss(later).mean()))
     assert "delta_K" not in certificate
     with_tangents = sgpo(radius=0.01, pieces=6).begin_stage(Stage(margins))
     assert with_tangents["value"] < plain  # which is why the certificate says how much the tangents hide
@@ -134,10 +143,9 @@ def test_gradient_is_that_of_the_worst_case(options):
         keywords = {key: item for key, item in follower(options).items() if key != "window_pad"}
         return solve_worst_case(point, **keywords, window=worst.window).value
 
-    smooth = (margins > worst.window[0] + 1e-3) if options.get("pieces") else torch.ones(12, dtype=torch.bool)
-    step = 1e-5 * torch.eye(12, dtype=torch.float64)[smooth]
+    step = 1e-5 * torch.eye(12, dtype=torch.float64)
     differences = margins.new_tensor([(value(margins + change) - value(margins - change)) / 2e-5 for change in step])
-    assert torch.allclose(gradient[smooth], differences, rtol=0, atol=1e-6)
+    assert torch.allclose(gradient, differences, rtol=0, atol=1e-6)
 
 
 # Margins at which V has a kink, and the directions in which all samples of a tie move together.
@@ -170,39 +178,35 @@ def test_gradient_at_ties_and_in_tiny_samples_is_that_of_the_value(case, space):
         assert float(gradient @ direction) == pytest.approx(difference, abs=1e-7)
 
 
-def test_gradient_at_the_edge_is_the_slope_of_the_chord():
-    """A margin at the edge is moved for nothing; raising it costs the follower budget, and so lam."""
+def test_gradient_at_the_edge_is_that_of_dpo():
+    """V has a kink there: a margin that falls takes its own loss with it; one that rises costs the follower budget, and so
+    lam. The leader gets the first, which is also the limit of both as the radius goes to 0."""
     margins = torch.tensor([-1.0, 0.0, 0.0, 3.0], dtype=torch.float64)
     algorithm = sgpo(radius=0.2, window_pad=0.0)
     certificate = algorithm.begin_stage(Stage(margins))
     gradient = gradient_of(algorithm, margins)
     assert certificate["edge"] == -1.0
-    assert float(gradient[0]) == pytest.approx(-certificate["slope"] / 4, abs=1e-15)
+    assert float(gradient[0]) == pytest.approx(-1 / (1 + math.exp(-1.0)) / 4, abs=1e-15)
 
     def value(shift):
         raised = margins + torch.tensor([shift, 0, 0, 0], dtype=torch.float64)
         return solve_worst_case(raised, 0.2, window=(-1.0, 3.0)).value
 
-    assert float(gradient[0]) == pytest.approx((value(1e-6) - value(0.0)) / 1e-6, abs=1e-6)
+    assert float(gradient[0]) == pytest.approx((value(0.0) - value(-1e-6)) / 1e-6, abs=1e-6)
+    assert -certificate["slope"] / 4 == pytest.approx((value(1e-6) - value(0.0)) / 1e-6, abs=1e-6)
 
 
 def test_bad_pairs_get_one_weight_and_a_changed_policy_keeps_it():
-    """The part below the threshold is a straight chord, also left of the edge; right of it the loss is DPO's."""
+    """Between edge and threshold the loss is a straight chord; on both sides of them it is DPO's."""
     margins = draw(40)
     algorithm = sgpo(**MARGIN)
     certificate = algorithm.begin_stage(Stage(margins))
     moved_on = torch.cat([margins + 0.1 * draw(40, seed=1), margins.new_tensor([certificate["edge"] - 2])])
     gradient = gradient_of(algorithm, moved_on) * 41
-    low, high = moved_on < certificate["threshold"], moved_on > certificate["threshold"]
-    assert low.sum() > 3 and high.sum() > 3
+    low = (moved_on > certificate["edge"]) & (moved_on < certificate["threshold"])
+    assert low.sum() > 3 and (~low).sum() > 3
     assert torch.allclose(gradient[low], torch.tensor(-certificate["slope"], dtype=torch.float64))
-    assert torch.allclose(gradient[high], -torch.sigmoid(-moved_on[high]))
-
-
-def in_window(margins, window):
-    """What a refresh is solved on: the window of the stage, whose upper end gives way."""
-    margins = margins.clamp(min=window[0])
-    return margins, (window[0], max(window[1], float(margins.max())))
+    assert torch.allclose(gradient[~low], -torch.sigmoid(-moved_on[~low]))
 
 
 @pytest.mark.parametrize("options", [MARGIN, {**PROBABILITY, "radius": 0.1}])
@@ -220,11 +224,8 @@ def test_refresh_answers_the_latest_margins_in_the_window_of_the_stage(options):
             assert torch.equal(algorithm.loss(pairs), before)
         metrics = algorithm.after_step(steps[3 * refresh - 1].clone().requires_grad_())
         recent = torch.cat([shuffled, *steps[: 3 * refresh]])[-20:]
-        support = window
-        if options["space"] == "margin":
-            recent, support = in_window(recent, window)
         keywords = {key: item for key, item in follower(options).items() if key != "window_pad"}
-        worst = solve_worst_case(recent, **keywords, window=tuple(support))
+        worst = solve_worst_case(recent, **keywords, window=tuple(window))
         after = algorithm.loss(pairs)
         assert torch.allclose(after, worst.robust_loss(later), rtol=0, atol=1e-12)
         assert float((after - before).abs().max()) > 1e-6

@@ -29,8 +29,6 @@ REJECTED = [
     ({"window": (-math.inf, 2.0)}, "window must be finite"),
     ({"window": (-0.1, 1.0), "space": "probability"}, r"must lie in \[0, 1\]"),
     ({"window": (0.0, 1.1), "space": "probability"}, r"must lie in \[0, 1\]"),
-    ({"window": (0.6, 1.5)}, r"contains no sample; the nearest is sample 0 at 0.5"),
-    ({"window": (0.9, 1.0), "space": "probability"}, r"contains no sample; the nearest is sample 2 at 0.88"),
     ({"margins": torch.zeros(3), "window_pad": 0.0}, "raise window_pad"),
     ({"price": torch.ones(2)}, r"shape \(3,\); got \(2,\)"),
     ({"price": torch.tensor(1.0)}, r"shape \(3,\); got \(\)"),
@@ -47,12 +45,23 @@ def test_rejected_input(change, message):
         solve_worst_case(**arguments)
 
 
-def test_margins_are_clipped_into_the_window_first():
-    narrow = solve_worst_case(MARGINS, 0.1, window=(-0.5, 1.0))
-    clipped = solve_worst_case(MARGINS.clamp(-0.5, 1.0), 0.1, window=(-0.5, 1.0))
-    assert narrow.value == clipped.value
-    assert torch.equal(narrow.moved, clipped.moved)
-    assert torch.equal(narrow.margins, MARGINS.double())
+@pytest.mark.parametrize("price", [None, torch.tensor([1.0, 3.0, 2.0])])
+def test_samples_left_of_the_window_stay_with_their_own_loss(price):
+    """Without them the follower has the same budget: three samples' worth at two thirds of the mean."""
+    solution = solve_worst_case(MARGINS, 0.1, window=(-0.5, 1.0), price=price)  # at 0.5, -1 and 2
+    others = torch.tensor([0, 2])
+    alone = solve_worst_case(MARGINS[others], 0.15, window=(-0.5, 1.0), price=None if price is None else price[others])
+    assert solution.moved[1] == 0 and torch.equal(solution.moved[others], alone.moved)
+    assert solution.slope == pytest.approx(alone.slope, rel=1e-14)
+    assert solution.value == pytest.approx((2 * alone.value + math.log1p(math.e)) / 3, rel=1e-14)
+    assert solution.gradient[1] == pytest.approx(-1 / (1 + math.exp(-1)) / 3, rel=1e-6)
+    assert abs(solution.gap) < 1e-15
+
+
+def test_nothing_can_move_if_all_samples_lie_left_of_the_window():
+    solution = solve_worst_case(MARGINS, 0.1, window=(3.0, 4.0))
+    assert solution.saturated and not solution.moved.any() and solution.budget_used == 0
+    assert solution.value == solution.empirical
 
 
 def test_default_windows():

@@ -124,12 +124,13 @@ def test_danskin_loss_in_closed_form():
     price = torch.tensor([1.0, 1.0, 1.0, 0.01], dtype=torch.float64)
     loss = danskin_loss(margins, slope, edge, space="margin", pieces=None, window=None, price=price)
     at_edge = math.log1p(math.exp(1.0))
-    # Left of the edge the chord continues (below the loss), just right of it the chord is on top, far right the loss
-    # is, unless a low price keeps the chord on top.
-    expected = [at_edge + 0.6 * 2, at_edge, at_edge - 0.6 * 0.5, at_edge - 0.6 * 0.01 * 5]
+    # Left of the edge the loss is on top, just right of it the chord, far right the loss again, unless a low price keeps
+    # the chord on top.
+    expected = [math.log1p(math.exp(3.0)), at_edge, at_edge - 0.6 * 0.5, at_edge - 0.6 * 0.01 * 5]
     torch.testing.assert_close(loss, torch.tensor(expected, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(loss[[0, 2, 3]].sum(), margins)
-    torch.testing.assert_close(gradient, torch.tensor([-0.6, 0.0, -0.6, -0.006], dtype=torch.float64))
+    left = -1 / (1 + math.exp(-3.0))
+    torch.testing.assert_close(gradient, torch.tensor([left, 0.0, -0.6, -0.006], dtype=torch.float64))
     plain = danskin_loss(margins, slope, edge, space="margin", pieces=None, window=None)
     assert plain[3] == -functional.logsigmoid(margins[3])
 

@@ -30,7 +30,7 @@ def instances(draw):
         keywords["price"] = 0.3 + 3 * torch.rand(count, dtype=torch.float64, generator=generator)
     if draw(st.booleans()):
         values = margins if space == "margin" else torch.sigmoid(margins)
-        middle = float(values.median())  # clips most samples on one side or the other
+        middle = float(values.median())  # samples may lie on both sides of the window
         keywords["window"] = (middle - 0.5, middle + 0.4) if space == "margin" else (middle / 2, (1 + middle) / 2)
     radius = draw(st.sampled_from([0.0, 0.001, 0.05, 0.2, 0.6, 8.0]))
     return margins, radius, keywords
@@ -46,9 +46,9 @@ def test_value_equals_the_program_and_transport_solves_it(instance):
     assert solution.value == pytest.approx(reference.value, abs=1e-8)
 
     s, q = solution.transport()
-    raw = torch.sigmoid(margins) if solution.space == "probability" else margins
-    first, last = solution.window
-    values = raw.clamp(first, last)[:, None]
+    values = (torch.sigmoid(margins) if solution.space == "probability" else margins)[:, None]
+    edge, last = solution.window
+    first, last = values.clamp(max=edge), values.clamp(min=last)  # a sample outside the window may stay there
     price = torch.ones_like(margins) if solution.price is None else solution.price
     assert (s >= 0).all()
     torch.testing.assert_close(s.sum(1), torch.ones_like(margins), rtol=0, atol=1e-15)
@@ -56,7 +56,7 @@ def test_value_equals_the_program_and_transport_solves_it(instance):
     assert (first * s <= s * values - q + 1e-13).all() and (s * values - q <= last * s + 1e-13).all()
     if solution.pieces is None:
         # Two columns: the tangent of the loss at the sample for what stays, and at the edge for what moves.
-        points = torch.cat([values, torch.full_like(values, first)], dim=1)
+        points = torch.cat([values, torch.full_like(values, edge)], dim=1)
         slopes = loss_slope(points, space="margin", pieces=None)
         offsets = loss_value(points, space="margin", pieces=None) - slopes * points
     else:

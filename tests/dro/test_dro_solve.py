@@ -18,7 +18,7 @@ SPACES = st.sampled_from(["margin", "probability"])
 
 @st.composite
 def instances(draw, prices=True, saturating=True):
-    """Arguments of solve_worst_case: few samples, often tied, radii from 0 to beyond saturation."""
+    """Arguments of solve_worst_case: few samples, often tied, some left of the edge, radii from 0 to beyond saturation."""
     number = st.one_of(st.floats(-6, 6), st.integers(-3, 3).map(float), st.floats(-1e-6, 1e-6))
     margins = draw(st.one_of(st.lists(number, min_size=1, max_size=12), number.map(lambda x: [x] * 5)))
     margins = torch.tensor(margins, dtype=torch.float64)
@@ -30,7 +30,8 @@ def instances(draw, prices=True, saturating=True):
         price = torch.tensor(draw(st.lists(each, min_size=len(margins), max_size=len(margins))), dtype=torch.float64)
     keywords = {"space": space, "pieces": pieces, "price": price}
     if space == "margin":
-        keywords["window_pad"] = draw(st.floats(0.1, 4.0))
+        edge = draw(st.one_of(st.floats(0.1, 4.0).map(lambda pad: float(margins.min()) - pad), st.floats(-6, 6)))
+        keywords["window"] = (edge, max(edge, float(margins.max())) + 0.5)
     shares = [0.0, 1e-6, 0.01, 0.3, 0.9] + ([1.0, 1.5] if saturating else [])
     share = draw(st.one_of(st.sampled_from(shares), st.floats(0.0, max(shares))))
     return margins, share * total_cost(margins, keywords), keywords
@@ -39,7 +40,7 @@ def instances(draw, prices=True, saturating=True):
 def total_cost(margins, keywords):
     """Mean cost of moving everything to the edge: radii from here on saturate the ball."""
     if keywords["space"] == "margin":
-        cost = margins - margins.min() + keywords["window_pad"]
+        cost = (margins - keywords["window"][0]).clamp_min(0)
     else:
         cost = torch.sigmoid(margins)
     return float((cost if keywords["price"] is None else cost * keywords["price"]).mean())
@@ -54,8 +55,7 @@ def scale(solution):
 
 
 def space_values(solution):
-    values = torch.sigmoid(solution.margins) if solution.space == "probability" else solution.margins
-    return values.clamp(*solution.window)
+    return torch.sigmoid(solution.margins) if solution.space == "probability" else solution.margins
 
 
 def unit_prices(solution):
@@ -90,7 +90,7 @@ def test_no_duality_gap_and_feasible(instance):
     assert abs(solution.gap) <= 1e-12 * scale(solution)
     assert ((solution.moved >= 0) & (solution.moved <= 1)).all()
     values = space_values(solution)
-    cost = unit_prices(solution) * (values - solution.edge)
+    cost = unit_prices(solution) * (values - solution.edge).clamp_min(0)
     spent = float((solution.moved * cost).mean())
     assert spent <= radius * (1 + 1e-12)
     assert solution.budget_used == pytest.approx(spent / radius if radius else 0.0, abs=1e-12)
@@ -124,7 +124,7 @@ def dual_function(solution):
     losses = loss_value(values, space=solution.space, pieces=solution.pieces, window=solution.window)
     corner = torch.tensor(solution.edge, dtype=torch.float64)
     at_edge = loss_value(corner, space=solution.space, pieces=solution.pieces, window=solution.window)
-    cost = unit_prices(solution) * (values - solution.edge)
+    cost = unit_prices(solution) * (values - solution.edge).clamp_min(0)
     return lambda slope: slope * solution.radius + float(torch.maximum(losses, at_edge - slope * cost).mean())
 
 
@@ -132,15 +132,16 @@ def dual_function(solution):
 @given(instances())
 def test_exact_loss_against_a_one_dimensional_minimisation(instance):
     margins, radius, keywords = instance
-    keywords = keywords | {"space": "margin", "pieces": None, "window_pad": keywords.get("window_pad", 1.0)}
+    window = keywords.get("window", (float(margins.min()) - 1, float(margins.max()) + 1))
+    keywords = keywords | {"space": "margin", "pieces": None, "window": window}
     solution = solve_worst_case(margins, radius, **keywords)
-    first = float(margins.min()) - keywords["window_pad"]
+    first = window[0]
     price = unit_prices(solution).numpy()
 
     def dual(slope):
         numbers = zip(margins.tolist(), price.tolist(), strict=True)
         chord = math.log1p(math.exp(-first))
-        phi = [max(math.log1p(math.exp(-x)), chord - slope * weight * (x - first)) for x, weight in numbers]
+        phi = [max(math.log1p(math.exp(-x)), chord - slope * weight * max(x - first, 0)) for x, weight in numbers]
         return slope * radius + sum(phi) / len(phi)
 
     steepest = 1.0 / price.min()
@@ -192,14 +193,15 @@ def test_equal_margins_share_and_smaller_ones_come_first(instance):
     margins, radius, keywords = instance
     solution = solve_worst_case(margins, radius, **keywords)
     values = space_values(solution)
-    order = values.argsort()
+    order = values.argsort()[(values <= solution.edge).sum() :]
     assert (solution.moved[order].diff() <= 0).all()
     for value in values.unique():
         assert solution.moved[values == value].unique().numel() == 1
     if radius > 0 and not solution.saturated:
         assert (solution.moved[margins > solution.threshold] == 0).all()
         marginal = values[margins == solution.threshold][0]
-        assert (solution.moved[values < marginal] == 1).all()
+        assert (solution.moved[(values < marginal) & (values > solution.edge)] == 1).all()
+    assert not solution.moved[values <= solution.edge].any()
     split = (solution.moved > 0) & (solution.moved < 1)
     assert values[split].unique().numel() <= 1
 
@@ -243,11 +245,11 @@ def test_robust_loss_averages_to_the_value(instance):
 @pytest.mark.parametrize("space", ["margin", "probability"])
 @pytest.mark.parametrize("pieces", [None, 2, 6])
 @pytest.mark.parametrize("priced", [False, True])
-@pytest.mark.parametrize("clipped", [False, True])
-def test_gradient_against_central_differences(space, pieces, priced, clipped):
+@pytest.mark.parametrize("narrow", [False, True])
+def test_gradient_against_central_differences(space, pieces, priced, narrow):
     torch.manual_seed(3)
     window = {"margin": (-5.0, 5.0), "probability": (0.0, 1.0)}[space]
-    if clipped:
+    if narrow:  # than the samples
         window = {"margin": (-1.0, 1.0), "probability": (0.3, 0.7)}[space]
     margins = 1.5 * torch.randn(40, dtype=torch.float64)
     near = (torch.sigmoid(margins) if space == "probability" else margins)[:, None] + torch.tensor([-1e-3, 1e-3])
@@ -269,10 +271,10 @@ def test_gradient_against_central_differences(space, pieces, priced, clipped):
 
     differences = [(value(index, 1e-6) - value(index, -1e-6)) / 2e-6 for index in range(len(margins))]
     torch.testing.assert_close(solution.gradient, torch.tensor(differences, dtype=torch.float64), rtol=1e-6, atol=5e-10)
-    if clipped:
-        raw = torch.sigmoid(margins) if space == "probability" else margins
-        outside = (raw < window[0]) | (raw > window[1])
-        assert outside.any() and (solution.gradient[outside] == 0).all()
+    if narrow:
+        values = space_values(solution)
+        outside = values < window[0]
+        assert outside.any() and (values > window[1]).any() and not solution.moved[outside].any()
 
 
 @pytest.mark.parametrize("space", ["margin", "probability"])

@@ -45,6 +45,17 @@ def test_the_follower_sees_the_window_and_evaluation_leaves_it_alone():
     torch.testing.assert_close(found, worst.robust_loss(margins(first)).mean(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_support_is_that_of_the_first_solve():
+    from openrlhf_sgpo import SGPOLoss
+
+    loss = SGPOLoss(0.1, SGPOSettings(radius=0.2, refresh_window=8))
+    loss(*log_probs(1))
+    window = loss.algorithm._solution.window
+    first = loss.algorithm._solution
+    loss(*log_probs(2))
+    assert loss.algorithm._solution is not first and loss.algorithm._solution.window == window
+
+
 def test_settings_that_need_rounds_or_are_out_of_range_are_refused():
     from openrlhf_sgpo import SGPOLoss
 
