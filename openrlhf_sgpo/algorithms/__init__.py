@@ -28,6 +28,7 @@ BUILT_INS = {
     "preference_model": "openrlhf_sgpo.algorithms.preference_model:PreferenceModel",
     "slhf": "openrlhf_sgpo.algorithms.slhf:SLHF",
     "nash_md": "openrlhf_sgpo.algorithms.nash_md:NashMD",
+    "online_dpo": "openrlhf_sgpo.algorithms.online_dpo:OnlineDPO",
     "online_ipo": "openrlhf_sgpo.algorithms.online_ipo:OnlineIPO",
     "ipo_md": "openrlhf_sgpo.algorithms.ipo_md:IPOMD",
     "rloo": "openrlhf_sgpo.algorithms.rloo:RLOO",

@@ -16,9 +16,11 @@ from openrlhf_sgpo.games.solutions import (
     nash,
     nash_md,
     offline_ipo,
+    online_dpo,
     regularised_nash,
     stackelberg,
     stackelberg_value,
+    xpo,
 )
 from openrlhf_sgpo.games.tabular import GAMES, Game, condorcet_winner, cycles, win_rate, win_rates
 
@@ -41,10 +43,12 @@ __all__ = [
     "nash",
     "nash_md",
     "offline_ipo",
+    "online_dpo",
     "regularised_nash",
     "stackelberg",
     "stackelberg_value",
     "tilted",
     "win_rate",
     "win_rates",
+    "xpo",
 ]

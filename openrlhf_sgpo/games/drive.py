@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +42,17 @@ class Policies:
 
 @dataclass(frozen=True)
 class Path:
-    """Probabilities at every step: policies (steps + 1, n) and followers (steps + 1, n, n)."""
+    """Probabilities at the start and after every step, steps of all rounds in a row: policies (steps + 1, n) and followers
+    (steps + 1, n, n). ends: steps taken up to the end of each round, 0 first, (rounds + 1,)."""
 
     policies: Array
     followers: Array
+    ends: list[int]
+
+    @property
+    def rounds(self) -> Array:
+        """Policies at the start and at the end of each round, (rounds + 1, n)."""
+        return self.policies[self.ends]
 
 
 def start(game: Game, policy: Any = None, follower: Any = None) -> Policies:
@@ -85,16 +92,32 @@ def _batch(
     return _all_pairs(game, policies)
 
 
-def _all_pairs(game: Game, policies: Policies) -> tuple[PairBatch, Tensor]:
-    """(all pairs of two samples from ``game.behaviour``, labelled both ways, their probabilities)"""
+@lru_cache
+def _tensors(game: Game) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(preferences, behaviour, log leader_reference, log follower_reference)"""
     import torch
 
+    behaviour, leader, follower = game.behaviour, game.leader_reference, game.follower_reference
+    preferences, mu = torch.tensor(game.preferences), torch.tensor(behaviour)
+    return preferences, mu, torch.tensor(leader).log(), torch.tensor(follower).log()
+
+
+@lru_cache
+def _combinations(size: int, count: int) -> Tensor:
+    """All ways to choose ``count`` answers, in order and with repetition, (size^count, count)."""
+    import torch
+
+    return torch.tensor(list(product(range(size), repeat=count)))
+
+
+def _all_pairs(game: Game, policies: Policies) -> tuple[PairBatch, Tensor]:
+    """(all pairs of two samples from ``game.behaviour``, labelled both ways, their probabilities)"""
     from openrlhf_sgpo.algorithms.base import PairBatch
 
-    policy, reference = policies.policy.log_softmax(-1), torch.tensor(game.leader_reference).log()
-    chosen, rejected = torch.tensor(list(product(range(game.size), repeat=2))).T
-    behaviour = torch.tensor(game.behaviour)
-    weights = 2 * behaviour[chosen] * behaviour[rejected] * torch.tensor(game.preferences)[chosen, rejected]
+    preferences, behaviour, reference, _ = _tensors(game)
+    policy = policies.policy.log_softmax(-1)
+    chosen, rejected = _combinations(game.size, 2).T
+    weights = 2 * behaviour[chosen] * behaviour[rejected] * preferences[chosen, rejected]
     return PairBatch(policy[chosen], policy[rejected], reference[chosen], reference[rejected]), weights
 
 
@@ -106,40 +129,41 @@ def _all_plays(
 
     from openrlhf_sgpo.algorithms.plays import Plays
 
+    preferences, _, reference, follower_reference = _tensors(game)
     policy, follower = policies.policy.log_softmax(-1), policies.follower.log_softmax(-1)
-    reference = torch.tensor(game.leader_reference).log()
-    follower_reference = torch.tensor(game.follower_reference).log()
-    mixture = ((1 - algorithm.mixture) * policy + algorithm.mixture * reference).log_softmax(-1)
-    by_role = {"policy": policy, "mixture": mixture, "previous": policies.previous}
-    answers = torch.tensor(list(product(range(game.size), repeat=len(algorithm.roles))))
+    by_role = {"policy": policy, "previous": policies.previous}
+    if algorithm.mixture:
+        by_role["mixture"] = ((1 - algorithm.mixture) * policy + algorithm.mixture * reference).log_softmax(-1)
+    else:
+        by_role["mixture"] = policy
+    answers = _combinations(game.size, len(algorithm.roles))
     log_weights = torch.zeros(len(answers), dtype=torch.float64)
     columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    divergence = torch.zeros(len(answers), dtype=torch.float64)  # computed only where the loss reads it
     for column, role in enumerate(algorithm.roles):
         answer = answers[:, column]
         if role == "follower":
             draft = answers[:, 0]
             log_probs, base = follower[draft, answer], follower_reference[draft, answer]
             log_weights = log_weights + log_probs.detach()
-            # Every draft has its own row of the follower, and so its own divergence.
-            divergence = (follower.exp() * (follower - follower_reference)).sum(-1)[draft]
+            if algorithm.full_vocabulary:  # every draft has its own row of the follower, and so its own divergence
+                divergence = (follower.exp() * (follower - follower_reference)).sum(-1)[draft]
             columns.append((log_probs, base, base, divergence))
         else:
             log_weights = log_weights + by_role[role].detach()[answer]
-            divergence = (policy.exp() * (policy - reference)).sum(-1).expand(len(answer))
+            if algorithm.full_vocabulary:
+                divergence = (policy.exp() * (policy - reference)).sum(-1).expand(len(answer))
             columns.append((policy[answer], reference[answer], policies.previous[answer], divergence))
-    preferences = torch.tensor(game.preferences)[answers[:, :, None], answers[:, None, :]]
+    matrices = preferences[answers[:, :, None], answers[:, None, :]]
     weights = log_weights.exp()
-    chosen = torch.arange(len(answers))
-    if samples:
-        chosen = torch.multinomial(weights, samples, replacement=True, generator=generator)
-        weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
-        preferences = _votes(preferences[chosen], generator)
     # One token per answer.
-    log_probs, base, previous, exact = (
-        torch.stack(by_answer, dim=1)[chosen].unsqueeze(-1) for by_answer in zip(*columns, strict=True)
-    )
-    plays = Plays(log_probs, base, previous, preferences, exact if algorithm.full_vocabulary else None)
-    return plays, weights
+    tokens = [torch.stack(by_answer, dim=1).unsqueeze(-1) for by_answer in zip(*columns, strict=True)]
+    if samples:
+        drawn = torch.multinomial(weights, samples, replacement=True, generator=generator)
+        weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
+        tokens, matrices = [token[drawn] for token in tokens], _votes(matrices[drawn], generator)
+    log_probs, base, previous, exact = tokens
+    return Plays(log_probs, base, previous, matrices, exact if algorithm.full_vocabulary else None), weights
 
 
 def _votes(preferences: Tensor, generator: Any) -> Tensor:
@@ -161,11 +185,12 @@ def drive(
     policies: Policies | None = None,
     samples: int = 0,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    settled: float = 0.0,
 ) -> Path:
-    """Gradient descent on the expected loss, ``rounds`` rounds of ``steps`` steps each; the path has a point per step.
+    """Gradient descent on the expected loss, ``rounds`` rounds of up to ``steps`` steps each; the path has a point per step.
 
-    Raises ValueError if a policy stops being finite, because the learning rate is too large.
+    settled: a round ends early once a step moves no logit by more than this. Raises ValueError if a policy stops being
+    finite, because the learning rate is too large.
     """
     import torch
 
@@ -181,7 +206,8 @@ def drive(
 
     parameters = [policies.policy, policies.follower]
     generator = torch.Generator().manual_seed(seed)
-    leaders, followers = [_probabilities(policies.policy)], [_probabilities(policies.follower)]
+    leaders, followers = ([parameter.detach().clone()] for parameter in parameters)
+    ends = [0]
     for number in range(rounds):
         policies.new_round()
         margins = None if algorithm.fresh_answers else watched()
@@ -189,20 +215,20 @@ def drive(
         for _ in range(steps):
             loss = expected_loss(game, algorithm, policies, samples, generator)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            largest = 0.0
             with torch.no_grad():
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     if gradient is not None:
                         parameter -= learning_rate * gradient
+                        largest = max(largest, learning_rate * float(gradient.abs().max()))
             if watches:
                 algorithm.after_step(watched())
-            leaders.append(_probabilities(policies.policy))
-            followers.append(_probabilities(policies.follower))
-        if not np.isfinite(leaders[-1]).all() or not np.isfinite(followers[-1]).all():
+            leaders.append(policies.policy.detach().clone())
+            followers.append(policies.follower.detach().clone())
+            if largest < settled:
+                break
+        if not (leaders[-1].isfinite().all() and followers[-1].isfinite().all()):
             raise ValueError(f"{algorithm.name} diverged: lower the learning rate, {learning_rate}")
-        if progress:
-            progress(number)
-    return Path(np.array(leaders), np.array(followers))
-
-
-def _probabilities(logits: Tensor) -> Array:
-    return np.asarray(logits.detach().softmax(-1).numpy())
+        ends.append(len(leaders) - 1)
+    policies_path, followers_path = (torch.stack(logits).softmax(-1).numpy() for logits in (leaders, followers))
+    return Path(policies_path, followers_path, ends)

@@ -21,6 +21,7 @@ from openrlhf_sgpo.algorithms.ipo import IPO, IPOSettings
 from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
 from openrlhf_sgpo.algorithms.kl_dpo import KLDPO, KLDPOSettings
 from openrlhf_sgpo.algorithms.nash_md import NashMD, NashMDSettings
+from openrlhf_sgpo.algorithms.online_dpo import OnlineDPO, OnlineDPOSettings
 from openrlhf_sgpo.algorithms.online_ipo import OnlineIPO
 from openrlhf_sgpo.algorithms.rdpo import RDPO, RDPOSettings
 from openrlhf_sgpo.algorithms.rloo import RLOO, RLOOSettings
@@ -35,6 +36,7 @@ from openrlhf_sgpo.games import drive as driver
 from openrlhf_sgpo.games import solutions
 from openrlhf_sgpo.games.simplex import draw_paths
 from openrlhf_sgpo.games.tabular import GAMES, Array, Game
+from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.table import aligned
 
 TAU = 0.1
@@ -42,6 +44,8 @@ NOISE = 0.1  # share of wrong labels that cDPO, rDPO and SPA assume
 RADIUS = 0.05  # of SGPO's ball; at 0.2 the least worst case lies at a kink, around which gradient descent oscillates
 TEMPERATURE = 3.0  # of the weights of Dr. DPO and KLDPO
 SKEWED = (0.1, 0.2, 0.7)  # where paths start, far from all solutions
+SETTLED = 1e-8  # a step that moves no logit by more ends a path, or a round: far below all tolerances
+_SGPO = SGPOSettings(radius=RADIUS, refresh_window=driver.OCCURRENCES)
 
 
 @dataclass
@@ -51,15 +55,16 @@ class GateSettings:
 
 @dataclass(frozen=True)
 class Check:
-    """An algorithm on a game. solution: name of the target. average: compare the mean over rounds, not the last policy."""
+    """An algorithm on a game. solution: name of the target. steps: of a round, at most. average: compare the mean over rounds,
+    not the last policy."""
 
     title: str
-    game: str
     algorithm: Algorithm
     solution: str
     target: Callable[[Game], solutions.Solution]
-    steps: int
     learning_rate: float
+    game: str = "condorcet"
+    steps: int = 4000
     rounds: int = 1
     average: bool = False
     begin: tuple[float, ...] = SKEWED
@@ -96,6 +101,10 @@ def _offline_ipo(game: Game) -> solutions.Solution:
 
 def _dpo(game: Game) -> solutions.Solution:
     return solutions.dpo(game, TAU)
+
+
+def _online_dpo(game: Game) -> solutions.Solution:
+    return solutions.online_dpo(game, TAU)
 
 
 def _relabelled(game: Game, kept: float, added: float) -> solutions.Solution:
@@ -152,103 +161,68 @@ def _regularised_nash(game: Game) -> solutions.Solution:
 
 
 CHECKS = (
-    Check("slhf", "condorcet", SLHF(SLHFSettings(), TAU), "Stackelberg", _stackelberg(True), 2000, 1.0),
+    Check("slhf", SLHF(SLHFSettings(), TAU), "Stackelberg", _stackelberg(True), 8.0),
     Check(
         "slhf, no KL credit",
-        "condorcet",
         SLHF(SLHFSettings(follower_kl_credit=False), TAU),
         "where the released code rests",
         _stackelberg(False),
-        2000,
-        1.0,
+        8.0,
     ),
+    Check("nash_md, mixture 0", NashMD(NashMDSettings(0.0), TAU), "regularised Nash", _nash_md(0.0), 2.0),
+    Check("nash_md, mixture 1/8", NashMD(NashMDSettings(0.125), TAU), "its own", _nash_md(0.125), 2.0),
     Check(
-        "nash_md, mixture 0",
-        "condorcet",
-        NashMD(NashMDSettings(0.0), TAU),
-        "regularised Nash",
-        _nash_md(0.0),
-        1500,
-        2.0,
+        "online_dpo, soft labels",
+        OnlineDPO(OnlineDPOSettings("soft"), TAU),
+        "Bradley-Terry on its own answers",
+        _online_dpo,
+        50.0,
     ),
-    Check(
-        "nash_md, mixture 1/8", "condorcet", NashMD(NashMDSettings(0.125), TAU), "its own", _nash_md(0.125), 1500, 2.0
-    ),
-    Check("online_ipo", "condorcet", OnlineIPO(NoSettings(), TAU), "regularised Nash", _regularised_nash, 1500, 0.02),
-    Check(
-        "ipo_md, mixture 1/8", "condorcet", IPOMD(IPOMDSettings(0.125), TAU), "Nash-MD's", _nash_md(0.125), 1500, 0.02
-    ),
-    Check("rloo", "condorcet", RLOO(RLOOSettings(), TAU), "regularised Nash", _regularised_nash, 1500, 2.0),
-    Check(
-        "inpo", "condorcet", INPO(INPOSettings(0.3), TAU), "regularised Nash", _regularised_nash, 150, 0.5, rounds=30
-    ),
+    Check("online_ipo", OnlineIPO(NoSettings(), TAU), "regularised Nash", _regularised_nash, 0.1),
+    Check("ipo_md, mixture 1/8", IPOMD(IPOMDSettings(0.125), TAU), "Nash-MD's", _nash_md(0.125), 0.1),
+    Check("rloo", RLOO(RLOOSettings(), TAU), "regularised Nash", _regularised_nash, 2.0),
+    Check("inpo", INPO(INPOSettings(0.3), TAU), "regularised Nash", _regularised_nash, 0.5, rounds=30),
     Check(
         "sppo, average",
-        "rock_paper_scissors",
         SPPO(SPPOSettings(2, 0.5, "all"), TAU),
         "Nash",
         solutions.nash,
-        15,
-        1.0,
+        2.0,
+        game="rock_paper_scissors",
+        steps=10,
         rounds=200,
         average=True,
         begin=(0.5, 0.3, 0.2),
         tolerance=0.03,
     ),
-    Check("ipo, offline", "offline_ipo", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 3000, 0.5),
-    Check(
-        "ipo, uniform data", "condorcet", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 1500, 0.5
-    ),
-    Check("dpo, uniform data", "condorcet", DPO(NoSettings(), TAU), "Bradley-Terry", _dpo, 3000, 500.0),
-    Check("cdpo", "condorcet", CDPO(CDPOSettings(NOISE), TAU), "DPO's on smoothed labels", _smoothed, 1000, 500.0),
-    Check("rdpo", "condorcet", RDPO(RDPOSettings(NOISE), TAU), "DPO's on clean labels", _unflipped, 1000, 500.0),
-    Check("ropo", "two_actions_51_49", ROPO(ROPOSettings(), TAU), "its own", _ropo, 1000, 100.0, begin=(0.3, 0.7)),
-    Check("sym_po", "condorcet", SymPO(SymPOSettings(), TAU), "first of Kemeny's order", _fewest_defeats, 500, 500.0),
+    Check("ipo, offline", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 0.5, "offline_ipo"),
+    Check("ipo, uniform data", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 0.5),
+    Check("dpo, uniform data", DPO(NoSettings(), TAU), "Bradley-Terry", _dpo, 500.0),
+    Check("cdpo", CDPO(CDPOSettings(NOISE), TAU), "DPO's on smoothed labels", _smoothed, 500.0),
+    Check("rdpo", RDPO(RDPOSettings(NOISE), TAU), "DPO's on clean labels", _unflipped, 500.0),
+    Check("ropo", ROPO(ROPOSettings(), TAU), "its own", _ropo, 100.0, "two_actions_51_49", begin=(0.3, 0.7)),
+    Check("sym_po", SymPO(SymPOSettings(), TAU), "first of Kemeny's order", _fewest_defeats, 500.0, steps=500),
     Check(
         "dr_dpo",
-        "bradley_terry_close",
         DrDPO(DrDPOSettings(TEMPERATURE, driver.OCCURRENCES), TAU),
         "DPO's on sharper labels",
         _tempered(TEMPERATURE / (TEMPERATURE - 1)),
-        300,
         200.0,
+        "bradley_terry_close",
     ),
     Check(
         "kl_dpo",
-        "bradley_terry_close",
         KLDPO(KLDPOSettings(TEMPERATURE, window=driver.OCCURRENCES), TAU),
         "DPO's on flatter labels",
         _tempered(TEMPERATURE / (TEMPERATURE + 1)),
-        300,
         200.0,
+        "bradley_terry_close",
     ),
     Check(
-        "spa, all in doubt",
-        "condorcet",
-        SPA(SPASettings(NOISE, 1.0, [0.0], 0.0), TAU),
-        "DPO's on smoothed labels",
-        _smoothed,
-        1000,
-        500.0,
+        "spa, all in doubt", SPA(SPASettings(NOISE, 1.0, [0.0], 0.0), TAU), "DPO's on smoothed labels", _smoothed, 500.0
     ),
-    Check(
-        "sgpo",
-        "condorcet",
-        SGPO(SGPOSettings(radius=RADIUS, refresh_window=driver.OCCURRENCES), TAU),
-        "least worst case",
-        _sgpo,
-        500,
-        100.0,
-    ),
-    Check(
-        "sgpo, wide window",
-        "condorcet",
-        SGPO(SGPOSettings(radius=RADIUS, window_pad=1e5, refresh_window=driver.OCCURRENCES), TAU),
-        "Bradley-Terry",
-        _dpo,
-        500,
-        100.0,
-    ),
+    Check("sgpo", SGPO(_SGPO, TAU), "least worst case", _sgpo, 100.0),
+    Check("sgpo, wide window", SGPO(replace(_SGPO, window_pad=1e5), TAU), "Bradley-Terry", _dpo, 100.0),
 )
 
 
@@ -262,8 +236,9 @@ def play(check: Check) -> CheckResult:
         learning_rate=check.learning_rate,
         rounds=check.rounds,
         policies=driver.start(game, check.begin),
+        settled=SETTLED,
     )
-    path = driven.policies[:: check.steps] if check.rounds > 1 else driven.policies
+    path = driven.rounds if check.rounds > 1 else driven.policies
     reached = path[1:].mean(0) if check.average else path[-1]
     return CheckResult(check, check.target(game).policy, reached, path)
 
@@ -294,7 +269,7 @@ def run_gate(settings: GateSettings) -> int:
     """Prints the table, and draws the paths if ``out`` is set. Returns 1 if an algorithm misses its solution, else 0."""
     if settings.out and (problem := extras.missing("matplotlib")):
         raise ValueError(f"--out: {problem}")
-    results = [play(check) for check in CHECKS]
+    results = [play(check) for check in Progress(CHECKS, desc="games", unit="check")]
     print(gate_table(results), end="")
     if settings.out:
         game = GAMES["condorcet"]()

@@ -4,8 +4,9 @@ Throughout, ref is ``game.leader_reference``, p(y > pi) = E_{y' ~ pi} P[y, y'], 
 references: argmax_pi E_pi[score] - tau KL(pi || ref) is pi(y) proportional to ref(y) exp(score(y) / tau).
 
 Solutions by method: SLHF ``stackelberg``; online IPO, INPO and self-play policy gradients ``regularised_nash``;
-Nash-MD-PG and IPO-MD ``nash_md``; the average iterate of SPPO ``nash``; offline IPO ``offline_ipo``; DPO ``dpo``; RLOO with
-rewards r ``tilted(ref, r, beta)``, and RLOO whose rewards are win rates against its own samples ``regularised_nash``.
+Nash-MD-PG and IPO-MD ``nash_md``; the average iterate of SPPO ``nash``; offline IPO ``offline_ipo``; DPO ``dpo``; online DPO
+and XPO on soft labels ``online_dpo`` and ``xpo``; RLOO with rewards r ``tilted(ref, r, beta)``, and RLOO whose rewards are
+win rates against its own samples ``regularised_nash``.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def regularised_nash(
     def equation(offset: Array) -> tuple[Array, Array, float]:
         policy = tilted(reference, offset, 1.0)
         image = advantage @ policy
-        jacobian = np.eye(game.size) - advantage @ (np.diag(policy) - np.outer(policy, policy))
+        jacobian = np.eye(game.size) - advantage @ _covariance(policy)
         return offset - image, jacobian, float(np.abs(policy - tilted(reference, image, 1.0)).max())
 
     offset, residual, iterations = newton(
@@ -257,6 +258,61 @@ def dpo(game: Game, beta: float, pair_weights: Any = None) -> Solution:
     return Solution(tilted(game.leader_reference, rewards, beta), residual, iterations)
 
 
+def online_dpo(game: Game, beta: float) -> Solution:
+    """The fixed point of online DPO (arXiv 2402.04792) on soft labels: DPO's optimum on comparisons of its own answers,
+
+        pi(y) proportional to ref(y) exp(r(y) / beta),  E_{y' ~ pi}[P[y, y'] - sigma(r(y) - r(y'))] = 0 for all y,
+
+    by Newton's method. If P is Bradley-Terry's this is RLHF's optimum, whatever is compared. residual: the largest entry of the
+    equation. Raises ValueError unless beta > 0, and as ``bradley_terry_rewards`` does.
+    """
+    positive(beta, "the beta of online_dpo")
+
+    def equation(rewards: Array) -> tuple[Array, Array, float]:
+        policy, missed, slopes = _missed_wins(game, rewards, beta)
+        value = missed @ policy
+        jacobian = missed @ _covariance(policy) / beta + slopes * policy - np.diag(slopes @ policy)
+        return value - rewards.mean(), jacobian - 1 / game.size, float(np.abs(value).max())
+
+    rewards, residual, iterations = newton(equation, bradley_terry_rewards(game)[0], TOLERANCE, 1000, "online_dpo")
+    return Solution(tilted(game.leader_reference, rewards, beta), residual, iterations)
+
+
+def xpo(game: Game, beta: float, alpha: float) -> Solution:
+    """The fixed point of XPO (arXiv 2405.21046) on soft labels, which compares answers of the policy with those of ref, and
+    adds alpha E_ref[log pi] to the loss:
+
+        sum_y' [pi(y) ref(y') + ref(y) pi(y')] (P[y, y'] - sigma(r(y) - r(y'))) = (alpha / beta) (ref(y) - pi(y)) for all y,
+
+    with pi(y) proportional to ref(y) exp(r(y) / beta), by Newton's method. residual: the largest difference of the two sides.
+    Raises ValueError unless beta > 0, and as ``bradley_terry_rewards`` does; NotConverged if alpha is too large for a solution.
+    """
+    positive(beta, "the beta of xpo")
+    reference, bonus = game.leader_reference, alpha / beta
+
+    def equation(rewards: Array) -> tuple[Array, Array, float]:
+        policy, missed, slopes = _missed_wins(game, rewards, beta)
+        weights = np.outer(policy, reference) + np.outer(reference, policy)
+        value = (weights * missed).sum(1) - bonus * (reference - policy)
+        by_policy = np.diag(missed @ reference + bonus) + reference[:, None] * missed
+        jacobian = by_policy @ _covariance(policy) / beta + weights * slopes - np.diag((weights * slopes).sum(1))
+        return value - rewards.mean(), jacobian - 1 / game.size, float(np.abs(value).max())
+
+    rewards, residual, iterations = newton(equation, bradley_terry_rewards(game)[0], TOLERANCE, 1000, "xpo")
+    return Solution(tilted(reference, rewards, beta), residual, iterations)
+
+
+def _missed_wins(game: Game, rewards: Array, beta: float) -> tuple[Array, Array, Array]:
+    """(pi proportional to ref exp(r / beta), P[y, y'] - sigma(r(y) - r(y')), sigma'(r(y) - r(y')))"""
+    win = np.exp(-np.logaddexp(0.0, rewards[None, :] - rewards[:, None]))
+    return tilted(game.leader_reference, rewards, beta), game.preferences - win, win * win.T
+
+
+def _covariance(policy: Array) -> Array:
+    """Of the indicators of the answers, (n, n): the derivative of a softmax."""
+    return np.diag(policy) - np.outer(policy, policy)
+
+
 def sgpo(game: Game, beta: float, radius: float, edge: float) -> Solution:
     """argmin_pi of SGPO's worst-case value (arXiv 2502.18099) on soft labels, by direct search from the solution of ``dpo``:
 
@@ -308,8 +364,10 @@ __all__ = [
     "nash",
     "nash_md",
     "offline_ipo",
+    "online_dpo",
     "regularised_nash",
     "sgpo",
     "stackelberg",
     "stackelberg_value",
+    "xpo",
 ]

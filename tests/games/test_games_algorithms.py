@@ -148,7 +148,7 @@ def test_sppo_circles_and_its_average_arrives():
     game = games.GAMES["rock_paper_scissors"]()
     algorithm = SPPO(SPPOSettings(answers=2, step=0.5, train_on="all"), TAU)
     path = drive(game, algorithm, steps=15, learning_rate=1.0, rounds=200, policies=start(game, (0.5, 0.3, 0.2)))
-    ends = path.policies[15::15]
+    ends = path.rounds[1:]
     # With itself among two answers, an answer's win rate moves half as far from one half: the step is 0.25.
     assert abs(ends[0] - games.mirror_step(game, (0.5, 0.3, 0.2), 0.25)).max() < 1e-3
     assert abs(ends[-1] - 1 / 3).max() > 0.1
