@@ -149,6 +149,11 @@ class TrainSettings:
         "end every training stage on pairs after exactly this many optimiser steps, whatever its epochs (0: by epochs)",
         low=0,
     )
+    nll_coef: float = setting(
+        0.0,
+        "add this multiple of the chosen response's negative log-likelihood per token to the loss of each pair (RPO)",
+        low=0,
+    )
     seed: int = setting(42, "seed of every random choice", low=0, high=2**32 - 1)
     full_determinism_enable: bool = setting(False, "ask torch for deterministic kernels")
     layout: Literal["padded", "shared_prefix"] = setting(

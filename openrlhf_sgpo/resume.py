@@ -17,7 +17,16 @@ from openrlhf_sgpo.training.sizes import stage_epochs, too_few
 _SEED = ("seed.lr", "seed.max_epochs")
 _ROUND = ("adam.lr", "train.max_epochs")
 TRAINING = (
-    *("adam.", "train.batch_size", "train.micro_batch_size", "train.max_steps", "lr_", "min_lr_ratio", "max_norm"),
+    *(
+        "adam.",
+        "train.batch_size",
+        "train.micro_batch_size",
+        "train.max_steps",
+        "train.nll_coef",
+        "lr_",
+        "min_lr_ratio",
+        "max_norm",
+    ),
     *(*_SEED, *_ROUND),
 )
 COUNT = ("rounds.count", "rounds.prompts")

@@ -28,7 +28,15 @@ _SAMPLES_ONLY = ("oracle", "reward.", "judge.", "rollout.", "vllm.", "eval.max_p
 
 # Read only by algorithms that train on pairs, and only by those that sample in training.
 _PAIRS_ONLY = (
-    *("data.dataset", "data.max_samples", "seed.", "train.max_epochs", "train.max_steps", "ckpt.fork_from"),
+    *(
+        "data.dataset",
+        "data.max_samples",
+        "seed.",
+        "train.max_epochs",
+        "train.max_steps",
+        "train.nll_coef",
+        "ckpt.fork_from",
+    ),
     *("rollout.n_samples_per_prompt", "rounds.prompts", "rounds.data", "rounds.loss_reference"),
 )
 _PLAYS_ONLY = ("rounds.steps",)

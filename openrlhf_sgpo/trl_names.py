@@ -35,6 +35,7 @@ _EQUIVALENTS = {
     "reward_model_path": "--reward.model_name_or_path with --oracle reward_model",
     "loss_type": "--algo",
     "label_smoothing": "--cdpo.label_smoothing of --algo cdpo, or --rdpo.flip_rate of --algo rdpo",
+    "rpo_alpha": "--train.nll_coef",
     "output_dir": "--ckpt.output_dir",
     "save_steps": "--ckpt.save_steps",
     "save_total_limit": "--ckpt.max_num",

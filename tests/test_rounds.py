@@ -376,6 +376,22 @@ def test_dpo_is_one_stage_on_the_human_pairs(tiny_model, tiny_data, tmp_path):
     assert evaluation["pairs"] == 8 and not {"kl", "probe", "response_length"} & evaluation.keys()
 
 
+@pytest.mark.slow
+def test_columns_of_soft_labels_and_weights_reach_the_loss(tiny_model, tiny_data, tmp_path):
+    """``chosen_probability`` .9 under DPO is cDPO at .1. ``weight`` .5 halves the losses; Adam takes the same steps."""
+    labels = {"chosen_probability": 0.9, "weight": 0.5}
+    marked = tmp_path / "pairs.jsonl"
+    marked.write_text("".join(json.dumps(row | labels) + "\n" for row in read_jsonl(tiny_data["pairs"])))
+    for folder, pairs, algo in (("soft", marked, "dpo"), ("smoothed", tiny_data["pairs"], "cdpo")):
+        argv = arguments(tiny_model, tiny_data | {"pairs": pairs}, tmp_path / folder, algo="dpo")
+        process = train("--algo", algo, *argv[2:], "--rounds.count", "0", "--max_norm", "0")
+        assert process.returncode == 0, process.stderr[-3000:]
+    expected = losses(tmp_path / "smoothed")
+    assert max(abs(loss - expected[0]) for loss in expected) > 0.01
+    assert [2 * loss for loss in losses(tmp_path / "soft")] == pytest.approx(expected, abs=1e-4)
+    assert all(row.items() >= labels.items() for row in read_jsonl(tmp_path / "soft/round_0/pairs.jsonl"))
+
+
 @pytest.mark.parametrize("flag", ["--rollout.temperature", "--rounds.judge_reference", "--seed.lr"])
 def test_what_a_run_without_rounds_would_not_read_is_refused(tiny_model, tiny_data, tmp_path, capsys, flag):
     value = {"--rounds.judge_reference": "previous"}.get(flag, "1")

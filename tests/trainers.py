@@ -18,7 +18,7 @@ def make_trainer(algorithm, config, strategy, tokenizer, folder: Path, steps: in
     reference: folder of the frozen model of an algorithm that samples."""
     layout, pad = config.train.layout, 0
     more: dict[str, Any] = {}
-    forward = partial(PairForward, algorithm, layout, pad)
+    forward = partial(PairForward, algorithm, layout, pad, nll_coef=config.train.nll_coef)
     if algorithm.fresh_answers:
         forward = partial(PlayForward, algorithm, layout, pad, config.rollout.temperature, Stopwatch())
         more = {"frozen": {"reference": reference}, "adapters": algorithm.learning_rates}

@@ -9,7 +9,7 @@ answers sampled and judged in every step. This module and the settings of every 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class PairBatch:
     chosen_length, rejected_length: response tokens, shape (batch,); None in a drop-in loss.
     extrapolated_chosen, extrapolated_rejected: detached log-probabilities under the extrapolated logits, see
     ``PairAlgorithm.extrapolation``; None if it is 0.
+    weight, chosen_probability: of the pairs, shape (batch,); None if all are 1. The trainer applies them to the loss.
     """
 
     policy_chosen: Tensor
@@ -71,11 +72,27 @@ class PairBatch:
     rejected_length: Tensor | None = None
     extrapolated_chosen: Tensor | None = None
     extrapolated_rejected: Tensor | None = None
+    weight: Tensor | None = None
+    chosen_probability: Tensor | None = None
 
     def margins(self, beta: float) -> Tensor:
         """Implicit-reward margins, shape (batch,): beta * [(log-ratio of chosen) - (log-ratio of rejected)]."""
         policy = self.policy_chosen - self.policy_rejected
         return beta * (policy - (self.reference_chosen - self.reference_rejected))
+
+    def swapped(self) -> PairBatch:
+        """The same pairs with the opposite labels, whose margins have the opposite signs."""
+        return replace(
+            self,
+            policy_chosen=self.policy_rejected,
+            policy_rejected=self.policy_chosen,
+            reference_chosen=self.reference_rejected,
+            reference_rejected=self.reference_chosen,
+            chosen_length=self.rejected_length,
+            rejected_length=self.chosen_length,
+            extrapolated_chosen=self.extrapolated_rejected,
+            extrapolated_rejected=self.extrapolated_chosen,
+        )
 
 
 @dataclass
@@ -150,7 +167,13 @@ class Algorithm(Generic[Batch]):
 
 
 class PairAlgorithm(Algorithm[PairBatch]):
-    """Base class of algorithms that learn from stored pairs: human pairs, and those annotated in rounds."""
+    """Base class of algorithms that learn from stored pairs: human pairs, and those annotated in rounds.
+
+    Class attribute: ``label_columns``, columns of the data (``weight``, ``chosen_probability``) that the trainer may apply to
+    the loss. They have no meaning where the loss of a pair depends on other pairs, or on which label is the right one.
+    """
+
+    label_columns: ClassVar[tuple[str, ...]] = ("weight", "chosen_probability")
 
     # If this is lambda > 0 after begin_stage, batches have the log-probabilities under softmax of
     # (1 + lambda) * (logits of the policy) - lambda * (logits of the loss's reference), for one more forward pass of each.

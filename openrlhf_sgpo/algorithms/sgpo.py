@@ -71,6 +71,7 @@ class SGPO(PairAlgorithm):
     summary = "SSAPO: self-annotated rounds against the worst case in a Wasserstein ball"
     settings: ClassVar[type] = SGPOSettings
     needs = Needs(rounds=True, samples_per_prompt=2)
+    label_columns = ()  # the follower counts every margin once
 
     def __init__(self, options: Any, beta: float):
         super().__init__(options, beta)

@@ -45,6 +45,7 @@ class SGPOTransport(PairAlgorithm):
     )
     settings: ClassVar[type] = SGPOTransportSettings
     needs = Needs(rounds=True, samples_per_prompt=2)
+    label_columns = ()  # the follower counts every margin once
 
     @classmethod
     def option_problems(cls, options: Any) -> list[str]:

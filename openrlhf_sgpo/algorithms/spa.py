@@ -86,6 +86,7 @@ class SPA(PairAlgorithm):
     summary = "SPA: self-annotated rounds that smooth the labels of the least confident pairs"
     settings = SPASettings
     needs = Needs(rounds=True, samples_per_prompt=2)
+    label_columns = ("weight",)  # what is in doubt depends on the label
     defaults: ClassVar[dict[str, Any]] = {"rounds.loss_reference": "previous"}
 
     @classmethod

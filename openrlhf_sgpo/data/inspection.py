@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data.benchmarks import benchmarks_with, normalised
 from openrlhf_sgpo.data.messages import common_prefix_length
-from openrlhf_sgpo.data.records import Messages, Pair, Prompt, Records
+from openrlhf_sgpo.data.records import LABEL_COLUMNS, Messages, Pair, Prompt, Records
 from openrlhf_sgpo.data.report import COUNTED, LEFT_OUT, DataReport, Tally, quantiles
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, PairTokens
 
@@ -225,8 +226,18 @@ def inspect_pairs(
         ),
         lengths={column: quantiles(values) for column, values in lengths.items() if values},
         longer={side: longer[side] / len(kept) for side in ("chosen", "equal")} if kept else {},
+        labels=_label_figures(kept),
     )
     return InspectedPairs(kept, groups, report)
+
+
+def _label_figures(pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    columns = {column: [getattr(pair, column) for pair in pairs] for column in LABEL_COLUMNS}
+    return {
+        column: {"min": min(values), "mean": fmean(values), "max": max(values)}
+        for column, values in columns.items()
+        if set(values) - {1.0}
+    }
 
 
 def inspect_prompts(

@@ -6,6 +6,7 @@ Written rows are conversational (lists of messages) and have further columns, wh
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
@@ -52,7 +53,8 @@ class Pair:
 
     source: human, or the oracle that ranked the responses. round: 0 for the seed. truncated: the response was cut
     by the length limit, so it must not be followed by an end-of-turn token. token_ids: of the response as an engine
-    sampled it, empty where people wrote it. scores: what the ranking was based on.
+    sampled it, empty where people wrote it. scores: what the ranking was based on. weight: multiplies the pair's loss, at least
+    0. chosen_probability: of the label, from 0 to 1; below 1 the loss is averaged over both labels.
     template_kwargs: as in ``Prompt``.
     """
 
@@ -68,13 +70,16 @@ class Pair:
     chosen_token_ids: tuple[int, ...] = ()
     rejected_token_ids: tuple[int, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
+    weight: float = 1.0
+    chosen_probability: float = 1.0
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def to_row(self) -> dict[str, Any]:
         """A JSON row in TRL's conversational preference format, with this package's further columns."""
         row = asdict(self)
         row |= template_columns(row.pop("template_kwargs"))
-        row = {name: value for name, value in row.items() if name not in _TOKEN_IDS or value}
+        absent = dict.fromkeys(_TOKEN_IDS, ()) | dict.fromkeys(LABEL_COLUMNS, 1.0)
+        row = {name: value for name, value in row.items() if name not in absent or value != absent[name]}
         row["chosen"] = [{"role": "assistant", "content": self.chosen}]
         row["rejected"] = [{"role": "assistant", "content": self.rejected}]
         return row
@@ -109,7 +114,21 @@ def _truncation(row: dict[str, Any]) -> dict[str, Any]:
     return {column: bool(row.get(column)) for column in columns}
 
 
+def _labels(row: dict[str, Any]) -> dict[str, float]:
+    """The columns ``weight`` and ``chosen_probability``, as far as the row has them."""
+    labels = {column: row[column] for column in LABEL_COLUMNS if row.get(column) is not None}
+    for column, value in labels.items():
+        low, high = 0, 1 if column == "chosen_probability" else math.inf
+        span = "from 0 to 1" if high == 1 else "at least 0, and finite"
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise DataError(f"column {column!r} must be a number, {span}; it holds {type(value).__name__} {value!r}")
+        if not (math.isfinite(value) and low <= value <= high):
+            raise DataError(f"column {column!r} must be {span}; it holds {value}")
+    return {column: float(value) for column, value in labels.items()}
+
+
 _TOKEN_IDS = ("chosen_token_ids", "rejected_token_ids")
+LABEL_COLUMNS = ("weight", "chosen_probability")  # numbers that say how much a label counts, 1 where a row has none
 
 
 def _pair_of_a_run(row: dict[str, Any], name: str) -> Pair:
@@ -130,7 +149,8 @@ def _pair(row: dict[str, Any], name: str) -> Pair:
         prompt, chosen, rejected = preference(row)
     except DataError as error:
         raise error if row.get("prompt") is not None else DataError(f"{error}; {_columns(row)}") from error
-    return Pair(_id(row, name), prompt, chosen, rejected, template_kwargs=template_kwargs(row), **_truncation(row))
+    more = _truncation(row) | _labels(row)
+    return Pair(_id(row, name), prompt, chosen, rejected, template_kwargs=template_kwargs(row), **more)
 
 
 def _prompt(row: dict[str, Any], name: str) -> Prompt:

@@ -82,7 +82,8 @@ class DataReport:
     """The report on one dataset. rows: number of all rows; kept: number of rows that are used.
 
     lengths: quantiles, in tokens, over all tokenized rows before truncation; ``needed`` is prompt plus longer response.
-    longer: shares of the kept pairs in which chosen has more tokens than rejected, or equally many.
+    longer: shares of the kept pairs in which chosen has more tokens than rejected, or equally many. labels: smallest, mean and
+    largest value of the columns of ``LABEL_COLUMNS`` that are not 1 for all kept pairs.
     """
 
     name: str
@@ -92,6 +93,7 @@ class DataReport:
     findings: list[Finding]
     lengths: dict[str, dict[str, int]]
     longer: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, sealed with their hash."""
@@ -129,6 +131,8 @@ class DataReport:
                 f"chosen is longer than rejected in {self.longer['chosen']:.1%} of the pairs, as long in "
                 f"{self.longer['equal']:.1%}"
             )
+        for column, values in self.labels.items():
+            lines.append(f"{column} from {values['min']:g} to {values['max']:g}, mean {values['mean']:.4g}")
         return "\n  ".join(lines) + "\n"
 
     def problems(self) -> list[str]:

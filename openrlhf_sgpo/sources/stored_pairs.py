@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 
 from torch import distributed
 
-from openrlhf_sgpo.algorithms.base import NoSettings, PairAlgorithm, Stage
+from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings, PairAlgorithm, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
+from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.messages import template_kwargs
-from openrlhf_sgpo.data.records import Pair, Prompt, load_run_pairs
+from openrlhf_sgpo.data.records import LABEL_COLUMNS, Pair, Prompt, load_run_pairs
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.ledger import Stopwatch
@@ -36,7 +37,7 @@ from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_js
 from openrlhf_sgpo.sources.base import Source
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
 from openrlhf_sgpo.training.log_probs import implicit_margins
-from openrlhf_sgpo.training.pairs import PairBatches, PairForward, PairSamples
+from openrlhf_sgpo.training.pairs import PairBatches, PairForward, PairSamples, label_columns
 from openrlhf_sgpo.training.sizes import check_sizes, optimiser_steps, prompt_counts, stage_epochs, too_few
 from openrlhf_sgpo.training.trainer import TrainingStage
 
@@ -55,6 +56,7 @@ class StoredPairs(Source):
         available = len(self.data.prompts.prompts)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))  # there is no process group yet
         check_sizes(self.config, run.algorithm, len(self.data.human.pairs), available, world_size)
+        check_labels(self.config, run.algorithm, self.data.human.pairs)
         self.prompt_counts = prompt_counts(self.config, available) if self.config.rounds.count else []
         self._shuffled: list[Prompt] | None = None
         self._batches: PairBatches | None = None
@@ -221,11 +223,17 @@ class StoredPairs(Source):
         if start != config.ref.model_name_or_path:
             run.scorer.forget(start)
         run.scorer.discard(str(self.folder.policy(number)))
-        self._batches = PairBatches(groups, reference, run.strategy)
+        self._batches = PairBatches(groups, reference, run.strategy, label_columns(pairs))
         return TrainingStage(
             number,
             algorithm,
-            partial(PairForward, algorithm, config.train.layout, run.tokenizer.pad_token_id),
+            partial(
+                PairForward,
+                algorithm,
+                config.train.layout,
+                run.tokenizer.pad_token_id,
+                nll_coef=config.train.nll_coef,
+            ),
             start,
             learning_rate,
             first=0,
@@ -317,3 +325,18 @@ class StoredPairs(Source):
     def _read_pairs(self, number: int) -> list[Pair]:
         check_round(self.folder, number, ("pairs",))
         return load_run_pairs(str(self.folder.round(number) / "pairs.jsonl"))
+
+
+def check_labels(config: Config, algorithm: type[Algorithm], pairs: Sequence[Pair]) -> None:
+    """Raises ValueError if the algorithm's loss would see human pairs with columns that have no meaning for it."""
+    assert issubclass(algorithm, PairAlgorithm)
+    if config.rounds.count and algorithm.needs.rounds and config.rounds.data == "new":
+        return  # only the seed stage, which is DPO, trains on human pairs
+    for column in LABEL_COLUMNS:
+        marked = [pair.id for pair in pairs if getattr(pair, column) != 1]
+        if marked and column not in algorithm.label_columns:
+            raise ValueError(
+                f"--algo {algorithm.name} cannot use the column {column!r}, which is not 1 in {len(marked)} of {len(pairs)} "
+                f"pairs of --data.dataset, such as {marked[0]}: remove the column, choose another algorithm, or let rounds "
+                "train on their own pairs alone (--rounds.data new)"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
+from openrlhf_sgpo.data.records import LABEL_COLUMNS, Pair
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import DistributedSampler
 from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
@@ -23,22 +24,60 @@ RECORDED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chos
 
 @dataclass(frozen=True)
 class PairSamples:
-    """A micro-batch. index (batch,): positions among the stage's pairs. reference (batch, 2): of chosen and rejected."""
+    """A micro-batch. index (batch,): positions among the stage's pairs. reference (batch, 2): of chosen and rejected. labels:
+    columns of ``label_columns``, each (batch,)."""
 
     index: Tensor
     groups: list[Group]
     reference: Tensor
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def label_columns(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """The columns of ``LABEL_COLUMNS`` that are not 1 for all pairs, each (N,)."""
+    columns = {name: torch.tensor([getattr(pair, name) for pair in pairs]) for name in LABEL_COLUMNS}
+    return {name: values for name, values in columns.items() if bool((values != 1).any())}
+
+
+def pair_losses(algorithm: PairAlgorithm, batch: PairBatch, nll_coef: float = 0.0) -> Tensor:
+    """w [p L(batch) + (1 - p) L(batch with swapped labels)] per pair, shape (batch,), with w = ``batch.weight``, p =
+    ``batch.chosen_probability``, and
+
+        L = algorithm.loss + nll_coef * NLL of the chosen response / its tokens.
+
+    The second term is that of RPO (Pang et al., arXiv 2404.19733; Liu et al., arXiv 2405.16436): it keeps the probability of
+    chosen responses from falling. Without columns and with nll_coef 0 this is the algorithm's loss.
+    """
+
+    def of_label(labelled: PairBatch) -> Tensor:
+        losses = algorithm.loss(labelled)
+        if not nll_coef:
+            return losses
+        assert labelled.chosen_length is not None
+        return losses - nll_coef * labelled.policy_chosen / labelled.chosen_length
+
+    losses, probability = of_label(batch), batch.chosen_probability
+    if probability is not None:
+        losses = probability * losses + (1 - probability) * of_label(batch.swapped())
+    return losses if batch.weight is None else batch.weight * losses
 
 
 class PairBatches:
     """The pairs of each step on this rank, in the order of OpenRLHF's data loader: shuffled in every epoch, in whole
     micro-batches, with steps that may reach from one epoch into the next.
 
-    reference: log-probabilities of (chosen, rejected) of each group under the loss's reference.
+    reference: log-probabilities of (chosen, rejected) of each group under the loss's reference. labels: ``label_columns``.
     """
 
-    def __init__(self, groups: list[Group], reference: Sequence[tuple[float, ...]], strategy: DeepspeedStrategy):
+    def __init__(
+        self,
+        groups: list[Group],
+        reference: Sequence[tuple[float, ...]],
+        strategy: DeepspeedStrategy,
+        labels: Mapping[str, Tensor] | None = None,
+    ):
         self.groups = groups
+        self.labels = labels or {}
         self.reference = torch.tensor(reference)
         self.size: int = strategy.micro_train_batch_size
         self.accumulation: int = strategy.accumulated_gradient
@@ -59,7 +98,10 @@ class PairBatches:
     def _micro_batch(self, place: int) -> PairSamples:
         epoch, place = divmod(place, len(self.sampler) // self.size)
         index = self._order(epoch)[place * self.size : (place + 1) * self.size]
-        return PairSamples(torch.tensor(index), [self.groups[number] for number in index], self.reference[index])
+        labels = {name: values[index] for name, values in self.labels.items()}
+        return PairSamples(
+            torch.tensor(index), [self.groups[number] for number in index], self.reference[index], labels
+        )
 
     def _shuffled(self, epoch: int) -> list[int]:
         self.sampler.set_epoch(epoch)
@@ -68,7 +110,7 @@ class PairBatches:
 
 class PairForward:
     """Forward passes over micro-batches of pairs. frozen: the model ``reference``, for an algorithm that extrapolates logits;
-    other algorithms need only its log-probabilities, which come with the pairs.
+    other algorithms need only its log-probabilities, which come with the pairs. nll_coef: see ``pair_losses``.
 
     Log-probabilities are taken at temperature 1, whatever ``--rollout.temperature`` is: the implicit reward is that of the
     policy itself, and human pairs were not sampled at any temperature.
@@ -80,10 +122,12 @@ class PairForward:
         layout: str,
         pad_token_id: int,
         frozen: Mapping[str, Actor],
+        nll_coef: float = 0.0,
     ):
         self.algorithm = algorithm
         self.layout = layout
         self.pad_token_id = pad_token_id
+        self.nll_coef = nll_coef
         self.reference = frozen.get("reference")
 
     def batch(self, model: Actor, samples: PairSamples, step: int) -> PairBatch:
@@ -102,7 +146,11 @@ class PairForward:
             chosen_length,
             rejected_length,
             *((None, None) if extrapolated is None else extrapolated.view(-1, 2).T),
+            **{name: values.to(log_probs.device) for name, values in samples.labels.items()},
         )
+
+    def losses(self, batch: PairBatch) -> Tensor:
+        return pair_losses(self.algorithm, batch, self.nll_coef)
 
     def log_probs(self, model: Actor, samples: PairSamples) -> Tensor:
         """Of all responses under the policy, shape (2 * batch,)."""

@@ -85,6 +85,9 @@ class PlayForward:
             step,
         )
 
+    def losses(self, batch: Plays) -> Tensor:
+        return self.algorithm.loss(batch)
+
     def log_probs(self, model: Actor, samples: list[Play]) -> Tensor:
         """Of all answers under the policy, shape (plays * k,)."""
         sums = []

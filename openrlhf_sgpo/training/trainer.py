@@ -30,6 +30,9 @@ class Forward(Protocol):
     def batch(self, model: Actor, samples: Any, step: int) -> Any:
         """What the loss reads of a micro-batch, with gradient."""
 
+    def losses(self, batch: Any) -> Tensor:
+        """Loss of each sample of a batch, shape (batch,)."""
+
     def log_probs(self, model: Actor, samples: Any) -> Tensor:
         """Of the responses of a micro-batch under the policy, one dimension."""
 
@@ -176,7 +179,7 @@ class Trainer:
         """Forward, backward, and the optimiser at an accumulation boundary. Returns (batch, 3 + c), detached: loss, what the
         algorithm watches, tokens, and what is recorded."""
         batch = self.forward.batch(self.actor, samples, number)
-        losses = self.algorithm.loss(batch)
+        losses = self.forward.losses(batch)
         self.strategy.backward(losses.mean(), self.actor, self.optimizer)
         with resting(self.actor, self.algorithm.resting(number)):
             self.strategy.optimizer_step(self.optimizer, self.actor, self.scheduler)

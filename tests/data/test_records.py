@@ -470,3 +470,26 @@ def test_published_preferences_load_as_they_are(name):
     assert [pair.prompt for pair in pairs] == [prompt.messages for prompt in prompts]
     repeating = [pair.id for pair in pairs if repeats_prompt(pair)]
     assert len(repeating) <= 0.01 * len(pairs)
+
+
+@pytest.mark.parametrize("column", ["weight", "chosen_probability"])
+def test_labels_are_numbers_in_their_range(tmp_path, column):
+    """Every wrong row is named; null is no label; whole numbers are numbers."""
+    wrong = ["1", True, [1], -0.1, float("nan"), float("inf")] + [1.5] * (column == "chosen_probability")
+    right = [None, 0, 1, 0.25] + [3] * (column == "weight")
+    with pytest.raises(DataError) as caught:
+        load_pairs(str(write(tmp_path, *[without(**{column: value}, id=str(value)) for value in [*right, *wrong]])))
+    first = len(right) + 1
+    for line, value in enumerate(wrong, start=first):
+        assert re.search(rf"line {line}: column '{column}' must be", str(caught.value)), value
+    assert f"{len(wrong)} unusable rows" in str(caught.value)
+    pairs = load_pairs(str(write(tmp_path, *[without(**{column: value}, id=str(value)) for value in right])))
+    assert [getattr(pair, column) for pair in pairs] == [1.0 if value is None else value for value in right]
+
+
+def test_labels_are_written_where_they_are_not_1(tmp_path):
+    pair = Pair("a", QUESTION, "Because.", "No.", weight=0.5, chosen_probability=0.75)
+    write_jsonl(tmp_path / "pairs.jsonl", [pair.to_row(), replace(pair, id="b", weight=1.0).to_row()])
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert rows[0]["weight"] == 0.5 and "weight" not in rows[1] and rows[1]["chosen_probability"] == 0.75
+    assert load_run_pairs(str(tmp_path / "pairs.jsonl")) == [pair, replace(pair, id="b", weight=1.0)]

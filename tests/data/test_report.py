@@ -368,6 +368,22 @@ def test_lengths(chat):
     assert report.longer == pytest.approx({"chosen": 2 / 3, "equal": 1 / 3})
 
 
+def test_labels(chat):
+    pairs = [
+        Pair("a", question("?"), "Yes.", "No.", weight=0.0),
+        Pair("b", question("?"), "Yes, sir.", "No.", weight=3.0, chosen_probability=0.6),
+        Pair("c", question("?"), "", "No.", chosen_probability=0.0),
+    ]
+    report = inspect_pairs(pairs, chat, ALL_ALLOWED, name="x").report
+    expected = {"weight": {"min": 0, "mean": 1.5, "max": 3}, "chosen_probability": {"min": 0.6, "mean": 0.8, "max": 1}}
+    assert report.labels == report.to_dict()["labels"] == expected
+    assert report.text().splitlines()[-2:] == [
+        "  weight from 0 to 3, mean 1.5",
+        "  chosen_probability from 0.6 to 1, mean 0.8",
+    ]
+    assert "weight" not in inspect_pairs(pairs[2:], chat, ALL_ALLOWED, name="x").report.text()
+
+
 def test_the_report_as_text_and_as_json(tmp_path, chat):
     report = inspected(tmp_path, chat, rows_of(), DataLimits()).report
     lines = report.text().splitlines()

@@ -62,8 +62,9 @@ def weights(actor):
     return {name: weight.clone() for name, weight in actor.model.module.state_dict().items()}
 
 
-def our_losses(config, groups, tokenizer, tmp_path, algorithm, look=lambda step, metrics: None):
-    """Losses per optimiser step of our trainer, and the saved weights; two epochs, or --train.max_steps."""
+def our_losses(config, groups, tokenizer, tmp_path, algorithm, look=lambda step, metrics: None, labels=None):
+    """Losses per optimiser step of our trainer, and the saved weights; two epochs, or --train.max_steps. labels: as
+    ``label_columns`` has them."""
     from safetensors.torch import load_file
     from trainers import make_trainer, train_on_pairs
 
@@ -77,7 +78,7 @@ def our_losses(config, groups, tokenizer, tmp_path, algorithm, look=lambda step,
     steps = optimiser_steps(len(groups), 2, config.train, strategy.world_size)
     algorithm.begin_stage(Stage(torch.zeros(len(groups)), 1, steps))
     trainer = make_trainer(algorithm, config, strategy, tokenizer, tmp_path, steps)
-    losses = train_on_pairs(trainer, PairBatches(groups, reference, strategy), look)
+    losses = train_on_pairs(trainer, PairBatches(groups, reference, strategy, labels), look)
     return losses, load_file(tmp_path / "policy" / "model.safetensors")
 
 
@@ -115,6 +116,26 @@ def test_gradient_accumulation_equals_one_large_batch(make_config, groups, token
     assert one == pytest.approx(four, abs=2e-5)
     for name, weight in one_weights.items():
         torch.testing.assert_close(weight, four_weights[name], rtol=0, atol=2e-4)
+
+
+@pytest.mark.slow
+def test_weights_soft_labels_and_likelihood_in_both_layouts_and_any_micro_batch(
+    make_config, groups, tokenizer, tmp_path
+):
+    """One pair at a time, padded, or four together behind shared prefixes: the same losses and weights."""
+    generator = torch.Generator().manual_seed(0)
+    labels = {name: torch.rand(len(groups), generator=generator) for name in ("weight", "chosen_probability")}
+    small = make_config(train__micro_batch_size=1, train__nll_coef=0.5)
+    large = make_config(train__micro_batch_size=4, train__nll_coef=0.5, train__layout="shared_prefix")
+    dpo = DPO(NoSettings(), 0.1)
+    losses, weights = our_losses(small, groups, tokenizer, tmp_path / "1", dpo, labels=labels)
+    same_losses, same_weights = our_losses(large, groups, tokenizer, tmp_path / "4", dpo, labels=labels)
+    assert losses == pytest.approx(same_losses, abs=2e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, same_weights[name], rtol=0, atol=2e-4)
+    for changed in ({}, {"weight": labels["weight"]}, {"chosen_probability": labels["chosen_probability"]}):
+        other, _ = our_losses(large, groups, tokenizer, tmp_path / "other", dpo, labels=changed)
+        assert abs(other[0] - losses[0]) > 1e-3
 
 
 @pytest.mark.slow
