@@ -29,6 +29,7 @@ BUILT_INS = {
     "slhf": "openrlhf_sgpo.algorithms.slhf:SLHF",
     "nash_md": "openrlhf_sgpo.algorithms.nash_md:NashMD",
     "online_dpo": "openrlhf_sgpo.algorithms.online_dpo:OnlineDPO",
+    "xpo": "openrlhf_sgpo.algorithms.xpo:XPO",
     "online_ipo": "openrlhf_sgpo.algorithms.online_ipo:OnlineIPO",
     "ipo_md": "openrlhf_sgpo.algorithms.ipo_md:IPOMD",
     "rloo": "openrlhf_sgpo.algorithms.rloo:RLOO",

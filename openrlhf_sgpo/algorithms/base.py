@@ -106,7 +106,7 @@ class Algorithm(Generic[Batch]):
     Class attributes: ``name`` (flag value and flag group), ``paper``, ``summary``, ``settings`` (a dataclass type),
     ``needs``, ``defaults`` (defaults of shared settings for this algorithm, by flag name), ``fresh_answers`` (whether answers
     are sampled and judged in every step, so there are no stored pairs and no seed stage), ``mixes`` (whether some answers come
-    from a mixture of policy and reference, which is always sampled with transformers).
+    from the reference or its mixture with the policy, which are always sampled with transformers).
     """
 
     name: ClassVar[str]

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from openrlhf_sgpo.config import Config
 
-# policy: the current policy. mixture: the geometric mixture of policy and reference. previous: the policy at the start of the
-# round. follower: the policy in its second role, in which it sees the play's first answer.
-Role = Literal["policy", "mixture", "previous", "follower"]
+# policy: the current policy. mixture: the geometric mixture of policy and reference. reference: the reference alone. previous:
+# the policy at the start of the round. follower: the policy in its second role, in which it sees the play's first answer.
+Role = Literal["policy", "mixture", "reference", "previous", "follower"]
 Level = Literal["sequence", "reward_to_go", "token_local", "full_vocabulary"]
 Model = Literal["reference", "previous"]
 LEVEL_HELP = (

@@ -131,7 +131,7 @@ def _all_plays(
 
     preferences, _, reference, follower_reference = _tensors(game)
     policy, follower = policies.policy.log_softmax(-1), policies.follower.log_softmax(-1)
-    by_role = {"policy": policy, "previous": policies.previous}
+    by_role = {"policy": policy, "reference": reference, "previous": policies.previous}
     if algorithm.mixture:
         by_role["mixture"] = ((1 - algorithm.mixture) * policy + algorithm.mixture * reference).log_softmax(-1)
     else:

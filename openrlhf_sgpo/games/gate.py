@@ -31,6 +31,7 @@ from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 from openrlhf_sgpo.algorithms.spa import SPA, SPASettings
 from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings
 from openrlhf_sgpo.algorithms.sym_po import SymPO, SymPOSettings
+from openrlhf_sgpo.algorithms.xpo import XPO, XPOSettings
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.games import drive as driver
 from openrlhf_sgpo.games import solutions
@@ -43,6 +44,7 @@ TAU = 0.1
 NOISE = 0.1  # share of wrong labels that cDPO, rDPO and SPA assume
 RADIUS = 0.05  # of SGPO's ball; at 0.2 the least worst case lies at a kink, around which gradient descent oscillates
 TEMPERATURE = 3.0  # of the weights of Dr. DPO and KLDPO
+ALPHA = 0.001  # of XPO's bonus
 SKEWED = (0.1, 0.2, 0.7)  # where paths start, far from all solutions
 SETTLED = 1e-8  # a step that moves no logit by more ends a path, or a round: far below all tolerances
 _SGPO = SGPOSettings(radius=RADIUS, refresh_window=driver.OCCURRENCES)
@@ -105,6 +107,10 @@ def _dpo(game: Game) -> solutions.Solution:
 
 def _online_dpo(game: Game) -> solutions.Solution:
     return solutions.online_dpo(game, TAU)
+
+
+def _xpo(game: Game) -> solutions.Solution:
+    return solutions.xpo(game, TAU, ALPHA)
 
 
 def _relabelled(game: Game, kept: float, added: float) -> solutions.Solution:
@@ -178,6 +184,7 @@ CHECKS = (
         _online_dpo,
         50.0,
     ),
+    Check("xpo, soft labels", XPO(XPOSettings("soft", ALPHA), TAU), "its own", _xpo, 50.0),
     Check("online_ipo", OnlineIPO(NoSettings(), TAU), "regularised Nash", _regularised_nash, 0.1),
     Check("ipo_md, mixture 1/8", IPOMD(IPOMDSettings(0.125), TAU), "Nash-MD's", _nash_md(0.125), 0.1),
     Check("rloo", RLOO(RLOOSettings(), TAU), "regularised Nash", _regularised_nash, 2.0),

@@ -1,4 +1,4 @@
-"""Roles in a play: the policy, a mixture of policy and reference, or the follower, which sees the play's first answer."""
+"""Roles in a play: the policy, the reference, a mixture of both, or the follower, which sees the play's first answer."""
 
 from __future__ import annotations
 
@@ -70,16 +70,15 @@ def prompt_room(algorithm: type[Algorithm[Any]], options: Any, config: Config, c
 
 
 class Roles:
-    """Samples the answers of plays. engine: for every role except ``mixture``. mixture: for that role; may be the engine if the
-    reference's share is 0. folders: with the weights of each role, loaded before it answers. longest: of an answer's context,
-    in tokens. clock: times the loading as ``sync``."""
+    """Samples the answers of plays. engine: for all roles but those of ``others``. folders: with the weights of each role,
+    loaded before it answers. longest: of an answer's context, in tokens. clock: times the loading as ``sync``."""
 
     def __init__(
         self,
         algorithm: PlayAlgorithm,
         chat: ChatFormat,
         engine: Rollout,
-        mixture: Rollout,
+        others: Mapping[Role, Rollout],
         folders: Mapping[Role, str],
         longest: int,
         settings: RolloutSettings,
@@ -89,7 +88,7 @@ class Roles:
         self.instruction = algorithm.follower_prompt
         self.chat = chat
         self.engine = engine
-        self.mixture = mixture
+        self.others = others
         self.folders = folders
         self.settings = settings
         self.longest = longest
@@ -107,7 +106,7 @@ class Roles:
                     follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)
                     for prompt, play in zip(prompts, answers, strict=True)
                 ]
-            rollout = self.mixture if role == "mixture" else self.engine
+            rollout = self.others.get(role, self.engine)
             with self.clock("sync"):
                 rollout.load(self.folders[role])  # does nothing if these weights are loaded
             sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count)

@@ -28,7 +28,6 @@ from openrlhf_sgpo.finite import NotFiniteError, in_training
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, save_weights
 from openrlhf_sgpo.oracle import Answer, Question
-from openrlhf_sgpo.rollout import Rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 from openrlhf_sgpo.rollout.roles import Roles
@@ -54,7 +53,7 @@ class FreshAnswers(Source):
         check_sizes(self.config, run.algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
         self.weights = self.folder.path / "engine_weights"
         self._synced = 0
-        self._mixed: HuggingFaceRollout | None = None
+        self._others: dict[Role, HuggingFaceRollout] = {}
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -131,9 +130,9 @@ class FreshAnswers(Source):
         policy = self.run.policy_before(self.number)
         engine = self.run.engine(policy)
         longest = self.config.data.max_len - self.config.rollout.max_new_tokens
-        mixture = self._mixture(engine, policy)
+        others = self._other_rollouts(policy)
         self.roles = Roles(
-            self.play, self.run.chat, engine, mixture, self._folders(), longest, self.config.rollout, stage.clock
+            self.play, self.run.chat, engine, others, self._folders(), longest, self.config.rollout, stage.clock
         )
         self.follows_policy = self.play.steps_per_sync > 0
         if step > stage.first and self.follows_policy:
@@ -203,10 +202,11 @@ class FreshAnswers(Source):
             folder = self.weights / str(self._synced)
             if self.run.writes:
                 shutil.rmtree(self.weights, ignore_errors=True)
-            adapters = {role: self.play.adapters.get(role, DEFAULT_ADAPTER) for role in self.play.roles}
+            trained = [role for role in self.play.roles if role != "reference"]
+            adapters = {role: self.play.adapters.get(role, DEFAULT_ADAPTER) for role in trained}
             for adapter in dict.fromkeys(adapters.values()):
                 save_weights(self.trainer.actor, str(folder / adapter), self.run.strategy, adapter)
-            self.roles.folders = {role: str(folder / adapter) for role, adapter in adapters.items()}
+            self.roles.folders = self._folders() | {role: str(folder / adapter) for role, adapter in adapters.items()}
 
     def files(self, number: int) -> list[str]:
         return ["plays.jsonl", *(self.play.adapters or ("policy",))]
@@ -263,19 +263,21 @@ class FreshAnswers(Source):
     def _folders(self) -> dict[Role, str]:
         """Folders with the weights of each role when the round begins."""
         folders = dict.fromkeys(self.play.roles, self.run.policy_before(self.number))
+        folders["reference"] = self.config.ref.model_name_or_path
         if self.number > 1:
             before = self.folder.round(self.number - 1)
             folders |= {role: str(before / role) for role in self.play.adapters}
         return folders
 
-    def _mixture(self, engine: Rollout, policy: str) -> Rollout:
-        """The rollout that holds the mixture, with this policy; the engine where there is none."""
-        if not self.play.mixture:
-            return engine
-        if self._mixed is None:
-            self._mixed = HuggingFaceRollout(self.config, self.run.chat, policy, self.play.mixture)
-        self._mixed.load(policy)
-        return self._mixed
+    def _other_rollouts(self, policy: str) -> dict[Role, HuggingFaceRollout]:
+        """The rollouts of the reference and of its mixture with this policy, if they answer. They stay in memory."""
+        shares: dict[Role, float] = {"reference": 0.0, "mixture": self.play.mixture}
+        for role in set(self.play.roles) & {"reference", *(["mixture"] if self.play.mixture else [])}:
+            folder = self.config.ref.model_name_or_path if role == "reference" else policy
+            if role not in self._others:
+                self._others[role] = HuggingFaceRollout(self.config, self.run.chat, folder, shares[role])
+            self._others[role].load(folder)
+        return self._others
 
 
 @lru_cache(maxsize=1)
