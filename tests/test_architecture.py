@@ -157,11 +157,33 @@ def test_light_modules_stay_light(module, absent):
     assert process.returncode == 0, process.stderr
 
 
+def test_imports_are_lean_once_in_a_process():
+    """Nothing is collected meanwhile, and later collections leave out what was loaded."""
+    code = """
+import gc, importlib.util, sys
+from openrlhf_sgpo.memory import lean_imports
+with lean_imports():
+    assert importlib.util.find_spec("sklearn") is None and not gc.isenabled()
+assert importlib.util.find_spec("sklearn") is not None and gc.isenabled()
+frozen = gc.get_freeze_count()
+assert frozen > 0
+with lean_imports():
+    assert importlib.util.find_spec("sklearn") is not None and gc.isenabled()
+assert gc.get_freeze_count() == frozen
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.slow
 def test_flash_attention_stand_in_leaves_no_trace():
-    """After OpenRLHF is imported without flash_attn, others still see that it is absent."""
+    """After OpenRLHF is imported without flash_attn, others still see that it is absent. A run loads nothing in vain."""
     code = """
 import importlib.util, sys
+from openrlhf_sgpo.memory import lean_imports
+with lean_imports():
+    import openrlhf_sgpo.loop
+assert not {"cvxpy", "datasets", "matplotlib", "pandas", "plotly", "ray", "scipy", "sklearn", "vllm"} & sys.modules.keys()
 if importlib.util.find_spec("flash_attn") is None:
     import openrlhf_sgpo.openrlhf
     assert "openrlhf.models.ring_attn_utils" in sys.modules

@@ -12,6 +12,7 @@ from openrlhf_sgpo import __version__, algorithms, extras, flags, run_settings
 from openrlhf_sgpo.cli import ending
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.launch import COMMAND, follow_deepspeed
+from openrlhf_sgpo.memory import lean_imports
 from openrlhf_sgpo.output import other_packages_apart, say
 from openrlhf_sgpo.preflight import check_run
 from openrlhf_sgpo.run_folder import release_locks
@@ -63,7 +64,8 @@ def run(settings: Config, algorithm: type[algorithms.Algorithm], options: Any) -
     if problem := extras.missing("transformers", "deepspeed", "peft", "openrlhf"):
         raise ValueError(problem)
     check_run(settings, algorithm, options)
-    from openrlhf_sgpo.loop import execute
+    with lean_imports():
+        from openrlhf_sgpo.loop import execute
 
     return execute(settings, algorithm, options)
 
@@ -99,7 +101,8 @@ def refine(argv: list[str]) -> int:
         return 0
     settings, policy = load(argv)
     with other_packages_apart():
-        from openrlhf_sgpo.refinement.refine import Refinement
+        with lean_imports():
+            from openrlhf_sgpo.refinement.refine import Refinement
 
         Refinement(settings, policy).execute()
     return 0
@@ -114,7 +117,8 @@ def evaluate(argv: list[str]) -> int:
         return 0
     loaded = load(argv)
     with other_packages_apart():
-        from openrlhf_sgpo.benchmarks.evaluate import Evaluation
+        with lean_imports():
+            from openrlhf_sgpo.benchmarks.evaluate import Evaluation
 
         Evaluation(loaded).execute()
     return 0
@@ -134,7 +138,8 @@ def compare(argv: list[str]) -> int:
         argv = train_suite(argv)
     settings, groups = load(argv)
     with other_packages_apart():
-        from openrlhf_sgpo.comparison.compare import RunComparison
+        with lean_imports():
+            from openrlhf_sgpo.comparison.compare import RunComparison
 
         RunComparison(settings, groups).execute()
     return 0

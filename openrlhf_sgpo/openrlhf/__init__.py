@@ -1,12 +1,13 @@
 """The only package that imports OpenRLHF, and the only one that adapts it to machines without CUDA."""
 
+from importlib import import_module
+from typing import Any
+
 from openrlhf_sgpo.openrlhf.flash_attention import make_optional
 
 make_optional()
 
-from openrlhf.datasets import RewardDataset  # noqa: E402 - flash_attention must be made optional first
-from openrlhf.models import Actor, DPOLoss  # noqa: E402
-from openrlhf.trainer.dpo_trainer import DPOTrainer  # noqa: E402
+from openrlhf.models import Actor, DPOLoss  # noqa: E402 - flash_attention must be made optional first
 from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
 
 from openrlhf_sgpo.openrlhf.actor import load_actor, save_policy, save_weights  # noqa: E402
@@ -33,3 +34,12 @@ __all__ = [
     "use_adapter",
     "value_head",
 ]
+
+# For scripts of OpenRLHF's users; a run would load ``datasets`` and pandas with them in vain.
+_FOR_SCRIPTS = {"DPOTrainer": "openrlhf.trainer.dpo_trainer", "RewardDataset": "openrlhf.datasets"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FOR_SCRIPTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_FOR_SCRIPTS[name]), name)
