@@ -3,21 +3,19 @@ writing."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo.integrity import SEAL, intact, sealed
+from openrlhf_sgpo.integrity import hash_of, intact, sealed, without_seal
 from openrlhf_sgpo.output import say
 from openrlhf_sgpo.run_folder import json_text, parse_json
 
 
 def content_key(*parts: Any) -> str:
     """A hash of JSON-serialisable parts; the order of a mapping's keys does not matter."""
-    text = json.dumps(parts, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hash_of([json.dumps(parts, sort_keys=True).encode()])
 
 
 def kept_lines(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
@@ -37,7 +35,7 @@ def kept_lines(path: Path, remedy: str) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}; {remedy}") from None
         if intact(value):
-            yield {key: item for key, item in value.items() if key != SEAL}
+            yield without_seal(value)
         else:
             damaged.append(number)
     if damaged:
@@ -53,26 +51,16 @@ def keep_line(path: Path, value: Mapping[str, Any]) -> None:
         file.write(f"\n{text}\n")
 
 
-class ContentCache:
+class ContentCache(dict[str, Any]):
     """JSON-serialisable values by ``content_key``, in memory and, with a path, in a file, to which each value is written when
     it arrives. For a single process: with several ranks, rank 0."""
 
     def __init__(self, path: Path | None = None):
         self.path = path
-        self._values: dict[str, Any] = {}
-        for row in kept_lines(path, "delete the line to request it again") if path else ():
-            self._values[row["key"]] = row["value"]
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._values
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
+        stored = kept_lines(path, "delete the line to request it again") if path else ()
+        super().__init__((row["key"], row["value"]) for row in stored)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if self.path is not None:
             keep_line(self.path, {"key": key, "value": value})
-        self._values[key] = value
+        super().__setitem__(key, value)

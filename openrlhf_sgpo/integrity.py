@@ -71,8 +71,12 @@ def check_file(path: Path, expected: Mapping[str, Any], remedy: str) -> None:
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
     """The JSON object with a hash of its content added."""
-    content = {key: item for key, item in value.items() if key != SEAL}
+    content = without_seal(value)
     return content | {SEAL: hash_of([json.dumps(content, sort_keys=True).encode()])}
+
+
+def without_seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key != SEAL}
 
 
 def intact(value: Any) -> bool:
@@ -84,7 +88,7 @@ def unsealed(path: Path, value: Any, remedy: str) -> dict[str, Any]:
     """A ``sealed`` object read from ``path``, without its hash. Raises ValueError if it was changed."""
     if not intact(value):
         raise ValueError(f"{path} is damaged, or was not written by this version of the package; {remedy}")
-    return {key: item for key, item in value.items() if key != SEAL}
+    return without_seal(value)
 
 
 def signed(text: str) -> str:

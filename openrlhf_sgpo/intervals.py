@@ -31,7 +31,7 @@ def student_95(count: int) -> float:
 
 
 def scores(margins: Sequence[float]) -> list[float]:
-    """A score for each held-out pair: 1 if its margin is positive, 1/2 for a tie, so an untrained policy has accuracy 0.5."""
+    """A score for each pair: 1 if its margin is positive, 1/2 for a tie, so an untrained policy has accuracy 0.5."""
     return [(margin > 0) + 0.5 * (margin == 0) for margin in margins]
 
 
@@ -92,8 +92,11 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """(low, high): percentile bootstrap interval of the mean of ``values``, shape (n,). Raises ValueError if there are none."""
     array = _checked(values, 1)
-    counts = _counts(np.random.default_rng(seed), draws, array.shape[0])
-    return _percentiles(counts @ array / array.shape[0], level)
+    n = array.shape[0]
+    # How often each value is drawn in n draws with replacement.
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
+    low, high = np.quantile(counts @ array / n, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)
@@ -157,16 +160,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     factors = np.arange(len(p_values), 0, -1)
     adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values, dtype=np.float64)[order]))
     return [float(value) for value in adjusted]
-
-
-def _counts(generator: np.random.Generator, draws: int, n: int) -> Array:
-    """How often each of n values is drawn in n draws with replacement, shape (draws, n)."""
-    return generator.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
-
-
-def _percentiles(means: Array, level: float) -> tuple[float, float]:
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
 
 
 def _checked(values: npt.ArrayLike, dimensions: int) -> Array:

@@ -68,10 +68,7 @@ def load(path: Path) -> Any:
 
 def load_text(text: str) -> Any:
     """The value of a YAML text. Raises ValueError with the reason if it cannot be read."""
-    value, reason = _within_limits(text.encode("utf-8", "surrogateescape"), yaml.load, _Values)
-    if reason:
-        raise ValueError(reason)
-    return value
+    return _within_limits(text.encode("utf-8", "surrogateescape"), yaml.load, _Values)
 
 
 def compose(path: Path) -> yaml.Node | None:
@@ -82,22 +79,20 @@ def compose(path: Path) -> yaml.Node | None:
 def _read(path: Path, how: Any, loader: Any) -> Any:
     try:
         with open(path, "rb") as file:
-            content = file.read(LONGEST + 1)
+            return _within_limits(file.read(LONGEST + 1), how, loader)
     except OSError as error:
-        value, reason = None, error.strerror or type(error).__name__
-    else:
-        value, reason = _within_limits(content, how, loader)
-    if reason:
-        raise ValueError(f"{path} cannot be read: {reason}")
-    return value
+        reason = error.strerror or type(error).__name__
+    except ValueError as error:
+        reason = str(error)
+    raise ValueError(f"{path} cannot be read: {reason}")
 
 
-def _within_limits(content: bytes, how: Any, loader: Any) -> tuple[Any, str]:
-    """(value, reason if it cannot be read)"""
+def _within_limits(content: bytes, how: Any, loader: Any) -> Any:
+    """The value. Raises ValueError with the reason if it cannot be read."""
     try:
         if len(content) > LONGEST:
             raise yaml.YAMLError(f"more than {LONGEST // 1024} KiB")
-        return how(content.decode("utf-8"), loader), ""
+        return how(content.decode("utf-8"), loader)
     except UnicodeDecodeError as error:
         reason = f"byte {error.start} is not UTF-8; convert the file"
     except yaml.MarkedYAMLError as error:
@@ -109,4 +104,4 @@ def _within_limits(content: bytes, how: Any, loader: Any) -> tuple[Any, str]:
     # Raised for a text that does not match its tag, such as !!int x.
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
         reason = "a value does not fit its type"
-    return None, reason
+    raise ValueError(reason)

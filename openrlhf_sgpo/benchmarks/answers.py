@@ -18,9 +18,10 @@ from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
+from openrlhf_sgpo.integrity import WEIGHTS
 from openrlhf_sgpo.rollout import Rollout, Sample, Sampling, sampling_of, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
-from openrlhf_sgpo.run_folder import json_text, keep_rows, read_growing, read_json, write_json, write_jsonl
+from openrlhf_sgpo.run_folder import jsonl, keep_rows, read_growing, read_json, write_json, write_jsonl
 
 # Items answered and written together: at most so many are lost when a process is killed.
 BLOCK = 64
@@ -37,15 +38,12 @@ def item_hash(item: Item) -> str:
     return content_key(item.id, item.turns, item.temperature)
 
 
-def weights_of(folder: str) -> list[list[Any]]:
-    """Name, size and modification time of each weight file, which reveal a retrained model; empty for a hub name."""
-    files = sorted(path for path in Path(folder).glob("*") if path.suffix in (".safetensors", ".bin"))
-    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-
-
 def identity(folder: str) -> dict[str, Any]:
-    """What identifies a model across runs."""
-    return {"model": os.path.realpath(folder) if os.path.isdir(folder) else folder, "weights": weights_of(folder)}
+    """What identifies a model across runs. weights: name, size and modification time of each file, which reveal a retrained
+    model; empty for a hub name."""
+    files = sorted(path for path in Path(folder).glob("*") if path.suffix in WEIGHTS)
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return {"model": os.path.realpath(folder) if os.path.isdir(folder) else folder, "weights": weights}
 
 
 def kind_of(folder: str) -> str:
@@ -149,7 +147,7 @@ class Answerer:
             cost["tokens_generated"] = cost.get("tokens_generated", 0) + tokens
             rows = [asdict(done) | {"asked": item_hash(item)} for done, item in zip(answered, block, strict=True)]
             with open(path, "a", encoding="utf-8") as file:
-                file.write("".join(json_text(row) + "\n" for row in rows))
+                file.write(jsonl(rows))
             responses |= {response.id: response for response in answered}
         return {item.id: responses[item.id] for item in items}
 

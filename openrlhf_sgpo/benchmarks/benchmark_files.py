@@ -5,7 +5,6 @@ Flags are named without their dashes, as in ``alpaca_eval.file``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.data.files import DataError, listing, read_rows
+from openrlhf_sgpo.integrity import hash_of
 
 _NAMED = 3  # rows named in a message
 
@@ -72,7 +72,7 @@ def content_hash(rows: Iterable[Mapping[str, Any]], fields: Collection[str]) -> 
     or JSONL) do not matter. A missing field counts as null."""
     content = [[row.get(field) for field in fields] for row in rows]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode("ascii"), digest_size=16).hexdigest()
+    return hash_of([text.encode("ascii")])
 
 
 class Kind(NamedTuple):

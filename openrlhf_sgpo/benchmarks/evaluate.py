@@ -8,10 +8,9 @@ again only makes what is missing, and models can be added to a leaderboard.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,16 @@ from openrlhf_sgpo.benchmarks import tasks
 from openrlhf_sgpo.benchmarks.answers import SETTINGS, Answerer, identity, positions, write_responses
 from openrlhf_sgpo.benchmarks.benchmark_files import read_fields
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
-from openrlhf_sgpo.benchmarks.leaderboard import judge_name, write_leaderboard, write_result
+from openrlhf_sgpo.benchmarks.leaderboard import RESULT, judge_name, write_leaderboard
 from openrlhf_sgpo.benchmarks.settings import Contestant, Loaded
 from openrlhf_sgpo.benchmarks.task import Responses, Result, Task
 from openrlhf_sgpo.config import ModelSettings
 from openrlhf_sgpo.data.template import refuse_unread_variables
+from openrlhf_sgpo.integrity import hash_of
 from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import check_rollout
-from openrlhf_sgpo.run_folder import LOCK, MOMENT, RunFolder, read_json, write_jsonl
+from openrlhf_sgpo.run_folder import LOCK, MOMENT, RunFolder, read_json, write_json, write_jsonl
 
 
 class Evaluation:
@@ -86,7 +86,8 @@ class Evaluation:
             unread = [result for result in results if result.parse_failures and not self.settings.partial]
             for result in results:
                 if result not in unread:
-                    write_result(result, self._result_folder(result.model, result.task, result.judge))
+                    folder = self._result_folder(result.model, result.task, result.judge)
+                    write_json(folder / RESULT, asdict(result))
         finally:
             self.answerer.close()
             if judge:
@@ -215,7 +216,7 @@ class Evaluation:
 
 def _file_identity(contestant: Contestant) -> dict[str, Any]:
     """What identifies a file of answers, wherever it is."""
-    return {"file": hashlib.blake2b(Path(contestant.file).read_bytes(), digest_size=16).hexdigest()}
+    return {"file": hash_of([Path(contestant.file).read_bytes()])}
 
 
 def _formats(path: Path) -> set[str]:

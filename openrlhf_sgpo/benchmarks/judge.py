@@ -45,10 +45,6 @@ class EvaluationJudgeSettings(ServerSettings):
     tensor_parallel_size: int = setting(1, "for a model served locally: GPUs", low=1)
 
 
-# Settings that only the local server reads.
-_SERVED = ("max_len", "gpu_memory_utilization", "tensor_parallel_size")
-
-
 def with_preset(settings: EvaluationJudgeSettings, origins: Mapping[str, str]) -> EvaluationJudgeSettings:
     """The settings, completed from their preset where the user set none.
 
@@ -92,7 +88,8 @@ def _address_problems(settings: EvaluationJudgeSettings) -> list[str]:
         return [
             f"--judge.{item.name}: only for a model served locally, and --judge.base_url is set; leave it out"
             for item in fields(settings)
-            if item.name in _SERVED and getattr(settings, item.name) != item.default
+            if item.name in ("max_len", "gpu_memory_utilization", "tensor_parallel_size")
+            and getattr(settings, item.name) != item.default
         ]
     if settings.api_version:
         return ["--judge.base_url: missing, --judge.api_version needs the endpoint of the Azure resource"]

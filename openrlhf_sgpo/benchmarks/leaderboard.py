@@ -18,10 +18,6 @@ from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus
 RESULT = "result.json"
 
 
-def write_result(result: Result, folder: Path) -> None:
-    write_json(folder / RESULT, asdict(result))
-
-
 def collect(out: Path) -> list[Result]:
     """The results of all models in the folder, grouped by task and judge, best first."""
     rows = [read_json(path) for path in sorted(out.glob(f"*/*/**/{RESULT}"))]
@@ -55,17 +51,15 @@ def write_leaderboard(out: Path) -> str:
 
 def leaderboard_table(results: Sequence[Result]) -> str:
     """One block per benchmark, judge and number of items, so only comparable scores share a block."""
-    blocks = []
-    for (task, judge, _), rows in groupby(results, key=lambda row: (row.task, judge_name(row.judge), row.expected)):
-        blocks.append(_block(task, judge, list(rows)))
-    return "\n".join(blocks)
+    groups = groupby(results, key=lambda row: (row.task, judge_name(row.judge), row.expected))
+    return "\n".join(_block(task, judge, list(rows)) for (task, judge, _), rows in groups)
 
 
 def _block(task: str, judge: str, rows: list[Result]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
     lines = [["", *(name.replace("_", " ") for name in names), "n", "unread", "length"]]
     for row in rows:
-        figures = [_figure(row, name) for name in names]
+        figures = [plus_minus(row.figures.get(name), half_of_result(asdict(row), name), 2) for name in names]
         lines.append(
             [row.model, *figures, f"{row.n}/{row.expected}", str(row.parse_failures), f"{row.average_length:.0f}"]
         )
@@ -76,17 +70,12 @@ def _block(task: str, judge: str, rows: list[Result]) -> str:
     ]
     notes = list(dict.fromkeys(f"{row.model}: {note}" for row in rows for note in (_words(row.decoding), *row.notes)))
     title = f"{task}, judge {judge}" if judge else task
-    parts = [title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", f"{PLUS_MINUS}", *notes]
+    parts = [title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", PLUS_MINUS, *notes]
     return "\n".join(parts) + "\n"
 
 
 def _words(decoding: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in decoding.items())
-
-
-def _figure(row: Result, name: str) -> str:
-    value = row.figures.get(name)
-    return plus_minus(value, half_of_result(asdict(row), name), 2)
 
 
 def _csv(results: Sequence[Result]) -> str:

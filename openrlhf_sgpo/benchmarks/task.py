@@ -8,13 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from openrlhf_sgpo import flags
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.benchmarks.benchmark_files import Fields
-    from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
+from openrlhf_sgpo.benchmarks.benchmark_files import Fields
+from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,6 @@ class Task:
         judge: EvaluationJudge | None,
         folder: Path,
     ) -> Result:
-        """The result of one model's responses, keyed by item id, with one entry for every item. Writes files in the
-        benchmark's own formats to ``folder``."""
+        """The result of one model's responses, keyed by item id, with one entry for every item; ``judge`` and ``decoding`` are
+        added to it later. Writes files in the benchmark's own formats to ``folder``."""
         raise NotImplementedError

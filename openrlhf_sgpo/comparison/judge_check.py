@@ -27,7 +27,7 @@ from openrlhf_sgpo.data.files import is_file
 from openrlhf_sgpo.data.records import Pair, fingerprint, load_pairs
 from openrlhf_sgpo.flags import part, setting
 from openrlhf_sgpo.inference import one_process, other_oracle, unread
-from openrlhf_sgpo.intervals import standard_error
+from openrlhf_sgpo.intervals import scores, standard_error
 from openrlhf_sgpo.oracle import Answer, Comparison, Oracle, PreferenceOracle, Question
 from openrlhf_sgpo.oracle.base import check_shares
 from openrlhf_sgpo.output import log_to, other_packages_apart, say
@@ -72,7 +72,7 @@ class PairShares(NamedTuple):
     @property
     def verdict(self) -> float:
         """1[p > 1/2] + 1/2 1[p = 1/2], with p = (chosen_first + 1 - chosen_second) / 2 the probability of the human choice."""
-        return _point(self.chosen_first, self.chosen_second)  # the same without rounding
+        return scores([self.chosen_first - self.chosen_second])[0]  # the same without rounding
 
 
 class Figure(NamedTuple):
@@ -123,8 +123,8 @@ def agreement_figures(pairs: Sequence[Pair], shares: Sequence[PairShares], shows
     figures = {"agreement": share_of([share.verdict for share in shares])}
     if shows_orders:
         figures |= {
-            "chosen_first": share_of([_point(first, 0.5) for first, _ in shares]),
-            "chosen_second": share_of([_point(0.5, second) for _, second in shares]),
+            "chosen_first": share_of(scores([first - 0.5 for first, _ in shares])),
+            "chosen_second": share_of(scores([0.5 - second for _, second in shares])),
             "position_bias": bias_of([(first + second - 1) / 2 for first, second in shares]),
             "flips": share_of([float((first - 0.5) * (second - 0.5) > 0) for first, second in shares]),
         }
@@ -161,11 +161,6 @@ def ask(judge: Oracle, pairs: Sequence[Pair]) -> tuple[list[PairShares], bool]:
     orders = [order for comparison in comparisons for order in (comparison, comparison.swapped())]
     probabilities = check_shares(judge.name, orders, judge.compare(orders, name))
     return [PairShares(*both) for both in zip(probabilities[::2], probabilities[1::2], strict=True)], True
-
-
-def _point(left: float, right: float) -> float:
-    """1[left > right] + 1/2 1[left = right]"""
-    return (left > right) + 0.5 * (left == right)
 
 
 def _shows_orders(judge: Oracle) -> bool:

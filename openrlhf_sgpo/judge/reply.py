@@ -8,9 +8,11 @@ import re
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from openrlhf_sgpo import keys
+
+Kind = TypeVar("Kind")
 
 LONGEST = 2**23  # bytes of a reply, uncompressed
 _ROUNDING = 1e-3  # by which a log-probability may exceed 0
@@ -43,7 +45,7 @@ def read_completion(content: bytes) -> dict[str, Any]:
         completion = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise NotJson(f"the server's reply is not a chat completion: it is not JSON ({error})") from None
-    return _object(completion, "it")
+    return _checked(completion, dict, "it")
 
 
 def spent(completion: Mapping[str, Any]) -> dict[str, int]:
@@ -57,17 +59,17 @@ def spent(completion: Mapping[str, Any]) -> dict[str, int]:
 
 def read_reply(completion: Mapping[str, Any]) -> Reply:
     """The answer in a chat completion, with API keys removed, which a server may echo. Raises Unusable."""
-    choices = _list(completion.get("choices"), "choices")
-    choice = _object(choices[0] if choices else None, "choices[0]")
-    message = _object(choice.get("message"), "message")
+    choices = _checked(completion.get("choices"), list, "choices")
+    choice = _checked(choices[0] if choices else None, dict, "choices[0]")
+    message = _checked(choice.get("message"), dict, "message")
     reason, logprobs = choice.get("finish_reason"), choice.get("logprobs")
-    places = None if logprobs is None else _object(logprobs, "logprobs").get("content")
-    first = [] if places is None else _list(places, "logprobs.content")[:1]
+    places = None if logprobs is None else _checked(logprobs, dict, "logprobs").get("content")
+    first = [] if places is None else _checked(places, list, "logprobs.content")[:1]
     top = [
         (keys.redacted(_text(entry.get("token"), "token")), _log_probability(entry.get("logprob")))
         for place in first
-        for item in _list(_object(place, "logprobs.content[0]").get("top_logprobs"), "top_logprobs")
-        for entry in [_object(item, "top_logprobs[]")]
+        for item in _checked(_checked(place, dict, "logprobs.content[0]").get("top_logprobs"), list, "top_logprobs")
+        for entry in [_checked(item, dict, "top_logprobs[]")]
     ]
     return Reply(
         keys.redacted(_text(message.get("content"), "content")),
@@ -174,23 +176,16 @@ def _limited(stream: Any, compressed: bool) -> Any:
     return Limited()
 
 
-def _object(value: Any, name: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _strange(name, value)
-    return value
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
+def _checked(value: Any, kind: type[Kind], name: str) -> Kind:
+    """The value of the field ``name``. Raises Unusable if it is of another type."""
+    if not isinstance(value, kind):
         raise _strange(name, value)
     return value
 
 
 def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _strange(name, value)
     try:
-        value.encode("utf-8")
+        _checked(value, str, name).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which no file can hold
         raise Unusable(f"the server's reply is not a chat completion: {name} is not Unicode text") from None
     return value

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from openrlhf_sgpo.algorithms.base import Algorithm
+from openrlhf_sgpo.config import Config, Inference
 from openrlhf_sgpo.oracle.base import (
     Answer,
     Comparison,
@@ -16,9 +15,6 @@ from openrlhf_sgpo.oracle.base import (
     check_preferences,
 )
 from openrlhf_sgpo.registry import Registry
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Config, Inference
 
 ENTRY_POINT_GROUP = "openrlhf_sgpo.oracles"
 

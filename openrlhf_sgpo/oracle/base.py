@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.content_cache import ContentCache, content_key
 from openrlhf_sgpo.data.records import Messages, Pair, Prompt
 from openrlhf_sgpo.data.template import today
+from openrlhf_sgpo.data.tokens import ChatFormat
 
 if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Inference
-    from openrlhf_sgpo.data.tokens import ChatFormat
     from openrlhf_sgpo.openrlhf import DeepspeedStrategy
     from openrlhf_sgpo.training.scoring import Scorer
 
@@ -364,5 +364,4 @@ def rank(question: Question, rewards: Sequence[float], source: str, number: int)
 
 def agreement(rewards: Sequence[Sequence[float]]) -> float:
     """Share of the (chosen, rejected) rewards in which chosen is larger; a tie counts one half."""
-    points = sum((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in rewards)
-    return points / len(rewards)
+    return fmean((chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in rewards)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat, load_tokenizer
 from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Inference
 
 
 def implicit_rewards(policy: Sequence[float], reference: Sequence[float], beta: float) -> list[float]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from openrlhf_sgpo import extras
+from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.pairwise import LETTERS, transcript
+from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.judge.client import ChatClient, Request, server_problems
 from openrlhf_sgpo.judge.reply import Reply, letter_log_probs, written_letter
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Inference
-    from openrlhf_sgpo.data.records import Messages
 
 TOP_LOGPROBS = 20  # the maximum of OpenAI's servers, and of vLLM's by default
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.pairwise import LETTERS, fitted
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
 from openrlhf_sgpo.oracle.reward_model import reading_chat, weight_names
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Inference
 
 FLAG = "reward.model_name_or_path"
 

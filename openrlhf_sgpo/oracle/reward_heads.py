@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from statistics import fmean
+from typing import ClassVar
 
+from openrlhf_sgpo.config import Inference
+from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.oracle.base import (
     Matrix,
     PreferenceOracle,
@@ -16,10 +19,6 @@ from openrlhf_sgpo.oracle.base import (
 )
 from openrlhf_sgpo.oracle.reward_model import RewardReader, check_prompts_of, check_reward_model
 
-if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Inference
-    from openrlhf_sgpo.data.records import Prompt
-
 
 def votes(rewards: Sequence[Sequence[float]], i: int, j: int) -> float:
     """Share of the heads that prefer answer i to answer j; a tie counts one half. rewards: a row per head.
@@ -27,8 +26,7 @@ def votes(rewards: Sequence[Sequence[float]], i: int, j: int) -> float:
     (The oracle of SLHF's experiments, arXiv 2512.16626, with one model per attribute of HelpSteer2, arXiv 2406.08673; there
     a tie goes to the first answer.)
     """
-    points = sum((row[i] > row[j]) + 0.5 * (row[i] == row[j]) for row in rewards)
-    return points / len(rewards)
+    return fmean((row[i] > row[j]) + 0.5 * (row[i] == row[j]) for row in rewards)
 
 
 class RewardHeads(PreferenceOracle):

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from openrlhf_sgpo.config import Inference
+from openrlhf_sgpo.data.records import Messages, Prompt
 from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat
 from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Inference
-    from openrlhf_sgpo.data.records import Messages, Prompt
 
 
 def weight_names(folder: str) -> set[str]:

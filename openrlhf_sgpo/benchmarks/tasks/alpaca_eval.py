@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 
@@ -27,6 +27,7 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     read_fields,
     upstream,
 )
+from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 from openrlhf_sgpo.benchmarks.length_control import check_gamed, length_controlled_win_rate, obstacle
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
 from openrlhf_sgpo.data.records import Messages
@@ -34,9 +35,6 @@ from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.client import Request
 from openrlhf_sgpo.judge.reply import Reply, letter_log_probs, written_letter
 from openrlhf_sgpo.run_folder import write_json, write_text
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 
 FIELDS = dict.fromkeys(("instruction", "output", "generator", "dataset"), TEXT)
 DIGEST = "c6276058f888b09bac4a819536468da5"
@@ -162,7 +160,6 @@ class AlpacaEval(Task):
             average_length=average_length,
             parse_failures=sum(verdict is None for verdict in verdicts),
             notes=notes,
-            judge=judge.identity,
         )
 
     def _no_length_control(self, annotations: Sequence[Mapping[str, Any]]) -> str:

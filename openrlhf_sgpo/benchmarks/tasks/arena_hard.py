@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from openrlhf_sgpo.benchmarks.benchmark_files import (
     LIST,
@@ -26,6 +26,7 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     read_fields,
     upstream,
 )
+from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
 from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.records import Messages
@@ -34,9 +35,6 @@ from openrlhf_sgpo.intervals import bootstrap_interval, linearised
 from openrlhf_sgpo.judge.client import Request
 from openrlhf_sgpo.judge.reply import written_text
 from openrlhf_sgpo.run_folder import write_jsonl
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 
 FLAG = "arena_hard.folder"
 PLACE = "data/arena-hard-v2.0"
@@ -196,7 +194,6 @@ class ArenaHard(Task):
             average_length=fmean(map(len, texts)),
             parse_failures=sum(label is None for game in games for label in game.labels),
             notes=[*self._questions[1], *self._baselines[1], NOTE],
-            judge=judge.identity,
         )
 
     def _path(self, file: str) -> Path:

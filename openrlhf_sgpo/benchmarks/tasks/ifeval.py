@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from openrlhf_sgpo.benchmarks.benchmark_files import (
     NUMBER,
@@ -29,13 +29,11 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     read_fields,
     upstream,
 )
+from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.intervals import linearised, standard_error
 from openrlhf_sgpo.run_folder import write_jsonl
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 
 FIELDS = {"key": NUMBER, "prompt": TEXT, "instruction_id_list": TEXTS, "kwargs": OBJECTS}
 DIGEST = "0dc2de92ff0a7dac2f79ffda46cc966c"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from openrlhf_sgpo.benchmarks.benchmark_files import (
     NUMBER,
@@ -28,6 +28,7 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     read_fields,
     upstream,
 )
+from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
 from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.records import Messages
@@ -36,9 +37,6 @@ from openrlhf_sgpo.intervals import bootstrap_interval
 from openrlhf_sgpo.judge.client import Request
 from openrlhf_sgpo.judge.reply import written_text
 from openrlhf_sgpo.run_folder import write_jsonl
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
 
 DECODING = {"temperature": 0, "max_tokens": 2048}  # as in run_judge_single of fastchat.llm_judge.common
 PROMPT_NAMES = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
@@ -245,7 +243,6 @@ class MTBench(Task):
             average_length=fmean(len(turn) for item in items for turn in responses[item.id].turns),
             parse_failures=failures,
             notes=notes,
-            judge=judge.identity,
         )
 
 
