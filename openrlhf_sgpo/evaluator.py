@@ -12,7 +12,7 @@ from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.intervals import scores, share_error, standard_error
 from openrlhf_sgpo.oracle import Answer, Question
-from openrlhf_sgpo.rollout import Sample, sampling_of
+from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_folder import read_jsonl, write_jsonl
 from openrlhf_sgpo.training.log_probs import implicit_margins
@@ -136,7 +136,7 @@ class Evaluator:
         return [log_prob for (log_prob,) in self.scorer.score(policy, self.probes, label)]
 
     def _wins(
-        self, pairs: list[Pair], samples: list[Sample], start: Path, name: str, cost: dict[str, float]
+        self, pairs: list[Pair], samples: list[Answer], start: Path, name: str, cost: dict[str, float]
     ) -> dict[str, Any]:
         """How often the oracle prefers these samples to those of the start, each prompt's preference counting. Over the prompts
         that the start answered too, which may be others since a run was resumed; nothing if there are none."""
@@ -144,12 +144,7 @@ class Evaluator:
         rows = ranks.from_rank_0(read_jsonl(path) if self.run.writes and path.is_file() else [])
         before_training = {row["id"]: Answer.from_row(row) for row in rows}
         questions = [
-            Question(
-                pair.id,
-                pair.prompt,
-                (Answer(sample.text, sample.truncated, sample.token_ids), before_training[pair.id]),
-                pair.template_kwargs,
-            )
+            Question(pair.id, pair.prompt, (sample, before_training[pair.id]), pair.template_kwargs)
             for pair, sample in zip(pairs, samples, strict=True)
             if pair.id in before_training
         ]

@@ -22,16 +22,13 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 from weakref import WeakSet
 
 import yaml
 
-from openrlhf_sgpo.data.template import today
+from openrlhf_sgpo.data.template import Template, today
 from openrlhf_sgpo.integrity import file_digest, files_in, sealed, signed, unsealed, unsigned
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.data.template import Template
 
 # libyaml is ten times faster.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

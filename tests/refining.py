@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 from openrlhf_sgpo.algorithms.slhf import SLHF
+from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.flags import dump
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.oracle import RewardOracle
-from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.run_folder import RunFolder
 from openrlhf_sgpo.run_settings import load
 
@@ -46,7 +46,7 @@ class ScriptedEngine:
         ]
 
     def sample(self, key):
-        return Sample(f"answer {key} mark {key % 4}", False, (9,) * (1 + key % 20))
+        return Answer(f"answer {key} mark {key % 4}", False, (9,) * (1 + key % 20))
 
     def close(self):
         self.open = False

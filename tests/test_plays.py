@@ -118,9 +118,8 @@ def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, ot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
-    from openrlhf_sgpo.data.records import Prompt
+    from openrlhf_sgpo.data.records import Answer, Prompt
     from openrlhf_sgpo.openrlhf import build_strategy
-    from openrlhf_sgpo.rollout import Sample
     from openrlhf_sgpo.training.plays import Play
 
     argv = flags(tiny_model, tiny_data, tmp_path, "slhf", "--rollout.temperature", "0.7", "--train.layout", layout)
@@ -131,7 +130,7 @@ def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, ot
     draws = [
         tuple(torch.randint(3, 250, (size,), generator=generator).tolist()) for size in (5, 9, 3, 12, 7, 4, 8, 2, 6, 3)
     ]
-    samples = [Sample("", True, ids) for ids in draws[2:]]
+    samples = [Answer("", True, ids) for ids in draws[2:]]
     prompt = Prompt("p", [{"role": "user", "content": "?"}])
     # The second play has two answers in one context, as of the role policy twice.
     plays = [
@@ -158,9 +157,8 @@ def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, ot
 def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
     from transformers import AutoTokenizer
 
-    from openrlhf_sgpo.data.records import Prompt
+    from openrlhf_sgpo.data.records import Answer, Prompt
     from openrlhf_sgpo.data.tokens import ChatFormat
-    from openrlhf_sgpo.rollout import Sample
     from openrlhf_sgpo.rollout.roles import follower_context, follower_room
 
     chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), 256)
@@ -168,7 +166,7 @@ def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
 
     def context(text: str, longest: int = 256) -> str:
         ids = tuple(chat.tokenizer(text)["input_ids"])
-        return chat.tokenizer.decode(follower_context(chat, prompt, Sample(text, False, ids), IMPROVE, longest))
+        return chat.tokenizer.decode(follower_context(chat, prompt, Answer(text, False, ids), IMPROVE, longest))
 
     whole = (
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n<|im_start|>user\n"

@@ -204,8 +204,7 @@ def make(tiny_model, tiny_data, tmp_path):
 @pytest.fixture(scope="module")
 def plays():
     """Two micro-batches of two plays of random tokens."""
-    from openrlhf_sgpo.data.records import Prompt
-    from openrlhf_sgpo.rollout import Sample
+    from openrlhf_sgpo.data.records import Answer, Prompt
     from openrlhf_sgpo.training.plays import Play
 
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +214,7 @@ def plays():
 
     prompt = Prompt("p", [{"role": "user", "content": "?"}])
     shapes, wins = [(5, 9, 3, 4), (7, 8, 2, 6), (3, 12, 5, 5), (4, 6, 6, 1)], (0.9, 0.2, 0.7, 0.4)
-    samples = [[(draw(a), Sample("", True, draw(b))), (draw(c), Sample("", True, draw(d)))] for a, c, b, d in shapes]
+    samples = [[(draw(a), Answer("", True, draw(b))), (draw(c), Answer("", True, draw(d)))] for a, c, b, d in shapes]
     drawn = [Play(prompt, answers, [[0.5, p], [1 - p, 0.5]]) for answers, p in zip(samples, wins, strict=True)]
     return [drawn[:2], drawn[2:]]
 

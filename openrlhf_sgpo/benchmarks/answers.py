@@ -15,11 +15,11 @@ from transformers import AutoConfig
 from openrlhf_sgpo.benchmarks.task import Item, Responses
 from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.content_cache import content_key
-from openrlhf_sgpo.data.records import Messages
+from openrlhf_sgpo.data.records import Answer, Messages
 from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 from openrlhf_sgpo.integrity import WEIGHTS
-from openrlhf_sgpo.rollout import Rollout, Sample, Sampling, sampling_of, start_rollout
+from openrlhf_sgpo.rollout import Rollout, Sampling, sampling_of, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.run_folder import jsonl, keep_rows, read_growing, read_json, write_json, write_jsonl
 
@@ -190,7 +190,7 @@ class Answerer:
 
     def _block(self, chat: ChatFormat, folder: str, block: Sequence[Item], label: str) -> list[Responses]:
         """Answers to a block of items, turn by turn; items with the same temperature share a batch."""
-        answers: dict[str, list[Sample]] = {item.id: [] for item in block}
+        answers: dict[str, list[Answer]] = {item.id: [] for item in block}
         for turn in range(max(len(item.turns) for item in block)):
             pending = [item for item in block if turn < len(item.turns)]
             groups: dict[float, list[Item]] = defaultdict(list)
@@ -218,7 +218,7 @@ class Answerer:
 
     def _generate(
         self, chat: ChatFormat, folder: str, contexts: list[tuple[int, ...]], sampling: Sampling, label: str
-    ) -> list[list[Sample]]:
+    ) -> list[list[Answer]]:
         if self.rollout is None or self._kind != kind_of(folder):
             self.close()
             self.rollout, self._kind = start_rollout(self.config, chat, folder), kind_of(folder)

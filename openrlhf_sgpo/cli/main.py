@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from openrlhf_sgpo import __version__, algorithms, extras, flags, run_settings
@@ -30,6 +31,10 @@ USAGE = """usage: openrlhf-sgpo COMMAND [flags]
   games        drive the algorithms on small games to their known solutions: --out FOLDER draws their paths
 
 `openrlhf-sgpo COMMAND --help` lists the flags of a command, `openrlhf-sgpo --version` prints the version.
+"""
+REPORT_USAGE = """usage: openrlhf-sgpo report FOLDER...
+
+Writes report.html to each folder of a run, a comparison or a leaderboard.
 """
 ALGORITHMS_USAGE = """usage: openrlhf-sgpo algorithms
 
@@ -147,16 +152,27 @@ def compare(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """HTML pages of results, see ``openrlhf_sgpo.report``."""
-    from openrlhf_sgpo.report import main
+    if not argv or "--help" in argv or "-h" in argv:
+        print(REPORT_USAGE, end="")
+        return 0 if argv else 2
+    from openrlhf_sgpo.report import write_report
 
-    return main(argv)
+    for word in argv:
+        print(write_report(Path(word)))
+    return 0
 
 
 def judge_check(argv: list[str]) -> int:
     """Agreement and biases of a judge, see ``openrlhf_sgpo.comparison.judge_check``."""
-    from openrlhf_sgpo.comparison.judge_check import main
+    from openrlhf_sgpo.comparison.judge_check import JudgeCheckSettings, check_judge, load
 
-    return main(argv)
+    if "--help" in argv or "-h" in argv:
+        print(flags.help_text({"": JudgeCheckSettings}))
+        return 0
+    settings = load(argv)
+    with other_packages_apart():
+        check_judge(settings)
+    return 0
 
 
 def games(argv: list[str]) -> int:

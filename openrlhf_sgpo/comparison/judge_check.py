@@ -30,7 +30,7 @@ from openrlhf_sgpo.inference import one_process, other_oracle, unread
 from openrlhf_sgpo.intervals import scores, standard_error
 from openrlhf_sgpo.oracle import Answer, Comparison, Oracle, PreferenceOracle, Question
 from openrlhf_sgpo.oracle.base import check_shares
-from openrlhf_sgpo.output import log_to, other_packages_apart, say
+from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.run_folder import RunFolder, write_json, write_jsonl, write_text
 from openrlhf_sgpo.table import aligned
 
@@ -262,14 +262,3 @@ def _oracle_problems(settings: JudgeCheckSettings, origins: dict[str, str]) -> l
         *unread(settings, JudgeCheckSettings(), origins, reasons, reads),
         *oracle.problems(settings.oracle, settings.inference()),
     ]
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command, from its arguments."""
-    if "--help" in argv or "-h" in argv:
-        print(flags.help_text({"": JudgeCheckSettings}))
-        return 0
-    settings = load(argv)
-    with other_packages_apart():
-        check_judge(settings)
-    return 0

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openrlhf_sgpo.data.records import Messages
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.data.tokens import ChatFormat
 
 LETTERS = ("A", "B")
 MARK = " [...] "  # where a text was cut

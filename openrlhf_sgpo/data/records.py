@@ -1,4 +1,4 @@
-"""Pairs and prompts, read from and written in TRL's columns. ``docs/data.md`` lists the accepted shapes.
+"""Pairs, prompts and answers, read from and written in TRL's columns. ``docs/data.md`` lists the accepted shapes.
 
 Written rows are conversational (lists of messages) and have further columns, which TRL ignores.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -83,6 +83,32 @@ class Pair:
         row["chosen"] = [{"role": "assistant", "content": self.chosen}]
         row["rejected"] = [{"role": "assistant", "content": self.rejected}]
         return row
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response to a prompt. truncated: cut off by the length limit, so no end of turn follows. token_ids: as sampled by an
+    engine with the policy's tokenizer, including those that ended the response; empty for text written by people."""
+
+    text: str
+    truncated: bool = False
+    token_ids: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+    def to_row(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "truncated": self.truncated,
+            "tokens": self.tokens,
+            "token_ids": list(self.token_ids),
+        }
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Answer:
+        return cls(row["text"], row["truncated"], tuple(row["token_ids"]))
 
 
 class Records(list[Record]):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.files import TEST_SPLITS, DataError
 from openrlhf_sgpo.data.inspection import InspectedPairs, InspectedPrompts, inspect_pairs, inspect_prompts, prompt_key
 from openrlhf_sgpo.data.records import Pair, Prompt, Records, load_pairs, load_prompts
@@ -14,11 +16,7 @@ from openrlhf_sgpo.data.template import refuse_unread_variables, template_argume
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from transformers import PretrainedConfig
-
-    from openrlhf_sgpo.config import Config
 
 
 @dataclass(frozen=True)

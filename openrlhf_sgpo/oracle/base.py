@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.content_cache import ContentCache, content_key
-from openrlhf_sgpo.data.records import Messages, Pair, Prompt
+from openrlhf_sgpo.data.records import Answer, Messages, Pair, Prompt
 from openrlhf_sgpo.data.template import today
 from openrlhf_sgpo.data.tokens import ChatFormat
 
@@ -26,21 +26,6 @@ if TYPE_CHECKING:
 
 Matrix = list[list[float]]
 TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer to judge. truncated: cut off by the length limit, so no end of turn follows. token_ids: as sampled by an engine
-    with the policy's tokenizer; empty for text written by people."""
-
-    text: str
-    truncated: bool = False
-    token_ids: tuple[int, ...] = ()
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Answer:
-        """The answer in a row written by ``Sample.to_row``."""
-        return cls(row["text"], row["truncated"], tuple(row["token_ids"]))
 
 
 @dataclass(frozen=True)

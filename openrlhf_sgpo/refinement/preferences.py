@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from openrlhf_sgpo.data.records import Prompt
-from openrlhf_sgpo.oracle.base import Answer, Matrix, Oracle, Question
-from openrlhf_sgpo.rollout.base import Sample
+from openrlhf_sgpo.data.records import Answer, Prompt
+from openrlhf_sgpo.oracle.base import Matrix, Oracle, Question
 
 # The opponents of a chain's answers; figures have the same names.
 OPPONENTS = ("first", "previous", "iid", "best_of_n")
@@ -23,14 +22,13 @@ class Answers:
     answer, if that is a draft."""
 
     prompt: Prompt
-    chain: list[Sample]
-    samples: list[Sample]
+    chain: list[Answer]
+    samples: list[Answer]
     counts: list[int]
     draft_by: str = ""
 
-    def question(self, samples: Sequence[Sample]) -> Question:
-        answers = tuple(Answer(sample.text, sample.truncated, sample.token_ids) for sample in samples)
-        return Question(self.prompt.id, self.prompt.messages, answers, self.prompt.template_kwargs)
+    def question(self, samples: Sequence[Answer]) -> Question:
+        return Question(self.prompt.id, self.prompt.messages, tuple(samples), self.prompt.template_kwargs)
 
 
 def best_of(matrix: Matrix, count: int) -> int:

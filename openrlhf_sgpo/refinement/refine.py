@@ -16,7 +16,7 @@ from itertools import accumulate, count
 from pathlib import Path
 
 from openrlhf_sgpo import flags
-from openrlhf_sgpo.data.records import Prompt, fingerprint, load_prompts
+from openrlhf_sgpo.data.records import Answer, Prompt, fingerprint, load_prompts
 from openrlhf_sgpo.inference import Policy
 from openrlhf_sgpo.output import say
 from openrlhf_sgpo.refinement.budget import affordable, further
@@ -31,7 +31,7 @@ from openrlhf_sgpo.refinement.results import (
     refinement_table,
 )
 from openrlhf_sgpo.refinement.settings import RefineSettings, inference
-from openrlhf_sgpo.rollout import Sample, sampling_of
+from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room
 from openrlhf_sgpo.run_folder import write_json, write_jsonl, write_text
@@ -79,7 +79,7 @@ class Refinement(StagedCommand):
         best, preferences = self._judged(answers) if self.settings.oracle else ([], [])
         return self._write(answers, best, preferences)
 
-    def _chains(self) -> list[list[Sample]]:
+    def _chains(self) -> list[list[Answer]]:
         """The chain of each prompt: its answers by depth."""
         seed, instruction = self.config.train.seed, self.settings.follower_prompt
         if self.drafts:
@@ -97,9 +97,9 @@ class Refinement(StagedCommand):
                 chain += revision
         return chains
 
-    def _draft(self, prompt: Prompt) -> Sample:
+    def _draft(self, prompt: Prompt) -> Answer:
         draft = self.drafts[prompt.id]
-        return Sample(draft.text, draft.truncated, self.chat.response(draft.text, draft.truncated, WHOLE))
+        return Answer(draft.text, draft.truncated, self.chat.response(draft.text, draft.truncated, WHOLE))
 
     def _draft_by(self, prompt: Prompt) -> str:
         return self.drafts[prompt.id].generator if self.drafts else ""
@@ -116,9 +116,9 @@ class Refinement(StagedCommand):
         )
         return sum(len(context) > self.longest for context in contexts)
 
-    def _independent(self, budgets: list[int]) -> list[list[Sample]]:
+    def _independent(self, budgets: list[int]) -> list[list[Answer]]:
         """Independent answers to each prompt, until they have as many tokens as its chain."""
-        samples: list[list[Sample]] = [[] for _ in budgets]
+        samples: list[list[Answer]] = [[] for _ in budgets]
         if not self.settings.controls:
             return samples
         depth, most = self.settings.depth, self.settings.control_samples
@@ -156,12 +156,12 @@ class Refinement(StagedCommand):
 
     def _generate(
         self, name: str, folder: str, requests: Sequence[tuple[Tokens, int]], seed: int
-    ) -> list[list[Sample]]:
+    ) -> list[list[Answer]]:
         """n samples for each request (context, n), from the weights in ``folder``."""
 
         def work(cost: dict[str, float]) -> list[Row]:
             engine = self.engine(folder)
-            drawn: dict[int, list[Sample]] = {}
+            drawn: dict[int, list[Answer]] = {}
             for n in sorted({n for _, n in requests} - {0}):
                 numbers = [number for number, (_, size) in enumerate(requests) if size == n]
                 contexts = [requests[number][0] for number in numbers]
@@ -183,10 +183,7 @@ class Refinement(StagedCommand):
                 for number, (prompt, (context, _)) in enumerate(zip(self.prompts, requests, strict=True))
             ]
 
-        return [
-            [Sample(stored["text"], stored["truncated"], tuple(stored["token_ids"])) for stored in row["samples"]]
-            for row in self.stage(name, work)
-        ]
+        return [list(map(Answer.from_row, row["samples"])) for row in self.stage(name, work)]
 
     def _samples_cut(self, answers: Answers) -> bool:
         """Whether the budget of the chain allows more samples than ``--control_samples``."""

@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from openrlhf_sgpo.data.messages import template_columns
+from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.intervals import half_of, standard_error
 from openrlhf_sgpo.refinement.preferences import OPPONENTS, Answers
-from openrlhf_sgpo.rollout.base import Sample
 from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus
 
 Row = dict[str, Any]
@@ -49,7 +49,7 @@ def answer_rows(answers: Answers, best: Sequence[int], origin: Origin) -> Iterat
     """
     prompt = answers.prompt
 
-    def row(name: str, role: str, sample: Sample, total: int, **columns: Any) -> Row:
+    def row(name: str, role: str, sample: Answer, total: int, **columns: Any) -> Row:
         method = name.partition("/")[0]
         return {
             "answer_id": f"{prompt.id}/{name}",

@@ -7,17 +7,12 @@ three pages.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.run_folder import write_text
 
 REPORT = "report.html"
-USAGE = """usage: openrlhf-sgpo report FOLDER...
-
-Writes report.html to each folder of a run, a comparison or a leaderboard.
-"""
 
 
 def write_report(folder: Path) -> Path:
@@ -42,14 +37,4 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command ``openrlhf-sgpo report``. Raises ValueError as ``write_report`` does."""
-    if not argv or {"-h", "--help"} & set(argv):
-        print(USAGE, end="")
-        return 0 if argv else 2
-    for word in argv:
-        print(write_report(Path(word)))
-    return 0
-
-
-__all__ = ["REPORT", "main", "write_report"]
+__all__ = ["REPORT", "write_report"]

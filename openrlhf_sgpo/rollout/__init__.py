@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from openrlhf_sgpo import extras
-from openrlhf_sgpo.rollout.base import Rollout, Sample, Sampling, sampling_of
+from openrlhf_sgpo.config import Inference
+from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.rollout.base import Rollout, Sampling, sampling_of
 
-if TYPE_CHECKING:
-    from openrlhf_sgpo.config import Inference
-    from openrlhf_sgpo.data.tokens import ChatFormat
-
-__all__ = ["Rollout", "Sample", "Sampling", "check_rollout", "sampling_of", "start_rollout"]
+__all__ = ["Rollout", "Sampling", "check_rollout", "sampling_of", "start_rollout"]
 
 
 def check_rollout(config: Inference) -> None:

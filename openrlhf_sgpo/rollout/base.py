@@ -6,33 +6,11 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from openrlhf_sgpo.config import RolloutSettings
-    from openrlhf_sgpo.data.tokens import ChatFormat
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sampled response. truncated: ended by the length limit, not by the model. token_ids: as sampled, including those that
-    ended the response."""
-
-    text: str
-    truncated: bool
-    token_ids: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        return len(self.token_ids)
-
-    def to_row(self) -> dict[str, Any]:
-        return {
-            "text": self.text,
-            "truncated": self.truncated,
-            "tokens": self.tokens,
-            "token_ids": list(self.token_ids),
-        }
+from openrlhf_sgpo.config import RolloutSettings
+from openrlhf_sgpo.data.records import Answer
+from openrlhf_sgpo.data.tokens import ChatFormat
 
 
 @dataclass(frozen=True)
@@ -86,7 +64,7 @@ class Stop:
         window = len(self.text.encode())  # no token stands for less than a byte
         return self.text in self._decode(ids[-window:], special=True)
 
-    def sample(self, ids: Sequence[int]) -> Sample:
+    def sample(self, ids: Sequence[int]) -> Answer:
         """The response in the tokens sampled by an engine, which may continue past its end.
 
         If the end of turn was sampled in other tokens than training uses, the response gets those of training.
@@ -97,10 +75,10 @@ class Stop:
             sampled = kept[: bisect_left(range(len(kept)), True, key=lambda last: self._has_text(kept[: last + 1])) + 1]
             length = len(self.chat.end_of_turn)
             if sampled[-length:] == self.chat.end_of_turn:
-                return Sample(self._decode(sampled[:-length]), False, sampled)
+                return Answer(self._decode(sampled[:-length]), False, sampled)
             text = text[: text.index(self.text)]
-            return Sample(text, False, self.chat.response(text, False, len(text.encode()) + length))
-        return Sample(self._decode(kept), end is None, tuple(ids if end is None else ids[: end + 1]))
+            return Answer(text, False, self.chat.response(text, False, len(text.encode()) + length))
+        return Answer(self._decode(kept), end is None, tuple(ids if end is None else ids[: end + 1]))
 
     def _has_text(self, ids: Sequence[int]) -> bool:
         return self.text in self._decode(ids, special=True)
@@ -119,7 +97,7 @@ class Rollout(Protocol):
     def load(self, folder: str) -> None:
         """Load the weights of a policy folder, or of a folder with only the weights of a model like the current one."""
 
-    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
+    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
         """``sampling.n`` samples per prompt, in the order of the prompts. With the same seed a prompt gets the same random
         numbers wherever it is in the list. label: text of the progress bar; empty for none."""
 

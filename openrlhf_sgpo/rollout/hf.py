@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, L
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Inference
+from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.output import Progress
-from openrlhf_sgpo.rollout.base import Sample, Sampling, Stop, prompt_seed
+from openrlhf_sgpo.rollout.base import Sampling, Stop, prompt_seed
 
 
 class Mixture(LogitsProcessor):
@@ -119,14 +120,14 @@ class HuggingFaceRollout:
         model.generation_config = GenerationConfig(bos_token_id=model.generation_config.bos_token_id)
         return model
 
-    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
+    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
         """Raises NotFiniteError on every rank if the model's next-token probabilities are not finite."""
         size = self.config.rollout.batch_size
         rank, world = distributed.get_rank(), distributed.get_world_size()
         # Prompts of similar length share a batch. The batches do not depend on the number of ranks.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
         batches = [order[start : start + size] for start in range(0, len(order), size)]
-        rank_samples: dict[int, list[Sample]] = {}
+        rank_samples: dict[int, list[Answer]] = {}
         finite = Finite(self.model.device)
         for batch in Progress(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
             rank_samples |= zip(batch, self._sample([prompts[i] for i in batch], sampling, finite), strict=True)
@@ -136,7 +137,7 @@ class HuggingFaceRollout:
         return [merged[index] for index in range(len(prompts))]
 
     @torch.no_grad()
-    def _sample(self, prompts: list[tuple[int, ...]], sampling: Sampling, finite: Finite) -> list[list[Sample]]:
+    def _sample(self, prompts: list[tuple[int, ...]], sampling: Sampling, finite: Finite) -> list[list[Answer]]:
         """Samples a left-padded batch. The random numbers depend on its first prompt: transformers has a single generator."""
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id

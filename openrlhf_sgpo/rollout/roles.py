@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Role
-from openrlhf_sgpo.rollout.base import Rollout, Sample, prompt_seed, sampling_of
-
-if TYPE_CHECKING:
-    from openrlhf_sgpo.algorithms import Algorithm
-    from openrlhf_sgpo.config import Config, RolloutSettings
-    from openrlhf_sgpo.data.records import Messages, Prompt
-    from openrlhf_sgpo.data.tokens import ChatFormat
-    from openrlhf_sgpo.ledger import Stopwatch
+from openrlhf_sgpo.config import Config, RolloutSettings
+from openrlhf_sgpo.data.records import Answer, Messages, Prompt
+from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.ledger import Stopwatch
+from openrlhf_sgpo.rollout.base import Rollout, prompt_seed, sampling_of
 
 Tokens = tuple[int, ...]
 
@@ -25,7 +23,7 @@ def follower_messages(prompt: Messages, draft: str, instruction: str) -> Message
     return [*prompt, {"role": "assistant", "content": draft.strip()}, {"role": "user", "content": instruction}]
 
 
-def follower_context(chat: ChatFormat, prompt: Prompt, draft: Sample, instruction: str, longest: int) -> Tokens:
+def follower_context(chat: ChatFormat, prompt: Prompt, draft: Answer, instruction: str, longest: int) -> Tokens:
     """Tokens of the follower's context. If it would exceed ``longest``, the end of the draft is cut off.
 
     Raises ValueError if prompt and instruction alone are longer.
@@ -96,9 +94,9 @@ class Roles:
 
     def answer(
         self, prompts: Sequence[Prompt], tokens: Sequence[Tokens], seed: int
-    ) -> list[list[tuple[Tokens, Sample]]]:
+    ) -> list[list[tuple[Tokens, Answer]]]:
         """Answers to each prompt with their contexts, in the order of the roles. tokens: of the prompts. Collective."""
-        answers: list[list[tuple[Tokens, Sample]]] = [[] for _ in prompts]
+        answers: list[list[tuple[Tokens, Answer]]] = [[] for _ in prompts]
         for number, (role, count) in enumerate(self.runs):
             contexts = list(tokens)
             if role == "follower":

@@ -10,9 +10,10 @@ import torch
 
 from openrlhf_sgpo import ranks, ray_session
 from openrlhf_sgpo.config import DTYPES, Inference
+from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.output import Progress, say
-from openrlhf_sgpo.rollout.base import Sample, Sampling, Stop, prompt_seed
+from openrlhf_sgpo.rollout.base import Sampling, Stop, prompt_seed
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT
 
 
@@ -143,10 +144,10 @@ class VllmRollout:
         self.compared = min(self._all("load_policy", self.folder))
         self._sleep()
 
-    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
+    def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
         return ranks.on_rank_0(lambda: self._generate(prompts, sampling, label))
 
-    def _generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Sample]]:
+    def _generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
         parameters = {
             "n": sampling.n,
             "temperature": sampling.temperature,

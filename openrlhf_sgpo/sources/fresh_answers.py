@@ -27,7 +27,7 @@ from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.finite import NotFiniteError, in_training
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, save_weights
-from openrlhf_sgpo.oracle import Answer, Question
+from openrlhf_sgpo.oracle import Question
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 from openrlhf_sgpo.rollout.roles import Roles
@@ -153,7 +153,7 @@ class FreshAnswers(Source):
             Question(
                 prompt.id,
                 prompt.messages,
-                tuple(Answer(sample.text, sample.truncated, sample.token_ids) for _, sample in drawn),
+                tuple(sample for _, sample in drawn),
                 prompt.template_kwargs,
             )
             for prompt, drawn in zip(prompts, answers, strict=True)

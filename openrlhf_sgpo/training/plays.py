@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays
-from openrlhf_sgpo.data.records import Prompt
+from openrlhf_sgpo.data.records import Answer, Prompt
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, use_adapter
-from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.training.log_probs import Logits, response_logits, token_divergence, token_log_probs
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Play:
     oracle's matrix over the answers."""
 
     prompt: Prompt
-    answers: list[tuple[tuple[int, ...], Sample]]
+    answers: list[tuple[tuple[int, ...], Answer]]
     preferences: list[list[float]]
 
     def groups(self, places: Sequence[int] | None = None) -> list[Group]:

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import BIAS, JudgeServer, sigmoid
 
-from openrlhf_sgpo.comparison.judge_check import PairShares, agreement_figures, ask, load, main, share_of
+from openrlhf_sgpo.cli.main import judge_check
+from openrlhf_sgpo.comparison.judge_check import PairShares, agreement_figures, ask, load, share_of
 from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.flags import SettingsError
 from openrlhf_sgpo.oracle import PreferenceOracle, RewardOracle
@@ -57,14 +58,14 @@ def test_a_server_of_a_known_rule(tmp_path, capsys):
     gaps = [longer - more for _, _, longer, more in PAIRS]
     argv = ["--data.dataset", str(data), "--out", str(out), "--judge.model", "rule"]
     with JudgeServer() as server:
-        assert main([*argv, "--judge.base_url", server.url]) == 0
+        assert judge_check([*argv, "--judge.base_url", server.url]) == 0
         assert len(server.asked) == 1 + 2 * len(PAIRS), "the trial, and every pair in both orders"
         printed = capsys.readouterr().out
         result = json.loads((out / "judge_check.json").read_text())
         with pytest.raises(ValueError, match="add --resume"):
-            main([*argv, "--judge.base_url", server.url])
+            judge_check([*argv, "--judge.base_url", server.url])
         count = len(server.asked)
-        main([*argv, "--judge.base_url", server.url, "--resume"])
+        judge_check([*argv, "--judge.base_url", server.url, "--resume"])
         assert len(server.asked) == count + 1, "the trial alone"
         again = json.loads((out / "judge_check.json").read_text())
     assert again["figures"] == result["figures"] and again["usage"]["judge_calls"] == 0
@@ -221,7 +222,7 @@ def test_a_judge_that_does_not_answer_is_found_before_the_folder_is_made(tmp_pat
     with JudgeServer(lambda *_: "401") as server:
         argv = ["--data.dataset", data, "--out", out, "--judge.model", "rule", "--judge.base_url", server.url]
         with pytest.raises(ValueError, match="set --judge.api_key"):
-            main([str(word) for word in argv])
+            judge_check([str(word) for word in argv])
     assert not out.exists()
 
 
@@ -230,7 +231,7 @@ def test_a_reward_model(tiny_reward_model, tmp_path):
     """Its own rewards of the two answers say what it agrees with."""
     data, out = write_jsonl(tmp_path / "pairs.jsonl", rows()), tmp_path / "out"
     argv = ["--data.dataset", data, "--out", out, "--oracle", "reward_model", "--ds.param_dtype", "fp32"]
-    assert main([str(word) for word in [*argv, "--reward.model_name_or_path", tiny_reward_model]]) == 0
+    assert judge_check([str(word) for word in [*argv, "--reward.model_name_or_path", tiny_reward_model]]) == 0
     result = json.loads((out / "judge_check.json").read_text())
     said = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     assert result["figures"]["agreement"]["value"] == fmean(row["chosen_first"] > 0.5 for row in said)

@@ -10,12 +10,11 @@ from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data import DataError, Pair, Prompt, load_pairs, load_prompts
 from openrlhf_sgpo.data.inspection import inspect_pairs, inspect_prompts
 from openrlhf_sgpo.data.pairwise import transcript
-from openrlhf_sgpo.data.records import load_run_pairs
+from openrlhf_sgpo.data.records import Answer, load_run_pairs
 from openrlhf_sgpo.data.tokens import ChatFormat
-from openrlhf_sgpo.oracle.base import Answer, Question, rank
+from openrlhf_sgpo.oracle.base import Question, rank
 from openrlhf_sgpo.oracle.implicit import as_group
 from openrlhf_sgpo.refinement.drafts import load_drafts
-from openrlhf_sgpo.rollout import Sample
 from openrlhf_sgpo.rollout.roles import follower_context
 from openrlhf_sgpo.run_folder import write_jsonl
 
@@ -115,7 +114,7 @@ def test_every_reader_of_a_prompt_renders_them(chat):
     assert inspect_pairs([pair], chat, limits, name="").groups[0].prompt == wanted
     assert prompts.tokens[0] == wanted
     assert as_group(asked, chat).prompt == wanted
-    draft = follower_context(chat, Prompt("a", CALLED, template_kwargs=TOLD), Sample("So.", False, (1,)), "Again.", 900)
+    draft = follower_context(chat, Prompt("a", CALLED, template_kwargs=TOLD), Answer("So.", False, (1,)), "Again.", 900)
     assert chat.tokenizer.decode(draft).startswith(text.rpartition("<|im_start|>assistant")[0])
     assert rank(asked, [1.0, 0.0], "judge", 1).template_kwargs == TOLD
 

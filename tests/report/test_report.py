@@ -13,8 +13,9 @@ import report_folders
 from markupsafe import Markup
 from report_folders import CATEGORIES, EVIL, Page
 
+from openrlhf_sgpo.cli.main import report
 from openrlhf_sgpo.integrity import signed
-from openrlhf_sgpo.report import REPORT, main, write_report
+from openrlhf_sgpo.report import REPORT, write_report
 from openrlhf_sgpo.report.follower import solve_again
 from openrlhf_sgpo.report.judged import judgements
 from openrlhf_sgpo.report.markup import join, tag
@@ -65,9 +66,9 @@ def test_a_folder_that_is_nothing_is_named(tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_every_folder(folders, capsys):
     paths = [str(folders[name] / REPORT) for name in ("comparison", "leaderboard")]
-    assert main([str(folders[name]) for name in ("comparison", "leaderboard")]) == 0
+    assert report([str(folders[name]) for name in ("comparison", "leaderboard")]) == 0
     assert capsys.readouterr().out.split() == paths
-    assert main([]) == 2 and main(["--help"]) == 0
+    assert report([]) == 2 and report(["--help"]) == 0
     assert "usage: openrlhf-sgpo report" in capsys.readouterr().out
 
 
