@@ -27,6 +27,11 @@ def plus_minus(value: float | None, half: float | None, digits: int, missing: st
     return f"{value:,.{digits}f}" + ("" if half is None else f" \N{PLUS-MINUS SIGN} {half:,.{digits}f}")
 
 
+def plus_minus_rate(row: Mapping[str, Any]) -> str:
+    """The win rate in a row of a comparison, with half of its interval."""
+    return plus_minus(row["win_rate"], (row["high"] - row["low"]) / 2, 3)
+
+
 def aligned(lines: Sequence[Sequence[str]], left: Container[int] = (0,), rule: bool = True) -> list[str]:
     """Rows of cells as aligned columns. left: indices of the columns that are flush left. rule: whether to underline the
     header."""
@@ -60,14 +65,16 @@ def measured_differently(rows: Sequence[Mapping[str, Any]]) -> str:
 def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]]) -> str:
     """The table at the end of a run. rows: evaluation rows with ``name`` and any of the figures of ``FIGURES``; stages: the
     ledger's entries, which hold the seconds of each stage. Missing figures are a dash."""
-    times = [_seconds(row["name"], stages) for row in rows]
+    by_round = seconds_by_stage(stages)
+    times = [by_round.get(row["name"], {}) for row in rows]
     # Rounds of pairs and rounds of plays have different stages.
-    shown = [stage for stage in STAGES if any(seconds.get(stage) is not None for seconds in times)]
-    header = ["", *(title for title, _, _ in FIGURES), *shown]
-    lines = [header]
+    shown = [stage for stage in STAGES if any(stage in seconds for seconds in times)]
+    lines = [["", *(title for title, _, _ in FIGURES), *shown]]
     for row, seconds in zip(rows, times, strict=True):
         figures = [plus_minus(row.get(key), half_of(row, key), digits) for _, key, digits in FIGURES]
-        lines.append([row["name"], *figures, *(_figure(seconds.get(stage), 1) for stage in shown)])
+        lines.append(
+            [row["name"], *figures, *(f"{seconds[stage]:.1f}" if stage in seconds else "-" for stage in shown)]
+        )
     text = aligned(lines)
     note = (
         "accuracy, margin: held-out pairs against the initial reference; kl: nats per sampled response, to the same\n"
@@ -78,15 +85,12 @@ def results_table(rows: list[dict[str, Any]], stages: dict[str, dict[str, float]
     return "\n".join([*text, note, *filter(None, [measured_differently(rows)])]) + "\n"
 
 
-def _seconds(name: str, stages: dict[str, dict[str, float]]) -> dict[str, float | None]:
-    """Seconds by stage; for a round of plays, by part of its steps."""
-    folder = "initial" if name == "start" else name.replace(" ", "_")
-    parts = {key.removeprefix("seconds_"): value for key, value in stages.get(f"{folder}/play", {}).items()}
-    return {
-        **parts,
-        **{stage: stages[key].get("seconds") for stage in STAGES if (key := f"{folder}/{stage}") in stages},
-    }
-
-
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def seconds_by_stage(stages: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Seconds per stage, or in rounds of plays per part of a step, by round name. stages: of the ledger."""
+    seconds: dict[str, dict[str, float]] = {}
+    for key, entry in stages.items():
+        folder, _, stage = key.partition("/")
+        name = "start" if folder == "initial" else folder.replace("_", " ")
+        parts = {kind.removeprefix("seconds_"): value for kind, value in entry.items() if kind.startswith("seconds_")}
+        seconds.setdefault(name, {}).update(parts if stage == "play" else {stage: entry["seconds"]})
+    return seconds

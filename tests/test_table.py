@@ -23,7 +23,6 @@ STAGE_SECONDS = {
     "initial/evaluate": {"seconds": 3.21},
     "round_10/generate": {"seconds": 1234.56, "tokens": 5},
     "round_10/train": {"seconds": 0.04},
-    "round_10/follower": {"peak_memory_gib": 1.0},
     "round_1/evaluate": {"seconds": 77.0},
 }
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from openrlhf_sgpo.comparison.compared_runs import BUDGET
 from openrlhf_sgpo.intervals import TwoLevelMean, half_over_seeds, holm, standard_error, two_level_mean
-from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus
+from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus, plus_minus_rate
 
 Row = dict[str, Any]
 
@@ -93,7 +93,7 @@ def comparison_table(comparison: Row) -> str:
                 group["name"],
                 str(len(group["runs"])),
                 *(_cell(group["figures"][name], digits) for name, digits in _FIGURES),
-                _share(over_start[group["name"]]),
+                plus_minus_rate(over_start[group["name"]]),
                 *(f"{ledger[name]:.0f}" for name in ("samples", "judge_calls")),
                 *(f"{ledger[f'tokens_{name}'] / 1000:.1f}" for name in ("generated", "trained", "scored")),
                 *(f"{ledger[name]:.0f}" for name in ("steps", "trials")),
@@ -102,14 +102,10 @@ def comparison_table(comparison: Row) -> str:
     pairs = [["", "preferred", "p", "p (Holm)", "comparisons"]]
     for row in comparison["cross_play"]:
         values = [f"{row[name]:.4f}" for name in ("p_value", "p_holm")]
-        pairs.append([f"{row['first']} over {row['second']}", _share(row), *values, str(row["comparisons"])])
+        pairs.append([f"{row['first']} over {row['second']}", plus_minus_rate(row), *values, str(row["comparisons"])])
     judged = f"preferences of {comparison['oracle']['name']} on {comparison['prompts']} prompts"
     warnings = [f"warning: {text}" for text in comparison["warnings"]]
     return "\n".join([*aligned(lines), _NOTE, "", *aligned(pairs), judged, *warnings]) + "\n"
-
-
-def _share(row: Row) -> str:
-    return plus_minus(row["win_rate"], (row["high"] - row["low"]) / 2, 3)
 
 
 def _cell(value: Row, digits: int) -> str:

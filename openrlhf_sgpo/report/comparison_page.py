@@ -15,7 +15,7 @@ from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import SIGNIFICANT, comparison_verdict, is_significant
 from openrlhf_sgpo.run_folder import read_json
-from openrlhf_sgpo.table import plus_minus
+from openrlhf_sgpo.table import plus_minus, plus_minus_rate
 
 # Title, note, key and digits.
 _FIGURES = (
@@ -72,7 +72,7 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ma
     table_rows = [
         [
             f"{row['first']} over {row['second']}",
-            _rate(row),
+            plus_minus_rate(row),
             _p_value(row.get("p_value")),
             _p_value(row.get("p_holm")),
             number(row.get("comparisons"), 0),
@@ -85,10 +85,6 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ma
         plot("Win rate", figure, note, height=120 + 64 * len(names)),
         html_table(["", "win rate", "p", "p (Holm)", "comparisons"], table_rows),
     ]
-
-
-def _rate(row: dict[str, Any]) -> str:
-    return plus_minus(row["win_rate"], (row["high"] - row["low"]) / 2, 3)
 
 
 def _p_value(value: float | None) -> str:
@@ -108,7 +104,9 @@ def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     errors = [half_of(row, "kl") for row in placed]
     note = "bars: 95% intervals"
     header = ["", "win rate over the start", "divergence, nats per answer"]
-    cells = [[row["name"], _rate(row), plus_minus(row.get("kl"), half_of(row, "kl"), 2, MISSING)] for row in rows]
+    cells = [
+        [row["name"], plus_minus_rate(row), plus_minus(row.get("kl"), half_of(row, "kl"), 2, MISSING)] for row in rows
+    ]
     figure = points(shown, errors, "nats per answer from the reference", "win rate over the start")
     figure.add_hline(y=0.5)
     return [

@@ -17,7 +17,7 @@ from openrlhf_sgpo.report.judged import judgements
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
-from openrlhf_sgpo.report.verdict import leaderboard_verdict
+from openrlhf_sgpo.report.verdict import digits_of, leaderboard_verdict
 from openrlhf_sgpo.run_folder import json_text, read_json, read_jsonl
 from openrlhf_sgpo.table import plus_minus
 
@@ -77,7 +77,7 @@ def _counted(row: Mapping[str, Any]) -> str:
 def _group(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     """The section of one task and judge: table, notes, plots and settings."""
     figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
-    digits = {name: _digits([row["figures"].get(name) for row in rows]) for name in figures}
+    digits = {name: digits_of([row["figures"].get(name) for row in rows]) for name in figures}
     cells = [
         [
             row["model"],
@@ -104,11 +104,6 @@ def _group(rows: Sequence[dict[str, Any]]) -> list[Markup]:
 def _note(text: str, models: Sequence[str], rows: Sequence[dict[str, Any]]) -> Markup:
     who = "all models" if len(models) == len(rows) > 1 else ", ".join(models)
     return tag("li", tag("strong", who), ": ", text)
-
-
-def _digits(values: Sequence[float | None]) -> int:
-    """Decimals: three for shares, two for percentages and scores."""
-    return 3 if all(abs(value) <= 1 for value in values if value is not None) else 2
 
 
 def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:

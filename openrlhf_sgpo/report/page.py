@@ -27,15 +27,18 @@ def page(
     shown = {name: parts for name, parts in sections.items() if parts}
     ids = {name: name.lower().replace(" ", "-") for name in shown}
     section_tags = [tag("section", tag("h2", name, id=ids[name]), *parts) for name, parts in shown.items()]
-    sentences = [tag("p", _unbroken(sentence)) for sentence in verdict]
+    # No line breaks around a plus-minus.
+    unbroken = (sentence.replace(" \N{PLUS-MINUS SIGN} ", "\u00a0\N{PLUS-MINUS SIGN}\u00a0") for sentence in verdict)
+    sentences = [tag("p", sentence) for sentence in unbroken]
     if "\N{PLUS-MINUS SIGN}" in join(*sentences, *section_tags):
         sentences.append(tag("p", f"{PLUS_MINUS}.", class_="quiet"))
+    listed = tag("ul", *(tag("li", text) for text in warnings))
     body = join(
         tag("p", kind, class_="kind"),
         tag("h1", title),
         *([tag("div", *sentences, class_="verdict")] if sentences else []),
         tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()), class_="facts"),
-        _warnings(warnings),
+        *([tag("div", tag("strong", "Read this first"), listed, class_="warnings")] if warnings else []),
         tag("nav", *(tag("a", name, href=f"#{ids[name]}") for name in shown)),
         *section_tags,
         tag(
@@ -62,16 +65,3 @@ def page(
 
 def _file(name: str) -> str:
     return (files("openrlhf_sgpo.report") / name).read_text(encoding="utf-8")
-
-
-def _unbroken(sentence: str) -> str:
-    """The sentence with no-break spaces around each plus-minus."""
-    return sentence.replace(" \N{PLUS-MINUS SIGN} ", "\u00a0\N{PLUS-MINUS SIGN}\u00a0")
-
-
-def _warnings(texts: Sequence[str]) -> Markup:
-    if not texts:
-        return Markup()
-    return tag(
-        "div", tag("strong", "Read this first"), tag("ul", *(tag("li", text) for text in texts)), class_="warnings"
-    )

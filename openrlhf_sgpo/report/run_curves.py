@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from openrlhf_sgpo.intervals import half_of
 from openrlhf_sgpo.report.figures import Series, lines, plot, plots, whole_numbers
+from openrlhf_sgpo.report.markup import words
 
 MOST_POINTS = 1000
 BINS = 40
@@ -59,8 +60,7 @@ def round_plots(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list
     solved = [(name, row) for name, row in zip(names, rows, strict=True) if row.get("value") is not None]
     if solved:
         shown = [
-            Series(key.replace("_", " "), [name for name, _ in solved], [row.get(key) for _, row in solved])
-            for key in _FOLLOWER
+            Series(words(key), [name for name, _ in solved], [row.get(key) for _, row in solved]) for key in _FOLLOWER
         ]
         note = "before the round's steps; empirical: without the follower, bound: the limit for any follower"
         drawn.append(plot("The follower's problem", lines(shown, "lines+markers"), note))

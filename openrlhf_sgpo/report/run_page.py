@@ -22,7 +22,7 @@ from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.run_curves import held_out_plot, round_plots, step_plots
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json
-from openrlhf_sgpo.table import FIGURES, STAGES, measured_differently, plus_minus
+from openrlhf_sgpo.table import FIGURES, STAGES, measured_differently, plus_minus, seconds_by_stage
 
 PLAYS_SHOWN = 4
 
@@ -193,17 +193,6 @@ def _cost(ledger: dict[str, Any]) -> list[Markup]:
 
 def _digits(kind: str) -> int:
     return 1 if kind in ("seconds", "peak_memory_gib") else 0
-
-
-def seconds_by_stage(stages: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Seconds per stage, or part of a step, by round name. stages: of the ledger."""
-    seconds: dict[str, dict[str, float]] = {}
-    for key, entry in stages.items():
-        folder, _, stage = key.partition("/")
-        name = "start" if folder == "initial" else words(folder)
-        parts = {kind.removeprefix("seconds_"): value for kind, value in entry.items() if kind.startswith("seconds_")}
-        seconds.setdefault(name, {}).update(parts or {stage: entry["seconds"]})
-    return seconds
 
 
 def _data(folder: Path) -> list[Markup]:

@@ -8,10 +8,9 @@ from typing import Any
 
 from openrlhf_sgpo.intervals import NORMAL_95, change, half_of, half_of_result, scores, share_error
 from openrlhf_sgpo.report.markup import words
-from openrlhf_sgpo.table import plus_minus
+from openrlhf_sgpo.table import plus_minus, plus_minus_rate
 
 SIGNIFICANT = 0.05
-_MINUS = "\N{MINUS SIGN}"
 
 
 def run_verdict(
@@ -30,13 +29,13 @@ def run_verdict(
             half = _half(now) or half
         verb = "rose" if moved > half else "fell" if moved < -half else "went"
         sentences.append(
-            f"Held-out accuracy {verb} from {_share(before)} to {_accuracy(now)} {where}{_doubt(moved, half, pairs)}."
+            f"Held-out accuracy {verb} from {fmean(before):.3f} to {_accuracy(now)} {where}{_doubt(moved, half, pairs)}."
         )
         if last != first:
             before, now, pairs = _paired_scores(after, end)
             moved, half = change(before, now)
             which = "the round after it" if len(measured) == 3 else f"the {len(measured) - 2} rounds after it"
-            by = f"changed it by {_signed(moved, half)}"
+            by = f"changed it by {plus_minus(moved, half, 3)}".replace("-", "\N{MINUS SIGN}")
             if abs(moved) > half:
                 by = f"{'raised' if moved > 0 else 'lowered'} it by {plus_minus(abs(moved), half, 3)}"
             sentences.append(f"{which.capitalize()} {by}, to {_accuracy(now)}{_doubt(moved, half, pairs)}.")
@@ -53,19 +52,17 @@ def run_verdict(
     return sentences
 
 
-def comparison_verdict(pairs: Sequence[Mapping[str, Any]], prompts: int | None) -> list[str]:
+def comparison_verdict(pairs: Sequence[dict[str, Any]], prompts: int | None) -> list[str]:
     """The verdict on cross-play: who is preferred to whom, after Holm's correction."""
     if not pairs:
         return []
     wins = []
     for row in pairs:
         if is_significant(row):
-            half = (row["high"] - row["low"]) / 2
             ahead = row["win_rate"] > 0.5
             better, worse = (row["first"], row["second"]) if ahead else (row["second"], row["first"])
-            wins.append(
-                f"{better} over {worse} ({plus_minus(row['win_rate'] if ahead else 1 - row['win_rate'], half, 3)})"
-            )
+            rate = row if ahead else row | {"win_rate": 1 - row["win_rate"]}
+            wins.append(f"{better} over {worse} ({plus_minus_rate(rate)})")
     open_pairs, on = len(pairs) - len(wins), f" on {prompts:,} prompts" if prompts else ""
     level = f"p is below {SIGNIFICANT} after Holm's correction"
     if not wins:
@@ -96,8 +93,8 @@ def _leader(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     placed = sorted(
         (row for row in rows if row["figures"].get(name) is not None), key=lambda row: -row["figures"][name]
     )
-    first = placed[0]
-    figure = f"{plus_minus(first['figures'][name], half_of_result(first, name), _digits(placed, name))} ({words(name)})"
+    first, digits = placed[0], digits_of([row["figures"][name] for row in placed])
+    figure = f"{plus_minus(first['figures'][name], half_of_result(first, name), digits)} ({words(name)})"
     if len(placed) == 1:
         return f"{title}: {first['model']} has {figure}."
     second = placed[1]
@@ -106,17 +103,14 @@ def _leader(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     if None in halves:
         return f"{title}: {first['model']} leads with {figure}, {second['model']} follows; the uncertainty is unknown."
     half = sum(half**2 for half in halves if half is not None) ** 0.5
-    by = plus_minus(lead, half, _digits(placed, name))
+    by = plus_minus(lead, half, digits)
     doubt = ", a lead not distinguishable from zero" if lead <= half else ""
     return f"{title}: {first['model']} leads with {figure}, {by} ahead of {second['model']}{doubt}."
 
 
-def _digits(rows: Sequence[Mapping[str, Any]], name: str) -> int:
-    return 3 if all(abs(row["figures"][name]) <= 1 for row in rows) else 2
-
-
-def _share(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.3f}"
+def digits_of(values: Sequence[float | None]) -> int:
+    """Decimals: three for shares, two for percentages and scores."""
+    return 3 if all(abs(value) <= 1 for value in values if value is not None) else 2
 
 
 def _paired_scores(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[list[float], list[float], str]:
@@ -132,10 +126,6 @@ def _half(values: Sequence[float]) -> float | None:
 
 def _accuracy(values: Sequence[float]) -> str:
     return plus_minus(fmean(values), _half(values), 3)
-
-
-def _signed(value: float, half: float) -> str:
-    return plus_minus(value, half, 3).replace("-", _MINUS)
 
 
 def _doubt(moved: float, half: float, pairs: str) -> str:
