@@ -36,14 +36,6 @@ _LIMITS = ("malformed", "refused", "empty", "too_long", "double_bos", "double_eo
 _INHERITED = ("ref", "data", "rollout", "vllm", "ds", "train")  # but not the judge
 
 
-def _data() -> DataSettings:
-    return DataSettings(limits=DataLimits(benchmark=1.0))  # these commands may well answer benchmark prompts
-
-
-def _vllm() -> VllmSettings:
-    return VllmSettings(enable_sleep=False)  # no training that needs the memory
-
-
 def one_process() -> DeepspeedSettings:
     return DeepspeedSettings(zero_stage=0)
 
@@ -52,10 +44,13 @@ def one_process() -> DeepspeedSettings:
 class AnswerSettings:
     """How policies answer: settings that evaluate, compare and refine share."""
 
-    data: DataSettings = part(_data, "max_len", "chat_template_kwargs", *(f"limits.{name}" for name in _LIMITS))
+    data: DataSettings = part(
+        lambda: DataSettings(limits=DataLimits(benchmark=1.0)),  # these commands may well answer benchmark prompts
+        *("max_len", "chat_template_kwargs", *(f"limits.{name}" for name in _LIMITS)),
+    )
     rollout: RolloutSettings = part(RolloutSettings, *DECODING)
     vllm: VllmSettings = part(
-        _vllm,
+        lambda: VllmSettings(enable_sleep=False),  # no training that needs the memory
         *("num_engines", "tensor_parallel_size", "gpu_memory_utilization", "enable_prefix_caching", "enforce_eager"),
     )
     ds: DeepspeedSettings = part(one_process, "param_dtype", "attn_implementation")

@@ -8,7 +8,7 @@ from typing import Any
 
 from openrlhf_sgpo.data.files import DataError, listing, read_rows
 from openrlhf_sgpo.data.inspection import prompt_key
-from openrlhf_sgpo.data.messages import Messages, checked_text, question, template_kwargs
+from openrlhf_sgpo.data.messages import checked_text, question, template_kwargs
 from openrlhf_sgpo.data.records import Prompt, Records
 
 _TEXTS = ("text", "output", "answer", "response", "completion")
@@ -24,14 +24,6 @@ class Draft:
     truncated: bool = False
 
 
-@dataclass(frozen=True)
-class _Row:
-    id: str | None
-    messages: Messages | None
-    template_kwargs: dict[str, Any]
-    draft: Draft
-
-
 def load_drafts(source: str, prompts: Records[Prompt] | None) -> tuple[Records[Prompt], dict[str, Draft]]:
     """The prompts, and the draft for each prompt id.
 
@@ -40,16 +32,17 @@ def load_drafts(source: str, prompts: Records[Prompt] | None) -> tuple[Records[P
     read. prompts: None to take the prompts of the rows. Raises DataError for unusable rows, two answers to one prompt, and
     prompts without an answer.
     """
-    rows, problems = [], []
+    rows: list[tuple[Prompt, Draft]] = []
+    problems = []
     table = read_rows(source)
     for place, row in table.entries:
         try:
             if isinstance(row, DataError):
                 raise row
             parsed = _parse(row, Path(source).stem)
-            if parsed is not None and parsed.messages is None and prompts is None:
+            if parsed and not parsed[0].messages and prompts is None:
                 raise DataError(f"missing column prompt; found {_columns(row)}; add it, or give --prompts")
-            rows += [parsed] if parsed is not None else []
+            rows += [parsed] if parsed else []
         except DataError as error:
             problems.append((place, str(error)))
     if problems:
@@ -62,17 +55,16 @@ def load_drafts(source: str, prompts: Records[Prompt] | None) -> tuple[Records[P
     if prompts is not None:
         return prompts, _joined(source, rows, prompts)
     drafts: dict[str, Draft] = {}
-    drafted = []
-    for number, row in enumerate(rows):
-        name = row.id or f"row-{number}"
-        name = f"{name}#{number}" if name in drafts else name
-        drafts[name] = row.draft
-        drafted.append(Prompt(name, row.messages or [], template_kwargs=row.template_kwargs))
-    return Records(drafted), drafts
+    for number, (prompt, draft) in enumerate(rows):
+        name = prompt.id or f"row-{number}"
+        prompt.id = f"{name}#{number}" if name in drafts else name
+        drafts[prompt.id] = draft
+    return Records([prompt for prompt, _ in rows]), drafts
 
 
-def _parse(row: Any, name: str) -> _Row | None:
-    """The row; None for a record of this package other than the first answer of a chain."""
+def _parse(row: Any, name: str) -> tuple[Prompt, Draft] | None:
+    """The draft and its prompt, without id or messages where the row has none; None for a record of this package other than
+    the first answer of a chain."""
     if not isinstance(row, dict):
         raise DataError(f"expected an object, found {type(row).__name__}")
     if "method" in row and (row["method"], row.get("depth")) != ("chain", 1):
@@ -85,26 +77,25 @@ def _parse(row: Any, name: str) -> _Row | None:
         raise DataError(f"missing column prompt or id; found {_columns(row)}")
     generator = checked_text(str(row.get("generator") or name), "generator")
     draft = Draft(checked_text(row[answer], answer), generator, row.get("truncated") is True)
-    messages = None if column is None else question(row, column)
-    return _Row(
-        None if row.get("id") is None else checked_text(str(row["id"]), "id"), messages, template_kwargs(row), draft
-    )
+    prompt_id = "" if row.get("id") is None else checked_text(str(row["id"]), "id")
+    messages = [] if column is None else question(row, column)
+    return Prompt(prompt_id, messages, template_kwargs=template_kwargs(row)), draft
 
 
 def _columns(row: dict[str, Any]) -> str:
     return ", ".join(sorted(map(str, row))) or "nothing"
 
 
-def _joined(source: str, rows: list[_Row], prompts: Records[Prompt]) -> dict[str, Draft]:
+def _joined(source: str, rows: list[tuple[Prompt, Draft]], prompts: Records[Prompt]) -> dict[str, Draft]:
     """The drafts by prompt id. Rows are matched by the text of their prompt, or by id if they have no prompt."""
     by_key: dict[Any, Draft] = {}
-    for row in rows:
-        key = prompt_key(row.messages) if row.messages is not None else row.id
+    for prompt, draft in rows:
+        key = prompt_key(prompt.messages) if prompt.messages else prompt.id
         if key in by_key:
             raise DataError(
-                f"--drafts {source}: two answers to one prompt ({row.id or row.messages}); keep one of them"
+                f"--drafts {source}: two answers to one prompt ({prompt.id or prompt.messages}); keep one of them"
             )
-        by_key[key] = row.draft
+        by_key[key] = draft
     drafts = {prompt.id: by_key.get(prompt_key(prompt.messages), by_key.get(prompt.id)) for prompt in prompts}
     missing = [name for name, draft in drafts.items() if draft is None]
     if missing:

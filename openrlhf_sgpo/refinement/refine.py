@@ -22,14 +22,7 @@ from openrlhf_sgpo.output import say
 from openrlhf_sgpo.refinement.budget import affordable, further
 from openrlhf_sgpo.refinement.drafts import Draft, load_drafts
 from openrlhf_sgpo.refinement.preferences import Answers, chain_preferences, choose
-from openrlhf_sgpo.refinement.results import (
-    Origin,
-    Row,
-    alpaca_eval_outputs,
-    answer_rows,
-    figures_by_depth,
-    refinement_table,
-)
+from openrlhf_sgpo.refinement.results import Row, alpaca_eval_outputs, answer_rows, figures_by_depth, refinement_table
 from openrlhf_sgpo.refinement.settings import RefineSettings, inference
 from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.rollout.base import prompt_seed
@@ -75,7 +68,8 @@ class Refinement(StagedCommand):
         for prompt, chain, independent, budget in zip(self.prompts, chains, samples, budgets, strict=True):
             lengths = [sample.tokens for sample in independent]
             counts = [affordable(lengths, total) for total in budget]
-            answers.append(Answers(prompt, chain, independent, counts, self._draft_by(prompt)))
+            draft_by = self.drafts[prompt.id].generator if self.drafts else ""
+            answers.append(Answers(prompt, chain, independent, counts, draft_by))
         best, preferences = self._judged(answers) if self.settings.oracle else ([], [])
         return self._write(answers, best, preferences)
 
@@ -100,9 +94,6 @@ class Refinement(StagedCommand):
     def _draft(self, prompt: Prompt) -> Answer:
         draft = self.drafts[prompt.id]
         return Answer(draft.text, draft.truncated, self.chat.response(draft.text, draft.truncated, WHOLE))
-
-    def _draft_by(self, prompt: Prompt) -> str:
-        return self.drafts[prompt.id].generator if self.drafts else ""
 
     def _drafts_cut(self) -> int:
         """How many drafts are too long to be shown whole."""
@@ -192,17 +183,18 @@ class Refinement(StagedCommand):
 
     def _write(self, answers: Sequence[Answers], best: list[list[int]], preferences: list[Row]) -> Row:
         settings, path = self.settings, self.folder.path
-        origin = Origin(self.policy.name, Path(settings.prompts or settings.drafts).stem, settings.follower_prompt)
+        model, instruction = self.policy.name, settings.follower_prompt
         rows = [
             row
             for number, of_prompt in enumerate(answers)
-            for row in answer_rows(of_prompt, best[number] if best else [], origin)
+            for row in answer_rows(of_prompt, best[number] if best else [], model, instruction)
         ]
         write_jsonl(path / "answers.jsonl", rows)
-        for name, outputs in alpaca_eval_outputs(rows, origin.dataset).items():
+        dataset = Path(settings.prompts or settings.drafts).stem
+        for name, outputs in alpaca_eval_outputs(rows, dataset).items():
             write_json(path / name, outputs)
         summary: Row = {
-            "model": self.policy.name,
+            "model": model,
             "policy": self.policy.folder,
             "follower": self.policy.follower,
             "prompts": len(answers),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from statistics import fmean
 from typing import Any
@@ -30,18 +29,9 @@ _NOTE = f"""tokens: of an answer, mean; in total: of the chain up to it; samples
 over ...: mean preference of the oracle for the chain's answer; {PLUS_MINUS}, over the prompts"""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The origin of answers. model: the name of the model, which wrote every answer but drafts. dataset: the source of the
-    prompts. follower_prompt: the instruction for revisions."""
-
-    model: str
-    dataset: str
-    follower_prompt: str
-
-
-def answer_rows(answers: Answers, best: Sequence[int], origin: Origin) -> Iterator[Row]:
-    """A row for each answer to a prompt. best: index of the best sample by depth, empty if unknown.
+def answer_rows(answers: Answers, best: Sequence[int], model: str, follower_prompt: str) -> Iterator[Row]:
+    """A row for each answer to a prompt. best: index of the best sample by depth, empty if unknown. model: the name of the
+    model, which wrote every answer but drafts. follower_prompt: the instruction for revisions.
 
     chain: depth, and the answer that it revised. iid: index from 1, and the smallest depth whose budget includes it, if any.
     best_of_n: depth, and the index among the ``samples`` within the depth's budget. total_tokens: tokens of all answers needed
@@ -63,7 +53,7 @@ def answer_rows(answers: Answers, best: Sequence[int], origin: Origin) -> Iterat
             "samples": None,
             "parent_id": None,
             "follower_prompt": None,
-            "generator": origin.model,
+            "generator": model,
             **sample.to_row(),
             "total_tokens": total,
             **columns,
@@ -72,7 +62,7 @@ def answer_rows(answers: Answers, best: Sequence[int], origin: Origin) -> Iterat
     totals = list(accumulate(sample.tokens for sample in answers.chain))
     for depth, (sample, total) in enumerate(zip(answers.chain, totals, strict=True), start=1):
         if depth > 1:
-            parent = {"parent_id": f"{prompt.id}/chain/{depth - 1}", "follower_prompt": origin.follower_prompt}
+            parent = {"parent_id": f"{prompt.id}/chain/{depth - 1}", "follower_prompt": follower_prompt}
             yield row(f"chain/{depth}", "follower", sample, total, depth=depth, **parent)
         elif answers.draft_by:
             yield row("chain/1", "draft", sample, total, depth=1, generator=answers.draft_by)
@@ -88,7 +78,8 @@ def answer_rows(answers: Answers, best: Sequence[int], origin: Origin) -> Iterat
 
 
 def alpaca_eval_outputs(rows: Sequence[Row], dataset: str) -> dict[str, list[Row]]:
-    """Outputs of chains and best samples in AlpacaEval's format, by file name; only for prompts of a single user message."""
+    """Outputs of chains and best samples in AlpacaEval's format, by file name; only for prompts of a single user message.
+    dataset: the source of the prompts."""
     files: dict[str, list[Row]] = {}
     for row in rows:
         (first, *later), depth = row["prompt"], row["depth"]
