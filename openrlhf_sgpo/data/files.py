@@ -102,7 +102,7 @@ def read_rows(source: str, split: str = "", splits: Sequence[str] = TRAIN_SPLITS
     check_data_source(source, split)
     path, kind = Path(source), _kind(source)
     if not is_file(source):
-        return Rows("row", _hub(source, split, splits, EXPECTED), published=True)
+        return Rows("row", _hub(source, split, splits), published=True)
     if kind == ".parquet":
         return Rows("row", _parquet(path))
     return Rows("line", _lines(path) if kind == ".jsonl" else _json(path))
@@ -245,14 +245,14 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         yield from enumerate(row for batch in file.iter_batches() for row in batch.to_pylist())
 
 
-def _hub(source: str, split: str, splits: Sequence[str], expected: str) -> Iterator[tuple[int, Any]]:
+def _hub(source: str, split: str, splits: Sequence[str]) -> Iterator[tuple[int, Any]]:
     from datasets import load_dataset
 
     try:
         table = load_dataset(source, split=split or None)
     except Exception as error:  # the library raises errors of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{source}: cannot be loaded ({reason}); {expected}, with an existing split") from error
+        raise DataError(f"{source}: cannot be loaded ({reason}); {EXPECTED}, with an existing split") from error
     if not split:
         existing = [name for name in splits if name in table]
         if not existing:

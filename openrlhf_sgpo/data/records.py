@@ -5,7 +5,6 @@ Written rows are conversational (lists of messages) and have further columns, wh
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from openrlhf_sgpo.data.messages import (
     template_kwargs,
     with_system,
 )
+from openrlhf_sgpo.integrity import hash_of
 
 Record = TypeVar("Record", "Pair", "Prompt")
 
@@ -122,7 +122,8 @@ class Records(list[Record]):
         self.left_out = tuple(left_out)
 
 
-def _columns(row: dict[str, Any]) -> str:
+def columns_of(row: dict[str, Any]) -> str:
+    """The columns of a row, for messages."""
     return f"found {', '.join(sorted(map(str, row))) or 'nothing'}"
 
 
@@ -161,7 +162,7 @@ def _pair_of_a_run(row: dict[str, Any], name: str) -> Pair:
     kinds = {"source": str, "round": int, "flipped": bool, "scores": dict}
     if wrong := [column for column, kind in kinds.items() if not isinstance(row.get(column), kind)]:
         raise DataError(
-            f"column {' and '.join(wrong)} is missing or not of the type that a run writes; {_columns(row)}"
+            f"column {' and '.join(wrong)} is missing or not of the type that a run writes; {columns_of(row)}"
         )
     token_ids = {column: tuple(row.get(column, ())) for column in _TOKEN_IDS}
     return replace(_pair(row, name), **{column: row[column] for column in kinds} | token_ids)
@@ -170,11 +171,11 @@ def _pair_of_a_run(row: dict[str, Any], name: str) -> Pair:
 def _pair(row: dict[str, Any], name: str) -> Pair:
     missing = [column for column in ("chosen", "rejected") if row.get(column) is None]
     if missing:
-        raise DataError(f"missing column {' and '.join(missing)}; {_columns(row)}")
+        raise DataError(f"missing column {' and '.join(missing)}; {columns_of(row)}")
     try:
         prompt, chosen, rejected = preference(row)
     except DataError as error:
-        raise error if row.get("prompt") is not None else DataError(f"{error}; {_columns(row)}") from error
+        raise error if row.get("prompt") is not None else DataError(f"{error}; {columns_of(row)}") from error
     more = _truncation(row) | _labels(row)
     return Pair(_id(row, name), prompt, chosen, rejected, template_kwargs=template_kwargs(row), **more)
 
@@ -191,7 +192,7 @@ def _prompt(row: dict[str, Any], name: str) -> Prompt:
     if row.get("prompt") is not None:
         return Prompt(_id(row, name), question(row), template_kwargs=template_kwargs(row))
     if row.get("messages") is None:
-        raise DataError(f"missing column prompt; {_columns(row)}")
+        raise DataError(f"missing column prompt; {columns_of(row)}")
     refuse_unread_columns(row)
     messages = messages_of(row["messages"], "messages")
     messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
@@ -232,7 +233,7 @@ def _load(
 
 def fingerprint(records: Sequence[Pair] | Sequence[Prompt]) -> str:
     """A hash of the records' contents and order."""
-    return hashlib.blake2b(repr([asdict(record) for record in records]).encode(), digest_size=16).hexdigest()
+    return hash_of([repr([asdict(record) for record in records]).encode()])
 
 
 def load_pairs(source: str, split: str = "", limit: int = 0, splits: Sequence[str] = TRAIN_SPLITS) -> Records[Pair]:

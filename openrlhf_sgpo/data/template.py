@@ -48,16 +48,13 @@ def template_arguments(items: Sequence[str]) -> dict[str, Any]:
             variables = value
         else:
             variables = {name.strip(): value if isinstance(value, (bool, int, float, list, dict)) else text}
-        if not isinstance(variables, dict) or not (equals or variables is value) or not all(map(_is_name, variables)):
+        named = isinstance(variables, dict) and all(isinstance(key, str) and key.isidentifier() for key in variables)
+        if not named or not (equals or variables is value):
             raise ValueError(f"--{FLAG}: {item!r} is not NAME=VALUE, such as enable_thinking=false")
         if taken := sorted(variables.keys() & NOT_FOR_TEMPLATES):
             raise ValueError(f"--{FLAG}: {', '.join(taken)} cannot be set; the run passes it to chat templates itself")
         arguments |= variables
     return arguments
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.isidentifier()
 
 
 def today() -> datetime:

@@ -9,7 +9,7 @@ from typing import Any
 from openrlhf_sgpo.data.files import DataError, listing, read_rows
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.messages import checked_text, question, template_kwargs
-from openrlhf_sgpo.data.records import Prompt, Records
+from openrlhf_sgpo.data.records import Prompt, Records, columns_of
 
 _TEXTS = ("text", "output", "answer", "response", "completion")
 _PROMPTS = ("prompt", "instruction")  # instruction: AlpacaEval's column
@@ -41,7 +41,7 @@ def load_drafts(source: str, prompts: Records[Prompt] | None) -> tuple[Records[P
                 raise row
             parsed = _parse(row, Path(source).stem)
             if parsed and not parsed[0].messages and prompts is None:
-                raise DataError(f"missing column prompt; found {_columns(row)}; add it, or give --prompts")
+                raise DataError(f"missing column prompt; {columns_of(row)}; add it, or give --prompts")
             rows += [parsed] if parsed else []
         except DataError as error:
             problems.append((place, str(error)))
@@ -71,19 +71,15 @@ def _parse(row: Any, name: str) -> tuple[Prompt, Draft] | None:
         return None
     answer = next((column for column in _TEXTS if isinstance(row.get(column), str)), None)
     if answer is None:
-        raise DataError(f"missing column {' or '.join(_TEXTS)}; found {_columns(row)}")
+        raise DataError(f"missing column {' or '.join(_TEXTS)}; {columns_of(row)}")
     column = next((column for column in _PROMPTS if row.get(column) is not None), None)
     if column is None and row.get("id") is None:
-        raise DataError(f"missing column prompt or id; found {_columns(row)}")
+        raise DataError(f"missing column prompt or id; {columns_of(row)}")
     generator = checked_text(str(row.get("generator") or name), "generator")
     draft = Draft(checked_text(row[answer], answer), generator, row.get("truncated") is True)
     prompt_id = "" if row.get("id") is None else checked_text(str(row["id"]), "id")
     messages = [] if column is None else question(row, column)
     return Prompt(prompt_id, messages, template_kwargs=template_kwargs(row)), draft
-
-
-def _columns(row: dict[str, Any]) -> str:
-    return ", ".join(sorted(map(str, row))) or "nothing"
 
 
 def _joined(source: str, rows: list[tuple[Prompt, Draft]], prompts: Records[Prompt]) -> dict[str, Draft]:

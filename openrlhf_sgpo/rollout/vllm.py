@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class VllmRollout:
         self.started_with = self.folder
         self.engines = [self._engine(number) for number in range(settings.num_engines)]
         self._wait_for(range(settings.num_engines))
-        self._sleep()
+        if self.sleeps:
+            self._all("sleep")
 
     def _engine(self, number: int) -> Any:
         from openrlhf_sgpo.openrlhf.engine import RolloutEngine
@@ -125,11 +127,11 @@ class VllmRollout:
             "lower --data.max_len, --vllm.num_engines or --vllm.gpu_memory_utilization"
         ) from death
 
-    def _wake(self) -> None:
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
         if self.sleeps:
             self._all("wake_up")
-
-    def _sleep(self) -> None:
+        yield
         if self.sleeps:
             self._all("sleep")
 
@@ -140,14 +142,10 @@ class VllmRollout:
         ranks.on_rank_0(self._load)
 
     def _load(self) -> None:
-        self._wake()
-        self.compared = min(self._all("load_policy", self.folder))
-        self._sleep()
+        with self._awake():
+            self.compared = min(self._all("load_policy", self.folder))
 
     def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
-        return ranks.on_rank_0(lambda: self._generate(prompts, sampling, label))
-
-    def _generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
         parameters = {
             "n": sampling.n,
             "temperature": sampling.temperature,
@@ -159,29 +157,30 @@ class VllmRollout:
             "detokenize": bool(self.stop.text),
             "skip_special_tokens": False,
         }
-        self._wake()
-        calls = [
-            (
-                number % len(self.engines),
-                "sample",
-                (list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}),
-            )
-            for number, prompt in enumerate(prompts)
-        ]
-        results = [[self.stop.sample(ids) for ids in answer] for answer in self._ask(calls, label)]
-        self._sleep()
-        return results
+
+        def work() -> list[list[Answer]]:
+            calls = [
+                (
+                    number % len(self.engines),
+                    "sample",
+                    (list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}),
+                )
+                for number, prompt in enumerate(prompts)
+            ]
+            with self._awake():
+                return [[self.stop.sample(ids) for ids in answer] for answer in self._ask(calls, label)]
+
+        return ranks.on_rank_0(work)
 
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         """Those of the first engine; raises RuntimeError if another one differs by more than 0.1 nats per token."""
         return ranks.on_rank_0(lambda: self._log_probs(sequences))
 
     def _log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
-        self._wake()
         numbers = range(len(self.engines))
         calls = [(number, "log_probs", (list(sequence),)) for number in numbers for sequence in sequences]
-        log_probs = self._ask(calls)
-        self._sleep()
+        with self._awake():
+            log_probs = self._ask(calls)
         by_engine = [log_probs[number * len(sequences) : (number + 1) * len(sequences)] for number in numbers]
         for number, engine_log_probs in enumerate(by_engine[1:], start=1):
             gaps = [abs(sum(a) - sum(b)) / len(a) for a, b in zip(by_engine[0], engine_log_probs, strict=True)]
