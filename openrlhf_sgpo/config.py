@@ -295,5 +295,15 @@ class Config(Inference):
     dry_run: bool = setting(False, "print the resolved configuration and stop before a model is loaded")
 
 
+def room_problems(rollout: RolloutSettings, data: DataSettings) -> list[str]:
+    """The problem of a length limit that leaves no room for a prompt before a sampled response."""
+    if rollout.max_new_tokens < data.max_len:
+        return []
+    return [
+        f"--rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt within --data.max_len {data.max_len}; "
+        "lower the one or raise the other"
+    ]
+
+
 # The names that torch, transformers and vLLM use for values of --ds.param_dtype.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

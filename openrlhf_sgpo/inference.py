@@ -24,9 +24,10 @@ from openrlhf_sgpo.config import (
     RolloutSettings,
     TrainSettings,
     VllmSettings,
+    room_problems,
 )
 from openrlhf_sgpo.data.files import is_file
-from openrlhf_sgpo.data.template import template_arguments
+from openrlhf_sgpo.data.template import argument_problems
 from openrlhf_sgpo.flags import part
 from openrlhf_sgpo.run_check import check_ended, check_round
 from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
@@ -68,16 +69,7 @@ class AnswerSettings:
             problems.append(
                 f"{command} is one process: start it without a launcher, engines share GPUs by --vllm.num_engines"
             )
-        new, longest = self.rollout.max_new_tokens, self.data.max_len
-        if new >= longest:
-            problems.append(
-                f"--rollout.max_new_tokens: {new} leaves no room for a prompt within --data.max_len {longest}; lower the one "
-                "or raise the other"
-            )
-        try:
-            template_arguments(self.data.chat_template_kwargs)
-        except ValueError as error:
-            problems.append(str(error))
+        problems += room_problems(self.rollout, self.data) + argument_problems(self.data.chat_template_kwargs)
         return problems + flags.out_of_range({"": self})
 
     def inherit(self, run: Mapping[str, Any]) -> None:

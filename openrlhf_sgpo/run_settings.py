@@ -14,9 +14,9 @@ from typing import Any
 
 from openrlhf_sgpo import algorithms, extras, flags, keys, oracle, trl_names
 from openrlhf_sgpo.algorithms import Algorithm
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import Config, room_problems
 from openrlhf_sgpo.data.files import is_file
-from openrlhf_sgpo.data.template import template_arguments
+from openrlhf_sgpo.data.template import argument_problems
 
 # Read only by runs with self-annotated rounds.
 _ROUNDS_ONLY = (
@@ -135,20 +135,18 @@ def samples(config: Config, algorithm: type[Algorithm]) -> bool:
     return config.rounds.count > 0 or evaluated
 
 
-def check(
-    config: Config, options: Any, algorithm: type[Algorithm], given: Mapping[str, str] | None = None
-) -> dict[str, str]:
+def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mapping[str, str]) -> dict[str, str]:
     """Raises flags.SettingsError with all problems of the values and their combination.
 
-    given: origins of the settings that were set, as ``flags.parse`` returns them; without it, settings that the run does not
-    read go unnoticed. On the command line such a setting is a problem; in a file, which may serve several algorithms, it is
-    reset to its default. Returns the reasons, by name, for those that were reset.
+    given: origins of the settings that were set, as ``flags.parse`` returns them. A setting that the run does not read is a
+    problem on the command line; in a file, which may serve several algorithms, it is reset to its default. Returns the reasons,
+    by name, for those that were reset.
     """
-    unread, default = _unread(config, algorithm, given or {}), sections(algorithm)[""]()
+    unread, default = _unread(config, algorithm, given), sections(algorithm)[""]()
     ignored = {}
     for name, reason in unread.items():
         read, standard = attrgetter(name), attrgetter(name)(default)
-        if given and given[name] != flags.COMMAND_LINE and read(config) != standard:
+        if given[name] != flags.COMMAND_LINE and read(config) != standard:
             ignored[name] = reason
             group, _, leaf = name.rpartition(".")
             setattr(attrgetter(group)(config) if group else config, leaf, standard)
@@ -156,7 +154,7 @@ def check(
     problems += [
         f"--{name}: {reason} and would not read it ({flags.COMMAND_LINE}); leave it out"
         for name, reason in unread.items()
-        if given and given[name] == flags.COMMAND_LINE
+        if given[name] == flags.COMMAND_LINE
     ]
     train, ds, rounds, rollout = config.train, config.ds, config.rounds, config.rollout
     if train.micro_batch_size > 0 and train.batch_size % train.micro_batch_size:
@@ -193,11 +191,7 @@ def check(
     if samples(config, algorithm):
         if not oracle.judges_itself(config, algorithm):
             problems += oracle.problems(config.oracle, config)
-        if rollout.max_new_tokens >= config.data.max_len:
-            problems.append(
-                f"--rollout.max_new_tokens: {rollout.max_new_tokens} leaves no room for a prompt within --data.max_len "
-                f"{config.data.max_len}; lower the one or raise the other"
-            )
+        problems += room_problems(rollout, config.data)
     if rounds.count > 0:
         if not config.data.prompt_dataset:
             problems.append("--data.prompt_dataset: missing, the rounds need prompts; give it, or --algo dpo")
@@ -233,11 +227,7 @@ def _missing(config: Config, algorithm: type[Algorithm], *names: str) -> list[st
 
 def _check_reading(config: Config) -> list[str]:
     """Problems with how data are read."""
-    problems = []
-    try:
-        template_arguments(config.data.chat_template_kwargs)
-    except ValueError as error:
-        problems.append(str(error))
+    problems = argument_problems(config.data.chat_template_kwargs)
     for split, dataset in _SPLITS.items():
         source = attrgetter(dataset)(config)
         if attrgetter(split)(config) and is_file(source):

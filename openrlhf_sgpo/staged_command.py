@@ -80,10 +80,7 @@ class StagedCommand:
         self.ledger = Ledger(path / "ledger.json", writes=True)
 
     def stage(
-        self,
-        name: str,
-        work: Callable[[dict[str, float]], list[Row]],
-        usage: Callable[[], dict[str, int]] = dict,
+        self, name: str, work: Callable[[dict[str, float]], list[Row]], usage: Callable[[], dict[str, int]] = dict
     ) -> list[Row]:
         """The rows of a stage, computed only if they do not exist yet, see ``ledger.stage_rows``."""
         return stage_rows(self.folder.path, self.ledger, name, work, usage)

@@ -316,7 +316,7 @@ def test_algorithms_that_cannot_be_loaded():
 def test_check_without_knowing_what_was_given():
     config = sections(Once)[""]()
     config.model.model_name_or_path, config.data.dataset, config.ckpt.output_dir = "m", "d", "o"
-    check(config, NoSettings(), Once)
+    check(config, NoSettings(), Once, {})
 
 
 def test_configurations_share_no_list():

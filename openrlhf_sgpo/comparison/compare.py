@@ -9,6 +9,7 @@ A finished stage is read from its file, so a stopped comparison continues where 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -18,13 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from openrlhf_sgpo import flags, oracle
-from openrlhf_sgpo.comparison.compared_runs import (
-    START,
-    ComparedRun,
-    RunGroup,
-    group_warnings,
-    oracle_warnings,
-)
+from openrlhf_sgpo.comparison.compared_runs import START, ComparedRun, RunGroup, group_warnings, oracle_warnings
 from openrlhf_sgpo.comparison.head_to_head import (
     budget_warnings,
     comparison_table,
@@ -83,8 +78,7 @@ class RunComparison(StagedCommand):
             ]
             for group in self.groups
         }
-        judge = self.make_oracle()
-        try:
+        with closing(self.make_oracle()) as judge:
             pairs = with_holm(
                 [
                     cross_play(names, self._preferences(judge, names, answers[names[0]], answers[names[1]]))
@@ -95,8 +89,6 @@ class RunComparison(StagedCommand):
                 versus_start(name, self._preferences(judge, (name, START), by_seed, [start]), divergences[name])
                 for name, by_seed in answers.items()
             ]
-        finally:
-            judge.close()
         return self._write(start, answers, divergences, pairs, over_start)
 
     def _answers(self, name: str, folder: str) -> list[Row]:

@@ -25,11 +25,7 @@ costs of training, mean over seeds; tokens in thousands"""
 
 def over_seeds(values: Sequence[float]) -> Row:
     """Mean over seeds and its standard error, None for one seed; both None where nothing was measured."""
-    return {
-        "mean": fmean(values) if values else None,
-        "error": standard_error(values),
-        "values": list(values),
-    }
+    return {"mean": fmean(values) if values else None, "error": standard_error(values), "values": list(values)}
 
 
 def cross_play(names: tuple[str, str], preferences: npt.ArrayLike) -> Row:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -195,11 +196,8 @@ def check_judge(settings: JudgeCheckSettings) -> dict[str, Any]:
     resolved = flags.dump({"": replace(settings, resume=False)})
     folder.prepare(resolved, settings.resume, {"--data.dataset": fingerprint(loaded)})
     log_to(folder.path)
-    judge = _make(settings.oracle, config, folder.path)
-    try:
+    with closing(_make(settings.oracle, config, folder.path)) as judge:
         shares, shows_orders = ask(judge, pairs)
-    finally:
-        judge.close()
     rows = zip(pairs, shares, strict=True)
     write_jsonl(folder.path / "pairs.jsonl", ({"id": pair.id, **share._asdict()} for pair, share in rows))
     notes = [] if shows_orders else ["the oracle shows no order, so its position bias is 0 by construction"]

@@ -57,6 +57,15 @@ def template_arguments(items: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
+def argument_problems(items: Sequence[str]) -> list[str]:
+    """The problem of items that ``template_arguments`` refuses."""
+    try:
+        template_arguments(items)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def today() -> datetime:
     """Midnight (UTC) of the current day, without a time zone."""
     return datetime.now(timezone.utc).replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)

@@ -11,6 +11,7 @@ A finished stage is read from its file, so a stopped refinement continues where 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import accumulate, count
 from pathlib import Path
@@ -130,20 +131,17 @@ class Refinement(StagedCommand):
 
     def _judged(self, answers: Sequence[Answers]) -> tuple[list[list[int]], list[Row]]:
         """The index of the best sample by prompt and depth, empty without best_of_n; and the rows of preferences."""
-        config, controls = self.config, self.settings.controls or []
-        judge = self.make_oracle()
+        controls = self.settings.controls or []
         best: list[list[int]] = []
-        try:
+        with closing(self.make_oracle()) as judge:
             if "best_of_n" in controls:
                 chosen = self.stage("best_of_n", lambda _: choose(judge, answers), judge.usage)
                 best = [row["best"] for row in chosen]
             return best, self.stage(
                 "preferences",
-                lambda _: chain_preferences(judge, answers, "iid" in controls, best, config.train.seed),
+                lambda _: chain_preferences(judge, answers, "iid" in controls, best, self.config.train.seed),
                 judge.usage,
             )
-        finally:
-            judge.close()
 
     def _generate(
         self, name: str, folder: str, requests: Sequence[tuple[Tokens, int]], seed: int

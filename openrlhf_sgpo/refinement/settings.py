@@ -44,8 +44,7 @@ class RefineSettings(JudgedSettings):
     follower_prompt: str = setting(IMPROVE, "instruction to the model after the prompt and the draft")
     out: str = setting("", "folder for records and results")
     oracle: str = setting(
-        "",
-        "the oracle that compares answers: as in training, but implicit is always frozen (default: none)",
+        "", "the oracle that compares answers: as in training, but implicit is always frozen (default: none)"
     )
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
     beta: float = setting(0.1, "strength of the KL regularisation in the rewards of --oracle implicit", above=0)

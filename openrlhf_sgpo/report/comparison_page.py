@@ -109,10 +109,7 @@ def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Markup]:
     ]
     figure = points(shown, errors, "nats per answer from the reference", "win rate over the start")
     figure.add_hline(y=0.5)
-    return [
-        *([plot("Win rate over the start", figure, note, height=380)] if placed else []),
-        html_table(header, cells),
-    ]
+    return [*([plot("Win rate over the start", figure, note, height=380)] if placed else []), html_table(header, cells)]
 
 
 def _figures(groups: Sequence[dict[str, Any]]) -> list[Markup]:

@@ -150,12 +150,7 @@ class FreshAnswers(Source):
             place = f"{self.trainer.stage.label}, step {step}"
             raise in_training(place, str(error), config.ds.param_dtype) from error
         questions = [
-            Question(
-                prompt.id,
-                prompt.messages,
-                tuple(sample for _, sample in drawn),
-                prompt.template_kwargs,
-            )
+            Question(prompt.id, prompt.messages, tuple(sample for _, sample in drawn), prompt.template_kwargs)
             for prompt, drawn in zip(prompts, answers, strict=True)
         ]
         before = oracle.usage()
@@ -181,9 +176,7 @@ class FreshAnswers(Source):
             with open(self._file(self.number), "a", encoding="utf-8") as file:
                 for play, log_probs in zip(self.plays, recorded.tolist(), strict=True):
                     file.write(json_text(self._row(step, play, log_probs)) + "\n")
-        metrics: dict[str, float] = {
-            "train/wins": mean(mean(play.preferences[0][1:]) for play in self.plays),
-        }
+        metrics: dict[str, float] = {"train/wins": mean(mean(play.preferences[0][1:]) for play in self.plays)}
         for role in dict.fromkeys(self.play.roles):
             samples = [
                 sample

@@ -259,10 +259,7 @@ def _answer_row(model: str, item: Item, text: str) -> dict[str, Any]:
         "uid": item.id,
         "ans_id": content_key(model, item.id, text),
         "model": model,
-        "messages": [
-            {"role": "user", "content": item.turns[0]},
-            {"role": "assistant", "content": {"answer": text}},
-        ],
+        "messages": [{"role": "user", "content": item.turns[0]}, {"role": "assistant", "content": {"answer": text}}],
         "tstamp": time.time(),
     }
 
