@@ -24,6 +24,7 @@ from openrlhf_sgpo import keys, yaml_files
 
 COMMAND_LINE = "command line"
 CONFIG_FLAG = "config"
+_CONFIG_HELP = "YAML file with any of these flags as keys, or the name of a recipe; the command line takes precedence"
 RECIPES = Path(__file__).with_name("recipes")
 _Sections: TypeAlias = Mapping[str, Callable[[], Any]]
 _Words: TypeAlias = list[tuple[str, list[str]]]  # flags with their values as text
@@ -226,13 +227,7 @@ def dump(instances: Mapping[str, Any]) -> str:
 
 def help_text(sections: _Sections) -> str:
     """One block per group: each flag with its type and default, then its help; at most 120 columns."""
-    config = _Flag(
-        str,
-        "",
-        {
-            "help": "YAML file with any of these flags as keys, or the name of a recipe; the command line takes precedence"
-        },
-    )
+    config = _Flag(str, "", {"help": _CONFIG_HELP})
     groups: dict[str, list[str]] = {}
     for name, flag in {CONFIG_FLAG: config, **_flags({key: kind() for key, kind in sections.items()})}.items():
         default = "empty" if flag.default in ("", []) else _shown(flag.default).replace("'", "")

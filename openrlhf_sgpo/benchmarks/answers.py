@@ -19,7 +19,7 @@ from openrlhf_sgpo.data.records import Answer, Messages
 from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
 from openrlhf_sgpo.integrity import WEIGHTS
-from openrlhf_sgpo.rollout import Rollout, Sampling, sampling_of, start_rollout
+from openrlhf_sgpo.rollout import Rollout, sampling_of, start_rollout
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.run_folder import jsonl, keep_rows, read_growing, read_json, write_json, write_jsonl
 
@@ -204,7 +204,8 @@ class Answerer:
                 seed = prompt_seed(self.config.train.seed, (turn,))
                 sampling = replace(sampling_of(self.config.rollout, seed), temperature=temperature)
                 name = label + (f", turn {turn + 1}" if turn or len(pending[0].turns) > 1 else "")
-                for item, (sample,) in zip(group, self._generate(chat, folder, contexts, sampling, name), strict=True):
+                samples = self._engine(chat, folder).generate(contexts, sampling, name)
+                for item, (sample,) in zip(group, samples, strict=True):
                     answers[item.id].append(sample)
         return [
             Responses(
@@ -216,14 +217,12 @@ class Answerer:
             for item in block
         ]
 
-    def _generate(
-        self, chat: ChatFormat, folder: str, contexts: list[tuple[int, ...]], sampling: Sampling, label: str
-    ) -> list[list[Answer]]:
+    def _engine(self, chat: ChatFormat, folder: str) -> Rollout:
         if self.rollout is None or self._kind != kind_of(folder):
             self.close()
             self.rollout, self._kind = start_rollout(self.config, chat, folder), kind_of(folder)
         self.rollout.load(folder)
-        return self.rollout.generate(contexts, sampling, label)
+        return self.rollout
 
 
 def _conversation(item: Item, answers: Sequence[str]) -> Messages:

@@ -16,12 +16,8 @@ from openrlhf_sgpo.data.files import DataError
 Messages = list[dict[str, Any]]
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
-FIELDS = (
-    "reasoning_content",
-    "tool_calls",
-    "tool_call_id",
-    "name",
-)  # of a message, beside its content, that a chat template may render
+# Of a message, beside its content, that a chat template may render.
+FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name")
 # Roles and fields of other formats, and their names here.
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _ROLES |= {"chatgpt": "assistant", "chatbot": "assistant", "function": "tool", "observation": "tool"}

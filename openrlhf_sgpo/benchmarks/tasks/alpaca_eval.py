@@ -140,7 +140,9 @@ class AlpacaEval(Task):
         notes = list(self._file[1])
         if not judge.settings.logprobs:
             notes.append("from the letters that the judge wrote, not from their probabilities")
-        reason = self._no_length_control(annotations)
+        reason = "it needs --alpaca_eval.df_gamed"
+        if self.settings.df_gamed:
+            reason = "the instructions are not the published ones" if self._file[1] else obstacle(annotations)
         if reason:
             notes.append(f"no length-controlled win rate: {reason}")
         else:
@@ -161,11 +163,6 @@ class AlpacaEval(Task):
             parse_failures=sum(verdict is None for verdict in verdicts),
             notes=notes,
         )
-
-    def _no_length_control(self, annotations: Sequence[Mapping[str, Any]]) -> str:
-        if not self.settings.df_gamed:
-            return "it needs --alpaca_eval.df_gamed"
-        return "the instructions are not the published ones" if self._file[1] else obstacle(annotations)
 
 
 def switched(instruction: str) -> bool:
