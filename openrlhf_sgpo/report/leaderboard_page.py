@@ -58,15 +58,11 @@ def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     groups = {}
     for group in by_judge.values():
         judge = group[0].get("judge")
-        title = f"{group[0]['task']}, " + (f"judged by {_judge_name(judge)}" if judge else "without a judge")
+        title = f"{group[0]['task']}, " + (f"judged by {judge['model']}" if judge else "without a judge")
         titles[title] += 1
         # Judges of the same name differ in their settings, shown below the table.
         groups[title if titles[title] == 1 else f"{title}, settings {titles[title]}"] = group
     return groups
-
-
-def _judge_name(judge: Mapping[str, Any]) -> str:
-    return judge.get("model") or judge.get("name") or "an unnamed judge"
 
 
 def _counted(row: Mapping[str, Any]) -> str:

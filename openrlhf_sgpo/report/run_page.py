@@ -181,7 +181,7 @@ def _cost(ledger: dict[str, Any]) -> list[Markup]:
     )
     kinds = [kind for kind in ledger["total"] if not kind.startswith("seconds_")]
     rows = [
-        [name, *(number(entry.get(kind), _digits(kind)) for kind in kinds)]
+        [name, *(number(entry.get(kind), 1 if kind in ("seconds", "peak_memory_gib") else 0) for kind in kinds)]
         for name, entry in {**ledger["stages"], "total": ledger["total"]}.items()
     ]
     header = ["", *(words(kind).replace(" gib", ", GiB") for kind in kinds)]
@@ -189,10 +189,6 @@ def _cost(ledger: dict[str, Any]) -> list[Markup]:
         plot("Seconds by stage", figure, "wall time of each round's stages", height=90 + 42 * len(names)),
         html_table(header, [[row[0].replace("/", ": ").replace("_", " "), *row[1:]] for row in rows]),
     ]
-
-
-def _digits(kind: str) -> int:
-    return 1 if kind in ("seconds", "peak_memory_gib") else 0
 
 
 def _data(folder: Path) -> list[Markup]:
