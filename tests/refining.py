@@ -59,8 +59,8 @@ def make_run(folder: Path, model: Path, *flags: str, rounds: int = 2) -> Path:
     run = RunFolder(str(folder))
     folder.mkdir()
     (folder / "resolved_config.yaml").write_text(signed(dump({"": config, SLHF.name: options})))
-    for one in range(1, rounds + 1):
-        shutil.copytree(model, run.policy(one))
-        if one < rounds:
-            run.finish(one, "play", {})
+    for number in range(1, rounds + 1):
+        shutil.copytree(model, run.policy(number))
+        if number < rounds:
+            run.finish(number, "play", {})
     return folder

@@ -147,8 +147,8 @@ def make_comparison(folder: Path) -> Path:
     ]
     samples = [{"id": "q", "prompt": [{"role": "user", "content": "Why?"}], "answers": {"sgpo": EVIL, "spa": "So."}}]
     rest = {"warnings": ["judge_calls differ"], "prompts": 100, "oracle": {"name": "judge", "model": "judge-a"}}
-    found = {"groups": groups, "cross_play": cross_play, "versus_start": start, "samples": samples} | rest
-    write_json(folder / "comparison.json", found)
+    comparison = {"groups": groups, "cross_play": cross_play, "versus_start": start, "samples": samples} | rest
+    write_json(folder / "comparison.json", comparison)
     return folder
 
 

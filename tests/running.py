@@ -44,8 +44,8 @@ def free_port() -> str:
 def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     folder = os.path.dirname(sys.executable)
     # Tests that build a strategy in this process leave its rank and port in the environment.
-    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in of_ranks}
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -120,8 +120,8 @@ def check_dead(process: subprocess.CompletedProcess, folder: Path, expected: dic
 
 def check_resumed(process: subprocess.CompletedProcess, folder: Path, expected: dict[str, object], where: str) -> None:
     assert process.returncode == 0 and "Traceback" not in process.stderr, f"{where}: {process.stderr[-3000:]}"
-    found = contents(folder)
-    assert {name: found.get(name) == expected.get(name) for name in found | expected} == dict.fromkeys(
+    actual = contents(folder)
+    assert {name: actual.get(name) == expected.get(name) for name in actual | expected} == dict.fromkeys(
         expected, True
     ), where
 
@@ -163,17 +163,17 @@ UNFINISHED = re.compile(
 
 def contents(folder: Path) -> dict[str, object]:
     """Every file by its path; scores by what they say, because the order of a file that was appended to is no result."""
-    found: dict[str, object] = {}
+    files: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir() or path.name in NOT_COMPARED:
             continue
         if name.startswith(("log_probs/", "judgements/", "rewards/")):
             lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            found[name] = {key: value for line in lines for key, value in line.items()}
+            files[name] = {key: value for line in lines for key, value in line.items()}
         else:
-            found[name] = path.read_bytes()
-    return found
+            files[name] = path.read_bytes()
+    return files
 
 
 def train(*argv: str, **environment: str) -> subprocess.CompletedProcess:

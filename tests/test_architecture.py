@@ -60,7 +60,7 @@ def arrows() -> dict[str, dict[str, str]]:
     and for annotations count."""
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in SOURCES}
     modules = set(names.values())
-    found: dict[str, dict[str, str]] = {name: {} for name in modules}
+    graph: dict[str, dict[str, str]] = {name: {} for name in modules}
     for path, name in names.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             targets: list[str] = []
@@ -70,8 +70,8 @@ def arrows() -> dict[str, dict[str, str]]:
                 members = [f"{node.module}.{alias.name}" for alias in node.names]
                 targets = [member if member in modules else node.module for member in members]
             place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
-            found[name] |= {target: place for target in targets if target in modules and target != name}
-    return found
+            graph[name] |= {target: place for target in targets if target in modules and target != name}
+    return graph
 
 
 def circle(graph: dict[str, dict[str, str]]) -> list[str]:
@@ -81,7 +81,7 @@ def circle(graph: dict[str, dict[str, str]]) -> list[str]:
     def walk(name: str, path: list[str]) -> list[str]:
         if name in path:
             around = [*path[path.index(name) :], name]
-            return [f"{graph[one][other]} imports {other}" for one, other in pairwise(around)]
+            return [f"{graph[module][target]} imports {target}" for module, target in pairwise(around)]
         if name in done:
             return []
         places = next(filter(None, (walk(target, [*path, name]) for target in graph[name])), [])
@@ -131,7 +131,7 @@ def test_a_name_stands_for_one_thing():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    several = {name: found for name, found in places.items() if len(found) > 1}
+    several = {name: listed for name, listed in places.items() if len(listed) > 1}
     assert several.keys() <= {"main", "load", "sections", "inference"}, several
 
 

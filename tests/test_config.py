@@ -141,8 +141,8 @@ def test_the_algorithm_may_come_from_the_file(tmp_path):
 
 
 def test_required_settings():
-    found = problems("--algo", f"{__name__}:Loop")
-    assert [line.partition(":")[0] for line in found] == [
+    messages = problems("--algo", f"{__name__}:Loop")
+    assert [line.partition(":")[0] for line in messages] == [
         "--model.model_name_or_path",
         "--data.dataset",
         "--ckpt.output_dir",
@@ -182,8 +182,8 @@ def test_required_settings():
 )
 def test_cross_checks(argv, message):
     base = LOOP if "prompt_dataset" not in argv else LOOP[:-2]
-    (found,) = problems(*base, *argv.split())
-    assert found.startswith(message)
+    (problem,) = problems(*base, *argv.split())
+    assert problem.startswith(message)
 
 
 def test_packing_and_shared_prefix_exclude_each_other():
@@ -196,8 +196,8 @@ def test_all_problems_at_once():
 
 
 def test_an_algorithm_of_rounds_needs_one():
-    (found,) = problems(*LOOP[:-2], "--rounds.count", "0")
-    assert found.startswith("--rounds.count: 0, but --algo loop learns in rounds only; use --algo dpo")
+    (problem,) = problems(*LOOP[:-2], "--rounds.count", "0")
+    assert problem.startswith("--rounds.count: 0, but --algo loop learns in rounds only; use --algo dpo")
 
 
 def test_settings_that_the_algorithm_would_not_read(tmp_path):
@@ -211,10 +211,10 @@ def test_settings_that_the_algorithm_would_not_read(tmp_path):
         f"--{name}: --algo once with --rounds.count 0 {reason} and would not read it (command line); leave it out"
         for name, reason in reasons.items()
     ]
-    (found,) = problems(*LOOP, "--reward.max_len", "9")
-    assert found.startswith("--reward.max_len: --oracle implicit is selected")
-    (found,) = problems(*LOOP, "--rollout.engine", "hf", "--vllm.num_engines", "1")
-    assert found.startswith("--vllm.num_engines: --rollout.engine hf is selected")
+    (problem,) = problems(*LOOP, "--reward.max_len", "9")
+    assert problem.startswith("--reward.max_len: --oracle implicit is selected")
+    (problem,) = problems(*LOOP, "--rollout.engine", "hf", "--vllm.num_engines", "1")
+    assert problem.startswith("--vllm.num_engines: --rollout.engine hf is selected")
 
 
 def test_one_file_serves_all_algorithms(tmp_path, capsys):
@@ -256,8 +256,8 @@ def test_names_of_trl_are_answered_with_ours():
     for name in algorithms.names():
         known |= set(every_flag(flags.to_dict({name: algorithms.get(name).settings()})))
     for name, answer in trl_names.ANSWERS.items():
-        (found,) = problems(*ONCE, f"--{name}", "1")
-        assert found == f"--{name} {answer} (command line)"
+        (problem,) = problems(*ONCE, f"--{name}", "1")
+        assert problem == f"--{name} {answer} (command line)"
         assert set(re.findall(r"--([\w.]+)", answer)) <= known, name
     assert len(trl_names.ANSWERS) > 40
     assert problems(*ONCE, "--learning_rate", "1e-6", "--bf16", "--seed", "1") == [
@@ -271,20 +271,20 @@ def test_sampling_without_rounds_is_for_the_evaluation():
     argv = [*ONCE, "--eval.dataset", "e.jsonl", "--eval.max_prompts", "4", "--rollout.max_new_tokens", "8"]
     config, _ = load(argv)
     assert samples(config, Once) and not samples(load(ONCE)[0], Once)
-    (found,) = problems(*argv[:-1], "512")
-    assert found.startswith("--rollout.max_new_tokens: 512 leaves no room for a prompt")
-    (found,) = problems(*argv, "--oracle", "reward_model")
-    assert found.startswith("--reward.model_name_or_path: missing, --oracle reward_model needs it")
-    (found,) = problems(*argv, "--rollout.n_samples_per_prompt", "3")
-    assert found.startswith("--rollout.n_samples_per_prompt: --algo once with --rounds.count 0 has no rounds")
+    (problem,) = problems(*argv[:-1], "512")
+    assert problem.startswith("--rollout.max_new_tokens: 512 leaves no room for a prompt")
+    (problem,) = problems(*argv, "--oracle", "reward_model")
+    assert problem.startswith("--reward.model_name_or_path: missing, --oracle reward_model needs it")
+    (problem,) = problems(*argv, "--rollout.n_samples_per_prompt", "3")
+    assert problem.startswith("--rollout.n_samples_per_prompt: --algo once with --rounds.count 0 has no rounds")
 
 
 def test_an_algorithm_of_human_pairs_has_rounds_where_they_are_asked_for():
     assert load(ONCE)[0].rounds.count == 0
     config, _ = load([*ONCE, "--rounds.count", "2", "--data.prompt_dataset", "x", "--seed.lr", "1e-4"])
     assert (config.rounds.count, config.seed.lr) == (2, 1e-4)
-    (found,) = problems(*ONCE, "--rounds.count", "2")
-    assert found.startswith("--data.prompt_dataset: missing, the rounds need prompts")
+    (problem,) = problems(*ONCE, "--rounds.count", "2")
+    assert problem.startswith("--data.prompt_dataset: missing, the rounds need prompts")
 
 
 def test_an_algorithm_may_shift_shared_defaults(tmp_path):
@@ -294,14 +294,14 @@ def test_an_algorithm_may_shift_shared_defaults(tmp_path):
     config, _ = load([*rounds, "--rounds.loss_reference", "initial"])
     assert config.rounds.loss_reference == "initial"
     assert load(write(tmp_path, flags.dump({"": config})))[0] == config
-    (found,) = problems(*rounds[:-2])
-    assert found.startswith("--reward.model_name_or_path: missing, --oracle reward_model needs it")
+    (problem,) = problems(*rounds[:-2])
+    assert problem.startswith("--reward.model_name_or_path: missing, --oracle reward_model needs it")
     assert "previous" in flags.help_text(sections(algorithms.get("iter_dpo")))
 
 
 def test_flags_of_another_algorithm():
-    found = problems(*LOOP, "--sgpo.anything", "1", "--lr", "1")
-    assert found == [
+    messages = problems(*LOOP, "--sgpo.anything", "1", "--lr", "1")
+    assert messages == [
         "--sgpo.anything belongs to --algo sgpo, this run has --algo loop (command line)",
         "--lr is unknown; did you mean --adam.lr? (or --seed.lr) (command line)",
     ]

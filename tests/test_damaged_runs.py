@@ -72,15 +72,15 @@ def what_is_resumed(run: RunFolder) -> dict[str, Any]:
     run.prepare(flags.dump(configuration("sgpo")), True, DATA)
     check_rounds(run)
     lost = forget_metrics(run)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for number in run.rounds():
         stages = run.manifest(number)["stages"]
-        found[f"stages {number}"] = sorted(stages) or None
+        results[f"stages {number}"] = sorted(stages) or None
         rows = list(load_run_pairs(str(run.round(number) / "pairs.jsonl"))) if "pairs" in stages else None
-        found[f"pairs {number}"] = rows
+        results[f"pairs {number}"] = rows
     rows = read_growing(path / "metrics.jsonl")
-    found["metrics"] = None if lost else [row for row in rows if row["stage"] in ("round 0", "round 1", "round 2")]
-    return found | {"ledger": read_ledger(path / "ledger.json")["stages"] or None}
+    results["metrics"] = None if lost else [row for row in rows if row["stage"] in ("round 0", "round 1", "round 2")]
+    return results | {"ledger": read_ledger(path / "ledger.json")["stages"] or None}
 
 
 def forked(path: Path) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def forked(path: Path) -> dict[str, Any]:
         check_source(source, into, flags.to_dict(configuration("dpo")), DATA)
         take_over(source, into)
         check_rounds(into)
-        files = (one for one in sorted(into.path.rglob("*")) if one.is_file())
-        return {str(one.relative_to(folder)): one.read_bytes() for one in files}
+        files = (path for path in sorted(into.path.rglob("*")) if path.is_file())
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def compared(path: Path, other: Path) -> dict[str, Any]:
@@ -122,9 +122,9 @@ def expected(whole, readers, tmp_path_factory) -> dict[str, dict[str, Any]]:
     return {name: read(copy) for name, read in readers.items()}
 
 
-def check(found: dict[str, Any], right: dict[str, Any], what: str) -> None:
+def check(results: dict[str, Any], right: dict[str, Any], what: str) -> None:
     """What was read is right; what is not there any more is made again, or its loss is told (None)."""
-    assert {key: value for key, value in found.items() if value is not None and value != right.get(key)} == {}, what
+    assert {key: value for key, value in results.items() if value is not None and value != right.get(key)} == {}, what
 
 
 def read_damaged(path: Path, damaged: str, readers: Any, expected: Any) -> list[str]:
@@ -171,7 +171,7 @@ SHAPES = [
 def damage(path: Path, draw: Any) -> str:
     """Damages one file; returns how."""
     files = sorted(
-        str(one.relative_to(path)) for one in path.rglob("*") if one.is_file() and "/policy/" not in str(one)
+        str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and "/policy/" not in str(file)
     )
     name = draw(st.sampled_from(files))
     file, kind = path / name, draw(st.sampled_from(["remove", "cut", "line", "flip", "shape", "foreign", "double"]))

@@ -106,9 +106,9 @@ def test_command_line_over_file_over_default(settings_file):
     ],
 )
 def test_values_on_the_command_line(argv, name, value):
-    found = getattr(read(*argv).train, name)
-    assert found == value
-    assert type(found) is type(value)
+    setting = getattr(read(*argv).train, name)
+    assert setting == value
+    assert type(setting) is type(value)
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,9 @@ def test_wrong_command_lines(argv, message):
 )
 def test_wrong_files(settings_file, text, message):
     config = settings_file(text)
-    found = problems(*config)
-    assert len(found) == 1
-    assert found[0] == message.format(file=config[1])
+    messages = problems(*config)
+    assert len(messages) == 1
+    assert messages[0] == message.format(file=config[1])
 
 
 def test_files_that_cannot_be_read(settings_file, tmp_path):
@@ -196,14 +196,14 @@ def test_files_that_cannot_be_read(settings_file, tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"algo: \xff")
     for name in ("missing.yaml", "bytes.yaml", "."):
         path = str(tmp_path / name)
-        (found,) = problems("--config", path)
-        assert found.startswith(f"{path} cannot be read: ")
+        (problem,) = problems("--config", path)
+        assert problem.startswith(f"{path} cannot be read: ")
 
 
 def test_every_problem_is_reported_at_once(settings_file):
     config = settings_file("adam.lr: x\nnonsense: 1\n")
-    found = problems(*config, "--train.batch_size", "x", "--whatever", "--one.alpha", "a")
-    assert len(found) == 5
+    messages = problems(*config, "--train.batch_size", "x", "--whatever", "--one.alpha", "a")
+    assert len(messages) == 5
 
 
 @pytest.mark.parametrize(

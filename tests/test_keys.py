@@ -151,9 +151,9 @@ def test_of_a_suite_with_a_key_nothing_is_written(tmp_path, capsys):
 
 def test_the_launcher_does_not_see_a_key():
     command = ["bash", str(SCRIPT), "--algo", "dpo", "--judge.api_key", LITERAL]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert found.returncode == 2 and found.stderr.startswith("error: ")
-    assert "--judge.api_key takes no key itself" in found.stderr and LITERAL not in found.stdout + found.stderr
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert process.returncode == 2 and process.stderr.startswith("error: ")
+    assert "--judge.api_key takes no key itself" in process.stderr and LITERAL not in process.stdout + process.stderr
 
 
 class Echo(JudgeServer):
@@ -174,13 +174,13 @@ class Echo(JudgeServer):
 
 def leaks(folder, *texts: str, but=()) -> list[str]:
     """Which keys are in the texts, or in names and bytes of files below the folder."""
-    found = []
+    leaks = []
     files = [path for path in folder.rglob("*") if path.is_file() and path not in but]
     contents = {str(path): os.fsencode(path) + path.read_bytes() for path in files}
     contents |= {f"text {number}": text.encode() for number, text in enumerate(texts)}
     for place, content in contents.items():
-        found += [f"{needle} in {place}" for needle in NEEDLES if needle.encode() in content]
-    return found
+        leaks += [f"{needle} in {place}" for needle in NEEDLES if needle.encode() in content]
+    return leaks
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_an_evaluation_leaves_no_key_behind(planted, tmp_path, monkeypatch):
     address = forked(None, *command[:-2], "--judge.base_url", f"http://u:{PASSWORD}@127.0.0.1/v1")
     literal = forked(None, *command[:-1], LITERAL)
     assert address.returncode == literal.returncode == 2
-    outputs = [text for one in (refused, done, address, literal) for text in (one.stdout, one.stderr)]
+    outputs = [text for process in (refused, done, address, literal) for text in (process.stdout, process.stderr)]
     assert "Your key is [hidden]" in next((out / "judgements").glob("*.jsonl")).read_text()
     assert leaks(tmp_path, *outputs, but=[file]) == []
 

@@ -107,8 +107,8 @@ def test_sigterm_to_the_script_reaches_the_ranks(by, tiny_model, tiny_data, tmp_
         "bash": ["bash", str(SCRIPT), "--num_gpus", "2"],
         "deepspeed": ["deepspeed", "--num_gpus", "2", str(SCRIPT)],
     }
-    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in own}
+    of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in of_ranks}
     process = subprocess.Popen(
         [*command[by], *argv],
         cwd=ROOT,

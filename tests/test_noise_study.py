@@ -64,7 +64,7 @@ def test_a_small_study(tiny_model, tmp_path):
     study = yaml.safe_load((FOLDER / "cpu.yaml").read_text())
     study |= {"seeds": [1], "flip_rates": [0.25], "sizes": {"seed": 8, "prompts": 8, "held_out": 6}}
     study["methods"] = [
-        one for one in study["methods"] if one["name"] in ("seed_only", "self_annotated", "best_margin_0.5")
+        method for method in study["methods"] if method["name"] in ("seed_only", "self_annotated", "best_margin_0.5")
     ]
     study["common"]["ds"] |= {"param_dtype": "fp32"}
     study["common"]["train"] |= {"batch_size": 4, "micro_batch_size": 2}
@@ -85,7 +85,7 @@ def test_a_small_study(tiny_model, tmp_path):
     assert sum(row["flipped"] for row in seed) == 2
     prompts = {name: (out / f"data/{name}.jsonl").read_text() for name in ("seed", "prompts", "held_out")}
     identities = [{json.loads(line)["id"] for line in text.splitlines()} for text in prompts.values()]
-    assert [len(one) for one in identities] == [8, 8, 6] and len(set.union(*identities)) == 22
+    assert [len(identity) for identity in identities] == [8, 8, 6] and len(set.union(*identities)) == 22
 
     accuracy = json.loads((fork / "round_1/evaluation.json").read_text())["accuracy"]
     (row,) = (line for line in process.stdout.splitlines() if line.startswith("| best case"))

@@ -135,7 +135,12 @@ def test_on_a_terminal_a_bar_goes_when_it_is_done(monkeypatch):
 
 
 ROUND = ("generate", "train", "evaluate")
-PLAN = ["initial/evaluate", "round_0/train", "round_0/evaluate", *(f"round_{k}/{one}" for k in (1, 2) for one in ROUND)]
+PLAN = [
+    "initial/evaluate",
+    "round_0/train",
+    "round_0/evaluate",
+    *(f"round_{k}/{stage}" for k in (1, 2) for stage in ROUND),
+]
 
 
 def test_time_left_is_what_the_last_stages_of_the_same_kind_took():

@@ -11,7 +11,7 @@ from openrlhf_sgpo import ranks
 def test_nothing_listens_beyond_this_machine(make_resources):
     make_resources()
     connections = psutil.Process().net_connections("inet")
-    listening = {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
+    listening = {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
     assert "127.0.0.1" in listening <= {"127.0.0.1", "::1"}
 
 

@@ -104,7 +104,7 @@ def test_the_first_answer_is_a_plain_sample(tiny_model, tiny_data, tmp_path):
     samples = sampler.generate(tokens, sampling_of(settings.rollout, 42), label="")
     first = [row for row in rows if row["depth"] == 1]
     assert [(row["text"], row["tokens"], row["truncated"]) for row in first] == [
-        (one.text, one.tokens, one.truncated) for (one,) in samples
+        (answer.text, answer.tokens, answer.truncated) for (answer,) in samples
     ]
     assert len(first) == 24 and len({row["text"] for row in rows}) > 60
 
@@ -231,18 +231,18 @@ def test_preferences_are_the_oracle_s(judged):
         opponents = {"iid": samples[row["iid_index"] - 1], "best_of_n": best}
         if depth > 1:
             opponents |= {"first": chained[0], "previous": chained[depth - 2]}
-        for name, found in wins[depth].items():
+        for name, shares in wins[depth].items():
             if name not in opponents:
                 assert row[f"over_{name}"] is None
                 continue
             expected = sigmoid(mark(chained[depth - 1]) - mark(opponents[name]))
             assert row[f"over_{name}"] == pytest.approx(expected, abs=1e-12)
-            found.append(expected)
+            shares.append(expected)
     for figures in summary["depths"]:
-        for name, found in wins[figures["depth"]].items():
-            if found:
-                assert figures[f"over_{name}"] == pytest.approx(mean(found))
-                assert figures[f"over_{name}_error"] == pytest.approx(stdev(found) / 24**0.5)
+        for name, shares in wins[figures["depth"]].items():
+            if shares:
+                assert figures[f"over_{name}"] == pytest.approx(mean(shares))
+                assert figures[f"over_{name}_error"] == pytest.approx(stdev(shares) / 24**0.5)
             else:
                 assert figures[f"over_{name}"] is None
     assert summary["depths"] == json.loads((folder / "summary.json").read_text())["depths"]
@@ -279,11 +279,11 @@ def test_alpaca_eval_reads_the_outputs(tiny_model, tiny_data, tmp_path, engine):
     for file, method in (("depth_1", "chain/1"), ("depth_2", "chain/2"), ("best_of_n_depth_2", "best_of_n/2")):
         outputs = json.loads((tmp_path / f"out/alpaca_eval_{file}.json").read_text())
         assert len(outputs) == 24  # the dialogue has no place there
-        for number, one in enumerate(outputs):
+        for number, output in enumerate(outputs):
             row = rows[f"p{number}/{method}"]
-            assert (one["instruction"], one["output"]) == (row["prompt"][0]["content"], row["text"])
-            assert one["dataset"] == "mine" and list(one) == ["instruction", "output", "generator", "dataset"]
-        names |= {one["generator"] for one in outputs}
+            assert (output["instruction"], output["output"]) == (row["prompt"][0]["content"], row["text"])
+            assert output["dataset"] == "mine" and list(output) == ["instruction", "output", "generator", "dataset"]
+        names |= {output["generator"] for output in outputs}
     assert names == {"tiny", "tiny-depth-2", "tiny-best-of-n-depth-2"}
     assert rows["long/chain/2"]["prompt"] == turns
 
@@ -292,13 +292,18 @@ def drafts_of(kind: str, folder, data):
     """Another model's answers to the prompts, in the shapes that are accepted."""
     prompts = read_jsonl(data["prompts"])
     if kind == "alpaca_eval":
-        rows = [{"instruction": one["prompt"], "output": f"draft {one['id']}", "generator": "them"} for one in prompts]
+        rows = [
+            {"instruction": prompt["prompt"], "output": f"draft {prompt['id']}", "generator": "them"}
+            for prompt in prompts
+        ]
         (folder / "drafts.json").write_text(json.dumps(rows, indent=1))
         return folder / "drafts.json"
     if kind == "ids":
-        rows = [{"id": one["id"], "text": f"draft {one['id']}", "generator": "them"} for one in reversed(prompts)]
+        rows = [
+            {"id": prompt["id"], "text": f"draft {prompt['id']}", "generator": "them"} for prompt in reversed(prompts)
+        ]
     else:
-        turns = {one["id"]: [{"role": "user", "content": one["prompt"]}] for one in prompts}
+        turns = {prompt["id"]: [{"role": "user", "content": prompt["prompt"]}] for prompt in prompts}
         rows = [
             {"id": name, "prompt": turns[name], "method": method, "depth": depth, "text": text, "generator": "them"}
             for name in turns
@@ -328,7 +333,7 @@ def test_drafts_of_others_are_revised(kind, tiny_model, tiny_data, tmp_path, eng
     assert engine.asked[0][1] == 1 and len(engine.asked[0][0]) == 24
     assert of(rows, "iid")  # its own answers
     outputs = json.loads((tmp_path / "out/alpaca_eval_depth_1.json").read_text())
-    assert {one["generator"] for one in outputs} == {"them"}
+    assert {output["generator"] for output in outputs} == {"them"}
 
 
 def test_a_draft_that_is_too_long_is_shown_without_its_end(tiny_model, tiny_data, tmp_path, engine):
@@ -340,15 +345,15 @@ def test_a_draft_that_is_too_long_is_shown_without_its_end(tiny_model, tiny_data
     argv = flags(tiny_model, tiny_data, tmp_path / "out", "--drafts", str(drafts), "--prompts", "", "--depth", "2")
     assert refine(argv)["drafts_cut"] == 1
     contexts = engine.asked[0][0]
-    assert [len(one) for one in contexts] == [256 - 8, len(contexts[1])]
+    assert [len(context) for context in contexts] == [256 - 8, len(contexts[1])]
     shown = re.search(r"assistant\n(\w+)<", AutoTokenizer.from_pretrained(tiny_model).decode(contexts[0]))[1]
     assert len(shown) > 50 and text.startswith(shown)
     assert of(read_jsonl(tmp_path / "out/answers.jsonl"), "chain")[0]["tokens"] == 501
 
 
 def test_a_run_s_policy_and_settings(tiny_model, tiny_data, tmp_path, engine):
-    own = ("--rollout.temperature", "0.6", "--rollout.max_new_tokens", "7", "--rollout.engine", "hf")
-    own += (
+    settings = ("--rollout.temperature", "0.6", "--rollout.max_new_tokens", "7", "--rollout.engine", "hf")
+    settings += (
         "--data.max_len",
         "300",
         "--ds.param_dtype",
@@ -358,7 +363,7 @@ def test_a_run_s_policy_and_settings(tiny_model, tiny_data, tmp_path, engine):
         "--slhf.follower_prompt",
         "More.",
     )
-    run = make_run(tmp_path / "mine", tiny_model, *own, rounds=4)
+    run = make_run(tmp_path / "mine", tiny_model, *settings, rounds=4)
     argv = ["--model", str(run), "--prompts", str(tiny_data["prompts"]), "--out", str(tmp_path / "out")]
     settings, policy = load(argv)
     assert (policy.folder, policy.name) == (str(run / "round_3/policy"), "mine-round-3")  # the fourth is not finished

@@ -48,15 +48,15 @@ def test_killed_at_every_write(argv, tiny_model, tiny_data, tmp_path):
 
 def processes_with(mark: str) -> list[str]:
     """Titles of the processes that have inherited this environment variable."""
-    found = []
+    titles = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             if mark.encode() in path.read_bytes():
                 title = (path.parent / "cmdline").read_bytes().replace(b"\0", b" ")
-                found.append(title.decode(errors="replace").strip())
+                titles.append(title.decode(errors="replace").strip())
         except OSError:  # it has ended meanwhile
             continue
-    return found
+    return titles
 
 
 @pytest.mark.slow

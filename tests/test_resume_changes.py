@@ -197,7 +197,7 @@ def test_other_evaluation_sizes_are_compared_where_both_were_measured(tiny_model
     start, now = (read_jsonl(tmp_path / "run" / name / "samples.jsonl") for name in ("initial", "round_1"))
     assert (len(start), len(now)) == (3, 6) and [row["id"] for row in start] == [row["id"] for row in now[:3]]
     scores = [[Letters().score(None, row["text"]) for row in rows] for rows in (now[:3], start)]
-    wins = fmean(1 / (1 + math.exp(theirs - ours)) for ours, theirs in zip(*scores, strict=True))
+    wins = fmean(1 / (1 + math.exp(start_reward - reward)) for reward, start_reward in zip(*scores, strict=True))
     row = json.loads((tmp_path / "run/round_1/evaluation.json").read_text())
     assert (row["pairs"], row["prompts"], row["win_rate"]) == (8, 6, pytest.approx(wins))
     note = "of held-out pairs: 4 (start), 8 (round 0, round 1); of prompts: 3 (start), 6 (round 0, round 1); wins"

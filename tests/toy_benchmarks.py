@@ -77,4 +77,4 @@ def rule(text: str) -> list[tuple[str, float]]:
     if "[End]" in text:
         return [(f"It is good. Rating: [[{grade(text)}]]", -0.1)]
     share = 1 / (1 + math.exp(-log_odds(text)))
-    return sorted([("m", math.log(share)), ("M", math.log(1 - share))], key=lambda one: -one[1])
+    return sorted([("m", math.log(share)), ("M", math.log(1 - share))], key=lambda entry: -entry[1])

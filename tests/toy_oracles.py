@@ -14,7 +14,7 @@ class Letters(RewardOracle):
     name = "letters"
 
     def score(self, prompt, answer):
-        return float(sum(one.isascii() and one.isalpha() for one in answer))
+        return float(sum(letter.isascii() and letter.isalpha() for letter in answer))
 
 
 def kind(text: str) -> int:

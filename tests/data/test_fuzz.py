@@ -114,7 +114,9 @@ def sound(records, folder, chat):
     fingerprint(records)
     for record in records:
         messages = record.prompt if isinstance(record, Pair) else record.messages
-        assert messages and all(one["role"] in ROLES and isinstance(one["content"], str) for one in messages)
+        assert messages and all(
+            message["role"] in ROLES and isinstance(message["content"], str) for message in messages
+        )
         assert messages[-1]["role"] != "assistant"
         transcript(messages, record.template_kwargs.get("tools", ())).encode()
         record.id.encode()

@@ -122,7 +122,7 @@ def test_every_reader_of_a_prompt_renders_them(chat):
 def test_the_same_question_with_other_tools_is_no_duplicate(chat):
     pairs = [Pair(name, CALLED[:1], "Noon.", "Late.", template_kwargs=told) for name, told in (("a", TOLD), ("b", {}))]
     report = inspect_pairs(pairs, chat, DataLimits(), name="").report
-    assert next(one.count for one in report.findings if one.name == "duplicate") == 0
+    assert next(finding.count for finding in report.findings if finding.name == "duplicate") == 0
 
 
 def test_a_judge_reads_tools_and_calls():

@@ -108,24 +108,24 @@ def inspected(folder, chat, rows, limits=ALL_ALLOWED):
 def test_every_planted_defect_is_counted(tmp_path, chat):
     rows = rows_of()
     result = inspected(tmp_path, chat, rows)
-    found = {finding.name: finding for finding in result.report.findings}
-    assert {name: finding.count for name, finding in found.items() if finding.count} == COUNTS
+    findings = {finding.name: finding for finding in result.report.findings}
+    assert {name: finding.count for name, finding in findings.items() if finding.count} == COUNTS
     assert result.report.rows == len(rows)
-    left_out = sum(found[name].count for name in ("empty", "identical", "too_long"))
+    left_out = sum(findings[name].count for name in ("empty", "identical", "too_long"))
     assert result.report.kept == len(result.pairs) == len(result.groups) == len(rows) - left_out
-    assert found["truncated"].parts == {"chosen": 3, "rejected": 2}
-    assert found["unfinished"].parts == {"chosen": 2, "rejected": 1}
-    assert found["benchmark"].parts == {"alpaca_eval": 2}
-    assert (found["held_out"].of, found["held_out"].share) == (4, 0.5)
-    assert all(finding.of == len(rows) for name, finding in found.items() if name != "held_out")
+    assert findings["truncated"].parts == {"chosen": 3, "rejected": 2}
+    assert findings["unfinished"].parts == {"chosen": 2, "rejected": 1}
+    assert findings["benchmark"].parts == {"alpaca_eval": 2}
+    assert (findings["held_out"].of, findings["held_out"].share) == (4, 0.5)
+    assert all(finding.of == len(rows) for name, finding in findings.items() if name != "held_out")
     planted = [row["id"] for row in rows if row["prompt"] in ("t1", "t2", "t3", "t4")]
-    assert found["truncated"].examples == planted
+    assert findings["truncated"].examples == planted
 
 
 def test_what_is_kept_comes_with_its_tokens(tmp_path, chat):
     result = inspected(tmp_path, chat, rows_of())
     assert result.groups == [chat.pair(pair) for pair in result.pairs]
-    assert all(len(group.prompt) + len(one) <= MAX_LEN for group in result.groups for one in group.responses)
+    assert all(len(group.prompt) + len(response) <= MAX_LEN for group in result.groups for response in group.responses)
     for pair, group in zip(result.pairs, result.groups, strict=True):
         (flipped,) = flip_labels([pair], 1.0, seed=0)
         assert result.tokens_of(pair) == group
@@ -190,13 +190,17 @@ def test_a_conversation_that_the_template_refuses(tokenizer):
     )
     chat, system = ChatFormat(strict, MAX_LEN), {"role": "system", "content": "Be brief."}
     messages = {"a": question("?"), "b": [system, *question("?")]}
-    result = inspect_pairs([Pair(id, one, "Yes.", "No.") for id, one in messages.items()], chat, DataLimits(), name="x")
+    result = inspect_pairs(
+        [Pair(id, conversation, "Yes.", "No.") for id, conversation in messages.items()], chat, DataLimits(), name="x"
+    )
     assert [pair.id for pair in result.pairs] == ["a"]
     with pytest.raises(
         DataError, match=r"x: refused 1 of 2 .*, such as b \(.*: no system\); .*refused 0.5 accepts this"
     ):
         require([result.report])
-    prompts = inspect_prompts([Prompt(id, one) for id, one in messages.items()], chat, DataLimits(), name="x", room=2)
+    prompts = inspect_prompts(
+        [Prompt(id, conversation) for id, conversation in messages.items()], chat, DataLimits(), name="x", room=2
+    )
     assert [prompt.id for prompt in prompts.prompts] == ["a"]
     assert "refused 1 of 2" in prompts.report.problems()[0]
 
@@ -215,8 +219,8 @@ def test_no_room_for_the_end_of_turn_alone_is_a_missing_eos(tokenizer, chat):
     pair = Pair("a", question("?"), "Yes, it is.", "No.")
     room = len(chat.prompt(pair.prompt)) + len("Yes, it is.")
     counts = {
-        one.name: one
-        for one in inspect_pairs([pair], ChatFormat(tokenizer, room), DataLimits(), name="x").report.findings
+        finding.name: finding
+        for finding in inspect_pairs([pair], ChatFormat(tokenizer, room), DataLimits(), name="x").report.findings
     }
     assert (counts["missing_eos"].count, counts["truncated"].count) == (1, 0)
     assert counts["missing_eos"].parts == {"chosen": 1}
@@ -259,8 +263,8 @@ def test_prompts(chat):
     prompts = [Prompt(id, question(text)) for id, text in texts.items()] + [Prompt("g", question(" "))]
     held_out = [question("held out  1")]
     result = inspect_prompts(prompts, chat, NONE_ALLOWED, name="prompts", room=30, held_out=held_out)
-    found = {finding.name: finding.count for finding in result.report.findings if finding.count}
-    assert found == dict.fromkeys(["too_long", "duplicate", "held_out", "double_bos", "benchmark", "empty"], 1)
+    counts = {finding.name: finding.count for finding in result.report.findings if finding.count}
+    assert counts == dict.fromkeys(["too_long", "duplicate", "held_out", "double_bos", "benchmark", "empty"], 1)
     assert [prompt.id for prompt in result.prompts] == ["a", "c", "d", "e", "f"]
     told = {problem.split()[1] for problem in result.report.problems()}
     # Held-out prompts are left out by the run.
@@ -394,7 +398,7 @@ def test_the_report_as_text_and_as_json(tmp_path, chat):
     assert "none: malformed, refused, missing_eos" in report.text()
     assert max(map(len, lines)) <= 120
     row = json.loads(json.dumps(report.to_dict()))
-    assert {one["name"]: one["count"] for one in row["findings"] if one["count"]} == COUNTS
+    assert {finding["name"]: finding["count"] for finding in row["findings"] if finding["count"]} == COUNTS
     assert row["findings"][0].keys() == {"name", "count", "of", "limit", "examples", "parts", "share"}
     assert intact(row) and not intact(row | {"kept": row["kept"] + 1})
 

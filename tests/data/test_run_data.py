@@ -37,7 +37,9 @@ def arguments(folder, model, *more):
         {"rejected": "n" * 500},
         {"chosen_truncated": True},
     ]
-    pairs = write(folder, [row(index) for index in range(60)] + [row(60 + at) | one for at, one in enumerate(bad)])
+    pairs = write(
+        folder, [row(index) for index in range(60)] + [row(60 + at) | change for at, change in enumerate(bad)]
+    )
     held_out = write(folder, [row(index) for index in range(100, 120)], "held_out.jsonl")
     prompts = write(folder, [{"prompt": "Why?"}, {"prompt": "How?"}], "prompts.jsonl")
     return [

@@ -15,7 +15,7 @@ from openrlhf_sgpo.data.seed import farthest_points, flip_labels, select_seed
 def distances(embeddings):
     """(N, N) cosine distances, one pair at a time."""
     rows = [row / row.norm() for row in embeddings.double()]
-    return [[1 - float((one * other).sum()) for other in rows] for one in rows]
+    return [[1 - float((row * other).sum()) for other in rows] for row in rows]
 
 
 def greedy(embeddings, count, first, merit):
@@ -23,7 +23,7 @@ def greedy(embeddings, count, first, merit):
     table, chosen = distances(embeddings), [first]
     while len(chosen) < count:
         others = [index for index in range(len(table)) if index not in chosen]
-        chosen.append(max(others, key=lambda index: merit(table[index][one] for one in chosen)))
+        chosen.append(max(others, key=lambda index: merit(table[index][point] for point in chosen)))
     return chosen
 
 
@@ -47,7 +47,7 @@ def test_every_choice_is_farthest_whatever_ties(data):
     assert len(set(chosen)) == count
     table = distances(embeddings)
     for step in range(1, count):
-        least = [min(table[index][one] for one in chosen[:step]) for index in range(len(table))]
+        least = [min(table[index][earlier] for earlier in chosen[:step]) for index in range(len(table))]
         free = [least[index] for index in range(len(table)) if index not in chosen[:step]]
         assert least[chosen[step]] >= max(free) - 1e-12
 

@@ -278,7 +278,7 @@ def test_values_of_variables_have_limits():
 
 
 def test_a_variable_that_no_template_reads_is_an_error(chat_with):
-    plain, thinking = (chat_with(one, ["enable_thinking=false"]).template for one in (CHATML, QWEN))
+    plain, thinking = (chat_with(folder, ["enable_thinking=false"]).template for folder in (CHATML, QWEN))
     refuse_unread_variables([plain, thinking])
     with pytest.raises(
         ValueError, match="--data.chat_template_kwargs: enable_thinking is not read by the chat template"
@@ -353,7 +353,7 @@ def test_a_token_without_an_embedding_is_an_error_where_it_occurs(model_with, co
         return
     chat, _ = load_chat(folder, False, "model.model_name_or_path", 64)
     last = chat.tokenizer.convert_ids_to_tokens(258)
-    text = next(one for one in map(chr, range(32, 0x500)) if 258 in chat.tokenizer(one)["input_ids"])
+    text = next(letter for letter in map(chr, range(32, 0x500)) if 258 in chat.tokenizer(letter)["input_ids"])
     assert data(folder, write_pairs(), "--data.max_len", "64") == 0
     assert data(folder, write_pairs(chosen=f"It is {text}"), "--data.max_len", "64") == 2
     assert f"token id 258 ({last})" in (said := capsys.readouterr().err) and f"{text!r}"[1:-1] in said

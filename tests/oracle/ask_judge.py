@@ -43,7 +43,7 @@ if __name__ == "__main__":
         distributed.init_process_group("gloo")
     judge = make_judge(Path(sys.argv[1]), sys.argv[2], max_retries=0)
     try:
-        found = judge.preferences(questions(8), "test")
+        preferences = judge.preferences(questions(8), "test")
     finally:
         ranks.part_ways()
-    print(json.dumps({"preferences": found, "usage": judge.usage()}))
+    print(json.dumps({"preferences": preferences, "usage": judge.usage()}))

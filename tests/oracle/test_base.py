@@ -102,12 +102,12 @@ def test_circles_are_preferences_too():
 def test_calls_are_counted_once_per_content_and_kept(kind, calls, tmp_path):
     asked = [question("a", "bb", "ccc"), question("ccc", "a", name="again")]
     judge = kind(resources(tmp_path))
-    found = judge.preferences(asked, "test")
+    matrices = judge.preferences(asked, "test")
     assert judge.calls == calls and judge.usage() == {"judge_calls": calls}
-    assert judge.preferences(asked, "test") == found and judge.calls == calls
-    assert found[1][0][1] == pytest.approx(found[0][2][0], abs=1e-12)
+    assert judge.preferences(asked, "test") == matrices and judge.calls == calls
+    assert matrices[1][0][1] == pytest.approx(matrices[0][2][0], abs=1e-12)
     again = kind(resources(tmp_path))  # as another process
-    assert again.preferences(asked, "test") == found and again.calls == 0
+    assert again.preferences(asked, "test") == matrices and again.calls == 0
     assert (tmp_path / "judgements" / f"{kind.name}.jsonl").exists()
 
 
@@ -170,8 +170,8 @@ def test_rounding_is_forgiven_and_equal_texts_are_not():
 def test_names_and_classes():
     assert oracle.names()[:5] == ["implicit", "reward_model", "reward_heads", "preference_model", "judge"]
     for name in oracle.BUILT_INS:
-        found = oracle.get(name)
-        assert found.name == name and found.problems(Config()), "without further settings none of them works"
+        built_in = oracle.get(name)
+        assert built_in.name == name and built_in.problems(Config()), "without further settings none of them works"
     assert oracle.get(f"{__name__}:Length") is sys.modules[__name__].Length
     with pytest.raises(ValueError, match=r"unknown oracle 'rewardmodel'; did you mean reward_model\? known: implicit"):
         oracle.get("rewardmodel")

@@ -56,7 +56,7 @@ def test_both_orders_of_every_pair_are_averaged(tmp_path, temperature):
     asked = questions(4)
     with JudgeServer() as server:
         judge = make_judge(tmp_path, server.url, temperature=temperature)
-        found = judge.preferences(asked, "test")
+        matrices = judge.preferences(asked, "test")
         assert len(server.asked) == judge.calls == 4 * 3 * 2
         assert Counter(server.asked).most_common(1)[0][1] == 1
         assert all(
@@ -67,13 +67,13 @@ def test_both_orders_of_every_pair_are_averaged(tmp_path, temperature):
     assert judge.usage() == {
         "judge_calls": 24, "judge_prompt_tokens": tokens, "judge_completion_tokens": 24, "judge_failures": 0
     }  # fmt: skip
-    for question, matrix in zip(asked, found, strict=True):
+    for question, matrix in zip(asked, matrices, strict=True):
         for i, j in combinations(range(3), 2):
             expected = by_the_rule(question.answers[i], question.answers[j], temperature)
             assert matrix[i][j] == pytest.approx(expected, abs=1e-12)
             assert matrix[i][j] + matrix[j][i] == pytest.approx(1, abs=1e-12)
         assert [matrix[i][i] for i in range(3)] == [0.5] * 3
-    assert len({round(p, 6) for matrix in found for row in matrix for p in row}) > 4
+    assert len({round(p, 6) for matrix in matrices for row in matrix for p in row}) > 4
 
 
 def test_rewards_are_mean_preferences_over_the_other_answers(tmp_path):
@@ -89,16 +89,16 @@ def test_what_was_judged_is_not_asked_again(tmp_path):
     asked = questions(3)
     with JudgeServer() as server:
         judge = make_judge(tmp_path, server.url)
-        found = judge.preferences(asked, "test")
+        matrices = judge.preferences(asked, "test")
         count = len(server.asked)
-        assert judge.preferences(asked, "test") == found and judge.calls == count
-        turned = [Question("other", one.prompt, one.answers[::-1]) for one in asked]
-        for matrix, other in zip(found, judge.preferences(turned, "test"), strict=True):
+        assert judge.preferences(asked, "test") == matrices and judge.calls == count
+        turned = [Question("other", question.prompt, question.answers[::-1]) for question in asked]
+        for matrix, other in zip(matrices, judge.preferences(turned, "test"), strict=True):
             assert [row[::-1] for row in other[::-1]] == [pytest.approx(row, abs=1e-12) for row in matrix]
         again = make_judge(tmp_path, server.url)  # as another process
-        assert again.preferences(asked, "test") == found and again.calls == 0
+        assert again.preferences(asked, "test") == matrices and again.calls == 0
         # Another temperature of the softmax reads the same log-probabilities.
-        assert make_judge(tmp_path, server.url, temperature=2.0).preferences(asked, "test") != found
+        assert make_judge(tmp_path, server.url, temperature=2.0).preferences(asked, "test") != matrices
         assert len(server.asked) == count
 
 
@@ -116,22 +116,22 @@ def test_one_seeded_order_costs_half(tmp_path):
     def orders(server):
         """By question, whether its first answer was shown first."""
         said = {shown(text) for text in server.asked}
-        texts = {one.id: tuple(answer.text for answer in one.answers) for one in asked}
+        texts = {question.id: tuple(answer.text for answer in question.answers) for question in asked}
         return {name: pair in said for name, pair in texts.items()}
 
     with JudgeServer() as server:
         judge = make_judge(tmp_path / "one", server.url, swap="random")
-        found = judge.preferences(asked, "test")
+        matrices = judge.preferences(asked, "test")
         assert judge.calls == len(server.asked) == 16
         first = orders(server)
         assert 2 < sum(first.values()) < 14, "both orders occur"
-        for question, matrix in zip(asked, found, strict=True):
-            a, b = (one.text.count("good") for one in question.answers)
+        for question, matrix in zip(asked, matrices, strict=True):
+            a, b = (answer.text.count("good") for answer in question.answers)
             expected = sigmoid(a - b + BIAS) if first[question.id] else 1 - sigmoid(b - a + BIAS)
             assert matrix[0][1] == pytest.approx(expected, abs=1e-12)
         # The pair decides, not its place in the question.
-        turned = [Question(one.id, one.prompt, one.answers[::-1]) for one in asked]
-        for matrix, other in zip(found, judge.preferences(turned, "test"), strict=True):
+        turned = [Question(question.id, question.prompt, question.answers[::-1]) for question in asked]
+        for matrix, other in zip(matrices, judge.preferences(turned, "test"), strict=True):
             assert other[1][0] == pytest.approx(matrix[0][1], abs=1e-12)
         assert judge.calls == 16
     with JudgeServer() as server:
@@ -145,9 +145,9 @@ def test_without_log_probabilities_the_letter_is_read(tmp_path):
     asked = questions(4)
     with JudgeServer() as server:
         judge = make_judge(tmp_path, server.url, logprobs=False)
-        found = judge.preferences(asked, "test")
+        matrices = judge.preferences(asked, "test")
         assert not any("logprobs" in body for body in server.bodies)
-    for question, matrix in zip(asked, found, strict=True):
+    for question, matrix in zip(asked, matrices, strict=True):
         for i, j in combinations(range(3), 2):
             a, b = (question.answers[k].text.count("good") for k in (i, j))
             # Where the rule cannot tell, its first place wins in both orders: an honest one half.
@@ -285,9 +285,9 @@ def test_two_ranks_ask_once_and_fail_together(tmp_path):
         return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
     with JudgeServer() as server:
-        (code, one, _), (other_code, other, _) = ranks("whole")
-        assert code == other_code == 0 and json.loads(one) == json.loads(other)
-        assert len(server.asked) == 48 and json.loads(one)["usage"]["judge_calls"] == 48
+        (code, first, _), (other_code, other, _) = ranks("whole")
+        assert code == other_code == 0 and json.loads(first) == json.loads(other)
+        assert len(server.asked) == 48 and json.loads(first)["usage"]["judge_calls"] == 48
         server.plan = lambda text, times: "500" if len(server.asked) > 60 else None
         for code, _, error in ranks("broken"):
             assert code == 1 and b"JudgeError: --judge.base_url" in error

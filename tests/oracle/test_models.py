@@ -70,22 +70,22 @@ def test_heads_vote_with_the_rewards_of_openrlhfs_class(heads, make_resources):
     resources = make_resources(reward__heads=heads)
     judge = RewardHeads(resources)
     RewardHeads.check(resources.config)
-    found = judge.preferences(QUESTIONS, "test")
+    matrices = judge.preferences(QUESTIONS, "test")
     assert judge.calls == len(heads) * 3 * len(QUESTIONS), "one per head and distinct answer"
-    for question, matrix in zip(QUESTIONS, found, strict=True):
-        check(matrix, [one.text for one in question.answers])
+    for question, matrix in zip(QUESTIONS, matrices, strict=True):
+        check(matrix, [answer.text for answer in question.answers])
         rows = [
-            conversation(Path(heads[0]), question.prompt[0]["content"], one.text, not one.truncated)
-            for one in question.answers
+            conversation(Path(heads[0]), question.prompt[0]["content"], answer.text, not answer.truncated)
+            for answer in question.answers
         ]
         rewards = [rewards_alone(Path(head), rows) for head in heads]
         for i, j in combinations(range(4), 2):
             if (i, j) != (1, 3):
                 assert matrix[i][j] == sum(row[i] > row[j] for row in rewards) / 3
-    assert {p for matrix in found for row in matrix for p in row} > {0.5, 1 / 3}, "the heads disagree"
-    assert judge.rewards(QUESTIONS, "test")[0][0] == pytest.approx(sum(found[0][0][1:]) / 3)
+    assert {p for matrix in matrices for row in matrix for p in row} > {0.5, 1 / 3}, "the heads disagree"
+    assert judge.rewards(QUESTIONS, "test")[0][0] == pytest.approx(sum(matrices[0][0][1:]) / 3)
     again = RewardHeads(resources)
-    assert again.preferences(QUESTIONS, "test") == found and again.calls == 0
+    assert again.preferences(QUESTIONS, "test") == matrices and again.calls == 0
 
 
 def test_heads_are_checked(heads, tiny_model, make_resources):
@@ -119,23 +119,23 @@ def test_the_pairwise_model_is_asked_in_both_orders(other_tiny_model, make_resou
     resources = make_resources(reward__model_name_or_path=str(other_tiny_model), train__layout=layout)
     judge = PreferenceModelOracle(resources)
     PreferenceModelOracle.check(resources.config)
-    found = judge.preferences(QUESTIONS, "test")
+    matrices = judge.preferences(QUESTIONS, "test")
     assert judge.calls == len(QUESTIONS) * 6, "three pairs of distinct answers, in two orders"
-    for question, matrix in zip(QUESTIONS, found, strict=True):
-        texts = [one.text for one in question.answers]
+    for question, matrix in zip(QUESTIONS, matrices, strict=True):
+        texts = [answer.text for answer in question.answers]
         check(matrix, texts)
         for i, j in ((0, 1), (0, 2), (1, 2)):
             odds = [
                 log_odds(other_tiny_model, judge.chat, messages)
                 for messages in fitted(question.prompt, texts[i], texts[j], judge.chat)
             ]
-            one, other = (1 / (1 + math.exp(-value)) for value in odds)
-            assert matrix[i][j] == pytest.approx((one + 1 - other) / 2, abs=1e-4)
+            share, other = (1 / (1 + math.exp(-value)) for value in odds)
+            assert matrix[i][j] == pytest.approx((share + 1 - other) / 2, abs=1e-4)
         assert matrix[1][3] == 0.5
     used = judge.usage()
     assert used["judge_calls"] == 18 and used["judge_tokens"] > 18 * 200, "a comparison has some 200 letters of its own"
     again = PreferenceModelOracle(resources)
-    assert again.preferences(QUESTIONS, "test") == found
+    assert again.preferences(QUESTIONS, "test") == matrices
     assert again.usage() == {"judge_calls": 0, "judge_tokens": 0}
 
 
@@ -160,12 +160,12 @@ def test_a_frozen_implicit_reward_is_that_of_the_two_models(tiny_model, other_ti
     resources = make_resources(resident=True, reward__model_name_or_path=str(other_tiny_model), model__beta=0.02)
     ImplicitReward.check(resources.config)
     judge = ImplicitReward(resources)
-    found = judge.preferences(QUESTIONS, "")
+    matrices = judge.preferences(QUESTIONS, "")
     assert judge.calls == 3 * len(QUESTIONS), "one per distinct answer, not per model"
     groups = [as_group(question, resources.chat) for question in QUESTIONS]
     policy, reference = (resources.scorer.score(str(model), groups, "") for model in (other_tiny_model, tiny_model))
-    for question, matrix, p, r in zip(QUESTIONS, found, policy, reference, strict=True):
-        check(matrix, [one.text for one in question.answers])
+    for question, matrix, p, r in zip(QUESTIONS, matrices, policy, reference, strict=True):
+        check(matrix, [answer.text for answer in question.answers])
         gain = 0.02 * ((p[0] - r[0]) - (p[1] - r[1]))
         assert matrix[0][1] == pytest.approx(1 / (1 + math.exp(-gain)), abs=1e-9)
     judge.close()

@@ -17,10 +17,10 @@ NUMBERS = st.floats(-1e3, 1e3)
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=6), st.floats(0.01, 10))
 def test_rewards_are_beta_times_the_log_ratio(pairs, beta):
-    policy, reference = [one for one, _ in pairs], [other for _, other in pairs]
+    policy, reference = [trained for trained, _ in pairs], [other for _, other in pairs]
     rewards = implicit_rewards(policy, reference, beta)
-    for reward, one, other in zip(rewards, policy, reference, strict=True):
-        assert reward / beta + other == pytest.approx(one, abs=1e-9)
+    for reward, trained, other in zip(rewards, policy, reference, strict=True):
+        assert reward / beta + other == pytest.approx(trained, abs=1e-9)
     # Only differences count: the prompt's constant drops out, and so does the common part of both models.
     assert implicit_rewards(policy, policy, beta) == [0.0] * len(policy)
 
@@ -97,18 +97,18 @@ def test_rewards_are_those_of_openrlhfs_class(tiny_reward_model, tmp_path):
     from reward_models import conversation, rewards_alone
 
     judge = oracle(tiny_reward_model, tmp_path)
-    found = judge.rewards(QUESTIONS, "test")
+    rewards = judge.rewards(QUESTIONS, "test")
     every = [
         conversation(tiny_reward_model, question.prompt[0]["content"], answer.text, not answer.truncated)
         for question in QUESTIONS
         for answer in question.answers
     ]
     expected = rewards_alone(tiny_reward_model, every)
-    assert [reward for row in found for reward in row] == pytest.approx(expected, abs=1e-4)
+    assert [reward for row in rewards for reward in row] == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 0.5, "too alike to tell"
     # Stored: another process reads the very numbers and loads no model.
     again = oracle(tiny_reward_model, tmp_path)
-    assert again.rewards(QUESTIONS, "test") == found and again.calls == 0 < judge.calls == len(every)
+    assert again.rewards(QUESTIONS, "test") == rewards and again.calls == 0 < judge.calls == len(every)
 
 
 def test_mean_and_deviation_of_the_folder_count(tiny_reward_model, tmp_path):
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_cut_at_the_beginning_of_the_prompt(tiny_reward_mod
     judge = oracle(tiny_reward_model, tmp_path, **lengths)
     prompt = [{"role": "user", "content": "0123456789" * 5}]
     long, endless = Answer("a" * 20), Answer("b" * 60)
-    found = judge.rewards(
+    rewards = judge.rewards(
         [Question("1", prompt, (Answer("short"), long)), Question("2", prompt, (endless, long))], "test"
     )
     start = tokenizer(
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_cut_at_the_beginning_of_the_prompt(tiny_reward_mod
         [*start[-1:], *ids("a" * 20), end],
     ]
     assert max(map(len, expected)) == limit
-    flat = [reward for row in found for reward in row]
+    flat = [reward for row in rewards for reward in row]
     assert flat == pytest.approx(rewards_alone(tiny_reward_model, expected), abs=1e-4)
 
 

@@ -45,10 +45,10 @@ def test_every_oracle_goes_with_every_algorithm(run, more):
 
 
 def test_an_unknown_oracle():
-    (found,) = problems(*ROUNDS, "--oracle", "judgement")
-    assert found.startswith("--oracle: unknown oracle 'judgement'; did you mean judge? known: implicit, reward_model")
-    (found,) = problems(*ROUNDS, "--oracle", "no.such_module:Class")
-    assert found.startswith("--oracle: oracle 'no.such_module:Class': cannot import module 'no.such_module'")
+    (problem,) = problems(*ROUNDS, "--oracle", "judgement")
+    assert problem.startswith("--oracle: unknown oracle 'judgement'; did you mean judge? known: implicit, reward_model")
+    (problem,) = problems(*ROUNDS, "--oracle", "no.such_module:Class")
+    assert problem.startswith("--oracle: oracle 'no.such_module:Class': cannot import module 'no.such_module'")
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_an_unknown_oracle():
 )
 @pytest.mark.parametrize("run", [ROUNDS, PLAYS])
 def test_what_is_missing_or_out_of_range(run, more, start):
-    (found,) = problems(*run, *more)
-    assert found.startswith(start)
+    (problem,) = problems(*run, *more)
+    assert problem.startswith(start)
 
 
 @pytest.mark.parametrize(
@@ -83,21 +83,21 @@ def test_what_is_missing_or_out_of_range(run, more, start):
     ],
 )  # fmt: skip
 def test_what_the_oracle_would_not_read_is_refused(more, name):
-    (found,) = problems(*ROUNDS, *more)
+    (problem,) = problems(*ROUNDS, *more)
     chosen = more[1] if more[0] == "--oracle" else "implicit"
-    assert found.startswith(f"--{name}: --oracle {chosen} is selected and would not read it")
+    assert problem.startswith(f"--{name}: --oracle {chosen} is selected and would not read it")
 
 
 def test_the_implicit_reward_is_the_policys_own_in_rounds_and_frozen_in_plays():
     assert problems(*ROUNDS, "--rounds.judge_reference", "previous") == []
-    (found,) = problems(*ROUNDS, "--reward.model_name_or_path", "seed")
-    assert found.startswith("--reward.model_name_or_path: --oracle implicit is selected")
+    (problem,) = problems(*ROUNDS, "--reward.model_name_or_path", "seed")
+    assert problem.startswith("--reward.model_name_or_path: --oracle implicit is selected")
     frozen = ["--oracle", "implicit", "--reward.model_name_or_path", "seed"]
     assert problems(*PLAYS, *frozen) == []
-    (found,) = problems(*PLAYS, *frozen[:2])
-    assert found.startswith("--reward.model_name_or_path: missing, --oracle implicit needs the policy whose")
-    (found,) = problems(*PLAYS, *frozen, "--rounds.judge_reference", "previous")
-    assert found.startswith("--rounds.judge_reference: --oracle implicit is selected")
+    (problem,) = problems(*PLAYS, *frozen[:2])
+    assert problem.startswith("--reward.model_name_or_path: missing, --oracle implicit needs the policy whose")
+    (problem,) = problems(*PLAYS, *frozen, "--rounds.judge_reference", "previous")
+    assert problem.startswith("--rounds.judge_reference: --oracle implicit is selected")
 
 
 def test_the_key_is_in_no_dump(tmp_path, monkeypatch):

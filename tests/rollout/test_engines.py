@@ -73,9 +73,9 @@ def test_loading_replaces_every_weight_tied_embeddings_included(rollout, tiny_mo
 def test_n_samples_per_prompt_in_order_and_within_the_limit(rollout):
     samples = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
     assert [len(group) for group in samples] == [3, 3, 3]
-    assert all(0 < one.tokens <= 8 for group in samples for one in group)
-    assert all(one.truncated == (one.tokens == 8) or one.tokens == 8 for group in samples for one in group)
-    assert len({one.text for group in samples for one in group}) > 4, "samples of a random model should differ"
+    assert all(0 < answer.tokens <= 8 for group in samples for answer in group)
+    assert all(answer.truncated == (answer.tokens == 8) or answer.tokens == 8 for group in samples for answer in group)
+    assert len({answer.text for group in samples for answer in group}) > 4, "samples of a random model should differ"
 
 
 def test_the_seed_decides_the_samples(rollout):

@@ -30,8 +30,8 @@ def rollout_with(tiny_model, other_tiny_model):
 
 
 def sampled(rollout):
-    found = rollout.generate(PROMPTS, Sampling(0.7, 1.0, NEW, SEED, SAMPLES), label="")
-    return [[one.token_ids for one in row] for row in found]
+    answers = rollout.generate(PROMPTS, Sampling(0.7, 1.0, NEW, SEED, SAMPLES), label="")
+    return [[answer.token_ids for answer in row] for row in answers]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -47,7 +47,7 @@ def test_the_middle_is_the_mixture_of_logits(rollout_with, tiny_model, other_tin
 
     share, temperature = 0.25, 0.7
     policy, reference = (
-        AutoModelForCausalLM.from_pretrained(one, dtype=torch.float32) for one in (tiny_model, other_tiny_model)
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for model in (tiny_model, other_tiny_model)
     )
     order = sorted(range(len(PROMPTS)), key=lambda index: -len(PROMPTS[index]))
     rows = [list(PROMPTS[index]) for index in order for _ in range(SAMPLES)]
@@ -57,15 +57,17 @@ def test_the_middle_is_the_mixture_of_logits(rollout_with, tiny_model, other_tin
         for _ in range(NEW):
             logits = []
             for row in rows:
-                own, other = (model(torch.tensor([row])).logits[0, -1] for model in (policy, reference))
-                logits.append((1 - share) * own + share * other)
+                policy_logits, reference_logits = (
+                    model(torch.tensor([row])).logits[0, -1] for model in (policy, reference)
+                )
+                logits.append((1 - share) * policy_logits + share * reference_logits)
             drawn = torch.multinomial((torch.stack(logits) / temperature).softmax(-1), 1, generator=generator)[:, 0]
             for number, token in enumerate(drawn.tolist()):
                 rows[number].append(policy.config.pad_token_id if ended[number] else token)
                 ended[number] |= token == policy.config.eos_token_id
     expected = dict(zip(order, zip(rows[::SAMPLES], rows[1::SAMPLES], strict=True), strict=True))
-    for index, found in enumerate(sampled(rollout_with(share))):
-        for ids, row in zip(found, expected[index], strict=True):
+    for index, answers in enumerate(sampled(rollout_with(share))):
+        for ids, row in zip(answers, expected[index], strict=True):
             assert list(ids) == row[len(PROMPTS[index]) :][: len(ids)]
             assert len(ids) == NEW or ids[-1] == policy.config.eos_token_id
 

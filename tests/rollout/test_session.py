@@ -47,9 +47,9 @@ def session(tiny_model):
 
 
 def listening(processes: list[psutil.Process]) -> set[tuple[str, int]]:
-    ours = {str(process.pid) for process in processes}
+    ids = {str(process.pid) for process in processes}
     rows = subprocess.run(["ss", "-ltnpH"], capture_output=True, text=True, check=True).stdout.splitlines()
-    addresses = [row.split()[3].rpartition(":") for row in rows if ours & set(re.findall(r"pid=(\d+)", row))]
+    addresses = [row.split()[3].rpartition(":") for row in rows if ids & set(re.findall(r"pid=(\d+)", row))]
     return {(address.strip("[]"), int(port)) for address, _, port in addresses}
 
 
@@ -68,12 +68,12 @@ except Exception as error:
 def test_a_stranger_gets_nothing(session):
     _, folder = session
     processes = [*ray_session._processes(folder), psutil.Process()]
-    found = listening(processes)
-    assert len(found) > 5
-    assert {address for address, _ in found} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    sockets = listening(processes)
+    assert len(sockets) > 5
+    assert {address for address, _ in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
     outside = next((row.address for rows in psutil.net_if_addrs().values() for row in rows
                     if row.family == socket.AF_INET and not row.address.startswith("127.")), None)  # fmt: skip
-    for _, port in found if outside else ():
+    for _, port in sockets if outside else ():
         with pytest.raises(OSError):
             socket.create_connection((outside, port), timeout=2).close()
     import ray

@@ -76,7 +76,9 @@ def test_every_engine_stops_at_the_end_that_training_appends(rollout, end):
     chat = rollout.stop.chat
     other = [{"role": "user", "content": "Another, longer question?"}]
     prompts = [chat.prompt(QUESTION), chat.prompt(other)]
-    for sample in (one for row in rollout.generate(prompts, Sampling(1.0, 1.0, LIMIT, 1, 2), label="") for one in row):
+    for sample in (
+        answer for row in rollout.generate(prompts, Sampling(1.0, 1.0, LIMIT, 1, 2), label="") for answer in row
+    ):
         assert (sample.text, sample.truncated) == ("Hi", False)
         assert sample.token_ids == chat.response("Hi", False, LIMIT)
         assert chat.tokenizer.decode(sample.token_ids) == f"Hi{end}"
