@@ -352,8 +352,8 @@ def test_a_draft_that_is_too_long_is_shown_without_its_end(tiny_model, tiny_data
 
 
 def test_a_run_s_policy_and_settings(tiny_model, tiny_data, tmp_path, engine):
-    settings = ("--rollout.temperature", "0.6", "--rollout.max_new_tokens", "7", "--rollout.engine", "hf")
-    settings += (
+    of_run = ("--rollout.temperature", "0.6", "--rollout.max_new_tokens", "7", "--rollout.engine", "hf")
+    of_run += (
         "--data.max_len",
         "300",
         "--ds.param_dtype",
@@ -363,7 +363,7 @@ def test_a_run_s_policy_and_settings(tiny_model, tiny_data, tmp_path, engine):
         "--slhf.follower_prompt",
         "More.",
     )
-    run = make_run(tmp_path / "mine", tiny_model, *settings, rounds=4)
+    run = make_run(tmp_path / "mine", tiny_model, *of_run, rounds=4)
     argv = ["--model", str(run), "--prompts", str(tiny_data["prompts"]), "--out", str(tmp_path / "out")]
     settings, policy = load(argv)
     assert (policy.folder, policy.name) == (str(run / "round_3/policy"), "mine-round-3")  # the fourth is not finished
