@@ -39,6 +39,12 @@ class SettingsError(ValueError):
         return "\n".join(self.args)
 
 
+def refuse(problems: Sequence[str]) -> None:
+    """Raises SettingsError with these problems, if there are any."""
+    if problems:
+        raise SettingsError(*problems)
+
+
 class Parsed(NamedTuple):
     """instances: by prefix. given: origin of each flag that was set, ``COMMAND_LINE`` or ``file:line``. ignored: origins of a
     file's keys in groups that exist only elsewhere."""
@@ -177,8 +183,7 @@ def parse(
             raw = texts[0] if not several else [] if texts == [""] else texts  # "--flag=" empties a list
             accept(name, None if optional and texts == ["null"] else raw, COMMAND_LINE)
         seen.add(name)
-    if problems:
-        raise SettingsError(*problems)
+    refuse(problems)
     instances = {prefix: _replaced(default, prefix, values) for prefix, default in defaults.items()}
     return Parsed(instances, given, ignored)
 
@@ -188,8 +193,7 @@ def peek(argv: Sequence[str], name: str) -> str | None:
     words = _words(argv)
     texts = dict(reversed(words)).get(name)
     entries, problems = ([], []) if texts else _read(words)
-    if problems:
-        raise SettingsError(*problems)
+    refuse(problems)
     return texts[0] if texts else next((raw for key, raw, _ in entries if key == name and isinstance(raw, str)), None)
 
 

@@ -211,8 +211,7 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
         or algorithm.option_problems(options)
         or _check_together(config, options, algorithm)
     )
-    if problems:
-        raise flags.SettingsError(*problems)
+    flags.refuse(problems)
     return ignored
 
 
@@ -238,9 +237,8 @@ def _check_reading(config: Config) -> list[str]:
 def check_data(config: Config, algorithm: type[Algorithm]) -> None:
     """Raises flags.SettingsError with all problems of the settings for reading and inspecting data."""
     problems = _missing(config, algorithm, "model.model_name_or_path", "data.dataset")
-    problems += flags.out_of_range({"": config}, ("data.", "eval.", "rollout.max_new_tokens")) + _check_reading(config)
-    if problems:
-        raise flags.SettingsError(*problems)
+    problems += flags.out_of_range({"": config}, ("data.", "eval.", "rollout.max_new_tokens"))
+    flags.refuse(problems + _check_reading(config))
 
 
 def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]) -> dict[str, str]:

@@ -68,17 +68,14 @@ def load(argv: Sequence[str]) -> Loaded:
     """Parse command-line arguments. Raises flags.SettingsError with all problems at once, ValueError for a bad model."""
     instances, origins, _ = flags.parse(argv, sections())
     settings: EvaluateSettings = instances[""]
-    problems = _problems(settings, instances, origins)
-    if problems:
-        raise flags.SettingsError(*problems)
+    flags.refuse(_problems(settings, instances, origins))
     if any(tasks.get(name).judged for name in settings.tasks):
         settings.judge = with_preset(settings.judge, origins)
         problems = judge_problems(settings.judge)
         room, longest = settings.judge.max_len, instances["arena_hard"].max_tokens
         if "arena_hard" in settings.tasks and 0 < room <= longest:
             problems.append(f"--judge.max_len: {room} has no room for judgements of --arena_hard.max_tokens {longest}")
-        if problems:
-            raise flags.SettingsError(*problems)
+        flags.refuse(problems)
     options = {name: instances[name] for name in settings.tasks}
     return Loaded(settings, options, contestants(settings), "data.max_len" in origins)
 

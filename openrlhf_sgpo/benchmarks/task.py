@@ -80,8 +80,7 @@ class Task:
 
     def __init__(self, settings: Any):
         """Raises ValueError for a setting out of range."""
-        if problems := flags.out_of_range({self.name: settings}):
-            raise flags.SettingsError(*problems)
+        flags.refuse(flags.out_of_range({self.name: settings}))
         self.settings = settings
 
     def items(self) -> list[Item]:

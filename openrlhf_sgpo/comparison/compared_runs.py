@@ -13,8 +13,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.config import TrainSettings
-from openrlhf_sgpo.flags import SettingsError
 from openrlhf_sgpo.inference import Policy, policy_of, stored_settings
 from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.run_check import check_rounds
@@ -99,7 +99,7 @@ def named_folders(text: str) -> tuple[str, list[str]]:
 
 def read_groups(texts: Sequence[str], trials: Sequence[str]) -> list[RunGroup]:
     """The runs of ``--runs``, FOLDER or NAME=FOLDER,FOLDER,..., by name in the given order. Folders without a name are
-    grouped by algorithm. trials: NAME=K. Raises SettingsError with every problem of names and folders."""
+    grouped by algorithm. trials: NAME=K. Raises flags.SettingsError with every problem of names and folders."""
     problems: list[str] = []
     named: dict[str, list[ComparedRun]] = {}
     explicit: set[str] = set()
@@ -118,8 +118,7 @@ def read_groups(texts: Sequence[str], trials: Sequence[str]) -> list[RunGroup]:
     if len(named) < 2 and not problems:
         problems.append("--runs: a comparison needs runs of at least two algorithms or settings; name them NAME=FOLDER")
     problems += _not_comparable([run for runs in named.values() for run in runs]) + _trial_problems(trials, named)
-    if problems:
-        raise SettingsError(*problems)
+    flags.refuse(problems)
     counts = {name: int(count) for name, _, count in (text.partition("=") for text in trials)}
     return [RunGroup(name, runs, counts.get(name, 1)) for name, runs in named.items()]
 

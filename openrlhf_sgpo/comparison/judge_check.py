@@ -244,9 +244,7 @@ def load(argv: Sequence[str]) -> JudgeCheckSettings:
         problems.append(f"--data.dataset_split: {settings.data.dataset} is a file, which has no splits; leave it out")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         problems.append("judge-check is one process: start it without a launcher")
-    problems += flags.out_of_range({"": settings}) + _oracle_problems(settings, origins)
-    if problems:
-        raise flags.SettingsError(*problems)
+    flags.refuse(problems + flags.out_of_range({"": settings}) + _oracle_problems(settings, origins))
     return settings
 
 

@@ -55,9 +55,8 @@ def read_settings(argv: Sequence[str], run: Mapping[str, Any]) -> CompareSetting
     instances, origins, _ = flags.parse(argv, {"": defaults})
     settings: CompareSettings = instances[""]
     reasons, reads = other_oracle(settings.oracle)
-    problems = _problems(settings) + unread(settings, defaults(), origins, settings.other_engine() | reasons, reads)
-    if problems:
-        raise flags.SettingsError(*problems)
+    reasons = settings.other_engine() | reasons
+    flags.refuse(_problems(settings) + unread(settings, defaults(), origins, reasons, reads))
     return settings
 
 

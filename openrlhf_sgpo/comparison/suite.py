@@ -109,17 +109,10 @@ def read_suite(path: Path) -> Suite:
         raise flags.SettingsError(f"--suite {error}") from error
     # API keys first: nothing from a file that holds one is written to disk.
     problems = list(_refused(tree)) or list(_suite_problems(tree))
-    if problems:
-        raise flags.SettingsError(*(f"--suite {path}: {problem}" for problem in problems))
+    flags.refuse([f"--suite {path}: {problem}" for problem in problems])
     common = nested(tree.get("common") or {})
     entries = [
-        Entry(
-            item["name"],
-            merged(common, nested(item.get("settings") or {})),
-            item.get("trials", 1),
-            item.get("fork_from", ""),
-        )
-        for item in tree["algorithms"]
+        Entry(**item | {"settings": merged(common, nested(item.get("settings") or {}))}) for item in tree["algorithms"]
     ]
     return Suite(Path(tree["out"]), tree["seeds"], entries, nested(tree.get("compare") or {}))
 
@@ -143,8 +136,7 @@ def prepare_runs(suite: Suite) -> list[SuiteRun]:
             except flags.SettingsError as error:
                 problems += [f"{entry.name}: {problem}" for problem in error.args]
                 break
-    if problems:
-        raise flags.SettingsError(*problems)
+    flags.refuse(problems)
     return runs
 
 

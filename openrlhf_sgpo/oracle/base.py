@@ -73,7 +73,8 @@ class Oracle:
     """Base class of all oracles. An oracle derives from ``RewardOracle`` or ``PreferenceOracle``.
 
     Class attributes: ``name`` (value of --oracle, and the source of the pairs that it ranks), ``reads`` (prefixes of the flags
-    that it reads, among those that only oracles read: setting any other of them is an error).
+    that it reads, among those that only oracles read: setting any other of them is an error), ``needs_model`` (what
+    --reward.model_name_or_path must name; empty if it may be missing).
 
     calls: judgements made so far, not counting cached ones. Methods that take questions are collective: every rank calls them
     with the same arguments and gets the same result. label: text of the progress bar; empty for none.
@@ -81,6 +82,7 @@ class Oracle:
 
     name: ClassVar[str]
     reads: ClassVar[tuple[str, ...]] = ()
+    needs_model: ClassVar[str] = ""
 
     def __init__(self, resources: Resources | None = None):
         self.resources = resources
@@ -91,7 +93,9 @@ class Oracle:
     @classmethod
     def problems(cls, config: Inference) -> list[str]:
         """Problems with the settings, each naming its flag; empty if there are none. Needs no torch."""
-        return []
+        if not cls.needs_model or config.reward.model_name_or_path:
+            return []
+        return [f"--reward.model_name_or_path: missing, --oracle {cls.name} needs {cls.needs_model}"]
 
     @classmethod
     def check(cls, config: Inference) -> None:

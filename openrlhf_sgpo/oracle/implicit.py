@@ -27,6 +27,7 @@ class ImplicitReward(RewardOracle):
 
     name = "implicit"
     reads: ClassVar[tuple[str, ...]] = ("reward.model_name_or_path",)
+    needs_model = "the policy whose implicit reward ranks answers, such as round_0/policy of a run of --algo dpo"
 
     def __init__(self, resources: Resources, policy: str = "", reference: str = ""):
         super().__init__(resources)
@@ -42,15 +43,6 @@ class ImplicitReward(RewardOracle):
             shared = resources.scorer
             self.scorer = Scorer(config, shared.strategy, shared.pad_token_id, shared.folder, resident=True)
             self.scorers = [self.scorer]
-
-    @classmethod
-    def problems(cls, config: Inference) -> list[str]:
-        if config.reward.model_name_or_path:
-            return []
-        return [
-            "--reward.model_name_or_path: missing, --oracle implicit needs the policy whose implicit reward ranks answers, "
-            "such as round_0/policy of a run of --algo dpo"
-        ]
 
     @classmethod
     def check(cls, config: Inference) -> None:

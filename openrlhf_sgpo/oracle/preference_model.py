@@ -23,6 +23,7 @@ class PreferenceModelOracle(PreferenceOracle):
 
     name = "preference_model"
     reads: ClassVar[tuple[str, ...]] = (FLAG, "reward.max_len")
+    needs_model = "the policy of a run of --algo preference_model"
 
     def __init__(self, resources: Resources):
         from openrlhf_sgpo.training.scoring import Scorer
@@ -37,12 +38,6 @@ class PreferenceModelOracle(PreferenceOracle):
             config, resources.strategy, pad, resources.folder / "log_probs", resident=resources.resident
         )
         self.scorers = [self.scorer]
-
-    @classmethod
-    def problems(cls, config: Inference) -> list[str]:
-        if config.reward.model_name_or_path:
-            return []
-        return [f"--{FLAG}: missing, --oracle preference_model needs the policy of a run of --algo preference_model"]
 
     @classmethod
     def check(cls, config: Inference) -> None:

@@ -104,17 +104,12 @@ class RewardModel(RewardOracle):
 
     name = "reward_model"
     reads: ClassVar[tuple[str, ...]] = ("reward.model_name_or_path", "reward.max_len")
+    needs_model = "it"
 
     def __init__(self, resources: Resources):
         super().__init__(resources)
         self.reader = RewardReader(resources.config.reward.model_name_or_path, "reward.model_name_or_path", resources)
         self.scorers = [self.reader.scorer]
-
-    @classmethod
-    def problems(cls, config: Inference) -> list[str]:
-        if config.reward.model_name_or_path:
-            return []
-        return ["--reward.model_name_or_path: missing, --oracle reward_model needs it"]
 
     @classmethod
     def check(cls, config: Inference) -> None:

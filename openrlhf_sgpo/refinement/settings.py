@@ -63,9 +63,7 @@ def load(argv: Sequence[str]) -> tuple[RefineSettings, Policy]:
     settings: RefineSettings = instances[""]
     if settings.controls is None:
         settings.controls = ["iid", "best_of_n"] if settings.oracle else ["iid"]
-    problems = _problems(settings, run is not None) + _unread(settings, default, origins)
-    if problems:
-        raise flags.SettingsError(*problems)
+    flags.refuse(_problems(settings, run is not None) + _unread(settings, default, origins))
     policy = policy_of(settings.model, settings.round, "model")
     settings.round = policy.round
     return settings, policy
