@@ -24,6 +24,7 @@ from openrlhf_sgpo import keys, yaml_files
 
 COMMAND_LINE = "command line"
 CONFIG_FLAG = "config"
+HELP = {"-h", "--help"}
 _CONFIG_HELP = "YAML file with any of these flags as keys, or the name of a recipe; the command line takes precedence"
 RECIPES = Path(__file__).with_name("recipes")
 _Sections: TypeAlias = Mapping[str, Callable[[], Any]]
@@ -37,6 +38,10 @@ class SettingsError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(self.args)
+
+
+class HelpAsked(Exception):
+    """The arguments ask for the flags, which this describes, in place of the command."""
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -127,8 +132,10 @@ def parse(
 
     known_elsewhere: groups that this run does not have, with the message for flags in them; in a file they are ignored, so one
     file can serve several runs. other_names: names that are not flags, with their messages.
-    Raises SettingsError with every problem at once, TypeError if a field's type is not supported.
+    Raises SettingsError with every problem at once, TypeError if a field's type is not supported, and HelpAsked.
     """
+    if HELP & set(argv):
+        raise HelpAsked(help_text(sections))
     defaults = {prefix: section() for prefix, section in sections.items()}
     flags = _flags(defaults)
     for flag in flags.values():

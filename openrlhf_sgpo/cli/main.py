@@ -47,11 +47,6 @@ _UNBROKEN = "\u00a0"
 
 def train(argv: list[str]) -> int:
     """Parse, check, and either print the resolved configuration (--dry_run) or run."""
-    if "--help" in argv or "-h" in argv:
-        words = [word for word in argv if word not in ("--help", "-h")]
-        algorithm = algorithms.get(flags.peek(words, "algo") or Config().algo)
-        print(flags.help_text(run_settings.sections(algorithm)))
-        return 0
     settings, options = run_settings.load(argv)
     algorithm = algorithms.get(settings.algo)
     if settings.dry_run:
@@ -77,8 +72,6 @@ def run(settings: Config, algorithm: type[algorithms.Algorithm], options: Any) -
 
 def data(argv: list[str]) -> int:
     """Print the reports on the run's data; no model is loaded. Takes the flags and files of ``train``."""
-    if "--help" in argv or "-h" in argv:
-        return train(argv)
     algorithm, (instances, *_) = run_settings.read(argv)
     settings: Config = instances[""]
     run_settings.check_data(settings, algorithm)
@@ -98,12 +91,8 @@ def data(argv: list[str]) -> int:
 
 def refine(argv: list[str]) -> int:
     """Chains of answers by a policy on disk, see ``openrlhf_sgpo.refinement``."""
-    from openrlhf_sgpo.refinement.settings import defaults, load
+    from openrlhf_sgpo.refinement.settings import load
 
-    if "--help" in argv or "-h" in argv:
-        words = [word for word in argv if word not in ("--help", "-h")]
-        print(flags.help_text({"": lambda: defaults(words)}))
-        return 0
     settings, policy = load(argv)
     with other_packages_apart():
         with lean_imports():
@@ -115,11 +104,8 @@ def refine(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Benchmarks and their leaderboard, see ``openrlhf_sgpo.benchmarks.evaluate``."""
-    from openrlhf_sgpo.benchmarks.settings import load, sections
+    from openrlhf_sgpo.benchmarks.settings import load
 
-    if "--help" in argv or "-h" in argv:
-        print(flags.help_text(sections()))
-        return 0
     loaded = load(argv)
     with other_packages_apart():
         with lean_imports():
@@ -131,13 +117,10 @@ def evaluate(argv: list[str]) -> int:
 
 def compare(argv: list[str]) -> int:
     """Runs head to head, see ``openrlhf_sgpo.comparison.compare``; with --suite the runs are trained first."""
-    from openrlhf_sgpo.comparison.settings import CompareSettings, load
+    from openrlhf_sgpo.comparison.settings import load
 
     argv = argv if not argv or argv[0].startswith("-") else ["--runs", *argv]
-    if "--help" in argv or "-h" in argv:
-        print(flags.help_text({"": CompareSettings}))
-        return 0
-    if flags.peek(argv, "suite"):
+    if flags.peek(argv, "suite") and not flags.HELP & set(argv):
         from openrlhf_sgpo.comparison.suite import train_suite
 
         argv = train_suite(argv)
@@ -152,7 +135,7 @@ def compare(argv: list[str]) -> int:
 
 def report(argv: list[str]) -> int:
     """HTML pages of results, see ``openrlhf_sgpo.report``."""
-    if not argv or "--help" in argv or "-h" in argv:
+    if not argv or flags.HELP & set(argv):
         print(REPORT_USAGE, end="")
         return 0 if argv else 2
     from openrlhf_sgpo.report import write_report
@@ -164,11 +147,8 @@ def report(argv: list[str]) -> int:
 
 def judge_check(argv: list[str]) -> int:
     """Agreement and biases of a judge, see ``openrlhf_sgpo.comparison.judge_check``."""
-    from openrlhf_sgpo.comparison.judge_check import JudgeCheckSettings, check_judge, load
+    from openrlhf_sgpo.comparison.judge_check import check_judge, load
 
-    if "--help" in argv or "-h" in argv:
-        print(flags.help_text({"": JudgeCheckSettings}))
-        return 0
     settings = load(argv)
     with other_packages_apart():
         check_judge(settings)
@@ -179,16 +159,13 @@ def games(argv: list[str]) -> int:
     """The gate that every algorithm must pass, see ``openrlhf_sgpo.games``."""
     from openrlhf_sgpo.games.gate import GateSettings, run_gate
 
-    if "--help" in argv or "-h" in argv:
-        print(flags.help_text({"": GateSettings}))
-        return 0
     instances, *_ = flags.parse(argv, {"": GateSettings})
     return run_gate(instances[""])
 
 
 def list_algorithms(argv: list[str]) -> int:
     """Print a block per algorithm: name and summary; paper and origin; flags with their defaults. At most 100 columns."""
-    if "--help" in argv or "-h" in argv:
+    if flags.HELP & set(argv):
         print(ALGORITHMS_USAGE, end="")
         return 0
     if argv:
@@ -248,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # The deepspeed launcher passes every rank its number as a flag; the environment has it as well.
     argv = [word for word in argv if not word.startswith("--local_rank")]
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in flags.HELP:
         print(USAGE, end="")
         return 0 if argv else 2
     if argv[0] == "--version":
@@ -268,6 +245,9 @@ def main(argv: list[str] | None = None) -> int:
                 ending.part_from_other_ranks()
                 sys.stdout.flush()
                 return code
+        except flags.HelpAsked as asked:
+            print(asked)
+            return 0
         except (Exception, KeyboardInterrupt) as error:
             return ending.explain(error, argv)
         finally:

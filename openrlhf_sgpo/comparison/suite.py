@@ -210,12 +210,7 @@ def _suite_problems(tree: Any) -> Iterator[str]:
     if not isinstance(tree.get("out"), str):
         yield "out: missing, give a folder"
     seeds = tree.get("seeds")
-    if (
-        not isinstance(seeds, list)
-        or not seeds
-        or {type(seed) for seed in seeds} != {int}
-        or len(set(seeds)) < len(seeds)
-    ):
+    if not isinstance(seeds, list) or {type(seed) for seed in seeds} != {int} or len(set(seeds)) < len(seeds):
         yield "seeds: give a list of different integers"
     names: list[str] = []
     for number, item in enumerate(tree["algorithms"], start=1):
