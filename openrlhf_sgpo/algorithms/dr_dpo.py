@@ -26,8 +26,7 @@ class DrDPO(KLBall):
     Bradley and Terry the optimal margins are b' / (b' - 1) times DPO's if b' > 1, and infinite otherwise: with b' = 1 the
     objective is -log mean sigmoid(margin), which has the direction of ``sym_po``. As b' goes to infinity it is DPO.
 
-    The paper's mean is over a batch and its authors' code takes it over a micro-batch; here it follows the latest margins, see
-    ``KLBall``.
+    A mean over a micro-batch would make the loss depend on its size; this one follows the latest margins, see ``KLBall``.
     """
 
     name = "dr_dpo"

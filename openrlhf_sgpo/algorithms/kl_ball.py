@@ -53,7 +53,7 @@ class KLBall(PairAlgorithm):
 
     The objective is over all pairs, while a micro-batch holds a few of them. So c comes from the margins of all pairs when the
     stage begins and, after each step, from the latest ``window`` margins of all ranks: micro-batches and ranks make no
-    difference. A level that lags behind multiplies every weight by the same number; it never favours one pair over another.
+    difference. A level that lags behind multiplies every weight below the cap by the same number.
 
     temperature: t. max_weight: the largest weight.
     """
