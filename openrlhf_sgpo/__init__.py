@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"
 
 _MODULES = {
-    "SGPOLoss": "openrlhf_sgpo.training.drop_in",
-    "SGPOTrainer": "openrlhf_sgpo.training.drop_in",
+    "SGPOLoss": "openrlhf_sgpo.drop_in.loss",
+    "SGPOTrainer": "openrlhf_sgpo.drop_in.trainer",
     "solve_worst_case": "openrlhf_sgpo.dro",
 }
 __all__ = ["SGPOLoss", "SGPOTrainer", "solve_worst_case"]

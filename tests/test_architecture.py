@@ -42,7 +42,7 @@ HOUSE = """
                                         oracle  resume
                               fork  judge  report  training
                       content_cache  games  metrics  rollout  run_check
-                                            ledger
+                                     drop_in  ledger  trl
                                    algorithms  run_folder
                                        data  openrlhf
                                             config

@@ -179,6 +179,12 @@ class PairAlgorithm(Algorithm[PairBatch]):
     # (1 + lambda) * (logits of the policy) - lambda * (logits of the loss's reference), for one more forward pass of each.
     extrapolation: float = 0.0
 
+    @classmethod
+    def drop_in_problems(cls, options: Any) -> list[str]:
+        """Problems with these settings in the trainers of others, where a stage begins without margins and pairs have no
+        index; each names its flag."""
+        return cls.option_problems(options)
+
     def watched(self, batch: PairBatch) -> Tensor:
         """Margins."""
         return batch.margins(self.beta)

@@ -66,11 +66,10 @@ class KLBall(PairAlgorithm):
         self._level = 0.0
 
     def begin_stage(self, stage: Stage) -> dict[str, Any]:
-        """Take the level of the stage's margins. There is no certificate."""
+        """Take the level of the stage's margins, or that of a policy that equals its reference. There is no certificate."""
         import torch
 
-        margins = stage.margins
-        assert margins is not None
+        margins = torch.zeros(1) if stage.margins is None else stage.margins
         # The latest margins replace these, in an order that must not depend on the order of the data.
         order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(stage.seed))
         self._recent = margins.detach()[order[: self.options.window]]

@@ -36,6 +36,10 @@ class PreferenceModel(PairAlgorithm):
     defaults: ClassVar[dict[str, Any]] = {"model.beta": 1.0}
 
     @classmethod
+    def drop_in_problems(cls, options: Any) -> list[str]:
+        return [f"--algo {cls.name} trains on pairs of its own making; use openrlhf-sgpo train"]
+
+    @classmethod
     def pairs(cls, pairs: Sequence[Pair], chat: ChatFormat) -> list[Pair]:
         """Each pair as two comparisons, whose responses are the letters, without an end of turn."""
         comparisons = []

@@ -81,15 +81,30 @@ class SGPO(PairAlgorithm):
         self._recent: Tensor | None = None
         self._steps = 0
 
+    @classmethod
+    def drop_in_problems(cls, options: Any) -> list[str]:
+        problems = cls.option_problems(options)
+        if not options.refresh_steps:
+            problems.append(
+                f"--{cls.name}.refresh_steps 0: here the follower has nothing but recent margins; give 1 or more"
+            )
+        if options.prox:
+            problems.append(
+                f"--{cls.name}.prox {options.prox}: where margins were at the start of a stage is unknown here; leave it at 0"
+            )
+        return problems
+
     def begin_stage(self, stage: Stage) -> dict[str, Any]:
-        """Solve the follower on all margins; returns the certificate.
+        """Solve the follower on all margins; returns the certificate. Without margins, the follower begins after the first
+        steps.
 
         Raises SaturatedBallError if the ball moves everything, ValueError for margins that are not finite.
         """
         import torch
 
         margins = stage.margins
-        assert margins is not None
+        if margins is None:
+            return {}
         self._window = None
         self._solution = self._solve(margins)
         self._start = margins.detach()

@@ -53,6 +53,10 @@ class SGPOTransport(PairAlgorithm):
         return [f"--algo {cls.name}: {problem}"] if problem else []
 
     @classmethod
+    def drop_in_problems(cls, options: Any) -> list[str]:
+        return [f"--algo {cls.name} moves each pair by a fixed distance, so it needs the rounds of openrlhf-sgpo train"]
+
+    @classmethod
     def package(cls, options: Any) -> str:
         """The package that the solver needs; empty if none."""
         return "cvxpy" if options.solver == "program" else ""

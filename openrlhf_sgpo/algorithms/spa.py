@@ -110,6 +110,15 @@ class SPA(PairAlgorithm):
                 )
         return problems
 
+    @classmethod
+    def drop_in_problems(cls, options: SPASettings) -> list[str]:
+        problems = cls.option_problems(options)
+        if any(options.extrapolation):
+            problems.append(
+                "--spa.extrapolation needs two models in every step, as openrlhf-sgpo train has them; use 0"
+            )
+        return problems
+
     def __init__(self, options: SPASettings, beta: float):
         super().__init__(options, beta)
         self._stage = Stage()

@@ -1,8 +1,6 @@
-"""SGPO for a script that already uses OpenRLHF's DPOTrainer: same arguments, same batches, same loop."""
+"""SGPO's loss in place of OpenRLHF's ``DPOLoss``. Needs torch only."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -11,7 +9,6 @@ from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
 from openrlhf_sgpo.finite import NotFiniteError
-from openrlhf_sgpo.openrlhf import DPOTrainer
 
 
 class SGPOLoss(nn.Module):
@@ -28,13 +25,7 @@ class SGPOLoss(nn.Module):
     def __init__(self, beta: float, settings: SGPOSettings | None = None):
         super().__init__()
         settings = settings or SGPOSettings()
-        problems = flags.out_of_range({SGPO.name: settings}) + SGPO.option_problems(settings)
-        if not settings.refresh_steps:
-            problems.append("refresh_steps 0: here the follower has nothing but recent margins; give 1 or more")
-        if settings.prox:
-            problems.append(
-                f"prox {settings.prox}: where margins were at the start of a stage is unknown here; leave it at 0"
-            )
+        problems = flags.out_of_range({SGPO.name: settings}) + SGPO.drop_in_problems(settings)
         if problems:
             raise ValueError("\n".join(problems))
         self.beta = beta
@@ -64,14 +55,6 @@ class SGPOLoss(nn.Module):
         chosen = self.beta * (policy_chosen_logps - reference_chosen_logps).detach()
         rejected = self.beta * (policy_rejected_logps - reference_rejected_logps).detach()
         return loss, chosen, rejected
-
-
-class SGPOTrainer(DPOTrainer):
-    """OpenRLHF's ``DPOTrainer`` with ``SGPOLoss``; every other argument is OpenRLHF's."""
-
-    def __init__(self, *args: Any, settings: SGPOSettings | None = None, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.loss_fn = SGPOLoss(self.beta, settings)
 
 
 def _over_ranks(margins: Tensor) -> Tensor:

@@ -1,0 +1,17 @@
+"""SGPO for a script that already uses OpenRLHF's DPOTrainer: same arguments, same batches, same loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from openrlhf_sgpo.algorithms.sgpo import SGPOSettings
+from openrlhf_sgpo.drop_in.loss import SGPOLoss
+from openrlhf_sgpo.openrlhf import DPOTrainer
+
+
+class SGPOTrainer(DPOTrainer):
+    """OpenRLHF's ``DPOTrainer`` with ``SGPOLoss``; every other argument is OpenRLHF's."""
+
+    def __init__(self, *args: Any, settings: SGPOSettings | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.loss_fn = SGPOLoss(self.beta, settings)
