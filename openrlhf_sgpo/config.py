@@ -156,10 +156,16 @@ class TrainSettings:
     )
     seed: int = setting(42, "seed of every random choice", low=0, high=2**32 - 1)
     full_determinism_enable: bool = setting(False, "ask torch for deterministic kernels")
-    layout: Literal["padded", "shared_prefix"] = setting(
-        "padded",
-        "padded: OpenRLHF's forward, a row per response; shared_prefix: both responses behind one copy of the prompt, "
-        "logits on response tokens only (needs sdpa or eager attention)",
+    layout: Literal["auto", "padded"] = setting(
+        "auto",
+        "auto: prompts once with their responses behind them, without padding, where the model's attention allows it; padded: "
+        "OpenRLHF's forward, a row per response",
+    )
+    max_tokens: int = setting(
+        0,
+        "tokens per forward pass and rank with --train.layout auto, as many pairs or prompts as fit (0: twice --data.max_len "
+        "for each of --train.micro_batch_size)",
+        low=0,
     )
 
 

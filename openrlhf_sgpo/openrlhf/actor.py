@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from openrlhf.models import Actor
@@ -16,12 +17,16 @@ from openrlhf.models.utils import set_z3_leaf_modules
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
+from openrlhf_sgpo.output import say
+from openrlhf_sgpo.packed import attention
+from openrlhf_sgpo.packed.head import Head
+from openrlhf_sgpo.packed.model import accept_packings, why_padded
 
 
 def load_in_shards(config: Inference, strategy: DeepspeedStrategy, trainable: bool) -> HfDeepSpeedConfig | None:
@@ -44,18 +49,25 @@ def load_actor(
     if one of its weights is not finite.
 
     trainable: with gradient checkpointing and LoRA as configured; otherwise a plain frozen model. adapters: names of the LoRA
-    adapters, all trainable; the first is active.
+    adapters, all trainable; the first is active. The actor's ``head`` is None if its layout is padded.
     """
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    reason = why_padded(config, settings)
+    if reason and config.train.layout == "auto" and strategy.is_rank_0():
+        _say_padded(reason)
     shards = load_in_shards(config, strategy, trainable)  # kept until from_pretrained has run
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=DTYPES[config.ds.param_dtype],
-        attn_implementation=config.ds.attn_implementation,
+        attn_implementation=config.ds.attn_implementation if reason else attention.NAME,
         trust_remote_code=config.model.trust_remote_code,
     )
     del shards
     check_loaded(model, folder, config.ds.param_dtype)
     model.config.use_cache = False
+    head = None if reason else Head(model)
+    if head:
+        accept_packings(model)
     if trainable and config.ds.lora.rank > 0:
         model.enable_input_require_grads()
         first, *others = adapters
@@ -68,6 +80,7 @@ def load_actor(
     # The Actor sets these only when it loads the model from a path.
     actor.packing_samples = config.ds.packing_samples
     actor.is_vlm = False
+    actor.head = head
     if trainable and config.model.gradient_checkpointing_enable:
         several = config.ds.lora.rank > 0 and len(adapters) > 1
         context = {"context_fn": recompute_contexts(model)} if several else {}
@@ -75,6 +88,11 @@ def load_actor(
     if not trainable:
         actor.requires_grad_(False)
     return actor
+
+
+@cache
+def _say_padded(reason: str) -> None:
+    say(f"layout padded: {reason}")
 
 
 def _lora_config(config: Inference) -> LoraConfig:
