@@ -25,7 +25,7 @@ from openrlhf_sgpo.run_folder import (
 )
 
 # Settings that may differ, because the seed stage and the first round's samples and labels do not depend on them.
-_FREE = ("algo", "rounds.loss_reference", "train.max_epochs", "adam.lr", "ckpt.", "logger.", *ADDRESS)
+_FREE = ("algo", "rounds.loss_reference", "train.max_epochs", "adam.lr", "ckpt.", "logger.", *ADDRESS, "train.layout")
 _SHARED_STAGES = ("generate", "pairs")
 
 

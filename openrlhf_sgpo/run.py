@@ -29,7 +29,6 @@ from openrlhf_sgpo.rollout.roles import prompt_room
 from openrlhf_sgpo.run_check import check_rounds, forget_metrics
 from openrlhf_sgpo.run_folder import METRICS, RunFolder, write_json
 from openrlhf_sgpo.run_settings import samples
-from openrlhf_sgpo.training.log_probs import check_layout
 from openrlhf_sgpo.training.scoring import Scorer
 
 
@@ -52,7 +51,6 @@ class Run:
             oracle.get(config.oracle).check(config)
         self.chat, model = load_policy_chat(config, self.folder.moment(self._source()))
         self.tokenizer = self.chat.tokenizer
-        check_layout(config, model.get_text_config())
         if self.samples:
             self._check_reference(model.get_text_config().vocab_size)
         room = prompt_room(algorithm, options, config, self.chat)

@@ -42,10 +42,11 @@ TABLE = "table.txt"
 KEEP = "restore it from a copy, or start again in another folder"
 # How a server is reached, which does not affect its answers; a resumed run may find it elsewhere.
 ADDRESS = ("judge.base_url", "judge.concurrency", "judge.max_retries", "judge.timeout")
-# Settings that a resumed run may change, because training does not depend on them.
+# Settings that a resumed run may change, because training does not depend on them (on those of the forward pass in its last
+# digits).
 FREE = (
     *(*ADDRESS, "vllm.", "logger.", "data.limits.", "eval.max_samples", "eval.max_prompts"),
-    *("ckpt.output_dir", "ckpt.save_steps", "ckpt.max_num", "out"),
+    *("ckpt.output_dir", "ckpt.save_steps", "ckpt.max_num", "out", "train.layout", "train.max_tokens"),
 )
 
 

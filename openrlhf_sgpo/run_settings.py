@@ -162,11 +162,8 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
             f"--train.batch_size: {train.batch_size} is not a multiple of --train.micro_batch_size "
             f"{train.micro_batch_size}; change one of them"
         )
-    if train.layout == "shared_prefix" and ds.attn_implementation not in ("sdpa", "eager"):
-        problems.append(
-            f"--train.layout: shared_prefix does not work with --ds.attn_implementation {ds.attn_implementation}; "
-            "use sdpa or eager, or the layout padded"
-        )
+    if train.layout == "padded" and train.max_tokens:
+        problems.append("--train.max_tokens: is not read with --train.layout padded; leave it out, or use layout auto")
     if ds.packing_samples and "flash_attention" not in ds.attn_implementation:
         problems.append(
             f"--ds.packing_samples: does not work with --ds.attn_implementation {ds.attn_implementation}; "
@@ -178,8 +175,6 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
         problems.append(
             f"--ds.param_dtype: {ds.attn_implementation} does not work in fp32; use bf16, or --ds.attn_implementation sdpa"
         )
-    if ds.packing_samples and train.layout == "shared_prefix":
-        problems.append("--ds.packing_samples: does not work with --train.layout shared_prefix; use one of the two")
     if algorithm.needs.rounds and rounds.count == 0:
         problems.append(
             f"--rounds.count: 0, but --algo {algorithm.name} learns in rounds only; use --algo dpo for the human pairs alone"

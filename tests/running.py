@@ -27,7 +27,7 @@ def arguments(tiny_model, tiny_data, folder, *more: str, algo: str = "sgpo") -> 
         *("--algo", algo, "--model.model_name_or_path", str(tiny_model), "--data.dataset", str(tiny_data["pairs"])),
         *("--eval.dataset", str(tiny_data["held_out"]), "--data.max_len", "128", "--ckpt.output_dir", str(folder)),
         *("--train.batch_size", "4", "--train.micro_batch_size", "2", "--adam.lr", "1e-3", "--ds.zero_stage", "2"),
-        *("--ds.param_dtype", "fp32", "--train.layout", "shared_prefix"),
+        *("--ds.param_dtype", "fp32"),
     ]
     rounds = [
         *("--data.prompt_dataset", str(tiny_data["prompts"]), "--rounds.count", "2", "--rollout.engine", "hf"),

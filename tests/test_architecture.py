@@ -45,6 +45,7 @@ HOUSE = """
                                      drop_in  ledger  trl
                                    algorithms  run_folder
                                        data  openrlhf
+                                            packed
                                             config
                                          finite  flags
              dro  extras  integrity  launch  memory  output  ranks  ray_session

@@ -102,7 +102,7 @@ def test_every_field_survives_the_round_trip(tmp_path):
         "new": "all",
         "initial": "previous",
         "both": "random",
-        "padded": "shared_prefix",
+        "auto": "padded",
         "bf16": "fp16",
         "vllm": "hf",
         "cosine_with_min_lr": "linear",
@@ -172,10 +172,8 @@ def test_required_settings():
         ("--rounds.prompts 1 2", "--rounds.prompts: 2 numbers for --rounds.count 3; give one per round"),
         ("--rounds.prompts 1 2 0", "--rounds.prompts: 1 2 0 is out of range, use at least 1 each"),
         ("--rollout.max_new_tokens 512", "--rollout.max_new_tokens: 512 leaves no room for a prompt"),
-        (
-            "--train.layout shared_prefix --ds.attn_implementation flash_attention_2",
-            "--train.layout: shared_prefix does not work with --ds.attn_implementation flash_attention_2; use sdpa or eager",
-        ),
+        ("--train.layout shared_prefix", "--train.layout: expected one of auto, padded"),
+        ("--train.layout padded --train.max_tokens 9", "--train.max_tokens: is not read with --train.layout padded"),
         ("--ds.packing_samples", "--ds.packing_samples: does not work with --ds.attn_implementation sdpa"),
         ("--loop.rho -1", "--loop.rho: negative, use at least 0"),
     ],
@@ -184,11 +182,6 @@ def test_cross_checks(argv, message):
     base = LOOP if "prompt_dataset" not in argv else LOOP[:-2]
     (problem,) = problems(*base, *argv.split())
     assert problem.startswith(message)
-
-
-def test_packing_and_shared_prefix_exclude_each_other():
-    argv = ["--ds.packing_samples", "--train.layout", "shared_prefix", "--ds.attn_implementation", "flash_attention_2"]
-    assert any(line.startswith("--ds.packing_samples") for line in problems(*LOOP, *argv))
 
 
 def test_all_problems_at_once():

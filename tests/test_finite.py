@@ -200,7 +200,7 @@ def test_the_gradient_norm_is_that_of_plain_torch(zero_stage, accumulation, tiny
     groups = [Group((5, 6, 7), ((8, 9, 2),)), Group((11, 12), ((13, 2),))]
     for _ in range(2):
         for part in [groups] if accumulation == 1 else [groups[:1], groups[1:]]:
-            strategy.backward(-response_log_probs(actor, part, "padded", 0).mean(), actor, optimizer)
+            strategy.backward(-response_log_probs(actor, part, 0).mean(), actor, optimizer)
             strategy.optimizer_step(optimizer, actor, scheduler)
         loss = 0
         for group in groups:

@@ -33,7 +33,6 @@ def flags(tiny_model, tiny_data, folder: Path, algo: str, *more: str) -> list[st
         "--data.max_len": "256",
         "--train.batch_size": "4",
         "--train.micro_batch_size": "2",
-        "--train.layout": "shared_prefix",
         "--adam.lr": "1e-3",
         "--ds.param_dtype": "fp32",
         "--rollout.engine": "hf",
@@ -111,7 +110,7 @@ def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
     assert tuple(one["role"] for one in first["answers"]) == kind(kind.settings(), 0.001).roles
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "auto"])
 def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, other_tiny_model, tiny_data, tmp_path):
     """At temperature 0.7, in the context in which each answer was given, under policy and reference."""
     from trainers import make_trainer
@@ -141,7 +140,7 @@ def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, ot
     ]
     algorithm, other = SLHF(SLHFSettings(), 0.1), str(other_tiny_model)
     with make_trainer(algorithm, settings, strategy, tokenizer, tmp_path, 4, reference=other) as trainer:
-        _, recorded = trainer.step(1, [plays[:2], plays[2:]])
+        _, recorded = trainer.step(1, plays)
     policy, anchor = recorded.tensor_split(2, dim=1)
     for found, folder in ((policy, tiny_model), (anchor, other_tiny_model)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -285,7 +284,7 @@ def test_self_play_reaches_the_regularised_nash_equilibrium(tiny_model, tiny_dat
         "--train.micro_batch_size",
         "24",
     ]
-    more += ["--train.layout", "padded", "--adam.lr", "2e-3", "--lr_scheduler", "linear", "--rollout.temperature", "1"]
+    more += ["--adam.lr", "2e-3", "--lr_scheduler", "linear", "--rollout.temperature", "1"]
     more += ["--rollout.max_new_tokens", "1", "--oracle", "toy_oracles:Condorcet", "--rloo.answers", "8"]
     tau = 0.1
     play(*flags(tiny_model, tiny_data, tmp_path / "run", "rloo", *more, "--model.beta", str(tau)))

@@ -96,7 +96,7 @@ class Run(NamedTuple):
 @pytest.fixture(
     scope="module",
     params=[[], ["--train.layout", "padded", "--ds.zero_stage", "3"]],
-    ids=["shared_prefix, ZeRO 2", "padded, ZeRO 3"],
+    ids=["packed, ZeRO 2", "padded, ZeRO 3"],
 )
 def spread_run(request, tiny_model, tiny_data, tmp_path_factory):
     """Two rounds of two steps with adapters that are far apart from the beginning."""

@@ -16,11 +16,11 @@ from openrlhf_sgpo.training.trainer import Trainer, TrainingStage
 def make_trainer(algorithm, config, strategy, tokenizer, folder: Path, steps: int, reference: str = "") -> Trainer:
     """Of the model of the configuration, for ``steps`` steps of either kind; policies and checkpoints go to ``folder``.
     reference: folder of the frozen model of an algorithm that samples."""
-    layout, pad = config.train.layout, 0
+    pad = 0
     more: dict[str, Any] = {}
-    forward = partial(PairForward, algorithm, layout, pad, nll_coef=config.train.nll_coef)
+    forward = partial(PairForward, algorithm, pad, nll_coef=config.train.nll_coef)
     if algorithm.fresh_answers:
-        forward = partial(PlayForward, algorithm, layout, pad, config.rollout.temperature, Stopwatch())
+        forward = partial(PlayForward, algorithm, pad, config.rollout.temperature, Stopwatch())
         more = {"frozen": {"reference": reference}, "adapters": algorithm.learning_rates}
     stage = TrainingStage(
         1,

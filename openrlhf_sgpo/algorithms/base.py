@@ -136,6 +136,12 @@ class Algorithm(Generic[Batch]):
         """The pairs to train and evaluate on, made from those of the data; by default the same."""
         return pairs
 
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss of a sample depends on the others in its micro-batch, which then always has
+        ``--train.micro_batch_size``."""
+        return False
+
     def begin_stage(self, stage: Stage) -> dict[str, Any]:
         """Called once before a stage is trained. Returns the stage's certificate (JSON-serialisable), empty if there is
         none."""

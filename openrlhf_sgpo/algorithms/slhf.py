@@ -105,6 +105,10 @@ class SLHF(PlayAlgorithm):
         return ("policy", *("follower",) * self.options.followers)
 
     @property
+    def coupled(self) -> bool:
+        return self.options.baseline == "leave_one_out"
+
+    @property
     def follower_beta(self) -> float:
         return self.options.follower_beta or self.beta
 

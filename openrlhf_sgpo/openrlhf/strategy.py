@@ -84,6 +84,13 @@ class Strategy(DeepspeedStrategy):
             scaler.raise_error_at_min_scale = False  # the reader of ``get_grad_norm`` can say where it happened
         return prepared, optimizer, scheduler
 
+    def accumulate(self, loss: torch.Tensor, model: Any, last: bool) -> None:
+        """Add the gradient of a micro-batch's share of the mean loss of a step, whose last it may be. OpenRLHF's ``backward``
+        divides by a number of micro-batches that is the same in every step."""
+        engine = _engine(model)
+        engine.set_gradient_accumulation_boundary(last)
+        engine.backward(loss, scale_wrt_gas=False)
+
     def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any, name: str = "model", **kwargs: Any) -> None:
         engine = _engine(model)
         if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "_global_grad_norm"):

@@ -83,21 +83,21 @@ def packed_attention(
     outputs = []
     grouped = key.shape[1] != query.shape[1]
     for block in packing.blocks:
-        own = slice(block.start, block.end)
-        keys, values, mask = key[:, :, own], value[:, :, own], None
+        place = slice(block.start, block.end)
+        keys, values, mask = key[:, :, place], value[:, :, place], None
         if block.prompt:
             prompt = slice(block.prompt.start, block.prompt.stop)
-            keys, values = (torch.cat([full[:, :, prompt], full[:, :, own]], dim=2) for full in (key, value))
+            keys, values = (torch.cat([full[:, :, prompt], full[:, :, place]], dim=2) for full in (key, value))
             mask = packing.mask(block, query.dtype)
         output = scaled_dot_product_attention(
-            *(query[:, :, own], keys, values, mask, dropout, mask is None), scale=scaling, enable_gqa=grouped
+            *(query[:, :, place], keys, values, mask, dropout, mask is None), scale=scaling, enable_gqa=grouped
         )
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
 
 def attention_by_lengths(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, kernel: Callable[..., Tensor]
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, kernel: Callable[..., Any]
 ) -> Tensor:
     """The same in one call of a kernel for sequences of different lengths (torch's ``varlen_attn``, which is FlashAttention's):
     blocks are its sequences, with the keys of their prompt copied before their own. Causal there means that the last query

@@ -51,7 +51,13 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling, temperature: float
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scaling: Scaling,
+        temperature: float,
     ) -> Tensor:
         ctx.scaling, ctx.temperature = scaling, temperature
         dtype = _accurate(states.dtype)
@@ -69,7 +75,7 @@ class _LogProbs(torch.autograd.Function):
         return picked - normaliser
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, bias, targets, normaliser = ctx.saved_tensors
         of_states, of_weight, of_bias = (
             torch.zeros_like(states, dtype=normaliser.dtype),
@@ -124,17 +130,15 @@ def _places(targets: Tensor, start: int, tile: Tensor) -> tuple[Tensor, Tensor]:
     return place.clamp(0, len(tile) - 1)[:, None], (place >= 0) & (place < len(tile))
 
 
-def _linear_log_probs(
-    head: nn.Linear, states: Tensor, targets: Tensor, scaling: Scaling, temperature: float
-) -> Tensor:
+def _linear_log_probs(head: nn.Linear, states: Tensor, targets: Tensor, scaling: Scaling, temperature: float) -> Tensor:
     return _LogProbs.apply(states, head.weight, head.bias, targets, scaling, temperature)
 
 
 class Head:
     """The head of a causal language model: hidden states to logits, with what the model does to these."""
 
-    def __init__(self, model: nn.Module):
-        self._model: Any = model
+    def __init__(self, model: Any):
+        self._model = model
         self.checked = False  # against logits of the model itself
         config = model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
@@ -151,16 +155,14 @@ class Head:
         if type(module) is not nn.Linear:  # an adapter's, say
             return in_chunks(partial(log_probs_from, self, temperature), self.vocabulary, states, targets)
         # Through the module's own call, because DeepSpeed gathers its weight, and scatters the gradient, in hooks of that.
-        module.forward = partial(_linear_log_probs, module)  # type: ignore[method-assign, assignment]
+        module.forward = partial(_linear_log_probs, module)  # type: ignore[method-assign]
         try:
             return module(states, targets, self.scaling, temperature)
         finally:
             del module.forward
 
 
-def log_probs_from(
-    head: Callable[[Tensor], Tensor], temperature: float, states: Tensor, targets: Tensor
-) -> Tensor:
+def log_probs_from(head: Callable[[Tensor], Tensor], temperature: float, states: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities (T,) by way of the logits (T, vocabulary)."""
     logits = head(states)
     if temperature != 1:

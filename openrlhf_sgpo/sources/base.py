@@ -52,8 +52,8 @@ class Source:
     def restore(self, stage: TrainingStage, trainer: Trainer, step: int) -> None:
         """Training goes on after ``step``."""
 
-    def batch(self, step: int) -> list[Any]:
-        """This rank's micro-batches of a step, which count from 1."""
+    def batch(self, step: int) -> Any:
+        """This rank's samples of a step, which count from 1: a sequence that slices."""
         raise NotImplementedError
 
     def record(self, step: int, recorded: Tensor) -> dict[str, float]:

@@ -98,7 +98,6 @@ class FreshAnswers(Source):
             partial(
                 PlayForward,
                 algorithm,
-                config.train.layout,
                 run.tokenizer.pad_token_id,
                 config.rollout.temperature,
                 clock,
@@ -138,7 +137,7 @@ class FreshAnswers(Source):
         if step > stage.first and self.follows_policy:
             self.sync()
 
-    def batch(self, step: int) -> list[list[Play]]:
+    def batch(self, step: int) -> list[Play]:
         """Draw the step's plays. They are the same on every rank, and each rank trains on its share."""
         config, cost, oracle = self.config, self.trainer.stage.clock.cost, self.run.frozen_oracle()
         prompts = self._prompts_of(step)
@@ -165,9 +164,9 @@ class FreshAnswers(Source):
             **{name: total - before[name] for name, total in oracle.usage().items()},
         }.items():
             cost[name] = cost.get(name, 0) + amount
-        size, share = config.train.micro_batch_size, len(self.plays) // self.run.strategy.world_size
+        share = len(self.plays) // self.run.strategy.world_size
         first = self.run.strategy.get_rank() * share
-        return [self.plays[start : start + size] for start in range(first, first + share, size)]
+        return self.plays[first : first + share]
 
     def record(self, step: int, recorded: Tensor) -> dict[str, float]:
         """Append a line to plays.jsonl for each play. Metrics: wins, the mean preference for the first answer over the others;

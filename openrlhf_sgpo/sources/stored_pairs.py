@@ -227,13 +227,7 @@ class StoredPairs(Source):
         return TrainingStage(
             number,
             algorithm,
-            partial(
-                PairForward,
-                algorithm,
-                config.train.layout,
-                run.tokenizer.pad_token_id,
-                nll_coef=config.train.nll_coef,
-            ),
+            partial(PairForward, algorithm, run.tokenizer.pad_token_id, nll_coef=config.train.nll_coef),
             start,
             learning_rate,
             first=0,
@@ -258,7 +252,7 @@ class StoredPairs(Source):
             },
         )
 
-    def batch(self, step: int) -> list[PairSamples]:
+    def batch(self, step: int) -> PairSamples:
         assert self._batches is not None
         return self._batches.step(step)
 

@@ -84,7 +84,9 @@ def figures_of(actor: Actor, groups: list[Group], pad_token_id: int, figures: Ca
     device = next(actor.parameters()).device
     if actor.head is None:
         tokens, attention, is_response = padded_rows(groups, pad_token_id)
-        output = actor(tokens.to(device), attention_mask=attention.to(device), return_output=True, allgather_logits=True)
+        output = actor(
+            tokens.to(device), attention_mask=attention.to(device), return_output=True, allgather_logits=True
+        )
         rows, columns = is_response.nonzero(as_tuple=True)
         values = output["logits"][rows.to(device), columns.to(device) - 1]
         head, targets = _Identity(values.shape[-1]), tokens[rows, columns].to(device)
@@ -93,9 +95,7 @@ def figures_of(actor: Actor, groups: list[Group], pad_token_id: int, figures: Ca
         _check(actor, pad_token_id)
     packing = pack(groups, device)
     shared = packing.targets, packing.response_of, packing.responses
-    return actor.model(
-        packing=packing, figures=lambda states: figures(Predictions(states, actor.head, *shared))
-    )
+    return actor.model(packing=packing, figures=lambda states: figures(Predictions(states, actor.head, *shared)))
 
 
 def predictions(actor: Actor, groups: list[Group], pad_token_id: int) -> Predictions:
@@ -117,9 +117,7 @@ def response_log_probs(actor: Actor, groups: list[Group], pad_token_id: int) -> 
     The actor must be prepared by the strategy; its device is used. float32 whatever the model's dtype.
     """
     if actor.head is not None:
-        return figures_of(
-            actor, groups, pad_token_id, lambda predicted: predicted.sums(predicted.log_probs())
-        )
+        return figures_of(actor, groups, pad_token_id, lambda predicted: predicted.sums(predicted.log_probs()))
     device = next(actor.parameters()).device
     tokens, attention, is_response = padded_rows(groups, pad_token_id)
     log_probs = actor(tokens.to(device), attention_mask=attention.to(device), return_logprobs=True)
@@ -141,9 +139,7 @@ def extrapolated_log_probs(policy: Predictions, reference: Predictions, extrapol
         values = values + extrapolation * (values - reference.head(of_reference))
         return values.gather(-1, targets[:, None])[:, 0] - values.logsumexp(-1)
 
-    return policy.sums(
-        in_chunks(extrapolated, policy.head.vocabulary, policy.states, reference.states, policy.targets)
-    )
+    return policy.sums(in_chunks(extrapolated, policy.head.vocabulary, policy.states, reference.states, policy.targets))
 
 
 def sequence_divergence(policy: Predictions, reference: Predictions) -> Tensor:
@@ -181,6 +177,6 @@ def _check(actor: Actor, pad_token_id: int) -> None:
     difference = (packed - padded).abs().max().item() / 3
     if not difference <= _TOLERANCE[next(actor.parameters()).element_size()]:
         raise ValueError(
-            f"--train.layout auto does not fit this model, whose log-probabilities it would change by {difference:.3g} nats per "
+            f"--train.layout auto does not fit this model, whose log-probabilities it changes by {difference:.3g} nats per "
             "token: use padded"
         )

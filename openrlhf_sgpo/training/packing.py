@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.packed.attention import Block, Packing
 
@@ -52,6 +53,11 @@ def pack(groups: list[Group], device: torch.device) -> Packing:
     )
     response_of = torch.arange(len(lengths), device=device).repeat_interleave(torch.tensor(lengths, device=device))
     return Packing(row[None], place[None], before, after, response_of, len(lengths), blocks)
+
+
+def token_budget(config: Inference) -> int:
+    """Tokens of a micro-batch: ``--train.max_tokens``, or those that as many pairs as a padded one has can have at most."""
+    return config.train.max_tokens or 2 * config.data.max_len * config.train.micro_batch_size
 
 
 def filled(sizes: Sequence[int], budget: int) -> list[slice]:

@@ -14,7 +14,13 @@ from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
 from openrlhf_sgpo.data.records import LABEL_COLUMNS, Pair
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import DistributedSampler
-from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_log_probs, response_logits
+from openrlhf_sgpo.training.log_probs import (
+    Predictions,
+    extrapolated_log_probs,
+    figures_of,
+    predictions,
+    response_log_probs,
+)
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy
@@ -24,13 +30,20 @@ RECORDED = ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chos
 
 @dataclass(frozen=True)
 class PairSamples:
-    """A micro-batch. index (batch,): positions among the stage's pairs. reference (batch, 2): of chosen and rejected. labels:
-    columns of ``label_columns``, each (batch,)."""
+    """Pairs of a step, or of a micro-batch. index (batch,): positions among the stage's pairs. reference (batch, 2): of chosen
+    and rejected. labels: columns of ``label_columns``, each (batch,)."""
 
     index: Tensor
     groups: list[Group]
     reference: Tensor
     labels: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, part: slice) -> PairSamples:
+        labels = {name: values[part] for name, values in self.labels.items()}
+        return PairSamples(self.index[part], self.groups[part], self.reference[part], labels)
 
 
 def label_columns(pairs: Sequence[Pair]) -> dict[str, Tensor]:
@@ -90,18 +103,16 @@ class PairBatches:
         )
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
-    def step(self, number: int) -> list[PairSamples]:
-        """The micro-batches of a step, which count from 1."""
+    def step(self, number: int) -> PairSamples:
+        """The pairs of a step, which count from 1."""
         places = range((number - 1) * self.accumulation, number * self.accumulation)
-        return [self._micro_batch(place) for place in places]
-
-    def _micro_batch(self, place: int) -> PairSamples:
-        epoch, place = divmod(place, len(self.sampler) // self.size)
-        index = self._order(epoch)[place * self.size : (place + 1) * self.size]
+        index = [pair for place in places for pair in self._micro_batch(place)]
         labels = {name: values[index] for name, values in self.labels.items()}
-        return PairSamples(
-            torch.tensor(index), [self.groups[number] for number in index], self.reference[index], labels
-        )
+        return PairSamples(torch.tensor(index), [self.groups[pair] for pair in index], self.reference[index], labels)
+
+    def _micro_batch(self, place: int) -> list[int]:
+        epoch, place = divmod(place, len(self.sampler) // self.size)
+        return self._order(epoch)[place * self.size : (place + 1) * self.size]
 
     def _shuffled(self, epoch: int) -> list[int]:
         self.sampler.set_epoch(epoch)
@@ -119,13 +130,11 @@ class PairForward:
     def __init__(
         self,
         algorithm: PairAlgorithm,
-        layout: str,
         pad_token_id: int,
         frozen: Mapping[str, Actor],
         nll_coef: float = 0.0,
     ):
         self.algorithm = algorithm
-        self.layout = layout
         self.pad_token_id = pad_token_id
         self.nll_coef = nll_coef
         self.reference = frozen.get("reference")
@@ -154,7 +163,7 @@ class PairForward:
 
     def log_probs(self, model: Actor, samples: PairSamples) -> Tensor:
         """Of all responses under the policy, shape (2 * batch,)."""
-        return response_log_probs(model, samples.groups, self.layout, self.pad_token_id)
+        return response_log_probs(model, samples.groups, self.pad_token_id)
 
     def recorded(self, batch: PairBatch) -> Tensor:
         """What a step records of each pair, shape (batch, len(RECORDED))."""
@@ -183,8 +192,12 @@ class PairForward:
         """Log-probabilities of all responses, and those under the extrapolated logits where the algorithm wants them."""
         if self.reference is None:
             return self.log_probs(model, samples), None
-        policy = response_logits(model, samples.groups, self.layout, self.pad_token_id)
-        with torch.no_grad():
-            reference = response_logits(self.reference, samples.groups, self.layout, self.pad_token_id)
-            extrapolated = extrapolated_log_probs(policy, reference, self.algorithm.extrapolation)
-        return policy.log_probs(), extrapolated
+        reference, extrapolation = (
+            predictions(self.reference, samples.groups, self.pad_token_id),
+            self.algorithm.extrapolation,
+        )
+
+        def figures(policy: Predictions) -> tuple[Tensor, Tensor]:
+            return policy.sums(policy.log_probs()), extrapolated_log_probs(policy, reference, extrapolation)
+
+        return figures_of(model, samples.groups, self.pad_token_id, figures)

@@ -15,7 +15,7 @@ from openrlhf_sgpo.data.records import Answer, Prompt
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, use_adapter
-from openrlhf_sgpo.training.log_probs import Logits, response_logits, token_divergence, token_log_probs
+from openrlhf_sgpo.training.log_probs import Predictions, figures_of, predictions, response_log_probs, token_divergence
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.openrlhf import Actor
@@ -52,14 +52,12 @@ class PlayForward:
     def __init__(
         self,
         algorithm: PlayAlgorithm,
-        layout: str,
         pad_token_id: int,
         temperature: float,
         clock: Stopwatch,
         frozen: Mapping[str, Actor],
     ):
         self.algorithm = algorithm
-        self.layout = layout
         self.pad_token_id = pad_token_id
         self.temperature = temperature
         self.clock = clock
@@ -93,7 +91,7 @@ class PlayForward:
         for adapter, places in self.places.items():
             groups = [group for play in samples for group in play.groups(places)]
             with use_adapter(model, adapter):
-                sums.append(self._logits(model, groups).log_probs())
+                sums.append(response_log_probs(model, groups, self.pad_token_id))
         return torch.cat(sums)
 
     def recorded(self, batch: Plays) -> Tensor:
@@ -125,14 +123,18 @@ class PlayForward:
         """The token tensors of ``Plays`` by their names, (plays, places, T), for the answers that one adapter has given."""
         groups = [group for play in samples for group in play.groups(places)]
         with torch.no_grad(), self.clock("log_probs"):
-            frozen = {name: self._logits(other, groups) for name, other in self.frozen.items()}
+            frozen = {name: predictions(other, groups, self.pad_token_id) for name, other in self.frozen.items()}
+            rows = {name: predicted.rows(predicted.log_probs(self.temperature)) for name, predicted in frozen.items()}
+
+        def figures(policy: Predictions) -> tuple[Tensor, ...]:
+            log_probs = policy.rows(policy.log_probs(self.temperature))
+            if not self.algorithm.full_vocabulary:
+                return (log_probs,)
+            return log_probs, policy.rows(token_divergence(policy, frozen["reference"], self.temperature))
+
         with use_adapter(model, adapter):
-            policy = self._logits(model, groups)
-        per_token = {"log_probs": (policy, token_log_probs(policy, self.temperature))}
-        per_token |= {name: (logits, token_log_probs(logits, self.temperature)) for name, logits in frozen.items()}
-        if self.algorithm.full_vocabulary:
-            per_token["divergence"] = policy, token_divergence(policy, frozen["reference"], self.temperature)
-        rows = {name: logits.rows(values) for name, (logits, values) in per_token.items()}
+            values = figures_of(model, groups, self.pad_token_id, figures)
+        rows |= dict(zip(("log_probs", "divergence"), values, strict=False))
         return {name: row.view(len(samples), len(places), -1) for name, row in rows.items()}
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
@@ -141,6 +143,3 @@ class PlayForward:
         joined = torch.cat([pad(part, (0, longest - part.shape[-1])) for part in parts], dim=1)
         places = torch.tensor([place for places in self.places.values() for place in places], device=joined.device)
         return joined[:, places.argsort()]
-
-    def _logits(self, model: Actor, groups: list[Group]) -> Logits:
-        return response_logits(model, groups, self.layout, self.pad_token_id)

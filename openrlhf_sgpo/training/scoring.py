@@ -21,7 +21,8 @@ from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy, load_actor, load_reward_model
 from openrlhf_sgpo.output import Progress
-from openrlhf_sgpo.training.log_probs import padded_rows, response_log_probs, response_logits, sequence_divergence
+from openrlhf_sgpo.training.log_probs import figures_of, predictions, response_log_probs, sequence_divergence
+from openrlhf_sgpo.training.packing import filled, padded_rows, token_budget
 
 PART = 64  # batches per rank between two writes
 SEPARATOR = array("I", [2**32 - 1])  # no token has this number
@@ -138,12 +139,11 @@ class Scorer:
         # Neighbours of similar length waste the least padding; longest first, so memory runs out at once or never.
         groups = sorted(groups, key=len, reverse=True)
         world, rank = distributed.get_world_size(), distributed.get_rank()
-        size = self.config.train.micro_batch_size
-        batches = [groups[start : start + size] for start in range(0, len(groups), size)]
+        actors = [self._held.get(model) or self.strategy.prepare(self._load(model)) for model in models]
+        batches = self._batches(actors, groups)
         share = batches[rank::world]
         # ZeRO-3 gathers parameters collectively: every rank must run the same number of forwards.
         share += [batches[0]] * (-(-len(batches) // world) - len(share))
-        actors = [self._held.get(model) or self.strategy.prepare(self._load(model)) for model in models]
         if self.resident:
             self._held |= dict(zip(models, actors, strict=True))
         progress = Progress(
@@ -177,6 +177,15 @@ class Scorer:
                 del actor, actors  # the loop's name too would keep the last one alive
                 release_memory()
 
+    def _batches(self, actors: list[Any], groups: list[Group]) -> list[list[Group]]:
+        """Filled with more tokens than in training, because nothing is kept for a backward pass."""
+        if all(isinstance(actor, Actor) and actor.head for actor in actors):
+            parts = filled(list(map(len, groups)), 2 * token_budget(self.config))
+        else:
+            size = self.config.train.micro_batch_size
+            parts = [slice(start, start + size) for start in range(0, len(groups), size)]
+        return [groups[part] for part in parts]
+
     def _check(self, scored: dict[str, float], models: list[str], label: str) -> None:
         wrong = [value for value in scored.values() if not math.isfinite(value)]
         if wrong:
@@ -193,11 +202,11 @@ class Scorer:
 
     def _figures(self, actors: list[Any], batch: list[Group]) -> torch.Tensor:
         """One figure per response of the batch: log-probability of one actor, or divergence of the first from the second."""
-        layout = self.config.train.layout
-        if len(actors) == 1:
-            return response_log_probs(actors[0], batch, layout, self.pad_token_id)
-        policy, reference = (response_logits(actor, batch, layout, self.pad_token_id) for actor in actors)
-        return sequence_divergence(policy, reference)
+        policy, *others = actors
+        if not others:
+            return response_log_probs(policy, batch, self.pad_token_id)
+        reference = predictions(others[0], batch, self.pad_token_id)
+        return figures_of(policy, batch, self.pad_token_id, lambda states: sequence_divergence(states, reference))
 
 
 class RewardScorer(Scorer):

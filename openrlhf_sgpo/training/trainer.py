@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.finite import check_figures, check_trained
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf import load_actor, resting
 from openrlhf_sgpo.training.checkpoints import Checkpoints
+from openrlhf_sgpo.training.packing import filled, split_into, token_budget
 from openrlhf_sgpo.training.policies import load_trained, seed_generators, write_policy
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class Forward(Protocol):
-    """What differs between the two kinds of samples; see ``PairForward`` and ``PlayForward``."""
+    """What differs between the two kinds of samples; see ``PairForward`` and ``PlayForward``. Samples are those of a step or,
+    as a slice of them, of a micro-batch."""
 
     def batch(self, model: Actor, samples: Any, step: int) -> Any:
         """What the loss reads of a micro-batch, with gradient."""
@@ -84,8 +87,8 @@ class TrainingStage:
 class Trainer:
     """Trains the policy of a stage, step by step. A context: inside it the models are in memory. Every method is collective.
 
-    A step is OpenRLHF's: the strategy accumulates the mean losses of micro-batches, clips, and steps optimiser and schedule.
-    Numbers are read from the device once per step.
+    A step is OpenRLHF's: the mean loss of its samples, whose gradient accumulates over micro-batches, is clipped and taken by
+    optimiser and schedule. Numbers are read from the device once per step.
     """
 
     def __init__(
@@ -127,8 +130,8 @@ class Trainer:
             self.stage.clock.cost.update(state["cost"])
         return state["step"]
 
-    def step(self, number: int, samples: list[Any]) -> tuple[dict[str, Any], Tensor]:
-        """One optimiser step on this rank's micro-batches. Returns its metrics, and what was recorded of every sample of all
+    def step(self, number: int, samples: Any) -> tuple[dict[str, Any], Tensor]:
+        """One optimiser step on this rank's samples. Returns its metrics, and what was recorded of every sample of all
         ranks, shape (train.batch_size, c).
 
         Raises NotFiniteError on every rank if a loss, a log-probability or the gradient is not finite.
@@ -138,9 +141,10 @@ class Trainer:
         self.actor.train()
         learning_rate = self.scheduler.get_last_lr()[0]
         with self.stage.clock("train"):
-            rows = [self._micro_step(number, micro_batch) for micro_batch in samples]
+            parts = self._micro_batches(samples)
+            rows = [self._micro_step(number, samples[part], len(samples), part is parts[-1]) for part in parts]
             table = self.strategy.all_gather(torch.cat(rows)).cpu()
-        self._latest = samples[-1]
+        self._latest = samples[parts[-1]]
         losses, watched, tokens, recorded = table[:, 0], table[:, 1], table[:, 2], table[:, 3:]
         place, dtype = f"{self.stage.label}, step {number}", self.config.ds.param_dtype
         causes, metrics = self.forward.summary(recorded)
@@ -175,12 +179,22 @@ class Trainer:
         for adapter, destination in self.stage.policies.items():
             write_policy(self.actor, self.tokenizer, destination, self.strategy, adapter)
 
-    def _micro_step(self, number: int, samples: Any) -> Tensor:
-        """Forward, backward, and the optimiser at an accumulation boundary. Returns (batch, 3 + c), detached: loss, what the
-        algorithm watches, tokens, and what is recorded."""
+    def _micro_batches(self, samples: Any) -> list[slice]:
+        """Filled to the budget of tokens if the model takes packed rows, and equally many on every rank, because they gather
+        weights and gradients together."""
+        train = self.config.train
+        if self.actor.head is None or self.algorithm.coupled:
+            size = train.micro_batch_size
+            return [slice(start, start + size) for start in range(0, len(samples), size)]
+        parts = filled(self.forward.tokens(samples), token_budget(self.config))
+        return split_into(parts, max(ranks.gather(len(parts))))
+
+    def _micro_step(self, number: int, samples: Any, of: int, last: bool) -> Tensor:
+        """Forward, backward, and the optimiser after the last micro-batch of a step. of: the rank's samples in the step.
+        Returns (batch, 3 + c), detached: loss, what the algorithm watches, tokens, and what is recorded."""
         batch = self.forward.batch(self.actor, samples, number)
         losses = self.forward.losses(batch)
-        self.strategy.backward(losses.mean(), self.actor, self.optimizer)
+        self.strategy.accumulate(losses.sum() / of, self.actor, last)
         with resting(self.actor, self.algorithm.resting(number)):
             self.strategy.optimizer_step(self.optimizer, self.actor, self.scheduler)
         columns = torch.stack(

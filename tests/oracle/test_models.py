@@ -112,7 +112,7 @@ def log_odds(folder, chat, messages) -> float:
     return (logits[a] - logits[b]).item()
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
+@pytest.mark.parametrize("layout", ["padded", "auto"])
 def test_the_pairwise_model_is_asked_in_both_orders(other_tiny_model, make_resources, layout):
     from openrlhf_sgpo.oracle.preference_model import PreferenceModelOracle
 

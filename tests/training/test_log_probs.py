@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from openrlhf_sgpo.data.tokens import Group
+
+LAYOUTS = ("padded", "auto")
 
 
 def one_by_one(model, groups):
@@ -18,13 +22,26 @@ def one_by_one(model, groups):
     return torch.stack(sums)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_both_layouts_give_the_definition_and_its_gradient(make_config, groups, attention):
+@pytest.fixture
+def load(make_config):
+    """An actor of a folder (default: the tiny model) in a layout."""
     from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+
+    def load(layout, folder=None, trainable=False, **changes):
+        config = make_config(train__layout=layout, **changes)
+        return load_actor(
+            str(folder or config.model.model_name_or_path), config, build_strategy(config), trainable=trainable
+        )
+
+    return load
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_layouts_give_the_definition_and_its_gradient(load, groups, layout):
     from openrlhf_sgpo.training.log_probs import response_log_probs
 
-    config = make_config(ds__attn_implementation=attention)
-    actor = load_actor(config.model.model_name_or_path, config, build_strategy(config), trainable=True)
+    actor = load(layout, trainable=True)
+    assert (actor.head is None) == (layout == "padded")
     # Three responses behind one prompt, one token only, and repeated responses.
     groups = [*groups[:3], Group(groups[3].prompt, (*groups[3].responses, (7,), groups[3].responses[0]))]
     weights = torch.linspace(-1, 1, sum(len(group.responses) for group in groups))
@@ -36,49 +53,45 @@ def test_both_layouts_give_the_definition_and_its_gradient(make_config, groups, 
         return values.detach(), [p.grad.clone() for p in actor.parameters()]
 
     expected, expected_gradient = values_and_gradient(lambda: one_by_one(actor.model, groups))
-    for layout in ("padded", "shared_prefix"):
-        values, gradient = values_and_gradient(lambda: response_log_probs(actor, groups, layout, 0))  # noqa: B023
-        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-4)
-        for found, wanted in zip(gradient, expected_gradient, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    values, gradient = values_and_gradient(lambda: response_log_probs(actor, groups, 0))
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-4)
+    for found, wanted in zip(gradient, expected_gradient, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_a_response_does_not_see_its_siblings(make_config, groups):
-    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
+def test_a_response_does_not_see_its_siblings(load, groups):
     from openrlhf_sgpo.training.log_probs import response_log_probs
 
-    config = make_config()
-    actor = load_actor(config.model.model_name_or_path, config, build_strategy(config), trainable=False)
+    actor = load("auto")
     prompt, (chosen, rejected) = groups[0].prompt, groups[0].responses
-    alone = response_log_probs(actor, [Group(prompt, (rejected,))], "shared_prefix", 0)
-    beside = response_log_probs(actor, [groups[1], Group(prompt, (chosen, rejected))], "shared_prefix", 0)
+    alone = response_log_probs(actor, [Group(prompt, (rejected,))], 0)
+    beside = response_log_probs(actor, [groups[1], Group(prompt, (chosen, rejected))], 0)
     torch.testing.assert_close(beside[-1:], alone, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
-def test_figures_by_token_are_rows_that_sum_to_those_of_the_response(make_config, groups, layout):
-    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
-    from openrlhf_sgpo.training.log_probs import response_logits, token_divergence, token_log_probs
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_figures_by_token_are_rows_that_sum_to_those_of_the_response(load, groups, layout):
+    from openrlhf_sgpo.training.log_probs import predictions, response_log_probs, token_divergence
 
-    config = make_config()
-    actor = load_actor(config.model.model_name_or_path, config, build_strategy(config), trainable=False)
-    logits = response_logits(actor, groups[:3], layout, 0)
-    per_token = token_log_probs(logits, 1.0)
-    rows = logits.rows(per_token)
+    actor = load(layout)
+    predicted = predictions(actor, groups[:3], 0)
+    per_token = predicted.log_probs()
+    rows = predicted.rows(per_token)
     lengths = [len(response) for group in groups[:3] for response in group.responses]
     assert rows.shape == (6, max(lengths))
     assert [int((row != 0).sum()) for row in rows] == lengths
     assert all((row[length:] == 0).all() for row, length in zip(rows, lengths, strict=True))
-    torch.testing.assert_close(rows.sum(-1), logits.log_probs())
+    torch.testing.assert_close(rows.sum(-1), response_log_probs(actor, groups[:3], 0))
     torch.testing.assert_close(torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]), per_token)
     # A lower temperature sharpens: log-probabilities of its own argmax rise, and the distributions part.
-    tempered = logits.values.div(0.5).log_softmax(-1).gather(-1, logits.targets[:, None])[:, 0]
-    torch.testing.assert_close(token_log_probs(logits, 0.5), tempered)
-    other = logits._replace(values=logits.values.flip(-1))
-    distributions = [(one.values / 0.5).double().softmax(-1) for one in (logits, other)]
-    expected = (distributions[0] * (distributions[0] / distributions[1]).log()).sum(-1)
-    torch.testing.assert_close(token_divergence(logits, other, 0.5).double(), expected, rtol=1e-4, atol=1e-4)
-    assert token_divergence(logits, logits).abs().max() < 1e-6
+    logits = predicted.head(predicted.states)
+    tempered = logits.div(0.5).log_softmax(-1).gather(-1, predicted.targets[:, None])[:, 0]
+    torch.testing.assert_close(predicted.log_probs(0.5), tempered, rtol=1e-5, atol=1e-5)
+    other = replace(predicted, states=predicted.states.flip(0))
+    p, q = ((each.head(each.states) / 0.5).double().softmax(-1) for each in (predicted, other))
+    expected = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(token_divergence(predicted, other, 0.5).double(), expected, rtol=1e-4, atol=1e-4)
+    assert token_divergence(predicted, predicted).abs().max() < 1e-6
 
 
 @pytest.mark.slow
@@ -112,17 +125,10 @@ def test_prompt_embeddings_are_the_last_hidden_states(make_config, groups):
         torch.testing.assert_close(row, hidden, rtol=1e-5, atol=1e-5)
 
 
-LAYOUTS = ("padded", "shared_prefix")
-
-
-@pytest.fixture
-def two_models(make_config, groups, tiny_model, other_tiny_model):
+@pytest.fixture(params=LAYOUTS)
+def two_models(request, load, groups, other_tiny_model):
     """Frozen actors of both tiny models, and groups: of two responses, of one, of one token, of one that is repeated."""
-    from openrlhf_sgpo.openrlhf import build_strategy, load_actor
-
-    config = make_config()
-    strategy = build_strategy(config)
-    actors = [load_actor(str(folder), config, strategy, trainable=False) for folder in (tiny_model, other_tiny_model)]
+    actors = [load(request.param), load(request.param, other_tiny_model)]
     first, second, third, last = groups[:4]
     some = [first, Group(second.prompt, second.responses[:1]), third]
     return actors, [*some, Group(last.prompt, (*last.responses, (7,), last.responses[0]))]
@@ -139,27 +145,29 @@ def next_token_logits(model, groups):
     return rows
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_logits_give_the_same_log_probabilities(two_models, layout):
-    from openrlhf_sgpo.training.log_probs import response_log_probs, response_logits
+def test_predictions_are_of_the_response_tokens(two_models):
+    from openrlhf_sgpo.training.log_probs import predictions, response_log_probs
 
     (actor, _), groups = two_models
-    logits = response_logits(actor, groups, layout, 0)
+    predicted = predictions(actor, groups, 0)
     lengths = [len(response) for group in groups for response in group.responses]
-    assert logits.responses == len(lengths) and len(logits.values) == len(logits.targets) == sum(lengths)
-    assert logits.values.dtype == torch.float32
-    assert torch.bincount(logits.response_of).tolist() == lengths
-    torch.testing.assert_close(logits.log_probs(), response_log_probs(actor, groups, layout, 0), rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(logits.log_probs(), one_by_one(actor.model, groups), rtol=1e-5, atol=1e-4)
+    logits = predicted.head(predicted.states)
+    assert predicted.responses == len(lengths) and len(logits) == len(predicted.targets) == sum(lengths)
+    assert logits.dtype == torch.float32
+    assert torch.bincount(predicted.response_of).tolist() == lengths
+    expected = torch.cat([logits for _, logits in next_token_logits(actor.model, groups)])
+    torch.testing.assert_close(logits, expected.float(), rtol=1e-5, atol=1e-4)
+    sums = predicted.sums(predicted.log_probs())
+    torch.testing.assert_close(sums, response_log_probs(actor, groups, 0), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(sums, one_by_one(actor.model, groups), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("extrapolation", [0.0, 0.5, 3.0])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_extrapolated_log_probabilities_token_by_token(two_models, layout, extrapolation):
-    from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_logits
+def test_extrapolated_log_probabilities_token_by_token(two_models, extrapolation):
+    from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, predictions
 
     actors, groups = two_models
-    policy, reference = (response_logits(actor, groups, layout, 0) for actor in actors)
+    policy, reference = (predictions(actor, groups, 0) for actor in actors)
     found = extrapolated_log_probs(policy, reference, extrapolation)
     expected = []
     both = zip(*(next_token_logits(actor.model, groups) for actor in actors), strict=True)
@@ -167,23 +175,28 @@ def test_extrapolated_log_probabilities_token_by_token(two_models, layout, extra
         log_probs = ((1 + extrapolation) * ours - extrapolation * theirs).log_softmax(-1)
         expected.append(sum(log_probs[place, token] for place, token in enumerate(response)))
     torch.testing.assert_close(found, torch.stack(expected).float(), rtol=1e-5, atol=1e-3)
+    plain = policy.sums(policy.log_probs())
     if extrapolation == 0:
-        assert torch.equal(found, policy.log_probs())
+        torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-5)
     else:
-        assert (found - policy.log_probs()).abs().min() > 0.01, "the models are too alike to tell"
+        assert (found - plain).abs().min() > 0.01, "the models are too alike to tell"
 
 
 def test_extrapolation_has_no_gradient(two_models):
-    from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, response_logits
+    from openrlhf_sgpo.training.log_probs import extrapolated_log_probs, figures_of, predictions
 
-    actors, groups = two_models
-    policy, reference = (response_logits(actor.requires_grad_(True), groups, "shared_prefix", 0) for actor in actors)
-    assert policy.log_probs().requires_grad and reference.log_probs().requires_grad
-    assert not extrapolated_log_probs(policy, reference, 0.5).requires_grad
+    (policy, reference), groups = two_models
+    fixed = predictions(reference, groups, 0)
+    policy.requires_grad_(True)
+    log_probs, extrapolated = figures_of(
+        policy, groups, 0, lambda predicted: (predicted.log_probs(), extrapolated_log_probs(predicted, fixed, 0.5))
+    )
+    assert log_probs.requires_grad and not extrapolated.requires_grad
 
 
-def test_divergence_over_the_whole_vocabulary(two_models):
-    from openrlhf_sgpo.training.log_probs import response_logits, sequence_divergence
+def test_divergence_over_the_whole_vocabulary(two_models, monkeypatch):
+    from openrlhf_sgpo.packed import head
+    from openrlhf_sgpo.training.log_probs import figures_of, predictions, sequence_divergence
 
     actors, groups = two_models
     expected = []
@@ -193,9 +206,21 @@ def test_divergence_over_the_whole_vocabulary(two_models):
         expected.append((p * (p / q).log()).sum())
     expected = torch.stack(expected).float()
     assert expected.min() > 0.01, "the models are too alike to tell"
-    for layout in LAYOUTS:
-        policy, reference = (response_logits(actor, groups, layout, 0) for actor in actors)
-        torch.testing.assert_close(sequence_divergence(policy, reference), expected, rtol=1e-4, atol=1e-4)
-        assert sequence_divergence(policy, policy).tolist() == [0.0] * len(expected)
-        # Not symmetric: the other way round is another figure.
-        assert (sequence_divergence(reference, policy) - expected).abs().max() > 0.01
+    policy, reference = (predictions(actor, groups, 0) for actor in actors)
+    torch.testing.assert_close(sequence_divergence(policy, reference), expected, rtol=1e-4, atol=1e-4)
+    assert sequence_divergence(policy, policy).tolist() == [0.0] * len(expected)
+    # Not symmetric: the other way round is another figure.
+    assert (sequence_divergence(reference, policy) - expected).abs().max() > 0.01
+
+    # In chunks of three rows, with the same gradient.
+    weights, gradients = torch.linspace(-1, 1, len(expected)), []
+    actors[0].requires_grad_(True)
+    for elements in (head.ELEMENTS["cpu"], 3 * policy.head.vocabulary // 16 + 1):
+        monkeypatch.setitem(head.ELEMENTS, "cpu", elements)
+        actors[0].zero_grad()
+        values = figures_of(actors[0], groups, 0, lambda predicted: sequence_divergence(predicted, reference))
+        (values * weights).sum().backward()
+        torch.testing.assert_close(values.detach(), expected, rtol=1e-4, atol=1e-4)
+        gradients.append([weight.grad.clone() for weight in actors[0].parameters()])
+    for whole, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-5)
