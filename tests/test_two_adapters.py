@@ -203,7 +203,7 @@ def make(tiny_model, tiny_data, tmp_path):
 
 @pytest.fixture(scope="module")
 def plays():
-    """Two micro-batches of two plays of random tokens."""
+    """Four plays of random tokens."""
     from openrlhf_sgpo.data.records import Answer, Prompt
     from openrlhf_sgpo.training.plays import Play
 
@@ -216,7 +216,7 @@ def plays():
     shapes, wins = [(5, 9, 3, 4), (7, 8, 2, 6), (3, 12, 5, 5), (4, 6, 6, 1)], (0.9, 0.2, 0.7, 0.4)
     samples = [[(draw(a), Answer("", True, draw(b))), (draw(c), Answer("", True, draw(d)))] for a, c, b, d in shapes]
     drawn = [Play(prompt, answers, [[0.5, p], [1 - p, 0.5]]) for answers, p in zip(samples, wins, strict=True)]
-    return [drawn[:2], drawn[2:]]
+    return drawn
 
 
 def of(adapter: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -226,7 +226,7 @@ def of(adapter: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
 def gradients(trainer, plays, step: int) -> dict[str, torch.Tensor]:
     """After one of two micro-batches, before the optimiser's step."""
     trainer.actor.train()
-    trainer._micro_step(step, plays[0])
+    trainer._micro_step(step, plays[:2], 4, last=False)
     parameters = ((name, one) for name, one in trainer.actor.named_parameters() if one.requires_grad)
     return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in parameters}
 

@@ -11,6 +11,7 @@ import torch
 from openrlhf_sgpo.data.tokens import Group
 
 pytestmark = pytest.mark.slow
+PADDED = {"train__layout": "padded"}  # batches of two pairs
 
 
 @pytest.fixture
@@ -25,9 +26,25 @@ def make_scorer(make_config):
             self.batches = [*getattr(self, "batches", []), batch]
             return super()._figures(actors, batch)
 
-    config = make_config()
-    strategy = build_strategy(config)
-    return lambda folder=None: Recorder(config, strategy, pad_token_id=0, folder=folder)
+    def make(folder=None, **changes):
+        config = make_config(**changes)
+        return Recorder(config, build_strategy(config), pad_token_id=0, folder=folder)
+
+    return make
+
+
+def test_batches_are_filled_to_a_budget_of_tokens(make_scorer, groups, tiny_model):
+    """Twice that of training, in which a prompt counts once for all its responses; the figures are those of single ones."""
+    single, several = make_scorer(train__max_tokens=1), make_scorer(train__max_tokens=150)
+    expected = single.score(str(tiny_model), groups, "test")
+    assert all(len(batch) == 1 for batch in single.batches)
+    found = several.score(str(tiny_model), groups, "test")
+    assert [pytest.approx(row, rel=1e-5) for row in expected] == found
+    sizes = [sum(map(len, batch)) for batch in several.batches]
+    assert max(sizes) <= 300 and all(
+        size + len(batch[0]) > 300 for size, batch in zip(sizes[:-1], several.batches[1:], strict=True)
+    )
+    assert several.tokens_scored == sum(sizes) == sum(map(len, groups))
 
 
 @pytest.mark.parametrize("cut", ["half of the last line", "the last line", "a digit"])
@@ -37,7 +54,7 @@ def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny
 
     monkeypatch.setattr(scoring, "PART", 3)
     model, folder = str(tiny_model), tmp_path / "log_probs"
-    first = make_scorer(folder)
+    first = make_scorer(folder, **PADDED)
     expected = first.score(model, groups, "whole")
     (file,) = folder.iterdir()
     parts = [json.loads(line) for line in file.read_text().split("\n") if line]
@@ -50,7 +67,7 @@ def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny
     changed = whole[: digit.start()] + str(9 - int(digit[0])) + whole[digit.end() :] + "\n"
     half = whole[: start + (len(whole) - start) // 2]
     file.write_text({"half of the last line": half, "the last line": whole[:start], "a digit": changed}[cut])
-    resumed = make_scorer(folder)
+    resumed = make_scorer(folder, **PADDED)
     assert resumed.score(model, groups, "resumed") == expected
     # The same batches: a response in other company may differ in its last digit.
     assert len(first.batches) == 12 and resumed.batches == first.batches[-3:]
@@ -100,7 +117,7 @@ def test_figures_that_are_not_finite_are_neither_kept_nor_read(make_scorer, grou
 
     monkeypatch.setattr(scoring, "PART", 3)
     folder, model = tmp_path / "log_probs", str(tiny_model)
-    scorer = make_scorer(folder)
+    scorer = make_scorer(folder, **PADDED)
     expected = scorer.score(model, groups, "whole")
     (file,) = folder.iterdir()
     text = file.read_text()
@@ -115,7 +132,7 @@ def test_figures_that_are_not_finite_are_neither_kept_nor_read(make_scorer, grou
         return found * torch.nan if len(calls) == 5 else found
 
     monkeypatch.setattr(type(scorer), "_figures", poisoned)
-    again = make_scorer(folder)
+    again = make_scorer(folder, **PADDED)
     with pytest.raises(
         NotFiniteError, match=f"round 1: policy: log-probability nan for 4 of 12 responses under {model}"
     ):
