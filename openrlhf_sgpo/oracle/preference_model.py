@@ -9,9 +9,7 @@ from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.pairwise import LETTERS, fitted
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.oracle.base import Comparison, PreferenceOracle, Resources, sigmoid
-from openrlhf_sgpo.oracle.reward_model import reading_chat, weight_names
-
-FLAG = "reward.model_name_or_path"
+from openrlhf_sgpo.oracle.reward_model import FLAG, reading_chat, weight_names
 
 
 class PreferenceModelOracle(PreferenceOracle):

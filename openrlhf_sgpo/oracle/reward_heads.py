@@ -17,7 +17,7 @@ from openrlhf_sgpo.oracle.base import (
     check_rewards,
     distinct_pairs,
 )
-from openrlhf_sgpo.oracle.reward_model import RewardReader, check_prompts_of, check_reward_model
+from openrlhf_sgpo.oracle.reward_model import RewardModel, check_prompts_of, check_reward_model
 
 
 def votes(rewards: Sequence[Sequence[float]], i: int, j: int) -> float:
@@ -37,8 +37,8 @@ class RewardHeads(PreferenceOracle):
 
     def __init__(self, resources: Resources):
         super().__init__(resources)
-        self.readers = [RewardReader(head, "reward.heads", resources) for head in resources.config.reward.heads]
-        self.scorers = [reader.scorer for reader in self.readers]
+        self.heads = [RewardModel(resources, head, "reward.heads") for head in resources.config.reward.heads]
+        self.scorers = [head.scorer for head in self.heads]
 
     @classmethod
     def problems(cls, config: Inference) -> list[str]:
@@ -60,16 +60,16 @@ class RewardHeads(PreferenceOracle):
             check_prompts_of(prompts, head, "reward.heads", config)
 
     def matrices(self, questions: Sequence[Question], label: str) -> list[Matrix]:
-        heads = [
+        rewards_by_head = [
             check_rewards(
-                f"{self.name}, head {number} ({reader.model})",
+                f"{self.name}, head {number} ({head.model})",
                 questions,
-                reader.rewards(questions, label and f"{label}, head {number}"),
+                head.read(questions, label and f"{label}, head {number}"),
             )
-            for number, reader in enumerate(self.readers, start=1)
+            for number, head in enumerate(self.heads, start=1)
         ]
         self.calls = sum(scorer.responses_scored for scorer in self.scorers)
         return [
             antisymmetric(len(question.answers), {(i, j): votes(rewards, i, j) for i, j in distinct_pairs(question)})
-            for question, *rewards in zip(questions, *heads, strict=True)
+            for question, *rewards in zip(questions, *rewards_by_head, strict=True)
         ]

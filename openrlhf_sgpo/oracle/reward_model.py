@@ -13,6 +13,8 @@ from openrlhf_sgpo.data.template import template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, load_chat
 from openrlhf_sgpo.oracle.base import Question, Resources, RewardOracle
 
+FLAG = "reward.model_name_or_path"
+
 
 def weight_names(folder: str) -> set[str]:
     """The names of the weights in a folder; empty for a hub name, whose files are not downloaded yet."""
@@ -70,24 +72,41 @@ def check_reward_model(model: str, flag: str, config: Inference) -> None:
         raise no_value_head(model, head, flag)
 
 
-class RewardReader:
-    """One reward model, which reads prompt and answer in its own chat template.
+class RewardModel(RewardOracle):
+    """The model of --reward.model_name_or_path, or another ``model`` that ``flag`` names, which reads prompt and answer in its
+    own chat template. A call is one answer that it scores. Raises ValueError if its tokenizer has no chat template."""
 
-    Raises ValueError if its tokenizer has no chat template.
-    """
+    name = "reward_model"
+    reads: ClassVar[tuple[str, ...]] = (FLAG, "reward.max_len")
+    needs_model = "it"
 
-    def __init__(self, model: str, flag: str, resources: Resources):
+    def __init__(self, resources: Resources, model: str = "", flag: str = FLAG):
         from openrlhf_sgpo.training.scoring import RewardScorer
 
+        super().__init__(resources)
         config = resources.config
-        self.model = model
-        self.chat = reading_chat(model, flag, config, resources.moment)
+        self.model = model or config.reward.model_name_or_path
+        self.chat = reading_chat(self.model, flag, config, resources.moment)
         pad = self.chat.tokenizer.pad_token_id
         self.scorer = RewardScorer(
             config, resources.strategy, pad, resources.folder / "rewards", resident=resources.resident
         )
+        self.scorers = [self.scorer]
 
-    def rewards(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+    @classmethod
+    def check(cls, config: Inference) -> None:
+        check_reward_model(config.reward.model_name_or_path, FLAG, config)
+
+    @classmethod
+    def check_prompts(cls, config: Inference, prompts: Sequence[Prompt]) -> None:
+        check_prompts_of(prompts, config.reward.model_name_or_path, FLAG, config)
+
+    def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:
+        rewards = self.read(questions, label and f"{label}, reward model")
+        self.calls = self.scorer.responses_scored
+        return rewards
+
+    def read(self, questions: Sequence[Question], label: str) -> list[list[float]]:
         """A reward for each answer to each question. Collective."""
         groups = []
         for question in questions:
@@ -97,29 +116,3 @@ class RewardReader:
             # If both do not fit, keep the prompt's end: the answers reply to it.
             groups.append(Group(prompt[-(self.chat.max_len - max(map(len, answers))) :], answers))
         return [list(row) for row in self.scorer.score(self.model, groups, label)]
-
-
-class RewardModel(RewardOracle):
-    """The model of --reward.model_name_or_path. A call is one answer that it scores."""
-
-    name = "reward_model"
-    reads: ClassVar[tuple[str, ...]] = ("reward.model_name_or_path", "reward.max_len")
-    needs_model = "it"
-
-    def __init__(self, resources: Resources):
-        super().__init__(resources)
-        self.reader = RewardReader(resources.config.reward.model_name_or_path, "reward.model_name_or_path", resources)
-        self.scorers = [self.reader.scorer]
-
-    @classmethod
-    def check(cls, config: Inference) -> None:
-        check_reward_model(config.reward.model_name_or_path, "reward.model_name_or_path", config)
-
-    @classmethod
-    def check_prompts(cls, config: Inference, prompts: Sequence[Prompt]) -> None:
-        check_prompts_of(prompts, config.reward.model_name_or_path, "reward.model_name_or_path", config)
-
-    def scores(self, questions: Sequence[Question], label: str) -> list[list[float]]:
-        rewards = self.reader.rewards(questions, label and f"{label}, reward model")
-        self.calls = self.reader.scorer.responses_scored
-        return rewards

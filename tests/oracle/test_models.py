@@ -203,9 +203,9 @@ def test_resident_models_are_loaded_once_and_given_back(tiny_reward_model, make_
     judge = RewardModel(make_resources(resident=resident, reward__model_name_or_path=str(tiny_reward_model)))
     one_by_one = [judge.rewards([question], "")[0] for question in QUESTIONS]
     assert loads == [str(tiny_reward_model)] * (1 if resident else 3)
-    assert len(judge.reader.scorer._held) == resident
+    assert len(judge.scorer._held) == resident
     judge.close()
-    assert not judge.reader.scorer._held
+    assert not judge.scorer._held
     # The same figures either way, and an oracle that was closed answers again.
     new = Question("new", QUESTIONS[0].prompt, (Answer("other"), Answer("answers")))
     assert len(judge.rewards([new], "")[0]) == 2 and len(loads) == (2 if resident else 4)
