@@ -116,10 +116,10 @@ def contents(path: Path) -> dict[str, str]:
 def test_seed_stage_and_first_labels_come_along(source, tmp_path):
     before = contents(source.path)
     folder = fork(source, tmp_path / "fork")
-    found = contents(folder.path)
-    assert sorted(found) == TAKEN
+    files = contents(folder.path)
+    assert sorted(files) == TAKEN
     changed = {"ledger.json", "metrics.jsonl", "round_1/manifest.json"}
-    assert {name: found[name] for name in TAKEN if name not in changed} == {
+    assert {name: files[name] for name in TAKEN if name not in changed} == {
         name: before[name] for name in TAKEN if name not in changed
     }
     # The first round goes on behind its labels: no policy, no certificate, no stage of training.
@@ -288,8 +288,8 @@ def test_other_data(source, tmp_path, name):
 def test_seed_stages_with_a_loss_of_their_own_are_not_shared(tmp_path, there, here):
     source = make_source(tmp_path / "source", algo=there)
     message = refusal(source, tmp_path / "fork", algo=here)
-    own = there if there != "sgpo" else here
-    assert message.endswith(f"the seed stage of --algo {own} has its own loss, so it cannot be shared")
+    alone = there if there != "sgpo" else here
+    assert message.endswith(f"the seed stage of --algo {alone} has its own loss, so it cannot be shared")
 
 
 def test_a_stage_on_human_pairs_alone_is_no_seed_stage(tmp_path):

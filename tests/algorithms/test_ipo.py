@@ -107,8 +107,8 @@ def test_mean_divides_each_side_by_its_own_length():
 
 
 def test_responses_of_one_token_make_the_two_equal():
-    one = torch.ones(5, dtype=torch.float64)
-    batch = random_batch(5, (one, one))
+    lengths = torch.ones(5, dtype=torch.float64)
+    batch = random_batch(5, (lengths, lengths))
     assert torch.allclose(ipo(0.1, "mean").loss(batch), ipo(0.1).loss(batch), rtol=0, atol=1e-10)
 
 
@@ -125,8 +125,8 @@ def test_tau_does_not_compare_across_normalisations(length, tau):
 
 @pytest.mark.parametrize("missing", ["chosen", "rejected", "both"])
 def test_mean_without_lengths(missing):
-    one = torch.ones(3, dtype=torch.float64)
-    lengths = (None if missing in ("chosen", "both") else one, None if missing in ("rejected", "both") else one)
+    ones = torch.ones(3, dtype=torch.float64)
+    lengths = (None if missing in ("chosen", "both") else ones, None if missing in ("rejected", "both") else ones)
     with pytest.raises(ValueError, match=r"--ipo\.normalization mean needs the lengths"):
         ipo(0.1, "mean").loss(random_batch(3, lengths))
 

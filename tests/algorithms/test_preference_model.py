@@ -55,11 +55,11 @@ def test_every_pair_is_shown_in_both_orders(tiny_model):
     pairs = [
         Pair(f"p{i}", [{"role": "user", "content": "?"}], f"good {i}", f"bad {i}", flipped=i == 1) for i in range(3)
     ]
-    found = PreferenceModel.pairs(pairs, chat)
-    assert [one.id for one in found[:2]] == ["p0/chosen_first", "p0/rejected_first"] and len(
-        {one.id for one in found}
+    comparisons = PreferenceModel.pairs(pairs, chat)
+    assert [comparison.id for comparison in comparisons[:2]] == ["p0/chosen_first", "p0/rejected_first"] and len(
+        {comparison.id for comparison in comparisons}
     ) == 6
-    for pair, first, second in zip(pairs, found[::2], found[1::2], strict=True):
+    for pair, first, second in zip(pairs, comparisons[::2], comparisons[1::2], strict=True):
         assert (first.chosen, first.rejected, second.chosen, second.rejected) == ("A", "B", "B", "A")
         assert f"[Answer A]\n{pair.chosen}\n\n[Answer B]\n{pair.rejected}\n" in first.prompt[0]["content"]
         assert f"[Answer A]\n{pair.rejected}\n\n[Answer B]\n{pair.chosen}\n" in second.prompt[0]["content"]
@@ -94,7 +94,7 @@ def test_a_circle_can_be_learned(tiny_model, make_resources, tmp_path):
     prompt = [{"role": "user", "content": "?"}]
     resources = make_resources()
     comparisons = PreferenceModel.pairs([Pair(f"{a}-{b}", prompt, a, b) for a, b in sorted(beats)], resources.chat)
-    groups = [resources.chat.pair(one) for one in comparisons]
+    groups = [resources.chat.pair(comparison) for comparison in comparisons]
     width = max(len(group.prompt) for group in groups)
     tokens = torch.tensor([[0] * (width - len(group.prompt)) + list(group.prompt) for group in groups])
     letters = torch.tensor([[response[0] for response in group.responses] for group in groups])

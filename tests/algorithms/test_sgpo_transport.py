@@ -156,6 +156,6 @@ def test_a_batch_must_say_which_pairs_it_holds():
     ],
 )
 def test_check_names_the_one_problem(algorithm, options, problem):
-    (found,) = flags.out_of_range({algorithm.name: algorithm.settings(**options)})
-    assert found.startswith(problem)
+    (message,) = flags.out_of_range({algorithm.name: algorithm.settings(**options)})
+    assert message.startswith(problem)
     assert algorithm.option_problems(algorithm.settings()) == []

@@ -98,11 +98,11 @@ def test_without_refinement_it_is_dpo_to_the_last_bit(options, extrapolation):
 def test_a_value_per_round_and_the_last_one_for_later_rounds():
     algorithm = SPA(SPASettings(), BETA)
     assert algorithm.extrapolation == 0
-    found = []
+    extrapolations = []
     for number in range(6):
         algorithm.begin_stage(Stage(torch.zeros(4), number=number))
-        found.append(algorithm.extrapolation)
-    assert found == [0.5, 0.5, 0.25, 0.125, 0.125, 0.125]
+        extrapolations.append(algorithm.extrapolation)
+    assert extrapolations == [0.5, 0.5, 0.25, 0.125, 0.125, 0.125]
 
 
 def test_detection_margins_are_relative_to_the_reference():

@@ -95,7 +95,7 @@ def test_against_the_transport_program_on_a_grid(space, share):
     cost = np.abs(values[:, None] - grid[None, :])
     loss = plain(torch.from_numpy(grid), space).numpy()
     stays = np.kron(np.eye(7), np.ones(len(grid)))
-    found = linprog(
+    optimum = linprog(
         np.tile(loss, 7) / 7,
         A_ub=cost.reshape(1, -1) / 7,
         b_ub=[radius],
@@ -104,11 +104,11 @@ def test_against_the_transport_program_on_a_grid(space, share):
         bounds=(0, None),
         method="highs",
     )
-    assert found.status == 0
+    assert optimum.status == 0
     # The grid forbids the level itself: its program is worse, by the square of the step times the curvature.
     step = (high - low) / 799
     curvature = 0.25 if space == "margin" else 1 / solution.level**2
-    assert solution.value - 1e-9 <= found.fun <= solution.value + step**2 * curvature
+    assert solution.value - 1e-9 <= optimum.fun <= solution.value + step**2 * curvature
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -308,8 +308,8 @@ def test_levels_per_sample_equal_each_group_alone(space):
     levels = torch.tensor([0.2, 0.5, 0.9] if space == "probability" else [-1.0, 0.3, 2.0], dtype=torch.float64)
     losses = best_case_loss(margins, levels[group], space=space)
     for index, level in enumerate(levels.tolist()):
-        mine = group == index
-        assert torch.equal(losses[mine], best_case_loss(margins[mine], level, space=space))
+        members = group == index
+        assert torch.equal(losses[members], best_case_loss(margins[members], level, space=space))
     single = best_case_loss(margins.float(), levels[group], space=space)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), losses, rtol=1e-5, atol=1e-6)

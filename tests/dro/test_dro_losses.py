@@ -86,8 +86,8 @@ def test_windows_slopes_and_edges_per_sample_equal_solving_each_group_alone(piec
     settings = [(0.4, -2.0, (-2.0, 2.5)), (0.2, -3.5, (-3.5, 6.0))]
     expected = torch.empty_like(margins)
     for index, (slope, edge, window) in enumerate(settings):
-        mine = group == index
-        expected[mine] = danskin_loss(margins[mine], slope, edge, space="margin", pieces=pieces, window=window)
+        members = group == index
+        expected[members] = danskin_loss(margins[members], slope, edge, space="margin", pieces=pieces, window=window)
 
     def per_sample(numbers):
         return torch.tensor(numbers, dtype=torch.float64)[group]

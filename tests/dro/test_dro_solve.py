@@ -148,16 +148,16 @@ def test_exact_loss_against_a_one_dimensional_minimisation(instance):
     best, low, high = 0.0, 0.0, steepest
     for _ in range(3):
         # SciPy resolves its variable to the square root of rounding only, so later searches are for what remains.
-        found = minimize_scalar(
+        optimum = minimize_scalar(
             lambda shift, centre: dual(centre + shift),
             args=(best,),
             bounds=(low - best, high - best),
             method="bounded",
             options={"xatol": 1e-15},
         )
-        best += found.x
+        best += optimum.x
         low, high = max(0.0, best - 1e-3 * (high - low)), best + 1e-3 * (high - low)
-    assert solution.value == pytest.approx(min(found.fun, dual(0.0), dual(steepest)), abs=1e-10)
+    assert solution.value == pytest.approx(min(optimum.fun, dual(0.0), dual(steepest)), abs=1e-10)
 
 
 @QUICK

@@ -18,9 +18,9 @@ def test_radius_0_is_openrlhfs_dpo_loss():
     loss = SGPOLoss(0.1, SGPOSettings(radius=0.0, refresh_steps=1))
     for seed in range(3):
         arguments = log_probs(seed)
-        ours, theirs = loss(*arguments), DPOLoss(0.1)(*arguments)
-        for found, expected in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+        figures, openrlhf_figures = loss(*arguments), DPOLoss(0.1)(*arguments)
+        for figure, expected in zip(figures, openrlhf_figures, strict=True):
+            torch.testing.assert_close(figure, expected, rtol=0, atol=1e-7)
 
 
 def test_the_follower_sees_the_window_and_evaluation_leaves_it_alone():
@@ -41,8 +41,8 @@ def test_the_follower_sees_the_window_and_evaluation_leaves_it_alone():
 
     worst = solve_worst_case(torch.cat([margins(first), margins(second)])[-12:], 0.2)
     with torch.no_grad():
-        found = loss(*first)[0]
-    torch.testing.assert_close(found, worst.robust_loss(margins(first)).mean(), rtol=1e-5, atol=1e-6)
+        loss_after = loss(*first)[0]
+    torch.testing.assert_close(loss_after, worst.robust_loss(margins(first)).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_support_is_that_of_the_first_solve():

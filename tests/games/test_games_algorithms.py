@@ -30,8 +30,8 @@ def gradients(game, algorithm, policy, follower=None):
     """Gradients of the expected loss at policies with these probabilities."""
     policies = start(game, policy, follower)
     parameters = [policies.policy, policies.follower]
-    found = torch.autograd.grad(expected_loss(game, algorithm, policies), parameters, allow_unused=True)
-    return [torch.zeros(()) if one is None else one for one in found]
+    derivatives = torch.autograd.grad(expected_loss(game, algorithm, policies), parameters, allow_unused=True)
+    return [torch.zeros(()) if derivative is None else derivative for derivative in derivatives]
 
 
 def solution_of(algorithm, game=GAME, tau=TAU):
@@ -102,10 +102,10 @@ def test_slhf_taus_are_independent_and_several_followers_change_nothing_in_expec
 
 
 def test_kappa_weighs_the_follower_alone():
-    one, five = (gradients(GAME, SLHF(SLHFSettings(kappa=kappa), TAU), SKEWED) for kappa in (1.0, 5.0))
-    assert torch.allclose(one[0], five[0], atol=1e-14)
-    assert torch.allclose(5 * one[1], five[1], atol=1e-14)
-    assert one[1].abs().max() > 1e-3
+    plain, scaled = (gradients(GAME, SLHF(SLHFSettings(kappa=kappa), TAU), SKEWED) for kappa in (1.0, 5.0))
+    assert torch.allclose(plain[0], scaled[0], atol=1e-14)
+    assert torch.allclose(5 * plain[1], scaled[1], atol=1e-14)
+    assert plain[1].abs().max() > 1e-3
 
 
 def test_alternating_steps_are_the_two_losses_in_turn():
@@ -133,14 +133,14 @@ def test_every_divergence_has_the_same_fixed_point_for_answers_of_one_token(leve
 @pytest.mark.slow
 def test_sampled_votes_tell_the_two_slhf_gradients_apart():
     """Single votes and 256 plays a step, the mean of the second half: about .500 with the credit, .565 without."""
-    found = {}
+    means = {}
     for credit in (True, False):
         algorithm = SLHF(SLHFSettings(follower_kl_credit=credit), TAU)
         path = drive(GAME, algorithm, steps=4000, learning_rate=0.1, samples=256, seed=1)
-        found[credit] = path.policies[2000:].mean(0)
+        means[credit] = path.policies[2000:].mean(0)
         exact = games.stackelberg(GAME, TAU, TAU, follower_kl_credit=credit).policy
-        assert abs(found[credit] - exact).max() < 0.015
-    assert found[False][0] - found[True][0] > 0.04
+        assert abs(means[credit] - exact).max() < 0.015
+    assert means[False][0] - means[True][0] > 0.04
 
 
 def test_sppo_circles_and_its_average_arrives():
