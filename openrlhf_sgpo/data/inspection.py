@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Any
 
 from openrlhf_sgpo.config import DataLimits
 from openrlhf_sgpo.data.benchmarks import benchmarks_with, normalised
-from openrlhf_sgpo.data.messages import common_prefix_length
+from openrlhf_sgpo.data.messages import common_prefix_length, digest
 from openrlhf_sgpo.data.records import LABEL_COLUMNS, Messages, Pair, Prompt, Records
 from openrlhf_sgpo.data.report import COUNTED, LEFT_OUT, DataReport, Tally, quantiles
 from openrlhf_sgpo.data.tokens import ChatFormat, Group, PairTokens
@@ -106,11 +104,6 @@ def repeats_prompt(pair: Pair) -> list[str]:
         return ["chosen", "rejected"]
     sides = {"chosen": pair.chosen, "rejected": pair.rejected}
     return [side for side, text in sides.items() if " ".join(text[: 2 * len(question)].split()).startswith(words)]
-
-
-def digest(*parts: Any) -> bytes:
-    """A 16-byte hash of the values."""
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
 
 
 def prompt_key(messages: Messages) -> bytes:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -318,3 +319,8 @@ def question(row: Mapping[str, Any], column: str = "prompt") -> Messages:
     """The prompt in ``column`` of a row. Raises DataError."""
     refuse_unread_columns(row)
     return with_system(row, prompt_messages(row[column], column))
+
+
+def digest(*parts: Any) -> bytes:
+    """A 16-byte hash of the values."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()

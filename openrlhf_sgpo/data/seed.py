@@ -15,7 +15,7 @@ _OTHER = {"chosen": "rejected", "rejected": "chosen"}
 
 
 def farthest_points(embeddings: Tensor, count: int, first: int) -> list[int]:
-    """Greedy max-min selection: each new point is the farthest (in cosine distance) from all points chosen so far.
+    """Greedy max-min selection: each new point is the farthest (in cosine distance, in float32) from all points chosen so far.
 
     embeddings: (N, D), none zero. Cost O(N * count * D) time, O(N) memory besides the embeddings; ties go to the lower
     index. (Gonzalez 1985. The code released with arXiv 2502.18099 picks the largest *sum* of distances instead, which
@@ -26,7 +26,7 @@ def farthest_points(embeddings: Tensor, count: int, first: int) -> list[int]:
 
     if not 1 <= count <= len(embeddings):
         raise ValueError(f"cannot select {count} of {len(embeddings)} points")
-    directions = torch.nn.functional.normalize(embeddings.double(), dim=1)
+    directions = torch.nn.functional.normalize(embeddings.float(), dim=1)
     chosen = [first]
     nearest = 1 - directions @ directions[first]
     for _ in range(count - 1):

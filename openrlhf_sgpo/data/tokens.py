@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from openrlhf_sgpo.data.messages import digest
 from openrlhf_sgpo.data.records import Messages, Pair
 from openrlhf_sgpo.data.template import NONE, Template, TemplateError, open_thought, today
 
@@ -110,6 +112,9 @@ class ChatFormat:
         self.model = ""
         # One shared int object per vocabulary entry: the tokens of 60,000 pairs would otherwise take gigabytes.
         self._ids = list(range(1 + max(tokenizer.get_vocab().values())))
+        self._prompts: dict[
+            bytes, tuple[int, ...]
+        ] = {}  # inspection, rollout, oracle and training ask for the same ones
         # Responses are tokenized after the text that the template puts before them: alone, some tokenizers (SentencePiece)
         # would start each with a space that the policy never sampled.
         self._anchor, ending = self.template.turn()
@@ -132,6 +137,7 @@ class ChatFormat:
         if not isinstance(size, int) or size >= len(self._ids):
             return
         self._ids, self.model = self._ids[:size], model
+        self._prompts.clear()
         tokenizer = self.tokenizer
         for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, *self.end_of_turn):
             if token is not None and token >= size:
@@ -162,11 +168,9 @@ class ChatFormat:
 
     def _encode_responses(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         length = len(self._anchor_ids)
-        encoded = self._encode_all([self._anchor + text for text in texts])
-        return [
-            both[length:] if both[:length] == self._anchor_ids else self._encode(text)
-            for both, text in zip(encoded, texts, strict=True)
-        ]
+        encoded = iter(self._encode_all([self._anchor + text for text in texts if text]))
+        rows = [(next(encoded), text) if text else (self._anchor_ids, "") for text in texts]
+        return [both[length:] if both[:length] == self._anchor_ids else self._encode(text) for both, text in rows]
 
     def _end(self, ids: tuple[int, ...], truncated: bool, room: int) -> tuple[int, ...]:
         """Response tokens cut to ``room``: with the whole end of turn or, if anything was cut, without it."""
@@ -187,8 +191,12 @@ class ChatFormat:
         Raises ValueError if the template fails and, if ``complete``, if it drops a part of the prompt. (Some templates drop
         the reasoning of earlier turns on purpose.)
         """
-        render = self.template.prompt if complete else self.template.render
-        return self._encode(render(messages, template_kwargs))
+        if not complete:
+            return self._encode(self.template.render(messages, template_kwargs))
+        key = digest(messages, dict(template_kwargs))
+        if key not in self._prompts:
+            self._prompts[key] = self._encode(self.template.prompt(messages, template_kwargs))
+        return self._prompts[key]
 
     def prompts(
         self, conversations: Sequence[Messages], template_kwargs: Sequence[Mapping[str, Any]] = ()
@@ -197,14 +205,15 @@ class ChatFormat:
 
         template_kwargs: one mapping per conversation, or empty. Raises ValueError if the template drops a part of one.
         """
-        rendered: dict[int, str] = {}
-        for index, messages in enumerate(conversations):
-            try:
-                rendered[index] = self.template.prompt(messages, template_kwargs[index] if template_kwargs else NONE)
-            except TemplateError:
-                continue
-        tokens = dict(zip(rendered, self._encode_all(list(rendered.values())), strict=True))
-        return [tokens.get(index) for index in range(len(conversations))]
+        arguments = template_kwargs or [NONE] * len(conversations)
+        keys = [digest(messages, dict(variables)) for messages, variables in zip(conversations, arguments, strict=True)]
+        rendered: dict[bytes, str] = {}
+        for key, messages, variables in zip(keys, conversations, arguments, strict=True):
+            if key not in self._prompts and key not in rendered:
+                with suppress(TemplateError):
+                    rendered[key] = self.template.prompt(messages, variables)
+        self._prompts.update(zip(rendered, self._encode_all(list(rendered.values())), strict=True))
+        return [self._prompts.get(key) for key in keys]
 
     def refusal(self, messages: Messages, template_kwargs: Mapping[str, Any] = NONE) -> str:
         """Why the template fails on a conversation, after the tokenizer's name; empty if it does not fail."""

@@ -6,6 +6,7 @@ tensor parallelism, whether or not trainer and engine share a GPU, with or witho
 
 from __future__ import annotations
 
+import asyncio
 import os
 from glob import glob
 from typing import Any
@@ -67,13 +68,15 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
         output = await self.generate(prompt_token_ids, params)
         return [list(sample.token_ids) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
 
-    async def log_probs(self, token_ids: list[int]) -> list[float]:
-        """Log-probability of each token after the first, given those before it."""
+    async def log_probs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Per sequence the log-probability of each token after the first, given those before it."""
         from vllm import SamplingParams
 
-        output = await self.generate(token_ids, SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0))
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        outputs = await asyncio.gather(*(self.generate(sequence, params) for sequence in sequences))
         return [
-            logprobs[token].logprob for token, logprobs in zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+            [logprobs[token].logprob for token, logprobs in zip(sequence[1:], output.prompt_logprobs[1:], strict=True)]
+            for sequence, output in zip(sequences, outputs, strict=True)
         ]
 
 

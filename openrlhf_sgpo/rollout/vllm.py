@@ -177,11 +177,8 @@ class VllmRollout:
         return ranks.on_rank_0(lambda: self._log_probs(sequences))
 
     def _log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
-        numbers = range(len(self.engines))
-        calls = [(number, "log_probs", (list(sequence),)) for number in numbers for sequence in sequences]
         with self._awake():
-            log_probs = self._ask(calls)
-        by_engine = [log_probs[number * len(sequences) : (number + 1) * len(sequences)] for number in numbers]
+            by_engine: list[list[list[float]]] = self._all("log_probs", list(map(list, sequences)))
         for number, engine_log_probs in enumerate(by_engine[1:], start=1):
             gaps = [abs(sum(a) - sum(b)) / len(a) for a, b in zip(by_engine[0], engine_log_probs, strict=True)]
             if max(gaps) > 0.1:

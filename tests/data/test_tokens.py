@@ -1,6 +1,7 @@
 """Prompt and response tokens against the tokenised rendering of the whole conversation, and what the limit does."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -211,6 +212,20 @@ def test_all_at_once_is_one_by_one(tokenizer, chat, rows):
     groups = [chat.group(pair, tokens) for pair, tokens in zip(pairs, chat.encode(pairs), strict=True)]
     assert groups == [chat.pair(pair) for pair in pairs]
     assert chat.prompts([pair.prompt for pair in pairs]) == [chat.prompt(pair.prompt) for pair in pairs]
+
+
+def test_each_prompt_is_rendered_and_tokenised_once(tokenizer, monkeypatch):
+    """Inspection, rollout, oracle and training ask for the same prompts; sampled responses keep their tokens."""
+    chat, rendered, tokenised = ChatFormat(tokenizer, PLENTY), [], []
+    render, encode = chat.template.prompt, chat._encode_all
+    monkeypatch.setattr(chat.template, "prompt", lambda *given: rendered.append(given[0]) or render(*given))
+    monkeypatch.setattr(chat, "_encode_all", lambda texts: tokenised.extend(texts) or encode(texts))
+    pair = replace(pair_of("A", "B"), chosen_token_ids=(5, 6), rejected_token_ids=(7,))
+    expected = chat.pair(pair)
+    assert expected.responses == ((5, 6), (7,)) and len(tokenised) == 1
+    assert chat.prompts([QUESTION, TALK, TALK, QUESTION])[0] is chat.prompt(QUESTION) is expected.prompt
+    assert chat.pair(pair) == expected
+    assert rendered == [QUESTION, TALK] and len(tokenised) == 2
 
 
 def test_a_conversation_that_the_template_refuses_has_no_tokens(tokenizer):
