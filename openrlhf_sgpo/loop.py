@@ -85,6 +85,7 @@ def train_round(run: Run, source: Source, number: int) -> None:
             progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
             progress.update()
         progress.close()
+        source.measure(stage, trainer)
         trainer.write_policies()
         cost |= stage.clock.cost
     if run.writes:

@@ -15,6 +15,7 @@ from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.algorithms.base import Stage
 from openrlhf_sgpo.benchmarks.task import Result
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.dro import worst_case_curve
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.intervals import scores, share_error, standard_error
 from openrlhf_sgpo.ledger import write_ledger
@@ -83,7 +84,8 @@ def make_run(folder: Path, steps: int = 6, algo: str = "sgpo", **options) -> Pat
         if number:
             margins = torch.tensor([draw.gauss(0.2, 0.6) for _ in range(40)])
             certificate = algorithm(settings, beta=0.1).begin_stage(Stage(margins))
-            write_json(path / "worst_case.json", certificate | {"margins": margins.tolist()})
+            after = {"pairs": list(range(0, 40, 2)), "margins": (margins[::2] + 0.3).tolist()}
+            write_json(path / "worst_case.json", certificate | {"margins": margins.tolist(), "after": after})
             RunFolder(str(folder)).finish(number, "train", {}, ["worst_case.json"])
     write_jsonl(folder / "metrics.jsonl", rows)
     write_ledger(folder / "ledger.json", ledger)
@@ -147,8 +149,31 @@ def make_comparison(folder: Path) -> Path:
     ]
     samples = [{"id": "q", "prompt": [{"role": "user", "content": "Why?"}], "answers": {"sgpo": EVIL, "spa": "So."}}]
     rest = {"warnings": ["judge_calls differ"], "prompts": 100, "oracle": {"name": "judge", "model": "judge-a"}}
+    radii = [0.0, 0.05, 0.1]
+    margins = 0.3 + torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    worst_case = {
+        "pairs": 50,
+        "edge": -4.0,
+        "radii": radii,
+        "curves": {
+            name: worst_case_curve(scale * margins, radii, window=(-4.0, 6.0)).tolist()
+            for name, scale in (("sgpo", 0.9), ("spa", 1.0), ("dpo", 1.1))
+        },
+        "differences": [
+            {
+                "first": name,
+                "second": "sgpo",
+                "radius": radius,
+                "difference": mean,
+                "low": mean - 0.01,
+                "high": mean + 0.01,
+            }
+            for name, means in (("spa", (-0.002, 0.003)), ("dpo", (-0.02, 0.025)))
+            for radius, mean in zip((0.0, 0.05), means, strict=True)
+        ],
+    }
     comparison = {"groups": groups, "cross_play": cross_play, "versus_start": start, "samples": samples} | rest
-    write_json(folder / "comparison.json", comparison)
+    write_json(folder / "comparison.json", comparison | {"worst_case": worst_case})
     return folder
 
 

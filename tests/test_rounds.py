@@ -108,6 +108,47 @@ def test_pairs_are_ranked_by_implicit_reward_and_margins_are_its_differences(run
 
 
 @pytest.mark.slow
+def test_a_certificate_has_the_margins_after_the_round_and_v_before_and_after(run, tiny_model):
+    """The margins are those that transformers alone computes from the policy's folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from openrlhf_sgpo.data.records import load_run_pairs
+    from openrlhf_sgpo.data.tokens import ChatFormat
+    from openrlhf_sgpo.dro import solve_worst_case
+
+    folder, _ = run
+    chat = ChatFormat(AutoTokenizer.from_pretrained(tiny_model), 128)
+    certificate = json.loads((folder / "round_1/worst_case.json").read_text())
+    groups = [chat.pair(pair) for pair in load_run_pairs(str(folder / "round_1/pairs.jsonl"))]
+    after = dict(zip(certificate["after"]["pairs"], certificate["after"]["margins"], strict=True))
+    assert set(after) <= set(range(len(groups))) and len(after) >= 4
+
+    def log_ratios(model):
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        sums = []
+        for pair in after:
+            prompt = groups[pair].prompt
+            for response in groups[pair].responses:
+                with torch.no_grad():
+                    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+                sums.append(float(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum()))
+        return torch.tensor(sums).view(-1, 2)
+
+    ratios = log_ratios(folder / "round_1/policy") - log_ratios(tiny_model)
+    assert list(after.values()) == pytest.approx((0.1 * (ratios[:, 0] - ratios[:, 1])).tolist(), abs=1e-4)
+    for name, margins in (
+        ("value_before", [certificate["margins"][pair] for pair in after]),
+        ("value_after", list(after.values())),
+    ):
+        worst = solve_worst_case(
+            torch.tensor(margins, dtype=torch.float64), certificate["radius"], window=tuple(certificate["window"])
+        )
+        assert certificate[name] == pytest.approx(worst.value, abs=1e-12)
+    assert certificate["value_after"] < certificate["value_before"]
+
+
+@pytest.mark.slow
 def test_what_an_engine_drew_is_what_is_scored_and_trained(run, tiny_model):
     """Token by token: the toy policy draws bytes that are no text, which another tokenisation of the text would change."""
     from transformers import AutoTokenizer

@@ -30,6 +30,7 @@ from openrlhf_sgpo.comparison.head_to_head import (
     with_holm,
 )
 from openrlhf_sgpo.comparison.settings import CompareSettings, inference
+from openrlhf_sgpo.comparison.worst_case import worst_cases
 from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.files import TEST_SPLITS, TRAIN_SPLITS
 from openrlhf_sgpo.data.pairwise import transcript
@@ -161,6 +162,7 @@ class RunComparison(StagedCommand):
             "groups": groups,
             "cross_play": pairs,
             "versus_start": over_start,
+            "worst_case": worst_cases(self.groups),
             "warnings": [
                 *budget_warnings({group["name"]: group["ledger"] for group in groups}),
                 *group_warnings(self.groups),

@@ -18,7 +18,7 @@ from openrlhf_sgpo.config import TrainSettings
 from openrlhf_sgpo.inference import Policy, policy_of, stored_settings
 from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.run_check import check_rounds
-from openrlhf_sgpo.run_folder import ADDRESS, STORED, RunFolder, differences, read_json
+from openrlhf_sgpo.run_folder import ADDRESS, STORED, RunFolder, differences, read_json, read_jsonl
 from openrlhf_sgpo.training.sizes import optimiser_steps
 
 START = "start"  # the name, in files, of the model from which all runs started
@@ -60,6 +60,11 @@ class ComparedRun:
     def evaluation(self) -> dict[str, Any]:
         """The figures of the last round."""
         return read_json(RunFolder(self.folder).round(self.policy.round or 0) / "evaluation.json")
+
+    def margins(self) -> dict[str, float]:
+        """Margin of each held-out pair under the policy of the last round, by id; empty without such pairs."""
+        path = RunFolder(self.folder).round(self.policy.round or 0) / "held_out.jsonl"
+        return {row["id"]: row["margin"] for row in read_jsonl(path)} if path.is_file() else {}
 
     def ledger(self) -> dict[str, float]:
         """The cost of training without evaluation: the figures of ``BUDGET``, seconds and optimiser steps."""

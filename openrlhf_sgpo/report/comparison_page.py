@@ -12,6 +12,7 @@ from openrlhf_sgpo.intervals import half_of, half_over_seeds
 from openrlhf_sgpo.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
+from openrlhf_sgpo.report.robustness import compared_robustness
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import SIGNIFICANT, comparison_verdict, is_significant
 from openrlhf_sgpo.run_folder import read_json
@@ -42,6 +43,7 @@ def comparison_page(folder: Path) -> Markup:
             "Cross-play": _cross_play([group["name"] for group in groups], cross_play),
             "Win rate against divergence": _versus_start(comparison.get("versus_start", [])),
             "Figures": _figures(groups),
+            "Robustness": compared_robustness(comparison.get("worst_case", {})),
             "Cost": _cost(groups),
             "Answers": _answers(comparison.get("samples", [])),
             "Runs": _runs(groups, comparison.get("oracle", {})),

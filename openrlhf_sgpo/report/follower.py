@@ -16,7 +16,17 @@ from openrlhf_sgpo.report.markup import tiny, with_minus_sign
 # Figures of the certificate, in the order of docs/algorithms/sgpo.md.
 FIGURES = (
     *("value", "dual_value", "gap", "empirical", "bound", "slope", "edge", "level", "threshold"),
-    *("fraction_moved", "budget_used", "radius", "delta_K", "grouping_loss", "groups", "pairs"),
+    *(
+        "fraction_moved",
+        "budget_used",
+        "radius",
+        "delta_K",
+        "value_before",
+        "value_after",
+        "grouping_loss",
+        "groups",
+        "pairs",
+    ),
 )
 BINS = 40
 

@@ -19,6 +19,7 @@ from openrlhf_sgpo.report.follower import follower_plot
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, tiny, with_minus_sign, words
 from openrlhf_sgpo.report.moments import Moment, read_moments, verdict
 from openrlhf_sgpo.report.page import page
+from openrlhf_sgpo.report.robustness import robustness
 from openrlhf_sgpo.report.run_curves import held_out_plot, round_plots, step_plots
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json
@@ -57,6 +58,7 @@ def run_page(folder: Path) -> Markup:
         {
             "Rounds": _rounds(moments),
             "Margins": _margins(moments),
+            "Robustness": robustness(moments),
             "Training": step_plots(read_growing(folder / METRICS)),
             "Answers": _answers(moments),
             "Plays": _plays(folder),

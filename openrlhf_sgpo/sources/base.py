@@ -63,6 +63,9 @@ class Source:
     def sync(self) -> None:
         """The next batch is sampled from the weights that were just trained."""
 
+    def measure(self, stage: TrainingStage, trainer: Trainer) -> None:
+        """All steps are taken: measure what needs the policy while it is in memory."""
+
     def files(self, number: int) -> list[str]:
         """Files and folders that the training of a round has left in the round's folder."""
         raise NotImplementedError

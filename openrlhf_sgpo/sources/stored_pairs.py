@@ -15,8 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import distributed
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings, PairAlgorithm, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.config import Config
@@ -25,6 +27,7 @@ from openrlhf_sgpo.data.messages import template_kwargs
 from openrlhf_sgpo.data.records import LABEL_COLUMNS, Pair, Prompt, load_run_pairs
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.dro.curve import certified_curve
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
@@ -39,9 +42,10 @@ from openrlhf_sgpo.training.embeddings import prompt_embeddings
 from openrlhf_sgpo.training.log_probs import implicit_margins
 from openrlhf_sgpo.training.pairs import PairBatches, PairForward, PairSamples, label_columns
 from openrlhf_sgpo.training.sizes import check_sizes, optimiser_steps, prompt_counts, stage_epochs, too_few
-from openrlhf_sgpo.training.trainer import TrainingStage
+from openrlhf_sgpo.training.trainer import Trainer, TrainingStage
 
 CERTIFICATE = "worst_case.json"
+MEASURED_AFTER = 1024  # pairs of a round whose margins are measured again when it is trained
 
 
 class StoredPairs(Source):
@@ -60,6 +64,7 @@ class StoredPairs(Source):
         self.prompt_counts = prompt_counts(self.config, available) if self.config.rounds.count else []
         self._shuffled: list[Prompt] | None = None
         self._batches: PairBatches | None = None
+        self._certified: dict[str, Any] = {}  # worst_case.json of the round, empty without a follower
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -212,14 +217,16 @@ class StoredPairs(Source):
         with run.stage(f"round_{number}/score"):
             reference = run.scorer.score(loss_reference, groups, f"{label}: reference")
             policy = reference if with_dpo else run.scorer.score(start, groups, f"{label}: policy")
+        self._certified = {}
         if not with_dpo:
             margins = implicit_margins(policy, reference, config.model.beta).float()
             began = time.perf_counter()
             certificate = algorithm.begin_stage(Stage(margins, number, steps, config.train.seed + number))
             if certificate:  # otherwise there is no follower
                 run.ledger.book(f"round_{number}/follower", {}, began)
+                self._certified = certificate | {"margins": margins.tolist()}
                 if run.writes:
-                    write_json(self._certificate(number), certificate | {"margins": margins.tolist()})
+                    write_json(self._certificate(number), self._certified)
         if start != config.ref.model_name_or_path:
             run.scorer.forget(start)
         run.scorer.discard(str(self.folder.policy(number)))
@@ -255,6 +262,29 @@ class StoredPairs(Source):
     def batch(self, step: int) -> PairSamples:
         assert self._batches is not None
         return self._batches.step(step)
+
+    def measure(self, stage: TrainingStage, trainer: Trainer) -> None:
+        """Add to the certificate of a worst case the margins of up to 1,024 pairs under the policy that was just trained, and
+        V of these pairs before and after. They come from steps spread evenly over the stage."""
+        if self._certified.get("ball") != "worst":
+            return
+        assert self._batches is not None
+        count = min(stage.last, max(1, MEASURED_AFTER // self.config.train.batch_size))
+        index, margins = [], []
+        trainer.actor.eval()
+        with torch.no_grad():
+            for step in torch.linspace(1, stage.last, count).long().unique().tolist():
+                for samples in self._batches.step(step):
+                    index.append(samples.index)
+                    margins.append(trainer.forward.batch(trainer.actor, samples, step).margins(self.config.model.beta))
+        measured = dict(zip(torch.cat(index).tolist(), torch.cat(margins).tolist(), strict=True))
+        after = dict(sorted(item for part in ranks.gather(measured) for item in part.items()))
+        before = [self._certified["margins"][pair] for pair in after]
+        figures: dict[str, Any] = {"after": {"pairs": list(after), "margins": list(after.values())}}
+        for name, values in (("value_before", before), ("value_after", list(after.values()))):
+            (figures[name],) = certified_curve(self._certified, values, [self._certified["radius"]])
+        if self.run.writes:
+            write_json(self._certificate(stage.number), self._certified | figures)
 
     def files(self, number: int) -> list[str]:
         return ["policy", *([CERTIFICATE] if self._certificate(number).exists() else [])]

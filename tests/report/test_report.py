@@ -10,15 +10,19 @@ from statistics import fmean
 import numpy as np
 import pytest
 import report_folders
+import torch
 from markupsafe import Markup
 from report_folders import CATEGORIES, EVIL, Page
 
 from openrlhf_sgpo.cli.main import report
+from openrlhf_sgpo.dro import solve_worst_case
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.report import REPORT, write_report
 from openrlhf_sgpo.report.follower import solve_again
 from openrlhf_sgpo.report.judged import judgements
-from openrlhf_sgpo.report.markup import join, tag
+from openrlhf_sgpo.report.markup import MISSING, join, tag
+from openrlhf_sgpo.report.moments import read_moments
+from openrlhf_sgpo.report.robustness import robustness
 from openrlhf_sgpo.report.run_curves import MOST_POINTS, step_plots, thinned
 from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
 from openrlhf_sgpo.table import FIGURES, results_table
@@ -256,6 +260,75 @@ def test_margins_are_shown_where_the_move_is_not_known(options, note, tmp_path):
     margins = read_json(folder / "round_1" / "worst_case.json")["margins"]
     assert np.dot(pairs["x"], pairs["y"]) / 40 == pytest.approx(fmean(margins), abs=pairs["width"] / 2)
     assert any(note in text for text in page.paragraphs)
+
+
+PLACES = ("initial", "round_0", "round_1", "round_2")
+
+
+def held_out_margins(folder, place):
+    return torch.tensor([row["margin"] for row in read_jsonl(folder / place / "held_out.jsonl")], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{"radius": 0.1}, {"radius": 0.05, "space": "probability"}])
+def test_v_over_the_radius_is_what_a_follower_would_reach(options, tmp_path):
+    folder = report_folders.make_run(tmp_path / "run", **options)
+    page, radius = page_of(folder), options["radius"]
+    margins = [held_out_margins(folder, place) for place in PLACES]
+    in_margins = "space" not in options
+    window = (float(torch.cat(margins).min()) - 1, float(torch.cat(margins).max()) + 1) if in_margins else (0.0, 1.0)
+
+    def value(margins, radius, window=window):
+        return solve_worst_case(margins, radius, space=options.get("space", "margin"), window=window).value
+
+    curves = page.figures["Worst-case loss of the held-out pairs"]["data"]
+    saved = page.figures["Saved against round 0"]["data"]
+    assert [curve["name"] for curve in curves] == ["start", "round 0", "round 1", "round 2"]
+    for curve, difference, held_out in zip(curves, saved, margins, strict=True):
+        assert (curve["x"][0], curve["x"][-1]) == (0.0, pytest.approx(10 * radius))
+        expected = [value(held_out, place) for place in curve["x"]]
+        assert curve["y"] == pytest.approx(expected, rel=1e-12)
+        less = [value(margins[1], place) - v for place, v in zip(curve["x"], expected, strict=True)]
+        assert difference["y"] == pytest.approx(less, abs=1e-12)
+    if in_margins:  # without a follower V is DPO's loss
+        assert curves[3]["y"][0] == pytest.approx(float(torch.nn.functional.softplus(-margins[3]).mean()))
+    (table,) = [table for table in page.tables if "saved against round 0" in table[0]]
+    for row, held_out in zip(table[1:], margins, strict=True):
+        assert (row[1], row[3]) == (f"{value(held_out, 0.0):.4f}", f"{value(held_out, radius):.4f}")
+    assert table[2][2] == table[2][4] == MISSING
+    saved_in_round_2, half = map(float, table[4][4].split(" \N{PLUS-MINUS SIGN} "))
+    assert saved_in_round_2 == pytest.approx(value(margins[1], radius) - value(margins[3], radius), abs=1e-4)
+    assert 0.01 < half < 1
+
+    certificate = read_json(folder / "round_1/worst_case.json")
+    before, after = page.figures["Worst-case loss in round 1"]["data"]
+    pairs = torch.tensor(certificate["margins"], dtype=torch.float64)[certificate["after"]["pairs"]]
+    for curve, trained in ((before, pairs), (after, torch.tensor(certificate["after"]["margins"]).double())):
+        expected = [value(trained, place, tuple(certificate["window"])) for place in curve["x"]]
+        assert curve["y"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"algo": "sgpo_best", "radius": 0.2}, {"algo": "sgpo", "radius": 0.0}])
+def test_v_over_the_radius_is_that_of_the_worst_case(options, tmp_path):
+    """A best case has none; radius 0 is a follower that could have been."""
+    drawn = robustness(read_moments(report_folders.make_run(tmp_path / "run", **options)))
+    assert bool(drawn) == (options["algo"] == "sgpo")
+
+
+def test_what_robustness_costs_and_buys_in_a_comparison(folders, pages):
+    page, stored = pages["comparison"], read_json(folders["comparison"] / "comparison.json")["worst_case"]
+    curves = page.figures["Worst-case loss of the held-out pairs"]["data"]
+    assert {curve["name"]: curve["y"] for curve in curves} == stored["curves"]
+    compared = page.figures["Worst-case loss, compared with sgpo"]["data"]
+    for curve in compared:
+        values, base = stored["curves"][curve["name"]], stored["curves"]["sgpo"]
+        assert curve["y"] == pytest.approx([value - other for value, other in zip(values, base, strict=True)])
+    (table,) = [table for table in page.tables if "at this radius" in table[0]]
+    assert table[2] == [
+        "dpo, compared with sgpo",
+        "-0.0200 \N{PLUS-MINUS SIGN} 0.0100",
+        "0.05",
+        "0.0250 \N{PLUS-MINUS SIGN} 0.0100",
+    ]
 
 
 def test_a_reference_has_no_held_out_margins_to_show(pages):

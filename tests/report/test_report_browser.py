@@ -17,9 +17,9 @@ FLAGS = (
 )
 # Plots of each folder, and an element that only its own kind of plot has.
 PAGES = {
-    "run": (lambda folder: report_folders.make_run(folder, radius=0.1), 13, ".barlayer .point path"),
+    "run": (lambda folder: report_folders.make_run(folder, radius=0.1), 17, ".barlayer .point path"),
     "plays": (report_folders.make_play_run, 10, ".scatterlayer .errorbar"),
-    "comparison": (report_folders.make_comparison, 4, ".heatmaplayer image"),
+    "comparison": (report_folders.make_comparison, 6, ".heatmaplayer image"),
     "leaderboard": (report_folders.make_leaderboard, 5, ".polarlayer .scatterlayer path.js-line"),
 }
 TRACES = ".main-svg .trace, .main-svg .hm"
