@@ -270,14 +270,10 @@ class StoredPairs(Source):
             return
         assert self._batches is not None
         count = min(stage.last, max(1, MEASURED_AFTER // self.config.train.batch_size))
-        index, margins = [], []
-        trainer.actor.eval()
-        with torch.no_grad():
-            for step in torch.linspace(1, stage.last, count).long().unique().tolist():
-                for samples in self._batches.step(step):
-                    index.append(samples.index)
-                    margins.append(trainer.forward.batch(trainer.actor, samples, step).margins(self.config.model.beta))
-        measured = dict(zip(torch.cat(index).tolist(), torch.cat(margins).tolist(), strict=True))
+        measured: dict[int, float] = {}
+        for step in torch.linspace(1, stage.last, count).long().unique().tolist():
+            samples = self._batches.step(step)
+            measured |= zip(samples.index.tolist(), trainer.watched(step, samples).tolist(), strict=True)
         after = dict(sorted(item for part in ranks.gather(measured) for item in part.items()))
         before = [self._certified["margins"][pair] for pair in after]
         figures: dict[str, Any] = {"after": {"pairs": list(after), "margins": list(after.values())}}

@@ -157,6 +157,14 @@ class Trainer:
         metrics |= {"learning_rate": learning_rate, **figures}
         return {f"train/{name}": value for name, value in metrics.items()}, recorded
 
+    @torch.no_grad()
+    def watched(self, number: int, samples: Any) -> Tensor:
+        """What the algorithm watches of this rank's samples of a step, under the policy as it is: shape (samples,), on the
+        CPU. No step is taken."""
+        self.actor.eval()
+        batches = (self.forward.batch(self.actor, samples[part], number) for part in self._micro_batches(samples))
+        return torch.cat([self.algorithm.watched(batch) for batch in batches]).cpu()
+
     def end_step(self, number: int) -> None:
         """Check the policy and save a checkpoint where one is due, or the stage ends. Raises NotFiniteError on every rank if a
         weight of the policy, or a log-probability of its latest responses, is not finite: a step may be finite and lead out of
