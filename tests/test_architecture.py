@@ -118,7 +118,10 @@ NAMES_OF_NOTHING = {"one", "found", "own", "mine", "theirs", "ours"}
 
 def test_names_say_what_they_hold():
     wrong = []
-    for path in SOURCES:
+    others = [
+        path for folder in ("tests", "measurements", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
+    ]
+    for path in [*SOURCES, *others]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {getattr(node, name, None) for name in ("id", "arg", "attr", "name")} & NAMES_OF_NOTHING
             wrong += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in names]

@@ -68,21 +68,21 @@ def test_what_a_run_leaves(played):
     # 24 prompts are 6 batches: none comes twice within an epoch.
     assert len({row["id"] for part in lines for row in part}) == 24
     for row in lines[0] + lines[1]:
-        assert [one["role"] for one in row["answers"]] == ["policy", "follower", "follower"]
+        assert [answer["role"] for answer in row["answers"]] == ["policy", "follower", "follower"]
         matrix = np.array(row["preferences"])
         assert np.allclose(matrix + matrix.T, 1) and np.allclose(np.diag(matrix), 0.5)
-        scores = np.array([Letters().score(None, one["text"]) for one in row["answers"]])
+        scores = np.array([Letters().score(None, answer["text"]) for answer in row["answers"]])
         assert np.allclose(matrix, 1 / (1 + np.exp(scores[None, :] - scores[:, None])))
-    first = [one for row in lines[0][:4] for one in row["answers"]]
-    assert all(one["log_prob"] == pytest.approx(one["reference_log_prob"], abs=1e-4) for one in first)
-    later = [one for row in lines[1] for one in row["answers"]]
-    assert mean(abs(one["log_prob"] - one["reference_log_prob"]) for one in later) > 0.01
+    first = [answer for row in lines[0][:4] for answer in row["answers"]]
+    assert all(answer["log_prob"] == pytest.approx(answer["reference_log_prob"], abs=1e-4) for answer in first)
+    later = [answer for row in lines[1] for answer in row["answers"]]
+    assert mean(abs(answer["log_prob"] - answer["reference_log_prob"]) for answer in later) > 0.01
     ledger = json.loads((folder / "ledger.json").read_text())["stages"]
     for number, part in enumerate(lines, start=1):
         cost = ledger[f"round_{number}/play"]
         assert (cost["steps"], cost["samples"]) == (3, 36)
-        assert cost["tokens_generated"] == sum(one["tokens"] for row in part for one in row["answers"])
-        assert {f"seconds_{one}" for one in ("generate", "oracle", "log_probs", "train", "sync")} <= cost.keys()
+        assert cost["tokens_generated"] == sum(answer["tokens"] for row in part for answer in row["answers"])
+        assert {f"seconds_{part}" for part in ("generate", "oracle", "log_probs", "train", "sync")} <= cost.keys()
     table = (folder / "table.txt").read_text()
     assert table.split()[:6] == ["accuracy", "margin", "kl", "length", "wins", "labels"] and "sync" in table
 
@@ -90,7 +90,7 @@ def test_what_a_run_leaves(played):
 def test_win_rate_is_the_oracles_mean_preference_over_the_start(played):
     folder, rows = played
     start, now = (read_jsonl(folder / name / "samples.jsonl") for name in ("initial", "round_2"))
-    scores = [[Letters().score(None, one["text"]) for one in part] for part in (now, start)]
+    scores = [[Letters().score(None, answer["text"]) for answer in part] for part in (now, start)]
     expected = mean(1 / (1 + np.exp(b - a)) for a, b in zip(*scores, strict=True))
     assert rows[2]["win_rate"] == pytest.approx(expected)
     assert "win_rate" not in rows[0]
@@ -107,7 +107,7 @@ def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
     assert metrics[1]["train/grad_norm"] > 0
     (first, *_) = read_jsonl(folder / "round_1/plays.jsonl")
     kind = algorithms.get(algo)
-    assert tuple(one["role"] for one in first["answers"]) == kind(kind.settings(), 0.001).roles
+    assert tuple(answer["role"] for answer in first["answers"]) == kind(kind.settings(), 0.001).roles
 
 
 @pytest.mark.parametrize("layout", ["padded", "auto"])
@@ -142,10 +142,10 @@ def test_log_probs_are_those_of_the_sampling_distribution(layout, tiny_model, ot
     with make_trainer(algorithm, settings, strategy, tokenizer, tmp_path, 4, reference=other) as trainer:
         _, recorded = trainer.step(1, plays)
     policy, anchor = recorded.tensor_split(2, dim=1)
-    for found, folder in ((policy, tiny_model), (anchor, other_tiny_model)):
+    for rows, folder in ((policy, tiny_model), (anchor, other_tiny_model)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for row, one in zip(found, plays, strict=True):
-            for value, (context, sample) in zip(row, one.answers, strict=True):
+        for row, play in zip(rows, plays, strict=True):
+            for value, (context, sample) in zip(row, play.answers, strict=True):
                 tokens = torch.tensor([context + sample.token_ids])
                 with torch.no_grad():
                     logits = model(tokens).logits[0, len(context) - 1 : -1] / 0.7
@@ -289,8 +289,8 @@ def test_self_play_reaches_the_regularised_nash_equilibrium(tiny_model, tiny_dat
     tau = 0.1
     play(*flags(tiny_model, tiny_data, tmp_path / "run", "rloo", *more, "--model.beta", str(tau)))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    kinds = np.array([kind(tokenizer.decode([one], skip_special_tokens=True)) for one in range(259)])
-    found, start, nash = [], [], []
+    kinds = np.array([kind(tokenizer.decode([token], skip_special_tokens=True)) for token in range(259)])
+    end, start, nash = [], [], []
     for row in read_jsonl(tiny_data["prompts"])[::6]:
         messages = [{"role": "user", "content": row["prompt"]}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -301,10 +301,10 @@ def test_self_play_reaches_the_regularised_nash_equilibrium(tiny_model, tiny_dat
             distributions.append(model(tokens).logits[0, -1].double().softmax(-1).detach().numpy())
         game = games.Game(CONDORCET[kinds][:, kinds], tuple(map(str, range(259))), leader_reference=distributions[1])
         solution = games.regularised_nash(game, tau).policy
-        for sums, one in ((found, distributions[0]), (start, distributions[1]), (nash, solution)):
-            sums.append([one[kinds == number].sum() for number in range(3)])
+        for sums, policy in ((end, distributions[0]), (start, distributions[1]), (nash, solution)):
+            sums.append([policy[kinds == number].sum() for number in range(3)])
     assert abs(np.mean(nash, 0) - np.mean(start, 0)).max() > 0.15
-    assert abs(np.mean(found, 0) - np.mean(nash, 0)).max() < 0.05
+    assert abs(np.mean(end, 0) - np.mean(nash, 0)).max() < 0.05
 
 
 def test_vllm_engines_follow_every_step(tiny_model, tiny_data, tmp_path):
@@ -322,15 +322,15 @@ def test_vllm_engines_follow_every_step(tiny_model, tiny_data, tmp_path):
 def test_two_ranks_do_what_one_does(tiny_model, tiny_data, tmp_path):
     more = ["--rounds.count", "1", "--ds.zero_stage", "3", "--ds.lora.rank", "4"]
     environment = {"PYTHONPATH": str(ROOT / "tests")}
-    one = train(*flags(tiny_model, tiny_data, tmp_path / "one", "slhf", *more), **environment)
-    assert one.returncode == 0, one.stderr[-3000:]
+    process = train(*flags(tiny_model, tiny_data, tmp_path / "one", "slhf", *more), **environment)
+    assert process.returncode == 0, process.stderr[-3000:]
     two = launch(
         ["bash", str(SCRIPT), "--num_gpus", "2", *flags(tiny_model, tiny_data, tmp_path / "two", "slhf", *more)],
         **environment,
     )
     assert two.returncode == 0, two.stderr[-3000:]
     rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
-    for ours, theirs in zip(*rows, strict=True):
+    for row, other in zip(*rows, strict=True):
         for name in ("train/loss", "train/wins", "train/policy/kl", "train/follower/entropy", "train/grad_norm"):
-            assert ours[name] == pytest.approx(theirs[name], abs=2e-3), (ours["step"], name)
+            assert row[name] == pytest.approx(other[name], abs=2e-3), (row["step"], name)
     assert all(a["train/learning_rate"] != b["train/learning_rate"] for a, b in pairwise(rows[0]))

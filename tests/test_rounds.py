@@ -89,8 +89,8 @@ def test_dpo_samples_for_its_evaluation(tiny_model, tiny_data, tiny_reward_model
     for name in ("initial", "round_0"):
         row = json.loads((tmp_path / name / "evaluation.json").read_text())
         samples = read_jsonl(tmp_path / name / "samples.jsonl")
-        assert len(samples) == 5 and row["response_length"] == mean(one["tokens"] for one in samples)
-        assert row["kl"] == pytest.approx(mean(one["kl"] for one in samples), abs=1e-12)
+        assert len(samples) == 5 and row["response_length"] == mean(sample["tokens"] for sample in samples)
+        assert row["kl"] == pytest.approx(mean(sample["kl"] for sample in samples), abs=1e-12)
         assert ("win_rate" in row) == (name == "round_0") and "probe" in row
     trained = json.loads((tmp_path / "round_0/manifest.json").read_text())["stages"]["train"]
     assert (trained["steps"], trained["epochs"]) == (4, round(16 / 24, 3))
@@ -189,15 +189,15 @@ def test_evaluations_say_what_their_files_say(run):
         row = rows[name] = json.loads((folder / name / "evaluation.json").read_text())
         held_out, samples = (read_jsonl(folder / name / f"{kind}.jsonl") for kind in ("held_out", "samples"))
         assert (
-            [one["id"] for one in held_out] == [one["id"] for one in samples] == [f"pair-{i}" for i in range(100, 108)]
+            [row["id"] for row in held_out] == [row["id"] for row in samples] == [f"pair-{i}" for i in range(100, 108)]
         )
-        margins = [one["margin"] for one in held_out]
+        margins = [pair["margin"] for pair in held_out]
         assert row["pairs"] == 8 and row["margin"] == pytest.approx(mean(margins), abs=1e-12)
         assert row["accuracy"] == mean((margin > 0) + 0.5 * (margin == 0) for margin in margins)
-        assert row["response_length"] == mean(one["tokens"] for one in samples) <= 8
-        assert row["truncated"] == mean(one["truncated"] for one in samples)
-        assert row["kl"] == pytest.approx(mean(one["kl"] for one in samples), abs=1e-12)
-        assert all(one["kl"] >= 0 for one in samples) and row["kl_error"] >= 0
+        assert row["response_length"] == mean(sample["tokens"] for sample in samples) <= 8
+        assert row["truncated"] == mean(sample["truncated"] for sample in samples)
+        assert row["kl"] == pytest.approx(mean(sample["kl"] for sample in samples), abs=1e-12)
+        assert all(sample["kl"] >= 0 for sample in samples) and row["kl_error"] >= 0
     assert rows["initial"]["kl"] == rows["initial"]["margin"] == 0 and rows["initial"]["accuracy"] == 0.5
     # Each stage trains from where the last one ended, away from the initial reference.
     assert all(rows[name]["kl"] > 1e-4 for name in ("round_0", "round_1", "round_2"))
@@ -307,11 +307,11 @@ def test_iterative_dpo_with_a_reward_model(tiny_model, tiny_reward_model, tiny_d
     # The reward model also says how it likes the policy's answers, against the start's.
     start, now = (read_jsonl(folder / name / "samples.jsonl") for name in ("initial", "round_1"))
     answers = [
-        (one["prompt"][0]["content"], one["text"], not one["truncated"])
+        (answer["prompt"][0]["content"], answer["text"], not answer["truncated"])
         for both in zip(now, start, strict=True)
-        for one in both
+        for answer in both
     ]
-    wins = mean(1 / (1 + math.exp(theirs - ours)) for ours, theirs in judged(answers))
+    wins = mean(1 / (1 + math.exp(start_reward - reward)) for reward, start_reward in judged(answers))
     evaluation = json.loads((folder / "round_1/evaluation.json").read_text())
     assert evaluation["win_rate"] == pytest.approx(wins, abs=1e-4) and cell["round 1"]["wins"].startswith(
         f"{evaluation['win_rate']:.3f}"
@@ -382,10 +382,10 @@ def test_two_ranks_through_deepspeed_train_as_one_through_bash(tiny_model, tiny_
     argv[argv.index("--ds.zero_stage") + 1] = "3"
     two = launch([*ranks, *argv])
     assert two.returncode == 0, two.stdout[-2000:] + two.stderr[-3000:]
-    one = launch(
+    process = launch(
         ["bash", str(SCRIPT), *arguments(tiny_model, tiny_data, tmp_path / "one", *extra), "--num_gpus", "1"],
     )
-    assert one.returncode == 0, one.stdout[-2000:] + one.stderr[-3000:]
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-3000:]
     assert len(losses(tmp_path / "two")) == len(losses(tmp_path / "one")) > 0
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=5e-4)
     for name in ("round_1/pairs.jsonl", "round_2/pairs.jsonl"):

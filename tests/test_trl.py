@@ -88,13 +88,13 @@ def logged(trainer, name):
 )
 def test_the_loss_equals_trls_step_by_step(tiny_model, pairs, tmp_path, algorithm, algorithm_settings, usual, shared):
     settings = {"algorithm": algorithm, "algorithm_settings": algorithm_settings}
-    ours = trained(tiny_model, pairs, tmp_path / "a", **settings, **shared)
+    result = trained(tiny_model, pairs, tmp_path / "a", **settings, **shared)
     expected = trained(tiny_model, pairs, tmp_path / "b", trl.DPOTrainer, trl.DPOConfig, **usual, **shared)
-    assert len(logged(ours, "loss")) == STEPS
+    assert len(logged(result, "loss")) == STEPS
     for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "mean_token_accuracy"):
-        assert logged(ours, name) == pytest.approx(logged(expected, name), rel=1e-5, abs=1e-7), name
+        assert logged(result, name) == pytest.approx(logged(expected, name), rel=1e-5, abs=1e-7), name
     for name, value in weights(expected).items():
-        torch.testing.assert_close(weights(ours)[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights(result)[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_follower_is_solved_again_after_each_step(tiny_model, pairs, tmp_path):

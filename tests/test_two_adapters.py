@@ -48,8 +48,8 @@ def merged(base: Path, state: dict[str, torch.Tensor], adapter: str, folder: Pat
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, up in state.items():
-        stem, found, _ = name.partition(f".lora_B.{adapter}.")
-        if found:
+        stem, marker, _ = name.partition(f".lora_B.{adapter}.")
+        if marker:
             model.get_submodule(stem).weight.data += SCALING * up @ state[name.replace("lora_B", "lora_A")]
     model.save_pretrained(folder)
     return str(folder)
@@ -158,11 +158,11 @@ def test_a_round_leaves_both_as_whole_folders(spread_run, tiny_model):
     assert not (spread_run.folder / "engine_weights").exists()
     for name in ("policy", "follower"):
         folder = spread_run.folder / "round_2" / name
-        found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         expected = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.allclose(found[one], expected[one], atol=1e-5) for one in found)
+        assert merged.keys() == expected.keys()
+        assert all(torch.allclose(merged[name], expected[name], atol=1e-5) for name in merged)
         assert AutoTokenizer.from_pretrained(folder).chat_template
 
 
@@ -172,8 +172,8 @@ def test_refine_revises_with_the_follower(spread_run, tiny_data, tmp_path, monke
     summary = refine([*argv, "--depth", "3", "--controls="])
     policy, follower = (str(spread_run.folder / "round_2" / name) for name in ("policy", "follower"))
     assert (summary["policy"], summary["follower"]) == (policy, follower)
-    for call, own, other in zip(calls, (policy, follower, follower), (follower, policy, policy), strict=True):
-        assert call.samples == call.answers_of(own) != call.answers_of(other)
+    for call, caller, other in zip(calls, (policy, follower, follower), (follower, policy, policy), strict=True):
+        assert call.samples == call.answers_of(caller) != call.answers_of(other)
 
 
 @pytest.fixture
@@ -220,25 +220,25 @@ def plays():
 
 
 def of(adapter: str, state: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([one.flatten() for name, one in sorted(state.items()) if f".{adapter}." in name])
+    return torch.cat([weight.flatten() for name, weight in sorted(state.items()) if f".{adapter}." in name])
 
 
 def gradients(trainer, plays, step: int) -> dict[str, torch.Tensor]:
     """After one of two micro-batches, before the optimiser's step."""
     trainer.actor.train()
     trainer._micro_step(step, plays[:2], 4, last=False)
-    parameters = ((name, one) for name, one in trainer.actor.named_parameters() if one.requires_grad)
-    return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in parameters}
+    parameters = ((name, weight) for name, weight in trainer.actor.named_parameters() if weight.requires_grad)
+    return {name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in parameters}
 
 
 def test_gradients_stay_with_their_role(make, plays):
     both = gradients(make(two()), plays, step=1)
     assert of("leader", both).abs().max() > 1e-3 and of("follower", both).abs().max() > 1e-3
     alternate = two(kappa_mode="alternate")  # kappa is 5: the sixth step is the leader's
-    for step, own, other in ((5, "follower", "leader"), (6, "leader", "follower")):
+    for step, adapter, other_adapter in ((5, "follower", "leader"), (6, "leader", "follower")):
         alone = gradients(make(alternate), plays, step)
-        assert torch.equal(of(own, alone), of(own, both))
-        assert not of(other, alone).any()
+        assert torch.equal(of(adapter, alone), of(adapter, both))
+        assert not of(other_adapter, alone).any()
     for options in (two(kappa=1.0), two(kappa=9.0, kappa_mode="loss_weight")):  # the second is no setting of a run
         assert torch.allclose(of("leader", gradients(make(options), plays, 1)), of("leader", both), atol=1e-7)
 
@@ -256,7 +256,7 @@ def test_kappa_is_the_ratio_of_learning_rates(stage, make, plays):
     """Adam's first step moves a weight by the learning rate."""
     trainer = make(two(kappa=5.0), "--ds.zero_stage", stage, plain=True)
     trainer.step(1, plays)
-    state = {name: one for name, one in state_of(trainer.actor, trainer.strategy).items() if ".lora_B." in name}
+    state = {name: weight for name, weight in state_of(trainer.actor, trainer.strategy).items() if ".lora_B." in name}
     for adapter, expected in (("leader", 1e-3), ("follower", 5e-3)):
         assert of(adapter, state).abs().median().item() == pytest.approx(expected, rel=1e-3)
 
@@ -274,7 +274,7 @@ def test_a_schedule_keeps_the_ratio(make, plays):
 def test_an_adapter_rests_while_the_other_learns(make, plays):
     """kappa_mode alternate, in the steps of leader, follower, leader, follower: the momentum of one does not move it in the
     other's, and all stages of ZeRO do the same."""
-    found = []
+    followers = []
     for more in (
         ("--ds.zero_stage", "0"),
         ("--ds.zero_stage", "2"),
@@ -289,10 +289,10 @@ def test_an_adapter_rests_while_the_other_learns(make, plays):
             before, after = states[number - 1 : number + 1]
             assert torch.equal(of(rested, before), of(rested, after))
             assert (of(moved, before) - of(moved, after)).abs().median() > 1e-4
-        found.append(states[-1])
-    for other in found[1:]:
+        followers.append(states[-1])
+    for other in followers[1:]:
         for name in ("leader", "follower"):
-            assert (of(name, found[0]) - of(name, other)).abs().quantile(0.99) < 1e-4
+            assert (of(name, followers[0]) - of(name, other)).abs().quantile(0.99) < 1e-4
 
 
 @pytest.mark.parametrize(

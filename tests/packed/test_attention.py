@@ -119,10 +119,10 @@ def test_families_that_are_packed(family):
     accept_packings(model)
     head, packing = Head(model), pack(GROUPS, torch.device("cpu"))
     per_token = model(packing=packing, figures=lambda states: head.log_probs(states, packing.targets))
-    found = torch.zeros_like(expected).index_add(0, packing.response_of, per_token)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    summed = torch.zeros_like(expected).index_add(0, packing.response_of, per_token)
+    torch.testing.assert_close(summed, expected, rtol=1e-9, atol=1e-9)
     for gradient, right in zip(
-        torch.autograd.grad((found * weights).sum(), list(model.parameters())), wanted, strict=True
+        torch.autograd.grad((summed * weights).sum(), list(model.parameters())), wanted, strict=True
     ):
         # Their norms and rotations are in float32 whatever the model is in.
         torch.testing.assert_close(gradient, right, rtol=1e-4, atol=1e-6 * right.abs().max().item() + 1e-9)

@@ -59,10 +59,10 @@ def test_values_and_gradients_are_those_of_the_plain_head(small_tiles, name, tem
 
     logits = as_the_model_has_it(module(states).to(torch.promote_types(dtype, torch.float32)), name) / temperature
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    found = make_head(name, module).log_probs(states, targets, temperature)
-    assert found.dtype == expected.dtype
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    for gradient, wanted in zip(gradients(found), gradients(expected), strict=True):
+    actual = make_head(name, module).log_probs(states, targets, temperature)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+    for gradient, wanted in zip(gradients(actual), gradients(expected), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max())
     assert type(module) is nn.Linear and "forward" not in vars(module)
 
@@ -94,9 +94,9 @@ def test_a_head_with_an_adapter_goes_by_its_logits():
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
     states, targets = torch.randn(7, config.hidden_size), torch.arange(7)
     expected = model.lm_head(states).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    found = Head(model).log_probs(states, targets)
-    torch.testing.assert_close(found, expected)
-    found.sum().backward()
+    log_probs = Head(model).log_probs(states, targets)
+    torch.testing.assert_close(log_probs, expected)
+    log_probs.sum().backward()
     assert all(weight.grad.abs().sum() > 0 for name, weight in adapted.named_parameters() if "lora_B" in name)
 
 

@@ -44,8 +44,8 @@ def two_steps(make_config, groups, tokenizer, tmp_path):
     return run
 
 
-def check_equal(found, expected, tolerance=1e-4):
-    (figures, recorded, gradients, _), (wanted, right, reference, _) = found, expected
+def check_equal(actual, expected, tolerance=1e-4):
+    (figures, recorded, gradients, _), (wanted, right, reference, _) = actual, expected
     assert [pytest.approx(row, rel=tolerance, abs=1e-5) for row in wanted] == figures
     torch.testing.assert_close(recorded, right, rtol=tolerance, atol=1e-3)
     assert gradients.keys() == reference.keys() and len(reference) > 4

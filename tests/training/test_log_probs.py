@@ -55,8 +55,8 @@ def test_both_layouts_give_the_definition_and_its_gradient(load, groups, layout)
     expected, expected_gradient = values_and_gradient(lambda: one_by_one(actor.model, groups))
     values, gradient = values_and_gradient(lambda: response_log_probs(actor, groups, 0))
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-4)
-    for found, wanted in zip(gradient, expected_gradient, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    for actual, wanted in zip(gradient, expected_gradient, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_a_response_does_not_see_its_siblings(load, groups):
@@ -118,9 +118,9 @@ def test_prompt_embeddings_are_the_last_hidden_states(make_config, groups):
     config = make_config()
     strategy = build_strategy(config)
     prompts = [group.prompt for group in groups[:3]]
-    found = prompt_embeddings(config.model.model_name_or_path, prompts, config, strategy)
+    embeddings = prompt_embeddings(config.model.model_name_or_path, prompts, config, strategy)
     model = load_actor(config.model.model_name_or_path, config, strategy, trainable=False).model
-    for row, prompt in zip(found, prompts, strict=True):
+    for row, prompt in zip(embeddings, prompts, strict=True):
         hidden = model.model(torch.tensor([prompt])).last_hidden_state[0, -1]
         torch.testing.assert_close(row, hidden, rtol=1e-5, atol=1e-5)
 
@@ -168,18 +168,18 @@ def test_extrapolated_log_probabilities_token_by_token(two_models, extrapolation
 
     actors, groups = two_models
     policy, reference = (predictions(actor, groups, 0) for actor in actors)
-    found = extrapolated_log_probs(policy, reference, extrapolation)
+    extrapolated = extrapolated_log_probs(policy, reference, extrapolation)
     expected = []
     both = zip(*(next_token_logits(actor.model, groups) for actor in actors), strict=True)
-    for (response, ours), (_, theirs) in both:
-        log_probs = ((1 + extrapolation) * ours - extrapolation * theirs).log_softmax(-1)
+    for (response, logits), (_, reference_logits) in both:
+        log_probs = ((1 + extrapolation) * logits - extrapolation * reference_logits).log_softmax(-1)
         expected.append(sum(log_probs[place, token] for place, token in enumerate(response)))
-    torch.testing.assert_close(found, torch.stack(expected).float(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(extrapolated, torch.stack(expected).float(), rtol=1e-5, atol=1e-3)
     plain = policy.sums(policy.log_probs())
     if extrapolation == 0:
-        torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(extrapolated, plain, rtol=1e-6, atol=1e-5)
     else:
-        assert (found - plain).abs().min() > 0.01, "the models are too alike to tell"
+        assert (extrapolated - plain).abs().min() > 0.01, "the models are too alike to tell"
 
 
 def test_extrapolation_has_no_gradient(two_models):
@@ -201,8 +201,8 @@ def test_divergence_over_the_whole_vocabulary(two_models, monkeypatch):
     actors, groups = two_models
     expected = []
     both = zip(*(next_token_logits(actor.model, groups) for actor in actors), strict=True)
-    for (_, ours), (_, theirs) in both:
-        p, q = ours.softmax(-1), theirs.softmax(-1)
+    for (_, logits), (_, reference_logits) in both:
+        p, q = logits.softmax(-1), reference_logits.softmax(-1)
         expected.append((p * (p / q).log()).sum())
     expected = torch.stack(expected).float()
     assert expected.min() > 0.01, "the models are too alike to tell"

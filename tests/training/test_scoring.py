@@ -38,8 +38,8 @@ def test_batches_are_filled_to_a_budget_of_tokens(make_scorer, groups, tiny_mode
     single, several = make_scorer(train__max_tokens=1), make_scorer(train__max_tokens=150)
     expected = single.score(str(tiny_model), groups, "test")
     assert all(len(batch) == 1 for batch in single.batches)
-    found = several.score(str(tiny_model), groups, "test")
-    assert [pytest.approx(row, rel=1e-5) for row in expected] == found
+    scores = several.score(str(tiny_model), groups, "test")
+    assert [pytest.approx(row, rel=1e-5) for row in expected] == scores
     sizes = [sum(map(len, batch)) for batch in several.batches]
     assert max(sizes) <= 300 and all(
         size + len(batch[0]) > 300 for size, batch in zip(sizes[:-1], several.batches[1:], strict=True)
@@ -83,13 +83,13 @@ def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny
 
 def test_scores_are_kept_by_model_and_discarded_with_it(make_scorer, groups, tiny_model, other_tiny_model, tmp_path):
     scorer = make_scorer(tmp_path / "log_probs")
-    one, other = (scorer.score(str(model), groups[:4], "test") for model in (tiny_model, other_tiny_model))
-    assert one != other and len(list((tmp_path / "log_probs").iterdir())) == 2
+    scores, other_scores = (scorer.score(str(model), groups[:4], "test") for model in (tiny_model, other_tiny_model))
+    assert scores != other_scores and len(list((tmp_path / "log_probs").iterdir())) == 2
     scorer.discard(str(tiny_model))
     assert len(list((tmp_path / "log_probs").iterdir())) == 1
     before = scorer.tokens_scored
-    assert scorer.score(str(other_tiny_model), groups[:4], "test") == other and scorer.tokens_scored == before
-    assert scorer.score(str(tiny_model), groups[:4], "test") == one and scorer.tokens_scored > before
+    assert scorer.score(str(other_tiny_model), groups[:4], "test") == other_scores and scorer.tokens_scored == before
+    assert scorer.score(str(tiny_model), groups[:4], "test") == scores and scorer.tokens_scored > before
 
 
 def test_divergence_is_that_of_the_first_responses(make_scorer, groups, tiny_model, other_tiny_model):
@@ -98,16 +98,16 @@ def test_divergence_is_that_of_the_first_responses(make_scorer, groups, tiny_mod
 
     scorer = make_scorer()
     spoken = [Group(group.prompt, group.responses[:1]) for group in groups[:7]]
-    found = scorer.divergence(str(tiny_model), str(other_tiny_model), spoken, "test")
+    divergences = scorer.divergence(str(tiny_model), str(other_tiny_model), spoken, "test")
     assert scorer.tokens_scored == 2 * sum(map(len, spoken))
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tiny_model, other_tiny_model)]
-    for group, value in zip(spoken, found, strict=True):
+    for group, value in zip(spoken, divergences, strict=True):
         tokens = torch.tensor([group.prompt + group.responses[0]])
         with torch.no_grad():
             p, q = (model(tokens).logits[0, len(group.prompt) - 1 : -1].double().softmax(-1) for model in models)
         assert value == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-4)
         assert value > 0
-    assert len(set(found)) == len(found), "equal figures would hide a wrong order"
+    assert len(set(divergences)) == len(divergences), "equal figures would hide a wrong order"
     assert scorer.divergence(str(tiny_model), str(tiny_model), spoken[:3], "test") == [0.0] * 3
 
 
@@ -128,8 +128,8 @@ def test_figures_that_are_not_finite_are_neither_kept_nor_read(make_scorer, grou
 
     def poisoned(self, actors, batch):
         calls.append(batch)
-        found = figures(self, actors, batch)
-        return found * torch.nan if len(calls) == 5 else found
+        values = figures(self, actors, batch)
+        return values * torch.nan if len(calls) == 5 else values
 
     monkeypatch.setattr(type(scorer), "_figures", poisoned)
     again = make_scorer(folder, **PADDED)

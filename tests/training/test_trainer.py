@@ -88,11 +88,11 @@ def test_dpo_follows_openrlhf_step_by_step(make_config, groups, tokenizer, tiny_
     config = make_config(train__layout=layout)
     assert config.rollout.temperature != 1, "log-probabilities of pairs are those at temperature 1, as OpenRLHF's are"
     expected, expected_weights = upstream_losses(config, tiny_data, tokenizer)
-    found, found_weights = our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), config.model.beta))
-    assert len(found) == len(expected) == 2 * 24 // 4
+    losses, weights = our_losses(config, groups, tokenizer, tmp_path, DPO(NoSettings(), config.model.beta))
+    assert len(losses) == len(expected) == 2 * 24 // 4
     assert abs(expected[-1] - expected[0]) > 0.01, "nothing was learned, so equality would prove nothing"
-    assert found == pytest.approx(expected, abs=2e-5)
-    for name, weight in found_weights.items():
+    assert losses == pytest.approx(expected, abs=2e-5)
+    for name, weight in weights.items():
         torch.testing.assert_close(weight, expected_weights[name], rtol=0, atol=2e-4)
 
 
@@ -111,10 +111,10 @@ def test_sgpo_with_radius_0_is_dpo_exactly(make_config, groups, tokenizer, tmp_p
 def test_gradient_accumulation_equals_one_large_batch(make_config, groups, tokenizer, tmp_path):
     small = make_config(train__micro_batch_size=1, train__layout="padded")
     large = make_config(train__micro_batch_size=4, train__layout="padded")
-    one, one_weights = our_losses(small, groups, tokenizer, tmp_path / "1", DPO(NoSettings(), 0.1))
+    losses, weights = our_losses(small, groups, tokenizer, tmp_path / "1", DPO(NoSettings(), 0.1))
     four, four_weights = our_losses(large, groups, tokenizer, tmp_path / "4", DPO(NoSettings(), 0.1))
-    assert one == pytest.approx(four, abs=2e-5)
-    for name, weight in one_weights.items():
+    assert losses == pytest.approx(four, abs=2e-5)
+    for name, weight in weights.items():
         torch.testing.assert_close(weight, four_weights[name], rtol=0, atol=2e-4)
 
 
