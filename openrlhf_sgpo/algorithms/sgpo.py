@@ -143,10 +143,16 @@ class SGPO(PairAlgorithm):
     def state_dict(self) -> dict[str, Any]:
         if self._solution is None or not self._steps:
             return {}
-        return {"solved": self._solution.margins, "recent": self._recent, "steps": self._steps}
+        return {
+            "solved": self._solution.margins,
+            "window": self._window,
+            "recent": self._recent,
+            "steps": self._steps,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
+            self._window = state["window"]
             self._solution = self._solve(state["solved"])
             self._recent, self._steps = state["recent"], state["steps"]
 

@@ -275,11 +275,12 @@ def test_without_refresh_the_answer_stays(options):
     assert torch.equal(algorithm.loss(batch(draw(8, seed=1))), before)
 
 
+@pytest.mark.parametrize("start", [draw(16), None], ids=["a stage", "no stage, as in other trainers"])
 @pytest.mark.parametrize("refresh_steps", [0, 1, 3])
-def test_a_checkpoint_restores_the_answer(refresh_steps):
+def test_a_checkpoint_restores_the_answer(refresh_steps, start):
     algorithm, resumed = (sgpo(**MARGIN, refresh_steps=refresh_steps, refresh_window=10) for _ in range(2))
     for each in (algorithm, resumed):
-        each.begin_stage(Stage(draw(16)))
+        each.begin_stage(Stage(start))
     for seed in range(1, 6):
         algorithm.after_step(draw(4, seed))
     resumed.load_state_dict(algorithm.state_dict())

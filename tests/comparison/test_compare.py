@@ -251,6 +251,7 @@ def test_every_policy_meets_every_other(compared, runs):
     assert 0 < first["figures"]["kl"]["mean"] == pytest.approx(comparison["versus_start"][0]["kl"])
     shown = comparison["samples"][0]
     assert shown["answers"] == {"start": start[0][0]["text"], "sgpo": sgpo[0][0]["text"], "nash_md": nash[0][0]["text"]}
+    assert comparison["worst_case"] is None, "beta, the unit of margins, differs"
     assert (compared / "report.html").exists()
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import yaml
 from comparing import arguments
 from judge_server import MODEL, JudgeServer
-from running import ROOT, forked, launch, train
+from running import ROOT, forked, launch, read_jsonl, train
 
 from openrlhf_sgpo.cli.main import compare
 from openrlhf_sgpo.comparison import suite as module
@@ -255,6 +257,14 @@ def test_a_suite_trains_what_is_missing_and_compares(tiny_model, tiny_data, tmp_
     assert [(group["name"], group["ledger"]["trials"]) for group in comparison["groups"]] == [("self", 1), ("sgpo", 2)]
     assert "the budgets of trials differ: self 1, sgpo 2" in comparison["warnings"]
     assert not any("samples" in warning or "steps" in warning for warning in comparison["warnings"])
+    # Without a follower V is the mean of DPO's loss on the held-out pairs.
+    margins = [read_jsonl(f"{run.folder}/round_1/held_out.jsonl") for run in (first, last)]
+    losses = [[math.log1p(math.exp(-row["margin"])) for row in rows] for rows in margins]
+    cost, bought = comparison["worst_case"]["differences"]
+    assert (cost["first"], cost["second"], cost["radius"], bought["radius"]) == ("self", "sgpo", 0.0, 0.1)
+    assert cost["difference"] == pytest.approx(mean(losses[0]) - mean(losses[1]), abs=1e-12)
+    assert cost["low"] < cost["difference"] < cost["high"] and bought["low"] < bought["difference"] < bought["high"]
+    assert "Robustness" in (tmp_path / "out/comparison/report.html").read_text()
 
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("stages/*.jsonl")}
     again = forked(None, *words, **PATH)
