@@ -99,7 +99,8 @@ def test_win_rate_is_the_oracles_mean_preference_over_the_start(played):
 @pytest.mark.parametrize("algo", ON_POLICY)
 def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
     folder = tmp_path / algo
-    rows = play(*flags(tiny_model, tiny_data, folder, algo, "--rounds.steps", "2"))
+    more = ("--comal.reference_rounds", "1") if algo == "comal" else ()
+    rows = play(*flags(tiny_model, tiny_data, folder, algo, "--rounds.steps", "2", *more))
     assert rows[-1]["kl"] > 0
     metrics = read_jsonl(folder / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
@@ -108,6 +109,16 @@ def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
     (first, *_) = read_jsonl(folder / "round_1/plays.jsonl")
     kind = algorithms.get(algo)
     assert tuple(answer["role"] for answer in first["answers"]) == kind(kind.settings(), 0.001).roles
+
+
+def test_comal_moves_its_reference(tiny_model, tiny_data, tmp_path):
+    """In the first step of a round that follows a reset, policy and reference are one; otherwise not."""
+    more = ("--comal.reference_rounds", "2", "--rounds.count", "4", "--rounds.steps", "1")
+    play(*flags(tiny_model, tiny_data, tmp_path / "comal", "comal", *more))
+    for number, same in ((1, True), (2, False), (3, True), (4, False)):
+        rows = read_jsonl(tmp_path / "comal" / f"round_{number}/plays.jsonl")
+        gaps = [abs(answer["log_prob"] - answer["reference_log_prob"]) for row in rows for answer in row["answers"]]
+        assert (max(gaps) < 1e-4) == same
 
 
 @pytest.mark.parametrize("layout", ["padded", "auto"])

@@ -35,6 +35,7 @@ BUILT_INS = {
     "rloo": "openrlhf_sgpo.algorithms.rloo:RLOO",
     "sppo": "openrlhf_sgpo.algorithms.sppo:SPPO",
     "inpo": "openrlhf_sgpo.algorithms.inpo:INPO",
+    "comal": "openrlhf_sgpo.algorithms.comal:COMAL",
 }
 
 

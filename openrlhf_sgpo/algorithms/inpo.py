@@ -33,7 +33,7 @@ class INPO(PlayAlgorithm):
     name = "inpo"
     paper = "arXiv 2407.00617"
     summary = "INPO: no-regret self-play by regression on preferences"
-    settings = INPOSettings
+    settings: ClassVar[type] = INPOSettings
     models = ("reference", "previous")
     defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.0025, "rollout.temperature": 1.0}
     steps_per_sync = 0
@@ -42,7 +42,7 @@ class INPO(PlayAlgorithm):
         super().__init__(options, beta)
         if beta >= options.inverse_step:
             raise ValueError(
-                f"--inpo.inverse_step {options.inverse_step} must be larger than --model.beta {beta}: the weight of the "
+                f"--{self.name}.inverse_step {options.inverse_step} must be larger than --model.beta {beta}: the weight of the "
                 "previous policy, 1 - beta / inverse_step, would not be positive"
             )
 

@@ -26,11 +26,13 @@ OCCURRENCES = 3600
 class Policies:
     """Softmax policies as float64 logits: policy (n,), the only policy or the leader, and follower (n, n), row y for draft y.
 
-    previous: the policy's log-probabilities at the start of the round.
+    reference: log-probabilities of the game's reference, or of what has become it. previous: those of the policy at the start
+    of the round.
     """
 
     policy: Tensor
     follower: Tensor
+    reference: Tensor
     previous: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +64,8 @@ def start(game: Game, policy: Any = None, follower: Any = None) -> Policies:
     policy = game.leader_reference if policy is None else policy
     follower = game.follower_reference if follower is None else follower
     tables = np.log(policy, dtype=np.float64), np.log(follower, dtype=np.float64)
-    return Policies(*(torch.tensor(table, dtype=torch.float64, requires_grad=True) for table in tables))
+    leader, responder = (torch.tensor(table, dtype=torch.float64, requires_grad=True) for table in tables)
+    return Policies(leader, responder, torch.tensor(game.leader_reference).log())
 
 
 def expected_loss(
@@ -93,13 +96,14 @@ def _batch(
 
 
 @lru_cache
-def _tensors(game: Game) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(preferences, behaviour, log leader_reference, log follower_reference)"""
+def _tensors(game: Game) -> tuple[Tensor, Tensor, Tensor]:
+    """(preferences, behaviour, log follower_reference)"""
     import torch
 
-    behaviour, leader, follower = game.behaviour, game.leader_reference, game.follower_reference
-    preferences, mu = torch.tensor(game.preferences), torch.tensor(behaviour)
-    return preferences, mu, torch.tensor(leader).log(), torch.tensor(follower).log()
+    preferences, behaviour, follower = (
+        torch.tensor(array) for array in (game.preferences, game.behaviour, game.follower_reference)
+    )
+    return preferences, behaviour, follower.log()
 
 
 @lru_cache
@@ -114,8 +118,8 @@ def _all_pairs(game: Game, policies: Policies) -> tuple[PairBatch, Tensor]:
     """(all pairs of two samples from ``game.behaviour``, labelled both ways, their probabilities)"""
     from openrlhf_sgpo.algorithms.base import PairBatch
 
-    preferences, behaviour, reference, _ = _tensors(game)
-    policy = policies.policy.log_softmax(-1)
+    preferences, behaviour, _ = _tensors(game)
+    policy, reference = policies.policy.log_softmax(-1), policies.reference
     chosen, rejected = _combinations(game.size, 2).T
     weights = 2 * behaviour[chosen] * behaviour[rejected] * preferences[chosen, rejected]
     return PairBatch(policy[chosen], policy[rejected], reference[chosen], reference[rejected]), weights
@@ -129,7 +133,8 @@ def _all_plays(
 
     from openrlhf_sgpo.algorithms.plays import Plays
 
-    preferences, _, reference, follower_reference = _tensors(game)
+    preferences, _, follower_reference = _tensors(game)
+    reference = policies.reference
     policy, follower = policies.policy.log_softmax(-1), policies.follower.log_softmax(-1)
     by_role = {"policy": policy, "reference": reference, "previous": policies.previous}
     if algorithm.mixture:
@@ -195,6 +200,7 @@ def drive(
     import torch
 
     from openrlhf_sgpo.algorithms.base import Algorithm, Stage
+    from openrlhf_sgpo.algorithms.plays import PlayAlgorithm
 
     policies = start(game) if policies is None else policies
     # The hooks take no weights: each sample is repeated by its share of ``OCCURRENCES``, with its value after the step.
@@ -204,12 +210,15 @@ def drive(
         batch, weights = _batch(game, algorithm, policies, samples, generator)
         return algorithm.watched(batch).detach().repeat_interleave((OCCURRENCES * weights).round().long())
 
+    reset = algorithm.reference_rounds if isinstance(algorithm, PlayAlgorithm) else 0
     parameters = [policies.policy, policies.follower]
     generator = torch.Generator().manual_seed(seed)
     leaders, followers = ([parameter.detach().clone()] for parameter in parameters)
     ends = [0]
     for number in range(rounds):
         policies.new_round()
+        if reset and number and number % reset == 0:
+            policies.reference = policies.previous
         margins = None if algorithm.fresh_answers else watched()
         algorithm.begin_stage(Stage(margins, number + 1, steps, seed))
         for _ in range(steps):

@@ -14,6 +14,7 @@ from openrlhf_sgpo import extras
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.base import NoSettings
 from openrlhf_sgpo.algorithms.cdpo import CDPO, CDPOSettings
+from openrlhf_sgpo.algorithms.comal import COMAL, COMALSettings
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.algorithms.dr_dpo import DrDPO, DrDPOSettings
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
@@ -189,6 +190,7 @@ CHECKS = (
     Check("ipo_md, mixture 1/8", IPOMD(IPOMDSettings(0.125), TAU), "Nash-MD's", _nash_md(0.125), 0.1),
     Check("rloo", RLOO(RLOOSettings(), TAU), "regularised Nash", _regularised_nash, 2.0),
     Check("inpo", INPO(INPOSettings(0.3), TAU), "regularised Nash", _regularised_nash, 0.5, rounds=30),
+    Check("comal", COMAL(COMALSettings(0.12, 3), TAU), "Nash", solutions.nash, 1.0, rounds=75),
     Check(
         "sppo, average",
         SPPO(SPPOSettings(2, 0.5, "all"), TAU),

@@ -91,7 +91,10 @@ class FreshAnswers(Source):
         steps, before = config.rounds.steps, run.policy_before(number)
         algorithm.begin_stage(Stage(None, number, steps, config.train.seed + number))
         clock = Stopwatch()
-        folders = {"reference": config.ref.model_name_or_path, "previous": before}
+        every = algorithm.reference_rounds
+        moved = (number - 1) // every * every if every else 0
+        reference = str(self.folder.policy(moved)) if moved else config.ref.model_name_or_path
+        folders = {"reference": reference, "previous": before}
         return TrainingStage(
             number,
             algorithm,
