@@ -31,6 +31,7 @@ BUILT_INS = {
     "online_dpo": "openrlhf_sgpo.algorithms.online_dpo:OnlineDPO",
     "xpo": "openrlhf_sgpo.algorithms.xpo:XPO",
     "online_ipo": "openrlhf_sgpo.algorithms.online_ipo:OnlineIPO",
+    "egpo": "openrlhf_sgpo.algorithms.egpo:EGPO",
     "ipo_md": "openrlhf_sgpo.algorithms.ipo_md:IPOMD",
     "rloo": "openrlhf_sgpo.algorithms.rloo:RLOO",
     "sppo": "openrlhf_sgpo.algorithms.sppo:SPPO",

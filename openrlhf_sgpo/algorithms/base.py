@@ -106,7 +106,9 @@ class Algorithm(Generic[Batch]):
     Class attributes: ``name`` (flag value and flag group), ``paper``, ``summary``, ``settings`` (a dataclass type),
     ``needs``, ``defaults`` (defaults of shared settings for this algorithm, by flag name), ``fresh_answers`` (whether answers
     are sampled and judged in every step, so there are no stored pairs and no seed stage), ``mixes`` (whether some answers come
-    from the reference or its mixture with the policy, which are always sampled with transformers).
+    from the reference or its mixture with the policy, which are always sampled with transformers), ``extragradient`` (whether
+    steps come in pairs: the first only finds the point at which the second takes its gradient, and the second begins where the
+    first began).
     """
 
     name: ClassVar[str]
@@ -117,6 +119,7 @@ class Algorithm(Generic[Batch]):
     defaults: ClassVar[dict[str, Any]] = {}
     fresh_answers: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    extragradient: ClassVar[bool] = False
 
     def __init__(self, options: Any, beta: float):
         self.options = options

@@ -221,20 +221,23 @@ def drive(
             policies.reference = policies.previous
         margins = None if algorithm.fresh_answers else watched()
         algorithm.begin_stage(Stage(margins, number + 1, steps, seed))
-        for _ in range(steps):
+        for step in range(steps):
             loss = expected_loss(game, algorithm, policies, samples, generator)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            half = algorithm.extragradient and step % 2 == 0
+            if half or not algorithm.extragradient:
+                starts = [parameter.detach().clone() for parameter in parameters]
             largest = 0.0
             with torch.no_grad():
-                for parameter, gradient in zip(parameters, gradients, strict=True):
+                for parameter, start_point, gradient in zip(parameters, starts, gradients, strict=True):
                     if gradient is not None:
-                        parameter -= learning_rate * gradient
+                        parameter.copy_(start_point - learning_rate * gradient)
                         largest = max(largest, learning_rate * float(gradient.abs().max()))
             if watches:
                 algorithm.after_step(watched())
             leaders.append(policies.policy.detach().clone())
             followers.append(policies.follower.detach().clone())
-            if largest < settled:
+            if largest < settled and not half:
                 break
         if not (leaders[-1].isfinite().all() and followers[-1].isfinite().all()):
             raise ValueError(f"{algorithm.name} diverged: lower the learning rate, {learning_rate}")

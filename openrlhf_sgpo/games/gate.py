@@ -17,6 +17,7 @@ from openrlhf_sgpo.algorithms.cdpo import CDPO, CDPOSettings
 from openrlhf_sgpo.algorithms.comal import COMAL, COMALSettings
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.algorithms.dr_dpo import DrDPO, DrDPOSettings
+from openrlhf_sgpo.algorithms.egpo import EGPO
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
 from openrlhf_sgpo.algorithms.ipo import IPO, IPOSettings
 from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
@@ -187,6 +188,7 @@ CHECKS = (
     ),
     Check("xpo, soft labels", XPO(XPOSettings("soft", ALPHA), TAU), "its own", _xpo, 50.0),
     Check("online_ipo", OnlineIPO(NoSettings(), TAU), "regularised Nash", _regularised_nash, 0.1),
+    Check("egpo", EGPO(NoSettings(), TAU), "regularised Nash", _regularised_nash, 0.1),
     Check("ipo_md, mixture 1/8", IPOMD(IPOMDSettings(0.125), TAU), "Nash-MD's", _nash_md(0.125), 0.1),
     Check("rloo", RLOO(RLOOSettings(), TAU), "regularised Nash", _regularised_nash, 2.0),
     Check("inpo", INPO(INPOSettings(0.3), TAU), "regularised Nash", _regularised_nash, 0.5, rounds=30),

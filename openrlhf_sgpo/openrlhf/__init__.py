@@ -12,6 +12,7 @@ from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
 
 from openrlhf_sgpo.openrlhf.actor import load_actor, save_policy, save_weights  # noqa: E402
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, resting, use_adapter  # noqa: E402
+from openrlhf_sgpo.openrlhf.extragradient import Extragradient  # noqa: E402
 from openrlhf_sgpo.openrlhf.reward import load_reward_model, no_value_head, value_head  # noqa: E402
 from openrlhf_sgpo.openrlhf.strategy import DeepspeedStrategy, build_strategy, openrlhf_arguments  # noqa: E402
 
@@ -22,6 +23,7 @@ __all__ = [
     "DPOTrainer",
     "DeepspeedStrategy",
     "DistributedSampler",
+    "Extragradient",
     "RewardDataset",
     "build_strategy",
     "load_actor",

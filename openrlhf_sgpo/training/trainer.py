@@ -16,7 +16,7 @@ from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.finite import check_figures, check_trained
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.memory import release_memory
-from openrlhf_sgpo.openrlhf import load_actor, resting
+from openrlhf_sgpo.openrlhf import Extragradient, load_actor, resting
 from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.packing import filled, split_into, token_budget
 from openrlhf_sgpo.training.policies import load_trained, seed_generators, write_policy
@@ -112,12 +112,13 @@ class Trainer:
             self.frozen[name] = self.strategy.prepare(load_actor(folder, config, self.strategy, trainable=False))
             self.frozen[name].eval()
         self.forward = stage.forward(self.frozen)
+        self.extragradient = Extragradient(self.actor) if self.algorithm.extragradient else None
         return self
 
     def __exit__(self, *_: object) -> None:
         for model in (self.actor, *self.frozen.values()):
             model.model.destroy()
-        del model, self.actor, self.optimizer, self.scheduler, self.frozen, self.forward
+        del model, self.actor, self.optimizer, self.scheduler, self.frozen, self.forward, self.extragradient
         release_memory()
 
     def restore(self) -> int:
@@ -139,6 +140,8 @@ class Trainer:
         # Dropout draws the same numbers in a step, whether or not training was resumed before it.
         seed_generators(self.config.train.seed, self.stage.generator, number, self.strategy.get_rank())
         self.actor.train()
+        if self.extragradient:
+            self.extragradient.step = number
         learning_rate = self.scheduler.get_last_lr()[0]
         with self.stage.clock("train"):
             parts = self._micro_batches(samples)
