@@ -31,6 +31,7 @@ def test_without_a_reset_it_is_inpo():
     assert not np.array_equal(driven(COMAL(COMALSettings(ETA, 3), TAU), 4).policies[-1], inpo.policies[-1])
 
 
+@pytest.mark.slow
 def test_a_reset_is_a_proximal_step():
     """Forty rounds solve the game that is regularised by the reference; its solution is the next reference."""
     reached = driven(COMAL(COMALSettings(0.3, 40), TAU), 80).rounds[40::40]
