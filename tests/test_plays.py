@@ -111,6 +111,16 @@ def test_every_algorithm_plays(algo, tiny_model, tiny_data, tmp_path):
     assert tuple(answer["role"] for answer in first["answers"]) == kind(kind.settings(), 0.001).roles
 
 
+def test_rloo_on_scores(tiny_model, tiny_data, tmp_path):
+    """They are the oracle's, one per answer; an oracle that only compares is refused before anything is loaded."""
+    folder, more = tmp_path / "scores", ("--rloo.reward", "score", "--rounds.count", "1", "--rounds.steps", "1")
+    play(*flags(tiny_model, tiny_data, folder, "rloo", *more))
+    for row in read_jsonl(folder / "round_1/plays.jsonl"):
+        assert row["rewards"] == [Letters().score(None, answer["text"]) for answer in row["answers"]]
+    with pytest.raises(ValueError, match="compares answers and gives them no scores"):
+        play(*flags(tiny_model, tiny_data, tmp_path / "no", "rloo", *more, "--oracle", "toy_oracles:Condorcet"))
+
+
 def test_comal_moves_its_reference(tiny_model, tiny_data, tmp_path):
     """In the first step of a round that follows a reset, policy and reference are one; otherwise not."""
     more = ("--comal.reference_rounds", "2", "--rounds.count", "4", "--rounds.steps", "2")

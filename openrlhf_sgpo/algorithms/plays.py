@@ -35,7 +35,8 @@ class Plays:
     without gradient; NaN if the algorithm does not name that model in ``models``. preferences: (batch, k, k), [b, i, j] the
     probability that answer i is preferred to answer j; 1/2 on the diagonal, and [b, i, j] + [b, j, i] = 1. divergence:
     KL(policy || reference) of the next-token distributions at each token, over the whole vocabulary, with gradient; None
-    unless the algorithm sets ``full_vocabulary``. step: of training, from 1.
+    unless the algorithm sets ``full_vocabulary``. step: of training, from 1. rewards: (batch, k), the oracle's scores of the
+    answers; None unless the algorithm is ``scored``.
     """
 
     log_probs: Tensor
@@ -44,6 +45,7 @@ class Plays:
     preferences: Tensor
     divergence: Tensor | None = None
     step: int = 1
+    rewards: Tensor | None = None
 
     def log_ratios(self) -> Tensor:
         """s = log pi(y|x) - log pi_ref(y|x) of whole answers, shape (batch, k), with gradient."""
@@ -108,6 +110,11 @@ class PlayAlgorithm(Algorithm[Plays]):
     def learning_rates(self) -> dict[str, float]:
         """Factors of the learning rate, by adapter."""
         return dict.fromkeys(self.adapters.values(), 1.0)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the loss reads ``Plays.rewards``."""
+        return False
 
     @property
     def full_vocabulary(self) -> bool:

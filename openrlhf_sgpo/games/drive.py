@@ -160,6 +160,7 @@ def _all_plays(
                 divergence = (policy.exp() * (policy - reference)).sum(-1).expand(len(answer))
             columns.append((policy[answer], reference[answer], policies.previous[answer], divergence))
     matrices = preferences[answers[:, :, None], answers[:, None, :]]
+    scores = _scores(game)[answers] if algorithm.scored else None
     weights = log_weights.exp()
     # One token per answer.
     tokens = [torch.stack(by_answer, dim=1).unsqueeze(-1) for by_answer in zip(*columns, strict=True)]
@@ -167,8 +168,23 @@ def _all_plays(
         drawn = torch.multinomial(weights, samples, replacement=True, generator=generator)
         weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
         tokens, matrices = [token[drawn] for token in tokens], _votes(matrices[drawn], generator)
+        scores = None if scores is None else scores[drawn]
     log_probs, base, previous, exact = tokens
-    return Plays(log_probs, base, previous, matrices, exact if algorithm.full_vocabulary else None), weights
+    return Plays(
+        log_probs, base, previous, matrices, exact if algorithm.full_vocabulary else None, rewards=scores
+    ), weights
+
+
+@lru_cache
+def _scores(game: Game) -> Tensor:
+    """Rewards whose differences are the log-odds of the preferences, (n,). Raises ValueError if there are none."""
+    import torch
+
+    log_odds = torch.tensor(game.preferences).logit()
+    rewards = log_odds[:, 0]
+    if not torch.allclose(log_odds, rewards[:, None] - rewards[None, :], rtol=0, atol=1e-9):
+        raise ValueError("the preferences of this game are not Bradley-Terry's: its answers have no scores")
+    return rewards
 
 
 def _votes(preferences: Tensor, generator: Any) -> Tensor:

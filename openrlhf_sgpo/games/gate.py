@@ -191,6 +191,7 @@ CHECKS = (
     Check("egpo", EGPO(NoSettings(), TAU), "regularised Nash", _regularised_nash, 0.1),
     Check("ipo_md, mixture 1/8", IPOMD(IPOMDSettings(0.125), TAU), "Nash-MD's", _nash_md(0.125), 0.1),
     Check("rloo", RLOO(RLOOSettings(), TAU), "regularised Nash", _regularised_nash, 2.0),
+    Check("rloo, scores", RLOO(RLOOSettings(2, "score"), TAU), "RLHF", _dpo, 2.0, "bradley_terry_close"),
     Check("inpo", INPO(INPOSettings(0.3), TAU), "regularised Nash", _regularised_nash, 0.5, rounds=30),
     Check("comal", COMAL(COMALSettings(0.12, 3), TAU), "Nash", solutions.nash, 1.0, rounds=75),
     Check(

@@ -192,10 +192,7 @@ class RewardOracle(Oracle):
 
     def preferences(self, questions: Sequence[Question], label: str) -> list[Matrix]:
         rows = zip(questions, self.rewards(questions, label), strict=True)
-        return [
-            antisymmetric(len(row), {(i, j): sigmoid(row[i] - row[j]) for i, j in distinct_pairs(question)})
-            for question, row in rows
-        ]
+        return [bradley_terry(question, row) for question, row in rows]
 
 
 class PreferenceOracle(Oracle):
@@ -252,6 +249,12 @@ class PreferenceOracle(Oracle):
 
 def sigmoid(value: float) -> float:
     return 0.5 * (1 + math.tanh(value / 2))  # 1 / (1 + exp(-value)) overflows
+
+
+def bradley_terry(question: Question, rewards: Sequence[float]) -> Matrix:
+    """The preferences sigmoid(r(a) - r(b)) between the answers to a question."""
+    wins = {(i, j): sigmoid(rewards[i] - rewards[j]) for i, j in distinct_pairs(question)}
+    return antisymmetric(len(rewards), wins)
 
 
 def distinct_pairs(question: Question) -> list[tuple[int, int]]:

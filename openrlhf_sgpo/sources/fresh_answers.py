@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from openrlhf_sgpo import oracle as oracles
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms.base import Stage
 from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Role
@@ -27,7 +28,8 @@ from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.finite import NotFiniteError, in_training
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, save_weights
-from openrlhf_sgpo.oracle import Question
+from openrlhf_sgpo.oracle import Question, RewardOracle
+from openrlhf_sgpo.oracle.base import bradley_terry
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 from openrlhf_sgpo.rollout.roles import Roles
@@ -48,12 +50,24 @@ class FreshAnswers(Source):
 
     def __init__(self, run: Run):
         super().__init__(run)
+        self._check_scores()
         taken = run.data.held_out_prompts
         self.prompts = [prompt for prompt in run.data.prompts.prompts if prompt_key(prompt.messages) not in taken]
         check_sizes(self.config, run.algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
         self.weights = self.folder.path / "engine_weights"
         self._synced = 0
         self._others: dict[Role, HuggingFaceRollout] = {}
+
+    def _check_scores(self) -> None:
+        """Raises ValueError if the algorithm reads scores of answers and the oracle has none."""
+        run, name = self.run, self.config.oracle
+        algorithm = run.algorithm(run.options, self.config.model.beta)
+        assert isinstance(algorithm, PlayAlgorithm)
+        if algorithm.scored and not issubclass(oracles.get(name), RewardOracle):
+            raise ValueError(
+                f"--oracle {name} compares answers and gives them no scores, which --algo {algorithm.name} reads with these "
+                "settings; use an oracle with scores, such as reward_model, or win rates"
+            )
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -156,9 +170,14 @@ class FreshAnswers(Source):
             for prompt, drawn in zip(prompts, answers, strict=True)
         ]
         before = oracle.usage()
+        rewards: list[list[float]] = [[] for _ in questions]
         with self.trainer.stage.clock("oracle"):
-            matrices = oracle.preferences(questions, label="")
-        self.plays = [Play(*row) for row in zip(prompts, answers, matrices, strict=True)]
+            if self.play.scored:
+                rewards = oracle.rewards(questions, label="")
+                matrices = [bradley_terry(*row) for row in zip(questions, rewards, strict=True)]
+            else:
+                matrices = oracle.preferences(questions, label="")
+        self.plays = [Play(*row) for row in zip(prompts, answers, matrices, rewards, strict=True)]
         for name, amount in {
             "steps": 1,
             "samples": sum(len(play.answers) for play in self.plays),
@@ -229,7 +248,8 @@ class FreshAnswers(Source):
             }
             for role, (_, sample), policy, frozen in columns
         ]
-        return {"step": step, "id": play.prompt.id, "answers": answers, "preferences": play.preferences}
+        rewards = {"rewards": play.rewards} if play.rewards else {}
+        return {"step": step, "id": play.prompt.id, "answers": answers, "preferences": play.preferences, **rewards}
 
     def _prompts_of(self, step: int) -> list[Prompt]:
         """The batch of a step. Prompts are shuffled in every epoch, and an epoch has whole batches only."""

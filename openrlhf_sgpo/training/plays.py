@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Play:
     """Answers to one prompt, in the order of the algorithm's roles, each with the tokens of its context. preferences: the
-    oracle's matrix over the answers."""
+    oracle's matrix over the answers. rewards: its scores of them, if the algorithm reads them."""
 
     prompt: Prompt
     answers: list[tuple[tuple[int, ...], Answer]]
     preferences: list[list[float]]
+    rewards: list[float] = field(default_factory=list)
 
     def groups(self, places: Sequence[int] | None = None) -> list[Group]:
         """The answers, or those at some places, behind one copy of each context, in the order of the roles."""
@@ -72,14 +74,15 @@ class PlayForward:
         tokens = {name: self._joined([part[name] for part in parts]) for name in parts[0]}
         log_probs = tokens["log_probs"]
         absent = torch.full_like(log_probs, torch.nan).detach()
-        preferences = [play.preferences for play in samples]
+        judged = partial(torch.tensor, dtype=log_probs.dtype, device=log_probs.device)
         return Plays(
             log_probs,
             tokens.get("reference", absent),
             tokens.get("previous", absent),
-            torch.tensor(preferences, dtype=log_probs.dtype, device=log_probs.device),
+            judged([play.preferences for play in samples]),
             tokens.get("divergence"),
             step,
+            judged([play.rewards for play in samples]) if self.algorithm.scored else None,
         )
 
     def losses(self, batch: Plays) -> Tensor:

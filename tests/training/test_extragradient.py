@@ -25,8 +25,7 @@ class OneStepAtATime(EGPO):
 
 def plays():
     """Three answers of random tokens to each of four prompts."""
-    from openrlhf_sgpo.data.records import Prompt
-    from openrlhf_sgpo.rollout import Sample
+    from openrlhf_sgpo.data.records import Answer, Prompt
     from openrlhf_sgpo.training.plays import Play
 
     generator = torch.Generator().manual_seed(0)
@@ -36,8 +35,7 @@ def plays():
 
     matrix = [[0.5, 0.4, 0.9], [0.6, 0.5, 0.2], [0.1, 0.8, 0.5]]
     prompt = Prompt("p", [{"role": "user", "content": "?"}])
-    drawn = [Play(prompt, [(draw(6), Sample("", True, draw(5))) for _ in range(3)], matrix) for _ in range(4)]
-    return [drawn[:2], drawn[2:]]
+    return [Play(prompt, [(draw(6), Answer("", True, draw(5))) for _ in range(3)], matrix) for _ in range(4)]
 
 
 @pytest.mark.parametrize(
