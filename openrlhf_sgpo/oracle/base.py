@@ -192,7 +192,7 @@ class RewardOracle(Oracle):
 
     def preferences(self, questions: Sequence[Question], label: str) -> list[Matrix]:
         rows = zip(questions, self.rewards(questions, label), strict=True)
-        return [bradley_terry(question, row) for question, row in rows]
+        return [win_probabilities(question, row) for question, row in rows]
 
 
 class PreferenceOracle(Oracle):
@@ -251,7 +251,7 @@ def sigmoid(value: float) -> float:
     return 0.5 * (1 + math.tanh(value / 2))  # 1 / (1 + exp(-value)) overflows
 
 
-def bradley_terry(question: Question, rewards: Sequence[float]) -> Matrix:
+def win_probabilities(question: Question, rewards: Sequence[float]) -> Matrix:
     """The preferences sigmoid(r(a) - r(b)) between the answers to a question."""
     wins = {(i, j): sigmoid(rewards[i] - rewards[j]) for i, j in distinct_pairs(question)}
     return antisymmetric(len(rewards), wins)

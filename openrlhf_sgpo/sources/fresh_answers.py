@@ -29,7 +29,7 @@ from openrlhf_sgpo.finite import NotFiniteError, in_training
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, save_weights
 from openrlhf_sgpo.oracle import Question, RewardOracle
-from openrlhf_sgpo.oracle.base import bradley_terry
+from openrlhf_sgpo.oracle.base import win_probabilities
 from openrlhf_sgpo.rollout.base import prompt_seed
 from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 from openrlhf_sgpo.rollout.roles import Roles
@@ -174,7 +174,7 @@ class FreshAnswers(Source):
         with self.trainer.stage.clock("oracle"):
             if self.play.scored:
                 rewards = oracle.rewards(questions, label="")
-                matrices = [bradley_terry(*row) for row in zip(questions, rewards, strict=True)]
+                matrices = [win_probabilities(*row) for row in zip(questions, rewards, strict=True)]
             else:
                 matrices = oracle.preferences(questions, label="")
         self.plays = [Play(*row) for row in zip(prompts, answers, matrices, rewards, strict=True)]
