@@ -75,7 +75,7 @@ def judge_problems(settings: EvaluationJudgeSettings) -> list[str]:
         problems.append(
             f"--judge.model: missing, there is no default judge; name a model, or give --judge.preset one of {_presets()}"
         )
-    problems += server_problems(settings, "judge") + _address_problems(settings)
+    problems += server_problems(settings) + _address_problems(settings)
     problems += flags.out_of_range({"judge": settings})
     if settings.max_cost > 0 and not settings.price_prompt + settings.price_completion:
         problems.append("--judge.max_cost: needs --judge.price_prompt and --judge.price_completion")

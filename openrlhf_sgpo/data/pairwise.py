@@ -45,9 +45,9 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def pairwise_messages(introduction: str, conversation: str, first: str, second: str) -> Messages:
+def pairwise_messages(conversation: str, first: str, second: str) -> Messages:
     """The question as one user message, because some chat templates have no system message."""
-    text = LAYOUT.format(introduction=introduction, conversation=conversation, first=first, second=second)
+    text = LAYOUT.format(introduction=TRAINED, conversation=conversation, first=first, second=second)
     return [{"role": "user", "content": text}]
 
 
@@ -66,7 +66,7 @@ def fitted(
         """Both orders, with the last ``kept`` characters of the conversation and the first ``each`` of both answers."""
         context = conversation if kept == whole else MARK + conversation[whole - kept :]
         a, b = (text if len(text) <= each else text[:each] + MARK for text in (first, second))
-        return pairwise_messages(TRAINED, context, a, b), pairwise_messages(TRAINED, context, b, a)
+        return pairwise_messages(context, a, b), pairwise_messages(context, b, a)
 
     def length(kept: int, each: int) -> int:
         return max(len(chat.prompt(messages)) for messages in orders(kept, each))

@@ -65,8 +65,7 @@ class ChatClient:
 
     counts: calls (usable replies that were not in the cache), prompt_tokens and completion_tokens of all replies, failures
     (attempts without a usable reply) and retries. kept: where answers are stored, a file, or a cache that several clients
-    share. api_version: of Azure's OpenAI service, which has its own protocol; empty for any other server. group: the group of
-    flags that messages name.
+    share. api_version: of Azure's OpenAI service, which has its own protocol; empty for any other server.
     """
 
     def __init__(
@@ -74,15 +73,12 @@ class ChatClient:
         settings: ServerSettings,
         decoding: Mapping[str, Any],
         kept: Path | ContentCache | None = None,
-        *,
         api_version: str = "",
-        group: str = "judge",
     ):
         self.settings = settings
         self.decoding = dict(decoding)
         self.cache = kept if isinstance(kept, ContentCache) else ContentCache(kept)
         self.api_version = api_version
-        self.group = group
         self.counts: Counter[str] = Counter()
         self._jitter = random.Random()
 
@@ -180,10 +176,10 @@ class ChatClient:
                 reply = await asyncio.wait_for(self._reply_of(server, request), self.settings.timeout)
                 accept(reply)
             except asyncio.TimeoutError:
-                problem = f"it timed out after {self.settings.timeout:g} seconds, see --{self.group}.timeout"
+                problem = f"it timed out after {self.settings.timeout:g} seconds, see --judge.timeout"
             except Elsewhere as error:
                 self.counts["failures"] += 1
-                advice = f"; if the key and the texts may go there, give that address as --{self.group}.base_url"
+                advice = "; if the key and the texts may go there, give that address as --judge.base_url"
                 raise JudgeError(self._failed(request, str(error), advice)) from None
             except APIStatusError as error:
                 problem = error.message
@@ -208,7 +204,7 @@ class ChatClient:
                     break
                 self.counts["retries"] += 1
         kind = Unanswered if unusable else JudgeError
-        tried = f" (attempt {attempt + 1} of {attempts}, see --{self.group}.max_retries)"
+        tried = f" (attempt {attempt + 1} of {attempts}, see --judge.max_retries)"
         raise kind(self._failed(request, problem, tried))
 
     async def _reply_of(self, server: AsyncOpenAI, request: Request) -> Reply:
@@ -231,11 +227,10 @@ class ChatClient:
 
     def _hopeless(self, error: APIStatusError) -> str:
         """Advice on an error that no retry can avoid; empty for any other error."""
-        flag = f"--{self.group}"
         if error.status_code in (401, 403):
-            return f"set {flag}.api_key"
+            return "set --judge.api_key"
         if error.status_code == 404:
-            return f"is {flag}.model a model of that server, and {flag}.base_url its address up to /v1?"
+            return "is --judge.model a model of that server, and --judge.base_url its address up to /v1?"
         if error.code == NO_CREDIT or (400 <= error.status_code < 500 and error.status_code not in PASSING):
             return "the server will not answer this request, and retries cannot help"
         return ""
@@ -243,7 +238,7 @@ class ChatClient:
     def _failed(self, request: Request, problem: str, more: str) -> str:
         """The text of an error. problem: a server's message, which may be long and may contain the key."""
         shown = " ".join(keys.redacted(problem).split())[:300]
-        server = f"--{self.group}.base_url {self.settings.base_url}, model {self.settings.model}"
+        server = f"--judge.base_url {self.settings.base_url}, model {self.settings.model}"
         return f"{server}: {request.name} failed: {shown}{more}"
 
     def _number_kept(self) -> str:
@@ -255,14 +250,14 @@ class ChatClient:
         )
 
 
-def server_problems(settings: ServerSettings, group: str) -> list[str]:
-    """Problems of a server's address and key, each naming its flag in the group."""
+def server_problems(settings: ServerSettings) -> list[str]:
+    """Problems of a server's address and key, each naming its flag."""
     problems = []
     address = settings.base_url
     if address and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", address):
         # The message does not repeat the address, which may contain a password.
-        problems.append(f"--{group}.base_url: not an address such as http://localhost:8000/v1, without ? and #")
-    return problems + keys.key_problems(f"{group}.api_key", settings.api_key, KEY)
+        problems.append("--judge.base_url: not an address such as http://localhost:8000/v1, without ? and #")
+    return problems + keys.key_problems("judge.api_key", settings.api_key, KEY)
 
 
 def _requested_pause(error: APIStatusError) -> float:

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.config import Config, Inference
-from openrlhf_sgpo.oracle.base import (
-    Answer,
-    Comparison,
-    Oracle,
-    PreferenceOracle,
-    Question,
-    Resources,
-    RewardOracle,
-    check_preferences,
-)
+from openrlhf_sgpo.oracle.base import Answer, Comparison, Oracle, PreferenceOracle, Question, Resources, RewardOracle
 from openrlhf_sgpo.registry import Registry
 
 ENTRY_POINT_GROUP = "openrlhf_sgpo.oracles"
@@ -51,7 +42,6 @@ __all__ = [
     "Question",
     "Resources",
     "RewardOracle",
-    "check_preferences",
     "get",
     "judges_itself",
     "names",

@@ -85,7 +85,7 @@ class Judge(PreferenceOracle):
         judge = config.judge
         needed = {"base_url": judge.base_url, "model": judge.model}
         problems = [f"--judge.{name}: missing, --oracle judge needs it" for name, value in needed.items() if not value]
-        return problems + server_problems(judge, "judge")
+        return problems + server_problems(judge)
 
     @classmethod
     def check(cls, config: Inference) -> None:

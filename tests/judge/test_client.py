@@ -135,8 +135,6 @@ def test_what_no_retry_can_mend_is_asked_once(mode, advice):
         with pytest.raises(JudgeError, match=advice) as caught:
             ChatClient(settings(server, concurrency=1), DECODING).ask(requests(5), "test", text_of)
         assert server.asked == ["text 0"] and f"no luck with {mode}" in str(caught.value)
-        with pytest.raises(JudgeError, match=advice.replace("judge", "eval")):
-            ChatClient(settings(server), DECODING, group="eval").ask(requests(1), "test", text_of)
 
 
 def test_a_server_that_is_not_there():

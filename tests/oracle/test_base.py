@@ -17,8 +17,8 @@ from openrlhf_sgpo import oracle
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.algorithms.slhf import SLHF
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.oracle import Answer, PreferenceOracle, Question, Resources, RewardOracle, check_preferences
-from openrlhf_sgpo.oracle.base import sigmoid
+from openrlhf_sgpo.oracle import Answer, PreferenceOracle, Question, Resources, RewardOracle
+from openrlhf_sgpo.oracle.base import check_preferences, sigmoid
 
 PROMPT = [{"role": "user", "content": "?"}]
 
