@@ -81,6 +81,7 @@ class Template:
     """A tokenizer's chat template with the variables of a run.
 
     arguments: variables for every conversation. moment: the time that ``strftime_now`` gives to templates, whenever called.
+    opening, ending: what it puts before and after the assistant's text, the generation prompt and the end of turn.
     Raises ValueError, naming the tokenizer, if it has no template, or if the template fails, drops the content of messages, or
     has a generation prompt that lacks the header of the assistant's turn.
     """
@@ -96,7 +97,7 @@ class Template:
                 "model, or save a template with the tokenizer"
             )
         self.reads_clock = self.reads("strftime_now")
-        self._check()
+        self.opening, self.ending = self._turn()
 
     def reads(self, variable: str) -> bool:
         """Whether the template's text mentions the variable."""
@@ -154,30 +155,25 @@ class Template:
             return "the column 'tools'"
         return ""
 
-    def turn(self) -> tuple[str, str]:
-        """What the template puts before and after the assistant's text: generation prompt and end of turn."""
-        opening, answered = _probe()
-        whole = self.render(answered, generation_prompt=False)
-        ending = whole[whole.rindex(_ANSWER) + len(_ANSWER) :].strip()
-        return self.render(opening).removeprefix(self.render(opening, generation_prompt=False)), ending
-
-    def _check(self) -> None:
-        opening, answered = _probe()
-        prompt, whole = self.render(opening), self.render(answered, generation_prompt=False)
-        for text, content, role in ((prompt, _QUESTION, "user"), (whole, _ANSWER, "assistant")):
+    def _turn(self) -> tuple[str, str]:
+        question: Messages = [{"role": "user", "content": "question"}]
+        prompt = self.render(question)
+        whole = self.render([*question, {"role": "assistant", "content": "response"}], generation_prompt=False)
+        for text, content, role in ((prompt, "question", "user"), (whole, "response", "assistant")):
             if content not in text:
                 raise ValueError(
                     f"{self.name} does not render {role} messages whose content is text (it may expect a list of "
                     "parts); save a template that writes text as it is with the tokenizer"
                 )
-        header = whole[: whole.rindex(_ANSWER)]
+        header, _, ending = whole.rpartition("response")
+        asked = self.render(question, generation_prompt=False)
         missing = _EMPTY_THOUGHT.sub("", header[common_prefix_length(prompt, header) :]).strip()
-        adds_nothing = prompt.rstrip() == self.render(opening, generation_prompt=False).rstrip()
-        if missing and (adds_nothing or header.startswith(prompt)):
+        if missing and (prompt.rstrip() == asked.rstrip() or header.startswith(prompt)):
             raise ValueError(
                 f"{self.name} writes {missing!r} before an answer, but not with add_generation_prompt: prompts would end "
                 "too early, and the model would answer without it; add it to the template's generation prompt"
             )
+        return prompt.removeprefix(asked), ending.strip()
 
 
 def refuse_unread_variables(templates: Sequence[Template]) -> None:
@@ -187,12 +183,3 @@ def refuse_unread_variables(templates: Sequence[Template]) -> None:
         raise ValueError(
             f"--{FLAG}: {', '.join(names)} is not read by {', '.join(template.name for template in templates)}; leave it out"
         )
-
-
-_QUESTION, _ANSWER = "question", "response"
-
-
-def _probe() -> tuple[Messages, Messages]:
-    """A question, and the question with its response."""
-    opening: Messages = [{"role": "user", "content": _QUESTION}]
-    return opening, [*opening, {"role": "assistant", "content": _ANSWER}]

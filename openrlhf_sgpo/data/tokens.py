@@ -117,9 +117,9 @@ class ChatFormat:
         ] = {}  # inspection, rollout, oracle and training ask for the same ones
         # Responses are tokenized after the text that the template puts before them: alone, some tokenizers (SentencePiece)
         # would start each with a space that the policy never sampled.
-        self._anchor, ending = self.template.turn()
+        self._anchor = self.template.opening
         self._anchor_ids = self._encode(self._anchor)
-        self.end_of_turn: tuple[int, ...] = self._encode(ending)
+        self.end_of_turn: tuple[int, ...] = self._encode(self.template.ending)
         if not self.end_of_turn:
             if tokenizer.eos_token_id is None:
                 raise ValueError(
