@@ -187,7 +187,7 @@ def test_the_follower_sees_the_draft_and_nothing_before_it(tiny_model):
 
     def context(text: str, longest: int = 256) -> str:
         ids = tuple(chat.tokenizer(text)["input_ids"])
-        return chat.tokenizer.decode(follower_context(chat, prompt, Answer(text, False, ids), IMPROVE, longest))
+        return chat.tokenizer.decode(follower_context(chat, prompt, Answer(text, False, ids), IMPROVE, longest)[0])
 
     whole = (
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n{}<|im_end|>\n<|im_start|>user\n"

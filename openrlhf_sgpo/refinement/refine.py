@@ -27,7 +27,7 @@ from openrlhf_sgpo.refinement.results import Row, alpaca_eval_outputs, answer_ro
 from openrlhf_sgpo.refinement.settings import RefineSettings, inference
 from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.rollout.base import prompt_seed
-from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_messages, follower_room
+from openrlhf_sgpo.rollout.roles import Tokens, follower_context, follower_room
 from openrlhf_sgpo.run_folder import write_json, write_jsonl, write_text
 from openrlhf_sgpo.staged_command import StagedCommand
 
@@ -42,6 +42,7 @@ class Refinement(StagedCommand):
         self.policy = policy
         records = load_prompts(settings.prompts, settings.split) if settings.prompts else None
         self.drafts: dict[str, Draft] = {}
+        self.drafts_cut = 0  # how many are too long to be shown whole
         if settings.drafts:
             records, self.drafts = load_drafts(settings.drafts, records)
         assert records is not None
@@ -86,7 +87,9 @@ class Refinement(StagedCommand):
                 follower_context(self.chat, prompt, chain[-1], instruction, self.longest)
                 for prompt, chain in zip(self.prompts, chains, strict=True)
             ]
-            requests = [(context, 1) for context in contexts]
+            if self.drafts and depth == 2:
+                self.drafts_cut = sum(cut for _, cut in contexts)
+            requests = [(context, 1) for context, _ in contexts]
             revisions = self._generate(f"depth_{depth}", self.policy.follower, requests, prompt_seed(seed, (depth,)))
             for chain, revision in zip(chains, revisions, strict=True):
                 chain += revision
@@ -95,18 +98,6 @@ class Refinement(StagedCommand):
     def _draft(self, prompt: Prompt) -> Answer:
         draft = self.drafts[prompt.id]
         return Answer(draft.text, draft.truncated, self.chat.response(draft.text, draft.truncated, WHOLE))
-
-    def _drafts_cut(self) -> int:
-        """How many drafts are too long to be shown whole."""
-        instruction = self.settings.follower_prompt
-        drafts = [(prompt, self.drafts[prompt.id].text) for prompt in self.prompts] if self.drafts else []
-        contexts = (
-            self.chat.prompt(
-                follower_messages(prompt.messages, text, instruction), prompt.template_kwargs, complete=False
-            )
-            for prompt, text in drafts
-        )
-        return sum(len(context) > self.longest for context in contexts)
 
     def _independent(self, budgets: list[int]) -> list[list[Answer]]:
         """Independent answers to each prompt, until they have as many tokens as its chain."""
@@ -197,7 +188,7 @@ class Refinement(StagedCommand):
             "follower": self.policy.follower,
             "prompts": len(answers),
             "drafts": settings.drafts,
-            "drafts_cut": self._drafts_cut(),
+            "drafts_cut": self.drafts_cut,
             "oracle": settings.oracle,
             "samples_cut": sum(map(self._samples_cut, answers)),
             "depths": figures_by_depth(answers, preferences),

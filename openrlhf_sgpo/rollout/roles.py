@@ -23,12 +23,14 @@ def follower_messages(prompt: Messages, draft: str, instruction: str) -> Message
     return [*prompt, {"role": "assistant", "content": draft.strip()}, {"role": "user", "content": instruction}]
 
 
-def follower_context(chat: ChatFormat, prompt: Prompt, draft: Answer, instruction: str, longest: int) -> Tokens:
-    """Tokens of the follower's context. If it would exceed ``longest``, the end of the draft is cut off.
+def follower_context(
+    chat: ChatFormat, prompt: Prompt, draft: Answer, instruction: str, longest: int
+) -> tuple[Tokens, bool]:
+    """Tokens of the follower's context, and whether the end of the draft was cut off because it would exceed ``longest``.
 
     Raises ValueError if prompt and instruction alone are longer.
     """
-    text, ids = draft.text, chat.response(draft.text, True, len(draft.text.encode()))
+    text, cut, ids = draft.text, False, chat.response(draft.text, True, len(draft.text.encode()))
 
     def rendered(text: str) -> Tokens:
         return chat.prompt(
@@ -41,8 +43,8 @@ def follower_context(chat: ChatFormat, prompt: Prompt, draft: Answer, instructio
                 f"the follower's prompt and instruction have {len(context)} tokens, but {longest} fit: raise --data.max_len"
             )
         ids = ids[: len(ids) - (len(context) - longest)] if len(ids) > len(context) - longest else ()
-        text = chat.tokenizer.decode(ids, skip_special_tokens=True)
-    return context
+        text, cut = chat.tokenizer.decode(ids, skip_special_tokens=True), True
+    return context, cut
 
 
 def follower_room(chat: ChatFormat, instruction: str, max_new_tokens: int) -> int:
@@ -101,7 +103,7 @@ class Roles:
             contexts = list(tokens)
             if role == "follower":
                 contexts = [
-                    follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)
+                    follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)[0]
                     for prompt, play in zip(prompts, answers, strict=True)
                 ]
             rollout = self.others.get(role, self.engine)

@@ -114,7 +114,9 @@ def test_every_reader_of_a_prompt_renders_them(chat):
     assert inspect_pairs([pair], chat, limits, name="").groups[0].prompt == wanted
     assert prompts.tokens[0] == wanted
     assert as_group(asked, chat).prompt == wanted
-    draft = follower_context(chat, Prompt("a", CALLED, template_kwargs=TOLD), Answer("So.", False, (1,)), "Again.", 900)
+    draft = follower_context(
+        chat, Prompt("a", CALLED, template_kwargs=TOLD), Answer("So.", False, (1,)), "Again.", 900
+    )[0]
     assert chat.tokenizer.decode(draft).startswith(text.rpartition("<|im_start|>assistant")[0])
     assert rank(asked, [1.0, 0.0], "judge", 1).template_kwargs == TOLD
 
