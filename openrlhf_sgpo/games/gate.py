@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from openrlhf_sgpo import extras
-from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.base import NoSettings
 from openrlhf_sgpo.algorithms.cdpo import CDPO, CDPOSettings
 from openrlhf_sgpo.algorithms.comal import COMAL, COMALSettings
@@ -37,8 +36,10 @@ from openrlhf_sgpo.algorithms.xpo import XPO, XPOSettings
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.games import drive as driver
 from openrlhf_sgpo.games import solutions
+from openrlhf_sgpo.games.check import SKEWED, Check, CheckResult, play
+from openrlhf_sgpo.games.last_iterates import draw_last_iterates
 from openrlhf_sgpo.games.simplex import draw_paths
-from openrlhf_sgpo.games.tabular import GAMES, Array, Game
+from openrlhf_sgpo.games.tabular import GAMES, Game
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.table import aligned
 
@@ -47,48 +48,12 @@ NOISE = 0.1  # share of wrong labels that cDPO, rDPO and SPA assume
 RADIUS = 0.05  # of SGPO's ball; at 0.2 the least worst case lies at a kink, around which gradient descent oscillates
 TEMPERATURE = 3.0  # of the weights of Dr. DPO and KLDPO
 ALPHA = 0.001  # of XPO's bonus
-SKEWED = (0.1, 0.2, 0.7)  # where paths start, far from all solutions
-SETTLED = 1e-8  # a step that moves no logit by more ends a path, or a round: far below all tolerances
 _SGPO = SGPOSettings(radius=RADIUS, refresh_window=driver.OCCURRENCES)
 
 
 @dataclass
 class GateSettings:
-    out: str = setting("", "folder for policy_paths.svg (empty: no plot)")
-
-
-@dataclass(frozen=True)
-class Check:
-    """An algorithm on a game. solution: name of the target. steps: of a round, at most. average: compare the mean over rounds,
-    not the last policy."""
-
-    title: str
-    algorithm: Algorithm
-    solution: str
-    target: Callable[[Game], solutions.Solution]
-    learning_rate: float
-    game: str = "condorcet"
-    steps: int = 4000
-    rounds: int = 1
-    average: bool = False
-    begin: tuple[float, ...] = SKEWED
-    tolerance: float = 1e-4
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    check: Check
-    target: Array
-    reached: Array
-    path: Array
-
-    @property
-    def error(self) -> float:
-        return float(abs(self.reached - self.target).max())
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.check.tolerance
+    out: str = setting("", "folder for policy_paths.svg and last_iterates.svg (empty: no plots)")
 
 
 def _nash_md(coefficient: float) -> Callable[[Game], solutions.Solution]:
@@ -238,23 +203,6 @@ CHECKS = (
 )
 
 
-def play(check: Check) -> CheckResult:
-    """Runs the algorithm from the check's initial policy and compares the policy it reaches with the target."""
-    game = GAMES[check.game]()
-    driven = driver.drive(
-        game,
-        check.algorithm,
-        steps=check.steps,
-        learning_rate=check.learning_rate,
-        rounds=check.rounds,
-        policies=driver.start(game, check.begin),
-        settled=SETTLED,
-    )
-    path = driven.rounds if check.rounds > 1 else driven.policies
-    reached = path[1:].mean(0) if check.average else path[-1]
-    return CheckResult(check, check.target(game).policy, reached, path)
-
-
 def gate_table(results: list[CheckResult]) -> str:
     """One aligned row per check."""
     rows = [["algorithm", "game", "solution", "target", "reached", "error", "tolerance", ""]]
@@ -294,7 +242,8 @@ def run_gate(settings: GateSettings) -> int:
             actions=game.actions,
             title=f"Condorcet paradox, tau = {TAU:g}",
         )
-        print(f"\npaths: {picture}")
+        print(f"\npaths: {picture}\n")
+        print(draw_last_iterates(Path(settings.out)), end="")
     return 0 if all(result.passed for result in results) else 1
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from openrlhf_sgpo import algorithms
 from openrlhf_sgpo.cli.main import main
-from openrlhf_sgpo.games import GAMES, gate, regularised_nash
+from openrlhf_sgpo.games import GAMES, gate, last_iterates, regularised_nash
 
 
 @pytest.mark.slow
@@ -19,7 +19,16 @@ def test_every_algorithm_reaches_its_own_solution(tmp_path, capsys):
     titles = [check.title for check in gate.CHECKS]
     assert [line.split("  ")[0] for line in lines[1 : 1 + len(titles)]] == titles
     assert not any("MISSED" in line for line in lines)
-    assert (tmp_path / "policy_paths.svg").read_text().startswith("<?xml")
+    for picture in ("policy_paths", "last_iterates"):
+        assert (tmp_path / f"{picture}.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+def test_last_iterates_arrive_or_circle():
+    """Half steps and moving references, where long steps keep the others away from the equilibrium."""
+    errors = {check.algorithm.name: gate.play(check).error for check in last_iterates.RUNS}
+    assert errors["egpo"] < 1e-6 and errors["comal"] < 1e-3
+    assert errors["nash_md"] > 0.1 and errors["inpo"] > 0.1
 
 
 def test_every_algorithm_that_samples_has_a_row():
