@@ -103,9 +103,10 @@ def test_the_follower_is_solved_again_after_each_step(tiny_model, pairs, tmp_pat
     assert logged(trainer, "sgpo/radius") == [0.05] * STEPS
     values, plain = logged(trainer, "sgpo/value"), logged(trainer, "sgpo/empirical")
     assert all(value > loss for value, loss in zip(values, plain, strict=True))
-    recent = trainer._algorithm.state_dict()["recent"]
-    assert len(recent) == STEPS * ACCUMULATED * 2
-    assert solve_worst_case(recent, 0.05).value == pytest.approx(values[-1], rel=1e-9)
+    state = trainer._algorithm.state_dict()
+    assert len(state["recent"]) == STEPS * ACCUMULATED * 2
+    worst = solve_worst_case(state["recent"], 0.05, window=state["window"])
+    assert worst.value == pytest.approx(values[-1], rel=1e-9)
     free = trained(tiny_model, pairs, tmp_path / "dpo", algorithm="dpo")
     assert logged(trainer, "loss")[0] == logged(free, "loss")[0], "until the first solution the loss is DPO's"
     assert logged(trainer, "loss")[-1] != logged(free, "loss")[-1]

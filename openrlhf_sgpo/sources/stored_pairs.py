@@ -190,7 +190,7 @@ class StoredPairs(Source):
         )
 
     def begin(self, number: int) -> TrainingStage:
-        """Score the round's pairs, and begin the stage: the follower's answer, whose certificate goes to worst_case.json."""
+        """Score the round's pairs, and begin the stage with the follower's answer."""
         run, config = self.run, self.config
         start, loss_reference = run.policy_before(number), self._loss_reference(number)
         # A seed stage has settings of its own; an algorithm that is made for rounds begins with DPO.
@@ -225,8 +225,6 @@ class StoredPairs(Source):
             if certificate:  # otherwise there is no follower
                 run.ledger.book(f"round_{number}/follower", {}, began)
                 self._certified = certificate | {"margins": margins.tolist()}
-                if run.writes:
-                    write_json(self._certificate(number), self._certified)
         if start != config.ref.model_name_or_path:
             run.scorer.forget(start)
         run.scorer.discard(str(self.folder.policy(number)))
@@ -264,23 +262,29 @@ class StoredPairs(Source):
         return self._batches.step(step)
 
     def measure(self, stage: TrainingStage, trainer: Trainer) -> None:
-        """Add to the certificate of a worst case the margins of up to 1,024 pairs under the policy that was just trained, and
-        V of these pairs before and after. They come from steps spread evenly over the stage."""
-        if self._certified.get("ball") != "worst":
-            return
+        """Write the follower's certificate, if there is one; that of a worst case with what the round has done to V."""
+        if self._certified.get("ball") == "worst":
+            self._certified |= self._after(stage, trainer)
+        if self._certified and self.run.writes:
+            write_json(self._certificate(stage.number), self._certified)
+
+    def _after(self, stage: TrainingStage, trainer: Trainer) -> dict[str, Any]:
+        """Margins of up to 1,024 pairs, from steps spread evenly over the stage, under the policy that was just trained; V of
+        these pairs before and after the stage."""
         assert self._batches is not None
         count = min(stage.last, max(1, MEASURED_AFTER // self.config.train.batch_size))
         measured: dict[int, float] = {}
         for step in torch.linspace(1, stage.last, count).long().unique().tolist():
             samples = self._batches.step(step)
             measured |= zip(samples.index.tolist(), trainer.watched(step, samples).tolist(), strict=True)
-        after = dict(sorted(item for part in ranks.gather(measured) for item in part.items()))
-        before = [self._certified["margins"][pair] for pair in after]
-        figures: dict[str, Any] = {"after": {"pairs": list(after), "margins": list(after.values())}}
-        for name, values in (("value_before", before), ("value_after", list(after.values()))):
-            (figures[name],) = certified_curve(self._certified, values, [self._certified["radius"]])
-        if self.run.writes:
-            write_json(self._certificate(stage.number), self._certified | figures)
+        margins = dict(sorted(item for part in ranks.gather(measured) for item in part.items()))
+        before = [self._certified["margins"][pair] for pair in margins]
+        after = list(margins.values())
+        values = {
+            name: float(certified_curve(self._certified, measured_then, [self._certified["radius"]])[0])
+            for name, measured_then in (("value_before", before), ("value_after", after))
+        }
+        return values | {"after": {"pairs": list(margins), "margins": after}}
 
     def files(self, number: int) -> list[str]:
         return ["policy", *([CERTIFICATE] if self._certificate(number).exists() else [])]
