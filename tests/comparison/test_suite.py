@@ -258,7 +258,7 @@ def test_a_suite_trains_what_is_missing_and_compares(tiny_model, tiny_data, tmp_
     assert "the budgets of trials differ: self 1, sgpo 2" in comparison["warnings"]
     assert not any("samples" in warning or "steps" in warning for warning in comparison["warnings"])
     # Without a follower V is the mean of DPO's loss on the held-out pairs.
-    margins = [read_jsonl(f"{run.folder}/round_1/held_out.jsonl") for run in (first, last)]
+    margins = [read_jsonl(Path(run.folder) / "round_1/held_out.jsonl") for run in (first, last)]
     losses = [[math.log1p(math.exp(-row["margin"])) for row in rows] for rows in margins]
     cost, bought = comparison["worst_case"]["differences"]
     assert (cost["first"], cost["second"], cost["radius"], bought["radius"]) == ("self", "sgpo", 0.0, 0.1)
