@@ -218,9 +218,10 @@ class Answerer:
         ]
 
     def _engine(self, chat: ChatFormat, folder: str) -> Rollout:
-        if self.rollout is None or self._kind != kind_of(folder):
+        kind = kind_of(folder)
+        if self.rollout is None or self._kind != kind:
             self.close()
-            self.rollout, self._kind = start_rollout(self.config, chat, folder), kind_of(folder)
+            self.rollout, self._kind = start_rollout(self.config, chat, folder), kind
         self.rollout.load(folder)
         return self.rollout
 

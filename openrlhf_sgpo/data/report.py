@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -97,10 +97,8 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, sealed with their hash."""
-        shares = [{"share": finding.share} for finding in self.findings]
-        row = asdict(self)
-        row["findings"] = [finding | share for finding, share in zip(row["findings"], shares, strict=True)]
-        return sealed(row)
+        findings = [asdict(finding) | {"share": finding.share} for finding in self.findings]
+        return sealed(asdict(self) | {"findings": findings})
 
     def text(self) -> str:
         """Findings as an aligned table of at most 120 columns (unless ids are long), absent ones in one line."""
@@ -165,15 +163,14 @@ class Tally:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._examples: dict[str, list[str]] = {}
-        self._parts: dict[str, Counter[str]] = {}
+        self._examples: defaultdict[str, list[str]] = defaultdict(list)
+        self._parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, name: str, example: str, parts: Sequence[str] = ()) -> None:
         self._counts[name] += 1
-        self._parts.setdefault(name, Counter()).update(parts)
-        examples = self._examples.setdefault(name, [])
-        if len(examples) < EXAMPLES:
-            examples.append(example)
+        self._parts[name].update(parts)
+        if len(self._examples[name]) < EXAMPLES:
+            self._examples[name].append(example)
 
     def findings(
         self,
@@ -190,8 +187,8 @@ class Tally:
                 count=self._counts[name],
                 of=(of or {}).get(name, rows),
                 limit=None if name in unlimited else getattr(limits, name, None),
-                examples=self._examples.get(name, []),
-                parts=dict(sorted(self._parts.get(name, {}).items())),
+                examples=self._examples[name],
+                parts=dict(sorted(self._parts[name].items())),
             )
             for name in (*LEFT_OUT, *COUNTED)
             if name in names
