@@ -54,7 +54,10 @@ ONCE = ["--algo", f"{__name__}:Once", *REQUIRED]
 LOOP = ["--algo", f"{__name__}:Loop", *REQUIRED, "--data.prompt_dataset", "prompts.jsonl"]
 
 
-MORE = {"inpo": ["--inpo.inverse_step", "0.3"]}
+MORE = {
+    "inpo": ["--inpo.inverse_step", "0.3"],
+    "comal": ["--comal.inverse_step", "0.3", "--comal.reference_rounds", "1"],
+}
 
 
 def problems(*argv: str) -> list[str]:

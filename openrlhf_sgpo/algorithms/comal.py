@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
 from openrlhf_sgpo.flags import setting
@@ -33,6 +33,7 @@ class COMAL(INPO):
     paper = "arXiv 2410.23223"
     summary = "COMAL: INPO whose reference is reset, towards the unregularised Nash equilibrium"
     settings = COMALSettings
+    defaults: ClassVar[dict[str, Any]] = {**INPO.defaults, "rounds.count": 6}
 
     def problems(self, config: Config) -> list[str]:
         problems = super().problems(config)

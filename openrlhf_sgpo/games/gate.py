@@ -20,6 +20,7 @@ from openrlhf_sgpo.algorithms.egpo import EGPO
 from openrlhf_sgpo.algorithms.inpo import INPO, INPOSettings
 from openrlhf_sgpo.algorithms.ipo import IPO, IPOSettings
 from openrlhf_sgpo.algorithms.ipo_md import IPOMD, IPOMDSettings
+from openrlhf_sgpo.algorithms.iter_dpo import IterDPO
 from openrlhf_sgpo.algorithms.kl_dpo import KLDPO, KLDPOSettings
 from openrlhf_sgpo.algorithms.nash_md import NashMD, NashMDSettings
 from openrlhf_sgpo.algorithms.online_dpo import OnlineDPO, OnlineDPOSettings
@@ -28,6 +29,7 @@ from openrlhf_sgpo.algorithms.rdpo import RDPO, RDPOSettings
 from openrlhf_sgpo.algorithms.rloo import RLOO, RLOOSettings
 from openrlhf_sgpo.algorithms.ropo import ROPO, ROPOSettings
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
+from openrlhf_sgpo.algorithms.sgpo_best import SGPOBest, SGPOBestSettings
 from openrlhf_sgpo.algorithms.slhf import SLHF, SLHFSettings
 from openrlhf_sgpo.algorithms.spa import SPA, SPASettings
 from openrlhf_sgpo.algorithms.sppo import SPPO, SPPOSettings
@@ -48,6 +50,7 @@ NOISE = 0.1  # share of wrong labels that cDPO, rDPO and SPA assume
 RADIUS = 0.05  # of SGPO's ball; at 0.2 the least worst case lies at a kink, around which gradient descent oscillates
 TEMPERATURE = 3.0  # of the weights of Dr. DPO and KLDPO
 ALPHA = 0.001  # of XPO's bonus
+_SGPO_BEST = SGPOBestSettings(radius=RADIUS, refresh_window=driver.OCCURRENCES)
 _SGPO = SGPOSettings(radius=RADIUS, refresh_window=driver.OCCURRENCES)
 
 
@@ -129,6 +132,10 @@ def _sgpo(game: Game) -> solutions.Solution:
     return solutions.sgpo(game, TAU, RADIUS, min(rewards) - max(rewards) - 1)
 
 
+def _sgpo_best(game: Game) -> solutions.Solution:
+    return solutions.sgpo_best(game, TAU, RADIUS)
+
+
 def _regularised_nash(game: Game) -> solutions.Solution:
     return solutions.regularised_nash(game, TAU)
 
@@ -175,6 +182,7 @@ CHECKS = (
     Check("ipo, offline", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 0.5, "offline_ipo"),
     Check("ipo, uniform data", IPO(IPOSettings(), TAU), "best response to the data", _offline_ipo, 0.5),
     Check("dpo, uniform data", DPO(NoSettings(), TAU), "Bradley-Terry", _dpo, 500.0),
+    Check("iter_dpo", IterDPO(NoSettings(), TAU), "Bradley-Terry", _dpo, 500.0),
     Check("cdpo", CDPO(CDPOSettings(NOISE), TAU), "DPO's on smoothed labels", _smoothed, 500.0),
     Check("rdpo", RDPO(RDPOSettings(NOISE), TAU), "DPO's on clean labels", _unflipped, 500.0),
     Check("ropo", ROPO(ROPOSettings(), TAU), "its own", _ropo, 100.0, "two_actions_51_49", begin=(0.3, 0.7)),
@@ -199,6 +207,7 @@ CHECKS = (
         "spa, all in doubt", SPA(SPASettings(NOISE, 1.0, [0.0], 0.0), TAU), "DPO's on smoothed labels", _smoothed, 500.0
     ),
     Check("sgpo", SGPO(_SGPO, TAU), "least worst case", _sgpo, 100.0),
+    Check("sgpo_best", SGPOBest(_SGPO_BEST, TAU), "least best case", _sgpo_best, 100.0),
     Check("sgpo, wide window", SGPO(replace(_SGPO, window_pad=1e5), TAU), "Bradley-Terry", _dpo, 100.0),
 )
 
