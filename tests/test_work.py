@@ -1,0 +1,77 @@
+"""The work of a fixed run, counted instead of timed: models loaded, forward passes, and tokens that they compute."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from running import arguments
+
+from openrlhf_sgpo import algorithms, run_settings
+from openrlhf_sgpo.data.records import load_pairs
+from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def count(monkeypatch):
+    """Runs in this process; returns the models loaded, by folder, and the tokens of each forward pass, with gradient (True)
+    and without."""
+    from transformers import AutoModelForCausalLM
+
+    from openrlhf_sgpo.loop import execute
+    from openrlhf_sgpo.training import log_probs
+
+    def run(argv):
+        loaded, tokens = Counter(), {True: [], False: []}
+        load, pack = AutoModelForCausalLM.from_pretrained, log_probs.pack
+
+        def counted_load(folder, *rest, **more):
+            loaded[str(folder)] += 1
+            return load(folder, *rest, **more)
+
+        def counted_pack(groups, device):
+            packing = pack(groups, device)
+            tokens[torch.is_grad_enabled()].append(packing.tokens.numel())
+            return packing
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AutoModelForCausalLM, "from_pretrained", counted_load)
+            patch.setattr(log_probs, "pack", counted_pack)
+            config, options = run_settings.load(argv)
+            execute(config, algorithms.get(config.algo), options)
+        return loaded, tokens
+
+    return run
+
+
+def sizes(model, path):
+    """Tokens of each pair of a file, the prompt once."""
+    chat = ChatFormat(load_tokenizer(str(model), False, "model"), 128)
+    return [len(chat.pair(pair)) for pair in load_pairs(str(path))]
+
+
+CHECK = 14  # tokens of the comparison with the padded layout, once per model in memory
+
+
+def test_work_of_a_stage_on_pairs(count, tiny_model, tiny_data, tmp_path):
+    """24 pairs in 6 steps of 4, which fit into one forward pass each, and 8 held-out pairs before and after."""
+    loaded, tokens = count(arguments(tiny_model, tiny_data, tmp_path / "run", algo="dpo"))
+    pairs, held_out = (sizes(tiny_model, tiny_data[name]) for name in ("pairs", "held_out"))
+    assert len(tokens[True]) == 6 and sum(tokens[True]) == sum(pairs)
+    # The start for two evaluations and the reference of the loss, the trained policy, and its evaluation.
+    assert loaded == {str(tiny_model): 3, str(tmp_path / "run/round_0/policy"): 1}
+    # Every pair under the reference once, held-out pairs under both, and the last micro-batch once more at the end.
+    assert sum(tokens[False]) == sum(pairs) + 2 * sum(held_out) + tokens[True][-1] + CHECK * loaded.total()
+    filled = -(-sum(pairs) // (2 * 512)) + 1 + 2 * (-(-sum(held_out) // (2 * 512)))
+    assert len(tokens[False]) <= filled + 1 + loaded.total()
+
+
+def test_work_of_a_run_in_rounds(count, tiny_model, tiny_data, tmp_path):
+    """Every policy is loaded to evaluate it, to rank answers, to be trained further, and to measure its divergence."""
+    loaded, tokens = count(arguments(tiny_model, tiny_data, tmp_path / "run"))
+    policies = [loaded[str(tmp_path / f"run/round_{number}/policy")] for number in (0, 1, 2)]
+    assert policies == [4, 4, 2], loaded
+    assert len(tokens[True]) == 6 + 2 * 3, "one forward pass for each optimiser step"
