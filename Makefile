@@ -57,8 +57,13 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: .venv/.dev
+benchmark: .venv/.dev build/peers/trl build/smollm2/config.json  ## the follower three ways; steps and scoring beside OpenRLHF and TRL
 	$(BIN)/python measurements/worst_case.py
+	$(BIN)/python measurements/steps.py
+
+# Beside the locked stack, which has all that it needs.
+build/peers/trl: | .venv/.installed
+	$(BIN)/pip install -q --no-deps --target build/peers trl==1.16.0
 
 clean:
 	rm -rf .venv build runs

@@ -101,7 +101,7 @@ def evaluate_policy(run: Run, evaluator: Evaluator, number: int | None) -> dict[
         policy = run.config.model.model_name_or_path if number is None else str(run.folder.policy(number))
         previous = None if number is None else run.policy_before(number)
         name = "start" if number is None else f"round {number}"
-        with run.stage(f"{path.name}/evaluate") as cost:
+        with run.stage(f"{path.name}/evaluate") as cost, run.scorer.holding():
             row = {"name": name, **evaluator.preferences(name, policy, path)}
             if run.samples:
                 row["probe"] = evaluator.sync(name, policy, previous)

@@ -21,7 +21,7 @@ _EQUIVALENTS = {
     "lora_dropout": "--ds.lora.dropout",
     "lora_target_modules": "--ds.lora.target_modules",
     "deepspeed": "--ds.zero_stage",
-    "padding_free": "--ds.packing_samples",
+    "padding_free": "--train.layout auto, the default",
     "dataset_name": "--data.dataset",
     "dataset_train_split": "--data.dataset_split",
     "dataset_test_split": "--eval.split, of --eval.dataset",

@@ -7,6 +7,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,6 +68,17 @@ class Scorer:
         while self._held:
             _engine(self._held.popitem()[1]).destroy()
         release_memory()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Inside, models that score several times are loaded once. Not on a GPU, whose memory engines need in between."""
+        before, self.resident = self.resident, self.resident or not torch.cuda.is_available()
+        try:
+            yield
+        finally:
+            if self.resident and not before:
+                self.close()
+            self.resident = before
 
     def forget(self, model: str) -> None:
         """Drop a model's results from memory."""
