@@ -219,7 +219,7 @@ class TRL(Method):
             trainer.data_collator(dataset[start : start + MICRO_BATCH]) for start in range(0, PAIRS, MICRO_BATCH)
         ]
         optimizer = trainer.create_optimizer()
-        model = trainer.accelerator.prepare(trainer.model)
+        model = trainer.model
         trainer.current_gradient_accumulation_steps = len(batches)
 
         def step() -> float:
