@@ -380,19 +380,21 @@ def main() -> None:
     processor = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     machine = f"{processor.split(':')[1].strip()}, {os.cpu_count()} cores, 1 thread, torch {torch.__version__}"
     print(f"{machine}, {platform.system()}")
-    result: dict[str, Any] = {"machine": machine, "steps": [], "scoring": []}
+    result: dict[str, Any] = {"machine": machine, "steps": [], "scoring": [], "memory": []}
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(Path(folder), arguments.model, arguments.layers)
         for shape in arguments.shapes:
             rows = time_steps(shape, models, arguments.repeats, names)
-            if shape == arguments.shapes[0]:
-                for row in rows:
-                    row["peak_gib"] = measured_apart(row["method"], shape, folder)
             print_table(rows)
             result["steps"] += rows
             write(Path(arguments.out), result)
         result["scoring"] = time_scoring(models, arguments.repeats)
         print_table(result["scoring"])
+        write(Path(arguments.out), result)
+        for name in names:
+            gib = measured_apart(name, arguments.shapes[0], folder)
+            result["memory"].append({"shape": arguments.shapes[0], "method": name, "peak_gib": gib})
+        print_table(result["memory"])
     write(Path(arguments.out), result)
     print(f"written: {arguments.out}")
 
