@@ -142,7 +142,9 @@ class JudgeSettings(ServerSettings):
 @dataclass
 class TrainSettings:
     batch_size: int = setting(32, "pairs or prompts per optimiser step, over all ranks", low=1)
-    micro_batch_size: int = setting(1, "pairs or prompts per forward pass and rank", low=1)
+    micro_batch_size: int = setting(
+        1, "pairs or prompts per padded forward pass and rank; see --train.max_tokens", low=1
+    )
     max_epochs: int = setting(1, "epochs over a round's pairs", low=1)
     max_steps: int = setting(
         0,
