@@ -275,8 +275,6 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
 
 def _check_together(config: Config, options: Any, algorithm: type[Algorithm]) -> list[str]:
     """Problems of the algorithm's settings in combination with the shared ones."""
-    if not algorithm.fresh_answers:
-        return []
     try:
         return algorithm(options, config.model.beta).problems(config)
     except ValueError as error:

@@ -19,6 +19,7 @@ BUILT_INS = {
     "sym_po": "openrlhf_sgpo.algorithms.sym_po:SymPO",
     "dr_dpo": "openrlhf_sgpo.algorithms.dr_dpo:DrDPO",
     "kl_dpo": "openrlhf_sgpo.algorithms.kl_dpo:KLDPO",
+    "w_dpo": "openrlhf_sgpo.algorithms.w_dpo:WDPO",
     "sgpo": "openrlhf_sgpo.algorithms.sgpo:SGPO",
     "sgpo_best": "openrlhf_sgpo.algorithms.sgpo_best:SGPOBest",
     "sgpo_transport": "openrlhf_sgpo.algorithms.sgpo_transport:SGPOTransport",

@@ -60,6 +60,8 @@ class PairBatch:
     chosen_length, rejected_length: response tokens, shape (batch,); None in a drop-in loss.
     extrapolated_chosen, extrapolated_rejected: detached log-probabilities under the extrapolated logits, see
     ``PairAlgorithm.extrapolation``; None if it is 0.
+    embeddings: input embeddings of (prompt, chosen) and (prompt, rejected) of each pair in turn, shape (2 * batch, T, D), from
+    which the policy's log-probabilities were computed; None unless the algorithm ``reads_embeddings``.
     weight, chosen_probability: of the pairs, shape (batch,); None if all are 1. The trainer applies them to the loss.
     """
 
@@ -72,6 +74,7 @@ class PairBatch:
     rejected_length: Tensor | None = None
     extrapolated_chosen: Tensor | None = None
     extrapolated_rejected: Tensor | None = None
+    embeddings: Tensor | None = None
     weight: Tensor | None = None
     chosen_probability: Tensor | None = None
 
@@ -178,11 +181,13 @@ class Algorithm(Generic[Batch]):
 class PairAlgorithm(Algorithm[PairBatch]):
     """Base class of algorithms that learn from stored pairs: human pairs, and those annotated in rounds.
 
-    Class attribute: ``label_columns``, columns of the data (``weight``, ``chosen_probability``) that the trainer may apply to
+    Class attributes: ``label_columns``, columns of the data (``weight``, ``chosen_probability``) that the trainer may apply to
     the loss. They have no meaning where the loss of a pair depends on other pairs, or on which label is the right one.
+    ``reads_embeddings``: the loss differentiates by ``PairBatch.embeddings``.
     """
 
     label_columns: ClassVar[tuple[str, ...]] = ("weight", "chosen_probability")
+    reads_embeddings: ClassVar[bool] = False
 
     # If this is lambda > 0 after begin_stage, batches have the log-probabilities under softmax of
     # (1 + lambda) * (logits of the policy) - lambda * (logits of the loss's reference), for one more forward pass of each.

@@ -14,6 +14,7 @@ from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch
 from openrlhf_sgpo.data.records import LABEL_COLUMNS, Pair
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.openrlhf import DistributedSampler
+from openrlhf_sgpo.training.embedded import embedded_log_probs
 from openrlhf_sgpo.training.log_probs import (
     Predictions,
     extrapolated_log_probs,
@@ -141,7 +142,11 @@ class PairForward:
 
     def batch(self, model: Actor, samples: PairSamples, step: int) -> PairBatch:
         """What the loss reads, with gradient."""
-        log_probs, extrapolated = self._log_probs(model, samples)
+        extrapolated, more = None, dict(samples.labels)
+        if self.algorithm.reads_embeddings:
+            log_probs, more["embeddings"] = embedded_log_probs(model, samples.groups, self.pad_token_id)
+        else:
+            log_probs, extrapolated = self._log_probs(model, samples)
         lengths = [[len(response) for response in group.responses] for group in samples.groups]
         policy_chosen, policy_rejected = log_probs.view(-1, 2).T
         reference_chosen, reference_rejected = samples.reference.to(log_probs.device).T
@@ -155,7 +160,7 @@ class PairForward:
             chosen_length,
             rejected_length,
             *((None, None) if extrapolated is None else extrapolated.view(-1, 2).T),
-            **{name: values.to(log_probs.device) for name, values in samples.labels.items()},
+            **{name: values.to(log_probs.device) for name, values in more.items()},
         )
 
     def losses(self, batch: PairBatch) -> Tensor:

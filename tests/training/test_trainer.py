@@ -10,6 +10,7 @@ import torch
 from openrlhf_sgpo.algorithms.base import NoSettings, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
+from openrlhf_sgpo.algorithms.w_dpo import WDPO, WDPOSettings
 
 
 def upstream_losses(config, tiny_data, tokenizer):
@@ -211,3 +212,22 @@ def test_a_saved_policy_has_the_trained_log_probabilities(make_config, groups, t
             expected.append(log_probs[len(group.prompt) - 1 :].sum())
     tolerance = 1e-3 if dtype == "fp32" else 0.5
     torch.testing.assert_close(trained, torch.stack(expected), rtol=0, atol=tolerance)
+
+
+@pytest.mark.slow
+def test_w_dpo_trains_the_same_however_it_is_cut_and_sharded(make_config, groups, tokenizer, tmp_path):
+    """Micro-batches of one and of four, ZeRO 0 and 2, recomputed activations; with adapters it trains too."""
+
+    def losses(name, **changes):
+        config = make_config(ds__attn_implementation="eager", train__max_steps=4, **changes)
+        return our_losses(config, groups, tokenizer, tmp_path / name, WDPO(WDPOSettings(0.05), 0.1))[0]
+
+    expected = losses("whole", train__micro_batch_size=4)
+    assert losses("single", train__micro_batch_size=1) == pytest.approx(expected, abs=1e-4)
+    assert losses("sharded", ds__zero_stage=2) == pytest.approx(expected, abs=1e-4)
+    assert losses("recomputed", model__gradient_checkpointing_enable=True) == pytest.approx(expected, abs=1e-4)
+    config = make_config(ds__attn_implementation="eager", train__max_steps=4)
+    without = our_losses(config, groups, tokenizer, tmp_path / "dpo", WDPO(WDPOSettings(0.0), 0.1))[0]
+    assert expected[0] > without[0] + 0.01
+    adapted = losses("adapted", ds__lora__rank=4)
+    assert adapted[0] == pytest.approx(expected[0], abs=1e-4) and adapted != expected
