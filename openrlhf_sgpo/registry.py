@@ -8,10 +8,18 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 Base = TypeVar("Base")
+
+
+@cache
+def _entry_points(path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
+    """Of the packages on the path; finding them reads a file of each."""
+    return importlib.metadata.entry_points()
 
 
 class Registry(Generic[Base]):
@@ -37,7 +45,7 @@ class Registry(Generic[Base]):
 
     def names(self) -> list[str]:
         """Registered names: the built-ins, then the entry points in alphabetical order."""
-        entry_points = {entry.name for entry in importlib.metadata.entry_points(group=self.group)}
+        entry_points = {entry.name for entry in _entry_points(tuple(sys.path)).select(group=self.group)}
         return [*self.built_ins, *sorted(entry_points - self.built_ins.keys())]
 
     def origin(self, name: str) -> str:
@@ -73,7 +81,7 @@ class Registry(Generic[Base]):
     def _claims(self, name: str) -> dict[str, str]:
         """The sources that claim a name, by target, because packages may list the same class twice."""
         claims = {self.built_ins[name]: "built in"} if name in self.built_ins else {}
-        for entry in importlib.metadata.entry_points(group=self.group, name=name):
+        for entry in _entry_points(tuple(sys.path)).select(group=self.group, name=name):
             source = entry.dist.name if entry.dist is not None else "an unnamed distribution"
             claims.setdefault(f"{entry.module}:{entry.attr}", f"entry point of {source}")
         return claims

@@ -15,10 +15,13 @@ import openrlhf_sgpo  # noqa: F401 - before torch, because it says how OpenMP wa
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+gc.disable()  # until everything is imported
+
+
 def pytest_collection_finish() -> None:
     """Everything is imported now: the collections that engines and checkpoints ask for pass over these million objects."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 TEMPLATE = (
