@@ -17,8 +17,8 @@ Base = TypeVar("Base")
 
 
 @cache
-def _entry_points(path: tuple[str, ...]) -> importlib.metadata.EntryPoints:
-    """Of the packages on the path; finding them reads a file of each."""
+def _entry_points(path: tuple[str, ...]) -> Any:
+    """``EntryPoints`` of all packages on the path; finding them reads a file of each."""
     return importlib.metadata.entry_points()
 
 
