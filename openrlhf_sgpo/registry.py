@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -16,9 +17,14 @@ from typing import Any, Generic, TypeVar
 Base = TypeVar("Base")
 
 
+def _entry_points() -> Any:
+    """``EntryPoints`` of all packages. They are read again only where a folder of ``sys.path`` has changed."""
+    folders = filter(os.path.isdir, map(os.path.abspath, sys.path))
+    return _read_entry_points(tuple((folder, os.stat(folder).st_mtime_ns) for folder in folders))
+
+
 @cache
-def _entry_points(path: tuple[str, ...]) -> Any:
-    """``EntryPoints`` of all packages on the path; finding them reads a file of each."""
+def _read_entry_points(folders: tuple[tuple[str, int], ...]) -> Any:
     return importlib.metadata.entry_points()
 
 
@@ -45,7 +51,7 @@ class Registry(Generic[Base]):
 
     def names(self) -> list[str]:
         """Registered names: the built-ins, then the entry points in alphabetical order."""
-        entry_points = {entry.name for entry in _entry_points(tuple(sys.path)).select(group=self.group)}
+        entry_points = {entry.name for entry in _entry_points().select(group=self.group)}
         return [*self.built_ins, *sorted(entry_points - self.built_ins.keys())]
 
     def origin(self, name: str) -> str:
@@ -81,7 +87,7 @@ class Registry(Generic[Base]):
     def _claims(self, name: str) -> dict[str, str]:
         """The sources that claim a name, by target, because packages may list the same class twice."""
         claims = {self.built_ins[name]: "built in"} if name in self.built_ins else {}
-        for entry in _entry_points(tuple(sys.path)).select(group=self.group, name=name):
+        for entry in _entry_points().select(group=self.group, name=name):
             source = entry.dist.name if entry.dist is not None else "an unnamed distribution"
             claims.setdefault(f"{entry.module}:{entry.attr}", f"entry point of {source}")
         return claims

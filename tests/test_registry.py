@@ -1,6 +1,7 @@
 """The registry of algorithms: built-ins, entry points, module:Class, and what is wrong with each."""
 
 import importlib
+import importlib.metadata
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -79,6 +80,21 @@ def install(folder: Path, distribution: str, *entries: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("\n".join([f"[{algorithms.ENTRY_POINT_GROUP}]", *entries, ""]))
     importlib.invalidate_caches()
+
+
+def test_packages_are_read_once_until_one_is_installed(folder, monkeypatch):
+    scans = []
+    read = importlib.metadata.entry_points
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda: scans.append(1) or read())
+    install(folder, "zoo", "good = third_party:Good")
+    algorithms.get("good")  # its module leaves its compiled form in the folder
+    scans.clear()
+    for _ in range(3):
+        assert algorithms.get("good").name == "good" and "other" not in algorithms.names()
+    assert len(scans) <= 1
+    install(folder, "circus", "other = third_party:Other")
+    scans.clear()
+    assert "other" in algorithms.names() and len(scans) == 1
 
 
 def test_built_ins_are_lazy_and_first(folder, monkeypatch):
