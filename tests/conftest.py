@@ -14,8 +14,12 @@ import openrlhf_sgpo  # noqa: F401 - before torch, because it says how OpenMP wa
 # A shell starts jobs in the background with SIGINT ignored, and their children inherit that. Some tests interrupt children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
 gc.disable()  # until everything is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a time limit of their own are the longest. They come first, or one process would end long after the other."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
 def pytest_collection_finish() -> None:
