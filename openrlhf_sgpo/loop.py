@@ -13,7 +13,7 @@ from shlex import quote
 from typing import Any
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.algorithms.base import Algorithm
+from openrlhf_sgpo.algorithms import AlgorithmType, PlayAlgorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.evaluator import Evaluator
 from openrlhf_sgpo.output import Progress
@@ -27,13 +27,15 @@ from openrlhf_sgpo.table import results_table
 from openrlhf_sgpo.training.trainer import Trainer
 
 
-def execute(config: Config, algorithm: type[Algorithm[Any]], options: Any) -> list[dict[str, Any]]:
+def execute(config: Config, algorithm: AlgorithmType, options: Any) -> list[dict[str, Any]]:
     """Runs all stages that are not finished yet. Returns the rows of the results table, beginning with the start.
 
     Raises ValueError for everything the user can fix, before a model is loaded if it can be known by then.
     """
     run = Run(config, algorithm, options)
-    source: Source = FreshAnswers(run) if algorithm.fresh_answers else StoredPairs(run)
+    source: Source = (
+        FreshAnswers(run, algorithm) if issubclass(algorithm, PlayAlgorithm) else StoredPairs(run, algorithm)
+    )
     run.open(source.numbers, source.plan())
     try:
         evaluator = Evaluator(run)

@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 
 from openrlhf_sgpo import flags, oracle, ranks
 from openrlhf_sgpo.algorithms.base import Algorithm
-from openrlhf_sgpo.algorithms.plays import PlayAlgorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Prompt, fingerprint
 from openrlhf_sgpo.data.report import require
@@ -177,12 +176,9 @@ class Run:
         write_json(self.folder.path / "data_report.json", [report.to_dict() for report in self.data.reports])
         if source:
             take_over(source, self.folder)
-        algorithm, earlier = self.algorithm(self.options, self.config.model.beta), 1
-        if isinstance(algorithm, PlayAlgorithm):
-            earlier = max(earlier, algorithm.reference_rounds)
-        elif self.config.rounds.judge_reference == "previous":
-            earlier = 2
-        check_rounds(self.folder, policies=earlier)
+        algorithm = self.algorithm(self.options, self.config.model.beta)
+        judged_by = 2 if self.config.rounds.judge_reference == "previous" else 1
+        check_rounds(self.folder, policies=max(judged_by, algorithm.reference_rounds))
         for lost, known in {
             METRICS: not forget_metrics(self.folder),
             "ledger.json": self.folder.path.joinpath("ledger.json").exists()

@@ -82,7 +82,7 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
     return config, options
 
 
-def read(argv: Sequence[str]) -> tuple[type[Algorithm], flags.Parsed]:
+def read(argv: Sequence[str]) -> tuple[algorithms.AlgorithmType, flags.Parsed]:
     """The algorithm and the unchecked settings of its run. Raises flags.SettingsError as ``load`` does."""
     name = flags.peek(argv, "algo")
     try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeAlias, cast
 
 from openrlhf_sgpo.algorithms.base import Algorithm, PairAlgorithm
 from openrlhf_sgpo.algorithms.plays import PlayAlgorithm
 from openrlhf_sgpo.registry import Registry
 
+AlgorithmType: TypeAlias = type[PairAlgorithm] | type[PlayAlgorithm]
 ENTRY_POINT_GROUP = "openrlhf_sgpo.algorithms"
 
 BUILT_INS = {
@@ -53,6 +55,15 @@ def _complaint(algorithm: type[Algorithm]) -> str | None:
 
 
 _registry = Registry("algorithm", ENTRY_POINT_GROUP, BUILT_INS, Algorithm, _complaint)
-names, origin, get = _registry.names, _registry.origin, _registry.get
+names, origin = _registry.names, _registry.origin
 
-__all__ = ["BUILT_INS", "ENTRY_POINT_GROUP", "Algorithm", "PairAlgorithm", "PlayAlgorithm", "get", "names", "origin"]
+
+def get(name: str) -> AlgorithmType:
+    """The algorithm of a registered name or a ``module:Class``. Raises ValueError as ``Registry.get`` does."""
+    return cast(AlgorithmType, _registry.get(name))  # _complaint has seen to it
+
+
+__all__ = [
+    *("BUILT_INS", "ENTRY_POINT_GROUP", "Algorithm", "AlgorithmType", "PairAlgorithm", "PlayAlgorithm"),
+    *("get", "names", "origin"),
+]

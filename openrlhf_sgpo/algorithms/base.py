@@ -128,6 +128,21 @@ class Algorithm(Generic[Batch]):
         self.options = options
         self.beta = beta
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The role that gives each answer of a step, in order; none if the algorithm learns from stored pairs."""
+        return ()
+
+    @property
+    def follower_prompt(self) -> str:
+        """The instruction for the role ``follower``, after prompt and draft."""
+        return ""
+
+    @property
+    def reference_rounds(self) -> int:
+        """Rounds after which the policy of that moment becomes the reference (0: it stays the initial one)."""
+        return 0
+
     @classmethod
     def option_problems(cls, options: Any) -> list[str]:
         """Problems with a combination of settings, each naming its flag; empty if there are none. Needs no torch."""

@@ -92,16 +92,6 @@ class PlayAlgorithm(Algorithm[Plays]):
         return 0.0
 
     @property
-    def reference_rounds(self) -> int:
-        """Rounds after which the policy of that moment becomes the reference (0: it stays the initial one)."""
-        return 0
-
-    @property
-    def follower_prompt(self) -> str:
-        """The instruction for the role ``follower``, after prompt and draft."""
-        return ""
-
-    @property
     def adapters(self) -> dict[Role, str]:
         """The LoRA adapter of each role, if roles have separate weights; empty if they share one set."""
         return {}

@@ -57,7 +57,7 @@ def train(argv: list[str]) -> int:
     return 0
 
 
-def run(settings: Config, algorithm: type[algorithms.Algorithm], options: Any) -> list[dict[str, Any]]:
+def run(settings: Config, algorithm: algorithms.AlgorithmType, options: Any) -> list[dict[str, Any]]:
     """Run the training that these settings describe; returns the rows of its results table.
 
     Raises ValueError if a package is missing, before the other packages are loaded."""

@@ -216,7 +216,6 @@ def drive(
     import torch
 
     from openrlhf_sgpo.algorithms.base import Algorithm, Stage
-    from openrlhf_sgpo.algorithms.plays import PlayAlgorithm
 
     policies = start(game) if policies is None else policies
     # The hooks take no weights: each sample is repeated by its share of ``OCCURRENCES``, with its value after the step.
@@ -226,7 +225,7 @@ def drive(
         batch, weights = _batch(game, algorithm, policies, samples, generator)
         return algorithm.watched(batch).detach().repeat_interleave((OCCURRENCES * weights).round().long())
 
-    reset = algorithm.reference_rounds if isinstance(algorithm, PlayAlgorithm) else 0
+    reset = algorithm.reference_rounds
     parameters = [policies.policy, policies.follower]
     generator = torch.Generator().manual_seed(seed)
     leaders, followers = ([parameter.detach().clone()] for parameter in parameters)

@@ -62,11 +62,8 @@ def follower_room(chat: ChatFormat, instruction: str, max_new_tokens: int) -> in
 
 def prompt_room(algorithm: type[Algorithm[Any]], options: Any, config: Config, chat: ChatFormat) -> int:
     """Tokens that a prompt must leave for everything that is sampled after it in a run of this algorithm."""
-    room = config.rollout.max_new_tokens
-    if not issubclass(algorithm, PlayAlgorithm):
-        return room
-    play = algorithm(options, config.model.beta)
-    return follower_room(chat, play.follower_prompt, room) if "follower" in play.roles else room
+    room, made = config.rollout.max_new_tokens, algorithm(options, config.model.beta)
+    return follower_room(chat, made.follower_prompt, room) if "follower" in made.roles else room
 
 
 class Roles:

@@ -48,12 +48,13 @@ class FreshAnswers(Source):
     training = "play"
     shown: ClassVar[dict[str, str]] = {"loss": "loss", "wins": "wins", "grad_norm": "grad_norm"}
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, algorithm: type[PlayAlgorithm]):
         super().__init__(run)
+        self.algorithm = algorithm
         self._check_scores()
         taken = run.data.held_out_prompts
         self.prompts = [prompt for prompt in run.data.prompts.prompts if prompt_key(prompt.messages) not in taken]
-        check_sizes(self.config, run.algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
+        check_sizes(self.config, algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
         self.weights = self.folder.path / "engine_weights"
         self._synced = 0
         self._others: dict[Role, HuggingFaceRollout] = {}
@@ -61,8 +62,7 @@ class FreshAnswers(Source):
     def _check_scores(self) -> None:
         """Raises ValueError if the algorithm reads scores of answers and the oracle has none."""
         run, name = self.run, self.config.oracle
-        algorithm = run.algorithm(run.options, self.config.model.beta)
-        assert isinstance(algorithm, PlayAlgorithm)
+        algorithm = self.algorithm(run.options, self.config.model.beta)
         if algorithm.scored and not issubclass(oracles.get(name), RewardOracle):
             raise ValueError(
                 f"--oracle {name} compares answers and gives them no scores, which --algo {algorithm.name} reads with these "
@@ -100,8 +100,7 @@ class FreshAnswers(Source):
 
     def begin(self, number: int) -> TrainingStage:
         run, config = self.run, self.config
-        algorithm = run.algorithm(run.options, config.model.beta)
-        assert isinstance(algorithm, PlayAlgorithm)
+        algorithm = self.play = self.algorithm(run.options, config.model.beta)
         steps, before = config.rounds.steps, run.policy_before(number)
         algorithm.begin_stage(Stage(None, number, steps, config.train.seed + number))
         clock = Stopwatch()
@@ -138,8 +137,6 @@ class FreshAnswers(Source):
         )
 
     def restore(self, stage: TrainingStage, trainer: Trainer, step: int) -> None:
-        assert isinstance(stage.algorithm, PlayAlgorithm)
-        self.play = stage.algorithm
         self.trainer = trainer
         self.number = stage.number
         self._rewind(step)

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.algorithms.base import Algorithm, NoSettings, PairAlgorithm, Stage
+from openrlhf_sgpo.algorithms.base import NoSettings, PairAlgorithm, Stage
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.inspection import prompt_key
@@ -54,13 +54,14 @@ class StoredPairs(Source):
     training = "train"
     shown: ClassVar[dict[str, str]] = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, algorithm: type[PairAlgorithm]):
         super().__init__(run)
+        self.algorithm = algorithm
         self.data = run.data
         available = len(self.data.prompts.prompts)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))  # there is no process group yet
-        check_sizes(self.config, run.algorithm, len(self.data.human.pairs), available, world_size)
-        check_labels(self.config, run.algorithm, self.data.human.pairs)
+        check_sizes(self.config, algorithm, len(self.data.human.pairs), available, world_size)
+        check_labels(self.config, algorithm, self.data.human.pairs)
         self.prompt_counts = prompt_counts(self.config, available) if self.config.rounds.count else []
         self._shuffled: list[Prompt] | None = None
         self._batches: PairBatches | None = None
@@ -195,15 +196,15 @@ class StoredPairs(Source):
         start, loss_reference = run.policy_before(number), self._loss_reference(number)
         # A seed stage has settings of its own; an algorithm that is made for rounds begins with DPO.
         is_seed = number == 0 and config.rounds.count > 0
-        with_dpo = is_seed and run.algorithm.needs.rounds
-        algorithm = DPO(NoSettings(), config.model.beta) if with_dpo else run.algorithm(run.options, config.model.beta)
-        assert isinstance(algorithm, PairAlgorithm)
+        with_dpo = is_seed and self.algorithm.needs.rounds
+        beta = config.model.beta
+        algorithm: PairAlgorithm = DPO(NoSettings(), beta) if with_dpo else self.algorithm(run.options, beta)
         epochs = stage_epochs(number, config)
         learning_rate = config.seed.lr if is_seed else config.adam.lr
 
         first = 0 if config.rounds.data == "all" else number
         pairs = [pair for k in range(first, number + 1) for pair in self._read_pairs(k)]
-        pairs, groups = self._tokenize(run.algorithm.pairs(pairs, run.chat))
+        pairs, groups = self._tokenize(self.algorithm.pairs(pairs, run.chat))
         label, world_size = f"round {number}", distributed.get_world_size()
         if reason := too_few(len(groups), epochs, config, world_size):
             raise ValueError(f"{label}: {reason}, and add --resume")
@@ -351,9 +352,8 @@ class StoredPairs(Source):
         return load_run_pairs(str(self.folder.round(number) / "pairs.jsonl"))
 
 
-def check_labels(config: Config, algorithm: type[Algorithm], pairs: Sequence[Pair]) -> None:
+def check_labels(config: Config, algorithm: type[PairAlgorithm], pairs: Sequence[Pair]) -> None:
     """Raises ValueError if the algorithm's loss would see human pairs with columns that have no meaning for it."""
-    assert issubclass(algorithm, PairAlgorithm)
     if config.rounds.count and algorithm.needs.rounds and config.rounds.data == "new":
         return  # only the seed stage, which is DPO, trains on human pairs
     for column in LABEL_COLUMNS:
