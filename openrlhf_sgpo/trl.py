@@ -41,8 +41,8 @@ class DPOConfig(trl.DPOConfig):
 class DPOTrainer(trl.DPOTrainer):
     """TRL's ``DPOTrainer`` with a pair loss of this package; every other argument, setting and metric is TRL's.
 
-    There is no stage that begins with known margins: the follower of ``sgpo`` is solved on the latest margins of all ranks, in
-    a support window around them, after every ``refresh_steps`` optimiser steps, and until the first of them the loss is DPO's.
+    There is no stage that begins with known margins: the follower of ``sgpo`` is solved on the latest margins of all ranks,
+    after every ``refresh_steps`` optimiser steps, in the support window of the first solution. Until then the loss is DPO's.
     Its certificate is among the logs (``sgpo/value``, ``sgpo/gap``, ...). Its state is in every checkpoint of TRL's, so
     ``train(resume_from_checkpoint=...)`` goes on with the same follower.
 

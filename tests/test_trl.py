@@ -176,6 +176,7 @@ def test_other_pair_losses_train(tiny_model, pairs, tmp_path, algorithm):
         ({"algorithm_settings": {"refresh_steps": 0}}, "--sgpo.refresh_steps 0: here the follower has nothing"),
         ({"algorithm_settings": {"prox": 0.5}}, "--sgpo.prox 0.5: where margins were"),
         ({"algorithm": "spa"}, "--spa.extrapolation needs two models"),
+        ({"algorithm": "w_dpo"}, "--w_dpo.rho 1.0 needs the input embeddings"),
         ({"algorithm": "slhf"}, "--algo slhf samples in every step"),
         ({"algorithm": "sgpo_transport"}, "--algo sgpo_transport moves each pair"),
         ({"algorithm": "preference_model"}, "--algo preference_model trains on pairs of its own making"),

@@ -39,6 +39,12 @@ class WDPO(PairAlgorithm):
     defaults: ClassVar[dict[str, Any]] = {"ds.attn_implementation": "eager"}
     reads_embeddings: ClassVar[bool] = True
 
+    @classmethod
+    def drop_in_problems(cls, options: WDPOSettings) -> list[str]:
+        if not options.rho:
+            return []
+        return [f"--w_dpo.rho {options.rho} needs the input embeddings of the pairs: use openrlhf-sgpo train"]
+
     def problems(self, config: Config) -> list[str]:
         problems = []
         if config.ds.attn_implementation != "eager":
