@@ -148,7 +148,10 @@ def test_files_stay_readable(path):
     ("module", "absent"),
     [
         ("openrlhf_sgpo, openrlhf_sgpo.config, openrlhf_sgpo.algorithms.sgpo, openrlhf_sgpo.cli.main", "torch"),
-        ("openrlhf_sgpo.dro, openrlhf_sgpo.dro.losses", "cvxpy scipy transformers openrlhf deepspeed ray vllm"),
+        (
+            "openrlhf_sgpo.dro, openrlhf_sgpo.dro.losses, openrlhf_sgpo.drop_in.loss",
+            "cvxpy scipy transformers openrlhf deepspeed ray vllm trl",
+        ),
         ("openrlhf_sgpo.data, openrlhf_sgpo.data.seed", "torch datasets"),
         ("openrlhf_sgpo.games", "torch scipy matplotlib"),
     ],
