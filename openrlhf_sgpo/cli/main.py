@@ -241,13 +241,14 @@ def main(argv: list[str] | None = None) -> int:
             if os.getcwd() not in sys.path:
                 sys.path.append(os.getcwd())
             if command in COMMANDS:
-                code = COMMANDS[command](arguments)
+                try:
+                    code = COMMANDS[command](arguments)
+                except flags.HelpAsked as asked:
+                    print(asked)
+                    code = 0
                 ending.part_from_other_ranks()
                 sys.stdout.flush()
                 return code
-        except flags.HelpAsked as asked:
-            print(asked)
-            return 0
         except (Exception, KeyboardInterrupt) as error:
             return ending.explain(error, argv)
         finally:
