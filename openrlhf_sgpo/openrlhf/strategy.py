@@ -111,6 +111,12 @@ class Strategy(DeepspeedStrategy):
 class CpuDeepspeedStrategy(Strategy):
     """The strategy for gloo and CPU tensors; everything that is not overridden is OpenRLHF's."""
 
+    def get_ds_train_config(self, *args: Any, **settings: Any) -> dict:
+        return _gathered_in_turn(super().get_ds_train_config(*args, **settings))
+
+    def get_ds_eval_config(self, *args: Any, **settings: Any) -> dict:
+        return _gathered_in_turn(super().get_ds_eval_config(*args, **settings))
+
     def setup_distributed(self, timeout: timedelta = timedelta(minutes=60)) -> None:
         if self.full_determinism:
             transformers.enable_full_determinism(self.seed)
@@ -138,6 +144,13 @@ class CpuDeepspeedStrategy(Strategy):
         parts = [torch.zeros_like(tensor) for _ in range(self.world_size)]
         distributed.all_gather(parts, tensor)
         return torch.cat(parts)
+
+
+def _gathered_in_turn(settings: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed gathers several weights at once and then waits for the last of them only, which is enough on a GPU, where a
+    stream keeps their order. Gloo's threads do not: now and then a forward pass would read a weight that had not arrived."""
+    settings["zero_optimization"]["stage3_allgather_sequential"] = True
+    return settings
 
 
 def _engine(model: Any) -> Any:

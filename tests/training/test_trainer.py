@@ -231,3 +231,9 @@ def test_w_dpo_trains_the_same_however_it_is_cut_and_sharded(make_config, groups
     assert expected[0] > without[0] + 0.01
     adapted = losses("adapted", ds__lora__rank=4)
     assert adapted[0] == pytest.approx(expected[0], abs=1e-4) and adapted != expected
+
+
+def test_weights_are_gathered_in_turn_on_a_cpu(make_resources):
+    strategy = make_resources(ds__zero_stage=3).strategy
+    for settings in (strategy.get_ds_train_config(), strategy.get_ds_eval_config()):
+        assert settings["zero_optimization"]["stage3_allgather_sequential"]
