@@ -34,6 +34,16 @@ def check_figures(figures: Mapping[str, Any], place: str, dtype: str) -> None:
             raise in_training(place, f"the {name} is {value}", dtype)
 
 
+def check_margins(margins: Tensor, place: str = "") -> None:
+    """Raises NotFiniteError if a margin is not finite. For the trainers of other packages, which would go on and save the
+    policy. place: what the message begins with."""
+    if not margins.isfinite().all():
+        raise NotFiniteError(
+            f"{place}the margins of a batch are not finite, so the policy, or its reference, is lost: go on from a checkpoint "
+            "before, with a lower learning rate, or in bf16 instead of fp16, or without the batch's rows"
+        )
+
+
 def weight_not_finite(model: nn.Module) -> str:
     """The first parameter with a value that is not finite, empty if all are finite; with ZeRO-3, of this rank's values."""
     import torch

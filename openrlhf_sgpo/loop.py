@@ -119,9 +119,10 @@ def write_results(run: Run, rows: list[dict[str, Any]]) -> None:
     to go on with."""
     if not run.writes:
         return
-    table = "\n".join([results_table(rows, run.ledger.stages), *verdict(read_moments(run.folder.path)), ""])
+    moments = read_moments(run.folder.path)
+    table = "\n".join([results_table(rows, run.ledger.stages), *verdict(moments), ""])
     write_text(run.folder.path / "table.txt", table)
-    report = write_report(run.folder.path)
+    report = write_report(run.folder.path, moments)
     folder = run.config.ckpt.output_dir
     policy = os.path.join(folder, run.folder.round(run.numbers[-1]).name, "policy")
     start = quote(f"start={run.config.model.model_name_or_path}")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch, Stage
-from openrlhf_sgpo.finite import NotFiniteError
+from openrlhf_sgpo.data.records import LABEL_COLUMNS
+from openrlhf_sgpo.finite import check_margins
 
 STATE = "algorithm.pt"  # in every checkpoint, beside TRL's files
 
@@ -80,10 +81,8 @@ class DPOTrainer(trl.DPOTrainer):
             outputs.append(model(**arguments))
             return outputs[-1]
 
-        precompute, self.precompute_ref_logps = (
-            self.precompute_ref_logps,
-            True,
-        )  # TRL takes the reference from the inputs
+        # TRL then takes the reference from the inputs.
+        precompute, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
             result = super()._compute_loss(recorded, inputs, return_outputs)
         finally:
@@ -113,11 +112,7 @@ class DPOTrainer(trl.DPOTrainer):
         if self.accelerator.sync_gradients:
             watched, margins = torch.cat(self._step_margins).T
             self._step_margins.clear()
-            if not margins.isfinite().all():
-                raise NotFiniteError(
-                    f"step {self.state.global_step + 1}: a margin is not finite, so the policy or its reference is lost: go on "
-                    "from the checkpoint before, with a lower learning rate, or in bf16 instead of fp16"
-                )
+            check_margins(margins, f"step {self.state.global_step + 1}: ")
             for name, value in self._algorithm.after_step(watched).items():
                 self._metrics["train"][name].append(value)
         return loss
@@ -158,10 +153,11 @@ def _checked(args: DPOConfig, train_dataset: Any) -> tuple[type[PairAlgorithm], 
             )
     if args.loss_type != ["sigmoid"]:
         problems.append(f"loss_type {args.loss_type}: algorithm={args.algorithm} takes its place, leave it out")
-    for column in {"weight", "chosen_probability"} & set(getattr(train_dataset, "column_names", None) or []):
-        problems.append(f"column {column} of train_dataset: TRL drops it; remove it, or use openrlhf-sgpo train")
-    if problems:
-        raise ValueError("\n".join(problems))
+    columns = getattr(train_dataset, "column_names", None) or []
+    for column in LABEL_COLUMNS:
+        if column in columns:
+            problems.append(f"column {column} of train_dataset: TRL drops it; remove it, or use openrlhf-sgpo train")
+    flags.refuse(problems)
     return algorithm, options
 
 

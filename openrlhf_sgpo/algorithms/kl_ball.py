@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
+from openrlhf_sgpo.algorithms.recent import drawn, followed_by
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,9 +71,7 @@ class KLBall(PairAlgorithm):
         import torch
 
         margins = torch.zeros(1) if stage.margins is None else stage.margins
-        # The latest margins replace these, in an order that must not depend on the order of the data.
-        order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(stage.seed))
-        self._recent = margins.detach()[order[: self.options.window]]
+        self._recent = drawn(margins, self.options.window, stage.seed)
         self._update_level()
         return {}
 
@@ -87,11 +86,8 @@ class KLBall(PairAlgorithm):
 
     def after_step(self, watched: Tensor) -> dict[str, Any]:
         """Take the level of the latest margins. Metrics: this level, and the largest weight of the step's pairs under it."""
-        import torch
-
         latest = watched.detach().cpu()
-        recent = latest if self._recent is None else torch.cat([self._recent, latest])
-        self._recent = recent[-self.options.window :].clone()  # a view would put all earlier steps into checkpoints
+        self._recent = followed_by(self._recent, latest, self.options.window)
         self._update_level()
         weights = ((dpo_loss(latest) - self._level) / self.temperature).exp().clamp(max=self.max_weight)
         return {f"{self.name}/level": self._level, f"{self.name}/largest_weight": weights.max().item()}

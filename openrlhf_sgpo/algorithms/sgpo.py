@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from openrlhf_sgpo.algorithms.base import Needs, PairAlgorithm, PairBatch, Stage
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
+from openrlhf_sgpo.algorithms.recent import drawn, followed_by
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -100,17 +101,13 @@ class SGPO(PairAlgorithm):
 
         Raises SaturatedBallError if the ball moves everything, ValueError for margins that are not finite.
         """
-        import torch
-
         margins = stage.margins
         if margins is None:
             return {}
         self._window = None
         self._solution = self._solve(margins)
         self._start = margins.detach()
-        # The latest margins replace these, in an order that must not depend on the order of the data.
-        order = torch.randperm(len(margins), generator=torch.Generator().manual_seed(stage.seed))
-        self._recent = margins.detach()[order[: self.options.refresh_window]]
+        self._recent = drawn(margins, self.options.refresh_window, stage.seed)
         return self._solution.certificate()
 
     def loss(self, batch: PairBatch) -> Tensor:
@@ -126,13 +123,9 @@ class SGPO(PairAlgorithm):
 
     def after_step(self, watched: Tensor) -> dict[str, Any]:
         """Keep the latest margins and, every ``refresh_steps`` steps, solve the follower on them again."""
-        import torch
-
         if not (self.options.refresh_steps and self.options.radius):
             return {}
-        latest = watched.detach().cpu()  # where the follower takes milliseconds and checkpoints are loaded
-        recent = latest if self._recent is None else torch.cat([self._recent, latest])
-        self._recent = recent[-self.options.refresh_window :]
+        self._recent = followed_by(self._recent, watched, self.options.refresh_window)
         self._steps += 1
         if self._steps % self.options.refresh_steps:
             return {}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from openrlhf_sgpo.algorithms.base import Needs, PairAlgorithm, PairBatch, Stage
 from openrlhf_sgpo.algorithms.cdpo import cdpo_loss
+from openrlhf_sgpo.algorithms.recent import followed_by
 from openrlhf_sgpo.flags import setting
 
 if TYPE_CHECKING:
@@ -156,12 +157,9 @@ class SPA(PairAlgorithm):
     def after_step(self, watched: Tensor) -> dict[str, Any]:
         """Add the step's detection margins, shape (train.batch_size,). Metrics: the share of these pairs that the loss
         smoothed, and the next step's threshold if it is finite."""
-        import torch
-
         latest = watched.detach().cpu()
         metrics = {"spa/noisy_share": self._noisy(latest).double().mean().item()}
-        recent = latest if self._recent is None else torch.cat([self._recent, latest])
-        self._recent = recent[-self.options.window :].clone()  # a view would put all earlier steps into checkpoints
+        self._recent = followed_by(self._recent, latest, self.options.window)
         self._steps += 1
         self._update_threshold()
         if math.isfinite(self._threshold):  # JSON has no infinity

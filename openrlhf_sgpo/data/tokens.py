@@ -112,9 +112,8 @@ class ChatFormat:
         self.model = ""
         # One shared int object per vocabulary entry: the tokens of 60,000 pairs would otherwise take gigabytes.
         self._ids = list(range(1 + max(tokenizer.get_vocab().values())))
-        self._prompts: dict[
-            bytes, tuple[int, ...]
-        ] = {}  # inspection, rollout, oracle and training ask for the same ones
+        # Inspection, rollout, oracle and training ask for the same prompts.
+        self._prompts: dict[bytes, tuple[int, ...]] = {}
         # Responses are tokenized after the text that the template puts before them: alone, some tokenizers (SentencePiece)
         # would start each with a space that the policy never sampled.
         self._anchor = self.template.opening

@@ -8,7 +8,7 @@ from torch import Tensor, distributed, nn
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.sgpo import SGPO, SGPOSettings
-from openrlhf_sgpo.finite import NotFiniteError
+from openrlhf_sgpo.finite import check_margins
 
 
 class SGPOLoss(nn.Module):
@@ -25,9 +25,7 @@ class SGPOLoss(nn.Module):
     def __init__(self, beta: float, settings: SGPOSettings | None = None):
         super().__init__()
         settings = settings or SGPOSettings()
-        problems = flags.out_of_range({SGPO.name: settings}) + SGPO.drop_in_problems(settings)
-        if problems:
-            raise ValueError("\n".join(problems))
+        flags.refuse(flags.out_of_range({SGPO.name: settings}) + SGPO.drop_in_problems(settings))
         self.beta = beta
         self.algorithm = SGPO(settings, beta)
 
@@ -40,17 +38,13 @@ class SGPOLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(mean loss, rewards of chosen (batch,), rewards of rejected (batch,)), the rewards detached, as DPOLoss has it.
 
-        Raises NotFiniteError on every rank if a margin in training is not finite: OpenRLHF's trainer would go on, and save it.
+        Raises NotFiniteError on every rank if a margin in training is not finite.
         """
         batch = PairBatch(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
         loss = self.algorithm.loss(batch).mean()
         if torch.is_grad_enabled():  # evaluation must not move the follower
             margins = _over_ranks(batch.margins(self.beta).detach()).cpu()
-            if not margins.isfinite().all():
-                raise NotFiniteError(
-                    "the margins of a batch are not finite, so that the policy, or its reference, is lost: go on from a "
-                    "checkpoint before, with a lower learning rate, or in bf16 instead of fp16, or without the batch's rows"
-                )
+            check_margins(margins)
             self.algorithm.after_step(margins)
         chosen = self.beta * (policy_chosen_logps - reference_chosen_logps).detach()
         rejected = self.beta * (policy_rejected_logps - reference_rejected_logps).detach()

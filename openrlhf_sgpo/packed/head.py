@@ -162,12 +162,15 @@ class Head:
             del module.forward
 
 
+def log_softmax_at(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits)[target], shape of ``targets``, of logits (..., vocabulary)."""
+    return logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+
+
 def log_probs_from(head: Callable[[Tensor], Tensor], temperature: float, states: Tensor, targets: Tensor) -> Tensor:
     """Log-probabilities (T,) by way of the logits (T, vocabulary)."""
     logits = head(states)
-    if temperature != 1:
-        logits = logits / temperature
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    return log_softmax_at(logits if temperature == 1 else logits / temperature, targets)
 
 
 def in_chunks(function: Callable[..., Tensor], vocabulary: int, *tensors: Tensor) -> Tensor:

@@ -7,17 +7,21 @@ three pages.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from openrlhf_sgpo import extras
+from openrlhf_sgpo.report.moments import Moment
 from openrlhf_sgpo.run_folder import write_text
 
 REPORT = "report.html"
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, moments: Sequence[Moment] | None = None) -> Path:
     """Write ``folder``/report.html for a run (resolved_config.yaml), comparison (comparison.json) or leaderboard
-    (leaderboard.json). Raises ValueError if the folder is none of these, or plotly is not installed."""
+    (leaderboard.json). moments: of a run, where they have been read already. Raises ValueError if the folder is none of these,
+    or plotly is not installed."""
     if problem := extras.missing("plotly"):
         raise ValueError(f"{REPORT}: {problem}")
     folder = folder.absolute()
@@ -26,7 +30,9 @@ def write_report(folder: Path) -> Path:
     elif (folder / "leaderboard.json").is_file():
         from openrlhf_sgpo.report.leaderboard_page import leaderboard_page as page
     elif (folder / "resolved_config.yaml").is_file():
-        from openrlhf_sgpo.report.run_page import run_page as page
+        from openrlhf_sgpo.report.run_page import run_page
+
+        page = partial(run_page, moments=moments)
     else:
         raise ValueError(
             f"{folder} has none of resolved_config.yaml, comparison.json and leaderboard.json: give the folder of a run, a "

@@ -28,15 +28,16 @@ from openrlhf_sgpo.table import FIGURES, STAGES, measured_differently, plus_minu
 PLAYS_SHOWN = 4
 
 
-def run_page(folder: Path) -> Markup:
-    """The page of the run in ``folder``. Raises ValueError if its settings are not those of a run."""
+def run_page(folder: Path, moments: Sequence[Moment] | None = None) -> Markup:
+    """The page of the run in ``folder``, whose moments are read unless they are given. Raises ValueError if its settings are
+    not those of a run."""
     settings = read_configuration(folder / STORED)
     if "algo" not in settings:  # refinements, comparisons and leaderboards have such a file too
         raise ValueError(
             f"{folder} is not a training run, and has neither comparison.json nor leaderboard.json: a comparison or "
             "leaderboard writes them, and its page, when it ends"
         )
-    moments = read_moments(folder)
+    moments = read_moments(folder) if moments is None else moments
     ledger = read_ledger(folder / "ledger.json")
     seconds = ledger["total"].get("seconds")
     ended = (folder / "table.txt").is_file()

@@ -106,8 +106,8 @@ class FreshAnswers(Source):
         clock = Stopwatch()
         every = algorithm.reference_rounds
         moved = (number - 1) // every * every if every else 0
-        reference = str(self.folder.policy(moved)) if moved else config.ref.model_name_or_path
-        folders = {"reference": reference, "previous": before}
+        self.reference = str(self.folder.policy(moved)) if moved else config.ref.model_name_or_path
+        folders = {"reference": self.reference, "previous": before}
         return TrainingStage(
             number,
             algorithm,
@@ -275,7 +275,7 @@ class FreshAnswers(Source):
     def _folders(self) -> dict[Role, str]:
         """Folders with the weights of each role when the round begins."""
         folders = dict.fromkeys(self.play.roles, self.run.policy_before(self.number))
-        folders["reference"] = self.config.ref.model_name_or_path
+        folders["reference"] = self.reference
         if self.number > 1:
             before = self.folder.round(self.number - 1)
             folders |= {role: str(before / role) for role in self.play.adapters}
@@ -283,12 +283,14 @@ class FreshAnswers(Source):
 
     def _other_rollouts(self, policy: str) -> dict[Role, HuggingFaceRollout]:
         """The rollouts of the reference and of its mixture with this policy, if they answer. They stay in memory."""
-        shares: dict[Role, float] = {"reference": 0.0, "mixture": self.play.mixture}
-        for role in set(self.play.roles) & {"reference", *(["mixture"] if self.play.mixture else [])}:
-            folder = self.config.ref.model_name_or_path if role == "reference" else policy
-            if role not in self._others:
-                self._others[role] = HuggingFaceRollout(self.config, self.run.chat, folder, shares[role])
-            self._others[role].load(folder)
+        others: dict[Role, tuple[str, float]] = {"reference": (self.reference, 0.0)}
+        if self.play.mixture:
+            others["mixture"] = policy, self.play.mixture
+        for role, (folder, share) in others.items():
+            if role in self.play.roles:
+                if role not in self._others:
+                    self._others[role] = HuggingFaceRollout(self.config, self.run.chat, folder, share)
+                self._others[role].load(folder)
         return self._others
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openrlhf_sgpo.data.tokens import Group
-from openrlhf_sgpo.packed.head import Head, in_chunks, log_probs_from
+from openrlhf_sgpo.packed.head import Head, in_chunks, log_probs_from, log_softmax_at
 from openrlhf_sgpo.training.packing import pack, padded_rows
 
 if TYPE_CHECKING:
@@ -136,8 +136,7 @@ def extrapolated_log_probs(policy: Predictions, reference: Predictions, extrapol
 
     def extrapolated(of_policy: Tensor, of_reference: Tensor, targets: Tensor) -> Tensor:
         values = policy.head(of_policy)
-        values = values + extrapolation * (values - reference.head(of_reference))
-        return values.gather(-1, targets[:, None])[:, 0] - values.logsumexp(-1)
+        return log_softmax_at(values + extrapolation * (values - reference.head(of_reference)), targets)
 
     return policy.sums(in_chunks(extrapolated, policy.head.vocabulary, policy.states, reference.states, policy.targets))
 

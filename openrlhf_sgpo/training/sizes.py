@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.config import Config, TrainSettings
-from openrlhf_sgpo.flags import SettingsError
+from openrlhf_sgpo.flags import refuse
 
 
 def optimiser_steps(pairs: int, epochs: int, train: TrainSettings, world_size: int) -> int:
@@ -71,7 +71,7 @@ def check_sizes(
             )
         if reason := without_learning_rate(config.rounds.count * config.rounds.steps, config):
             problems.append(f"--rounds.steps {config.rounds.steps}: {reason}")
-        raise_all(problems)
+        refuse(problems)
         return
     if pairs is not None and config.seed.size > pairs:
         problems.append(f"--seed.size {config.seed.size} exceeds the {pairs} pairs of --data.dataset; lower it")
@@ -86,9 +86,4 @@ def check_sizes(
     for number, count in enumerate(counts if config.rounds.data == "new" else [], start=1):
         if reason := too_few(count, config.train.max_epochs, config, world_size):
             problems.append(f"round {number} with {count} prompts: {reason}")
-    raise_all(problems)
-
-
-def raise_all(problems: list[str]) -> None:
-    if problems:
-        raise SettingsError(*problems)
+    refuse(problems)

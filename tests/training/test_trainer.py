@@ -233,7 +233,18 @@ def test_w_dpo_trains_the_same_however_it_is_cut_and_sharded(make_config, groups
     assert adapted[0] == pytest.approx(expected[0], abs=1e-4) and adapted != expected
 
 
-def test_weights_are_gathered_in_turn_on_a_cpu(make_resources):
-    strategy = make_resources(ds__zero_stage=3).strategy
-    for settings in (strategy.get_ds_train_config(), strategy.get_ds_eval_config()):
-        assert settings["zero_optimization"]["stage3_allgather_sequential"]
+@pytest.mark.slow
+def test_weights_are_gathered_in_turn_on_a_cpu(make_config, groups, tokenizer, tmp_path, monkeypatch):
+    """DeepSpeed's other way starts them all, and waits for one."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    gathered = []
+    in_turn = Init._allgather_params_sequential
+    monkeypatch.setattr(Init, "_allgather_params_coalesced", lambda *_, **__: pytest.fail("all at once"))
+    monkeypatch.setattr(
+        Init,
+        "_allgather_params_sequential",
+        lambda self, weights, **more: gathered.append(len(weights)) or in_turn(self, weights, **more),
+    )
+    our_losses(make_config(ds__zero_stage=3), groups, tokenizer, tmp_path, DPO(NoSettings(), 0.1))
+    assert max(gathered) > 1, "several at a time were asked for"
