@@ -68,6 +68,17 @@ def check_loaded(model: nn.Module, folder: str, dtype: str) -> None:
     ranks.raise_together(problem if name else None)
 
 
+def check_saved(model: nn.Module, place: str) -> None:
+    """Raises NotFiniteError on every rank if the trainer of another package is about to save a weight that is not finite: a
+    step with finite margins may lead there. Collective."""
+    name = weight_not_finite(model)
+    problem = NotFiniteError(
+        f"{place}: the weight {name} is not finite, so the policy is not saved: go on from a checkpoint before, with a lower "
+        "learning rate, or in bf16 instead of fp16"
+    )
+    ranks.raise_together(problem if name else None)
+
+
 def check_trained(actor: Any, log_probs: Tensor, place: str, dtype: str) -> None:
     """Raises ``in_training`` on every rank if a weight or log-probability of the actor is not finite. Collective."""
     problem = f"the weight {name} is not finite" if (name := weight_not_finite(actor)) else ""

@@ -14,7 +14,7 @@ from torch import Tensor
 from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.algorithms.base import PairAlgorithm, PairBatch, Stage
 from openrlhf_sgpo.data.records import LABEL_COLUMNS
-from openrlhf_sgpo.finite import check_margins
+from openrlhf_sgpo.finite import check_margins, check_saved
 
 STATE = "algorithm.pt"  # in every checkpoint, beside TRL's files
 
@@ -48,7 +48,8 @@ class DPOTrainer(trl.DPOTrainer):
     ``train(resume_from_checkpoint=...)`` goes on with the same follower.
 
     args: a ``DPOConfig`` of this module. Raises ValueError before a model is loaded for settings that are out of range, do not
-    go together, or need the rounds of ``openrlhf-sgpo train``; NotFiniteError on every rank if a margin is not finite.
+    go together, or need the rounds of ``openrlhf-sgpo train``; NotFiniteError on every rank if a margin, or a weight
+    that would be saved, is not finite.
     """
 
     def __init__(self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, **kwargs: Any):
@@ -116,6 +117,10 @@ class DPOTrainer(trl.DPOTrainer):
             for name, value in self._algorithm.after_step(watched).items():
                 self._metrics["train"][name].append(value)
         return loss
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        check_saved(self.model, f"step {self.state.global_step}")
+        super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

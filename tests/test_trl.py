@@ -18,6 +18,7 @@ from peft import LoraConfig  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from openrlhf_sgpo import solve_worst_case  # noqa: E402
+from openrlhf_sgpo.finite import NotFiniteError  # noqa: E402
 from openrlhf_sgpo.trl import DPOConfig, DPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -37,7 +38,16 @@ def pairs():
 
 
 def trained(
-    tiny_model, pairs, folder, trainer_class=DPOTrainer, config_class=DPOConfig, resume=None, adapter=None, **settings
+    tiny_model,
+    pairs,
+    folder,
+    trainer_class=DPOTrainer,
+    config_class=DPOConfig,
+    resume=None,
+    adapter=None,
+    rate=1e-3,
+    save_steps=2,
+    **settings,
 ):
     """The trainer after its steps."""
     config = config_class(
@@ -45,10 +55,10 @@ def trained(
         max_steps=STEPS,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=ACCUMULATED,
-        learning_rate=1e-3,
+        learning_rate=rate,
         lr_scheduler_type="constant",
         logging_steps=1,
-        save_steps=2,
+        save_steps=save_steps,
         beta=0.1,
         report_to=[],
         use_cpu=True,
@@ -110,6 +120,17 @@ def test_the_follower_is_solved_again_after_each_step(tiny_model, pairs, tmp_pat
     free = trained(tiny_model, pairs, tmp_path / "dpo", algorithm="dpo")
     assert logged(trainer, "loss")[0] == logged(free, "loss")[0], "until the first solution the loss is DPO's"
     assert logged(trainer, "loss")[-1] != logged(free, "loss")[-1]
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "problem"),
+    [(2, r"step 2: the weight model\.\S+ is not finite"), (STEPS, "step 3: the margins of a batch are not finite")],
+)
+def test_a_policy_that_is_lost_is_not_saved(tiny_model, pairs, tmp_path, save_steps, problem):
+    """The second step has a gradient that is not finite, and margins that are."""
+    with pytest.raises(NotFiniteError, match=problem):
+        trained(tiny_model, pairs, tmp_path, rate=1e30, save_steps=save_steps)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_resumed_training_is_the_same_to_the_bit(tiny_model, pairs, tmp_path):

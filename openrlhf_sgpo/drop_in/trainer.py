@@ -6,6 +6,7 @@ from typing import Any
 
 from openrlhf_sgpo.algorithms.sgpo import SGPOSettings
 from openrlhf_sgpo.drop_in.loss import SGPOLoss
+from openrlhf_sgpo.finite import check_saved
 from openrlhf_sgpo.openrlhf import DPOTrainer
 
 
@@ -15,3 +16,9 @@ class SGPOTrainer(DPOTrainer):
     def __init__(self, *args: Any, settings: SGPOSettings | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.loss_fn = SGPOLoss(self.beta, settings)
+
+    def save_logs_and_checkpoints(self, args: Any, global_step: int, *rest: Any, **more: Any) -> None:
+        """Raises NotFiniteError on every rank in place of a checkpoint whose weights are not finite."""
+        if global_step % args.ckpt.save_steps == 0:
+            check_saved(self.model, f"step {global_step}")
+        super().save_logs_and_checkpoints(args, global_step, *rest, **more)

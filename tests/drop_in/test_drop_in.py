@@ -77,3 +77,16 @@ def test_margins_that_are_not_finite_stop_training():
         lost[0] = torch.full_like(lost[0], torch.nan)
         with pytest.raises(NotFiniteError, match="go on from a checkpoint before, with a lower learning rate"):
             loss(*lost)
+
+
+def test_a_policy_that_is_lost_is_not_saved():
+    from types import SimpleNamespace
+
+    from openrlhf_sgpo import SGPOTrainer
+    from openrlhf_sgpo.finite import NotFiniteError
+
+    trainer = SGPOTrainer.__new__(SGPOTrainer)
+    trainer.model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(trainer.model.bias, torch.inf)
+    with pytest.raises(NotFiniteError, match="step 10: the weight bias is not finite, so the policy is not saved"):
+        trainer.save_logs_and_checkpoints(SimpleNamespace(ckpt=SimpleNamespace(save_steps=5)), 10, None)
