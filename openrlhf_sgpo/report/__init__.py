@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openrlhf_sgpo import extras
-from openrlhf_sgpo.report.moments import Moment
 from openrlhf_sgpo.run_folder import write_text
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.report.moments import Moment
 
 REPORT = "report.html"
 
