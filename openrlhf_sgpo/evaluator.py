@@ -6,15 +6,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
 from openrlhf_sgpo import ranks
+from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.data.messages import template_columns
 from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.data.tokens import Group
+from openrlhf_sgpo.dro import saving, support_of
 from openrlhf_sgpo.intervals import scores, share_error, standard_error
 from openrlhf_sgpo.oracle import Answer, Question
 from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.run import Run
-from openrlhf_sgpo.run_folder import read_jsonl, write_jsonl
+from openrlhf_sgpo.run_folder import CERTIFICATE, RunFolder, read_json, read_jsonl, write_jsonl
 from openrlhf_sgpo.training.log_probs import implicit_margins
 from openrlhf_sgpo.training.probe import check_weights_arrived
 
@@ -155,3 +159,36 @@ class Evaluator:
         wins = [matrix[0][1] for matrix in oracle.preferences(questions, f"{name}: compare")]
         cost |= {count: total - before[count] for count, total in oracle.usage().items()}
         return {"win_rate": mean(wins), "win_rate_error": standard_error(wins)}
+
+
+def worst_case(folder: RunFolder, algorithm: type[Algorithm[Any]], number: int | None) -> dict[str, Any]:
+    """V of the policy after a round, and of DPO on the human pairs, which is the policy after round 0: on their held-out pairs,
+    at the radius and with the space and tangents of the round's certificate, and without a follower (radius 0). The support
+    reaches 1 beyond the margins of all policies so far. Only files are read.
+
+    Empty for a round without a worst case, a run whose seed stage is not DPO, and without held-out pairs that all policies were
+    measured on.
+    """
+    path = folder.round(number) / CERTIFICATE
+    if not number or not algorithm.needs.rounds or not path.exists():
+        return {}
+    certificate = read_json(path)
+    if certificate.get("ball") != "worst":
+        return {}
+    files = [folder.round(earlier) / "held_out.jsonl" for earlier in (None, *range(number + 1))]
+    measured = [{row["id"]: row["margin"] for row in read_jsonl(file)} if file.exists() else {} for file in files]
+    pairs = [key for key in measured[-1] if all(key in margins for margins in measured)]
+    if not pairs:
+        return {}
+    tables = [torch.tensor([margins[key] for key in pairs], dtype=torch.float64) for margins in measured]
+    _, dpo, *_, policy = tables
+    problem = {
+        "space": certificate["space"],
+        "pieces": certificate["pieces"],
+        "window": support_of(tables, certificate["space"]),
+    }
+    figures: dict[str, Any] = {"pairs": len(pairs), "radius": certificate["radius"], **problem}
+    for name, radius in (("loss", 0.0), ("value", certificate["radius"])):
+        value, of_dpo, saved, error = saving(policy, dpo, radius, **problem)
+        figures |= {name: value, f"dpo_{name}": of_dpo, f"{name}_saved": saved, f"{name}_saved_error": error}
+    return {"worst_case": figures}

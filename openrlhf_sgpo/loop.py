@@ -15,7 +15,7 @@ from typing import Any
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.algorithms import AlgorithmType, PlayAlgorithm
 from openrlhf_sgpo.config import Config
-from openrlhf_sgpo.evaluator import Evaluator
+from openrlhf_sgpo.evaluator import Evaluator, worst_case
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.report import write_report
 from openrlhf_sgpo.report.moments import read_moments, verdict
@@ -109,7 +109,7 @@ def evaluate_policy(run: Run, evaluator: Evaluator, number: int | None) -> dict[
                 row["probe"] = evaluator.sync(name, policy, previous)
                 row |= evaluator.samples(name, policy, path, cost)
             if run.writes:
-                write_json(path / "evaluation.json", row)
+                write_json(path / "evaluation.json", row | worst_case(run.folder, run.algorithm, number))
         run.finish(number, "evaluate", {}, ["evaluation.json", "held_out.jsonl", "samples.jsonl"])
     return ranks.from_rank_0(read_json(path / "evaluation.json") if run.writes else None)
 

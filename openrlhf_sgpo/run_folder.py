@@ -38,6 +38,7 @@ STORED = "resolved_config.yaml"
 DATA = "data.json"
 METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
+CERTIFICATE = "worst_case.json"
 TABLE = "table.txt"
 KEEP = "restore it from a copy, or start again in another folder"
 # How a server is reached, which does not affect its answers; a resumed run may find it elsewhere.

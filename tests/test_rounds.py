@@ -147,6 +147,14 @@ def test_a_certificate_has_the_margins_after_the_round_and_v_before_and_after(ru
         assert certificate[name] == pytest.approx(worst.value, abs=1e-12)
     assert certificate["value_after"] < certificate["value_before"]
 
+    # On the held-out pairs the policy stands beside DPO on the human pairs, in the same support and at the same radius.
+    figures = json.loads((folder / "round_1/evaluation.json").read_text())["worst_case"]
+    assert figures["radius"] == certificate["radius"]
+    for name, place in (("value", "round_1"), ("dpo_value", "round_0")):
+        held_out = torch.tensor([row["margin"] for row in read_jsonl(folder / place / "held_out.jsonl")]).double()
+        worst = solve_worst_case(held_out, figures["radius"], window=tuple(figures["window"]))
+        assert figures[name] == pytest.approx(worst.value, abs=1e-6)
+
 
 @pytest.mark.slow
 def test_what_an_engine_drew_is_what_is_scored_and_trained(run, tiny_model):

@@ -9,7 +9,7 @@ import torch
 
 from openrlhf_sgpo.comparison.compared_runs import RunGroup
 from openrlhf_sgpo.comparison.head_to_head import Row
-from openrlhf_sgpo.dro import influences, worst_case_curve
+from openrlhf_sgpo.dro import influences, support_of, worst_case_curve
 from openrlhf_sgpo.intervals import two_level_mean
 from openrlhf_sgpo.report.robustness import radii_up_to
 
@@ -35,8 +35,7 @@ def worst_cases(groups: Sequence[RunGroup]) -> Row | None:
         name: [torch.tensor([run[key] for key in ids], dtype=torch.float64) for run in runs]
         for name, runs in margins.items()
     }
-    least, most = torch.stack([run for runs in tables.values() for run in runs]).aminmax()
-    window = (float(least) - 1.0, float(most) + 1.0)
+    window = support_of(run for runs in tables.values() for run in runs)
     places = radii_up_to(max(radii.values()))
     curves = {
         name: np.mean([worst_case_curve(run, places, window=window) for run in runs], axis=0).tolist()

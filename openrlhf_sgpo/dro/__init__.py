@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo.dro.best import BestCase, solve_best_case
-from openrlhf_sgpo.dro.curve import influences, worst_case_curve
+from openrlhf_sgpo.dro.curve import influences, saving, support_of, worst_case_curve
 from openrlhf_sgpo.dro.solve import WorstCase, solve_worst_case
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ __all__ = [
     "WorstCase",
     "influences",
     "program",
+    "saving",
     "slsqp",
     "solve_best_case",
     "solve_worst_case",
+    "support_of",
     "worst_case_curve",
 ]

@@ -11,8 +11,8 @@ with the exact loss is DPO's, and beyond the last kink V stays at what the suppo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ from torch import Tensor
 from openrlhf_sgpo.dro.instance import read_instance
 from openrlhf_sgpo.dro.losses import loss_value, space_variable
 from openrlhf_sgpo.dro.solve import solve_worst_case
+from openrlhf_sgpo.intervals import standard_error
 
 
 def worst_case_curve(
@@ -90,4 +91,41 @@ def influences(
     return worst.slope * radius + torch.maximum(stays, at_edge - worst.slope * (values - edge).clamp_min(0.0))
 
 
-__all__ = ["certified_curve", "influences", "worst_case_curve"]
+class Saving(NamedTuple):
+    """V of a policy and of a base on the same pairs; base - value, what the policy saves, and its standard error over the pairs
+    (None for a single pair)."""
+
+    value: float
+    base: float
+    saved: float
+    error: float | None
+
+
+def saving(
+    margins: Tensor,
+    base: Tensor,
+    radius: float,
+    *,
+    space: str = "margin",
+    pieces: int | None = None,
+    window: tuple[float, float] | None = None,
+) -> Saving:
+    """V of two policies at a radius, from their margins of the same pairs, each (N,), in one support: pass the ``window``. The
+    other arguments and errors are those of ``solve_worst_case``, the standard error is that of ``influences``."""
+    shares, base_shares = (
+        influences(values, radius, space=space, pieces=pieces, window=window) for values in (margins, base)
+    )
+    gains = base_shares - shares
+    return Saving(float(shares.mean()), float(base_shares.mean()), float(gains.mean()), standard_error(gains.tolist()))
+
+
+def support_of(margins: Iterable[Tensor], space: str = "margin") -> tuple[float, float]:
+    """A support for policies that are compared: [0, 1] in probability space, otherwise 1 beyond the smallest and the largest
+    margin of all of them."""
+    if space == "probability":
+        return 0.0, 1.0
+    least, most = (float(bound) for bound in torch.cat(list(margins)).aminmax())
+    return least - 1.0, most + 1.0
+
+
+__all__ = ["Saving", "certified_curve", "influences", "saving", "support_of", "worst_case_curve"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from openrlhf_sgpo.report.verdict import run_verdict
 from openrlhf_sgpo.run_check import check_ended, check_metrics, check_round
-from openrlhf_sgpo.run_folder import RunFolder, read_json, read_jsonl
+from openrlhf_sgpo.run_folder import CERTIFICATE, RunFolder, read_json, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _moment(run: RunFolder, number: int | None) -> Moment:
     def rows(file: str) -> list[dict[str, Any]]:
         return read_jsonl(path / file) if file in written else []
 
-    certificate = read("worst_case.json")
+    certificate = read(CERTIFICATE)
     labels = stages.get("pairs", {}).get("label_accuracy")
     row = read("evaluation.json") | {"value": certificate.get("value"), "label_accuracy": labels}
     margins = {row["id"]: row["margin"] for row in rows("held_out.jsonl")}

@@ -4,7 +4,6 @@ costs less."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,9 @@ import numpy.typing as npt
 import torch
 from markupsafe import Markup
 
-from openrlhf_sgpo.dro import influences, worst_case_curve
+from openrlhf_sgpo.dro import saving, support_of, worst_case_curve
 from openrlhf_sgpo.dro.curve import certified_curve
-from openrlhf_sgpo.intervals import NORMAL_95, standard_error
+from openrlhf_sgpo.intervals import NORMAL_95
 from openrlhf_sgpo.report.figures import Series, lines, plot, plots
 from openrlhf_sgpo.report.markup import MISSING, html_table, number, tag, with_minus_sign
 from openrlhf_sgpo.report.moments import Moment
@@ -123,8 +122,7 @@ def _held_out(moments: Sequence[Moment], game: Mapping[str, Any], radii: Sequenc
     }
     # The seed stage of a run with rounds is DPO on the human pairs.
     base = "round 0" if {"round 0", "round 1"} <= margins.keys() else measured[0].name
-    least, most = (float(bound) for bound in torch.cat(list(margins.values())).aminmax())
-    window = (0.0, 1.0) if game["space"] == "probability" else (least - 1, most + 1)
+    window = support_of(margins.values(), game["space"])
     problem: dict[str, Any] = {"space": game["space"], "pieces": game["pieces"], "window": window}
     curves = {name: worst_case_curve(values, radii, **problem) for name, values in margins.items()}
     saved = {name: curves[base] - curve for name, curve in curves.items()}
@@ -135,12 +133,9 @@ def _held_out(moments: Sequence[Moment], game: Mapping[str, Any], radii: Sequenc
     for name, values in margins.items():
         cells = [name]
         for place in dict.fromkeys((0.0, radius)):
-            shares = influences(values, place, **problem)
-            gain = (influences(margins[base], place, **problem) - shares).tolist()
-            error = standard_error(gain)
-            half = None if error is None else NORMAL_95 * error
-            saving = MISSING if name == base else plus_minus(fmean(gain), half, 4)
-            cells += [number(float(shares.mean()), 4), saving]
+            figures = saving(values, margins[base], place, **problem)
+            half = None if figures.error is None else NORMAL_95 * figures.error
+            cells += [number(figures.value, 4), MISSING if name == base else plus_minus(figures.saved, half, 4)]
         rows.append(cells)
     unit = "win probabilities" if game["space"] == "probability" else "margins"
     note = (

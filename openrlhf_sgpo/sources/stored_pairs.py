@@ -36,7 +36,7 @@ from openrlhf_sgpo.oracle.implicit import ImplicitReward
 from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_check import check_round
-from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.run_folder import CERTIFICATE, read_json, read_jsonl, write_json, write_jsonl
 from openrlhf_sgpo.sources.base import Source
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
 from openrlhf_sgpo.training.log_probs import implicit_margins
@@ -44,7 +44,6 @@ from openrlhf_sgpo.training.pairs import PairBatches, PairForward, PairSamples, 
 from openrlhf_sgpo.training.sizes import check_sizes, optimiser_steps, prompt_counts, stage_epochs, too_few
 from openrlhf_sgpo.training.trainer import Trainer, TrainingStage
 
-CERTIFICATE = "worst_case.json"
 MEASURED_AFTER = 1024  # pairs of a round whose margins are measured again when it is trained
 
 

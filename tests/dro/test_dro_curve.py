@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from openrlhf_sgpo.dro import influences, solve_worst_case, worst_case_curve
+from openrlhf_sgpo.dro import influences, saving, solve_worst_case, support_of, worst_case_curve
 
 PROBLEMS = [
     {},
@@ -83,6 +83,34 @@ def test_intervals_from_influences_hold_the_difference_of_two_policies():
         shares = influences(first[chosen], radius, window=window) - influences(second[chosen], radius, window=window)
         held += abs(float(shares.mean()) - truth) < 1.98 * float(shares.std()) / 10
     assert 0.92 < held / 300 < 0.98
+
+
+@pytest.mark.parametrize("keywords", PROBLEMS)
+def test_what_a_policy_saves_is_the_difference_of_two_values(keywords):
+    policy, base = samples(), samples(seed=1)
+    keywords = {"window": support_of([policy, base])} | keywords if keywords.get("space") is None else keywords
+    figures = saving(policy, base, 0.1, **keywords)
+    values = [solve_worst_case(margins, 0.1, **keywords).value for margins in (policy, base)]
+    assert figures[:2] == pytest.approx(values, rel=1e-13)
+    assert figures.saved == pytest.approx(values[1] - values[0], abs=1e-13) and figures.error > 0
+    assert saving(base, policy, 0.1, **keywords)[2:] == pytest.approx((-figures.saved, figures.error))
+    assert saving(policy, policy, 0.1, **keywords)[2:] == (0.0, 0.0)
+    assert saving(policy[:1], base[:1], 0.0, **keywords).error is None
+
+
+def test_with_a_wide_support_robustness_buys_what_it_costs():
+    """V is then DPO's loss plus the radius for every policy (Lemma 3.1), so the same is saved at every radius."""
+    policy, base = samples(), samples(seed=1)
+    without, wide = (saving(policy, base, radius, window=(-1e6, 10.0)).saved for radius in (0.0, 0.3))
+    narrow = saving(policy, base, 0.3, window=support_of([policy, base])).saved
+    assert wide == pytest.approx(without, abs=1e-5)
+    assert abs(narrow - without) > 1e-3
+
+
+def test_the_support_of_several_policies_reaches_beyond_all_their_margins():
+    policies = [torch.tensor([-2.0, 1.0]), torch.tensor([0.5, 3.0])]
+    assert support_of(policies) == (-3.0, 4.0)
+    assert support_of(policies, "probability") == (0.0, 1.0)
 
 
 def test_a_bad_radius_is_refused():
