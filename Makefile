@@ -1,6 +1,11 @@
-# Two commands on a fresh machine: `make quickstart` and `make test`. Only Python 3.11 and make are assumed.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Two commands on a fresh machine: `make quickstart` and `make test`. Only make and Python 3.10 to 3.13, or uv, are assumed.
+# PYTHON=/path/to/python uses that Python.
+export PYTHON
 BIN := .venv/bin
+START := $(shell date +%s)
+# OpenRLHF is pure Python, but its wheels are tagged for 3.10 to 3.12: every Python takes the last of them.
+OPENRLHF = $(BIN)/pip install -q --no-deps --only-binary :all: --python-version 3.12 --upgrade --target \
+	$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') openrlhf==0.11.2
 # PyTorch's CPU builds; asked only if the ordinary index has none.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Hub names are never needed here, and a machine without a network should not wait for one.
@@ -11,25 +16,26 @@ export TOKENIZERS_PARALLELISM ?= false
 
 quickstart: .venv/.installed build/smollm2/config.json  ## align a real 135M chat model with SSAPO on this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/train_ssapo.sh --config examples/configs/quickstart.yaml $(FLAGS)
+	@echo "From make to the table: $$((($$(date +%s) - $(START)) / 60)) min $$((($$(date +%s) - $(START)) % 60)) s."
 
 install: .venv/.installed
 
 .venv/.installed: requirements/cpu.txt setup.py
-	$(PYTHON) -c 'import sys; assert sys.version_info[:2] == (3, 11), "the locked stack is for Python 3.11: make PYTHON=python3.11"'
-	$(PYTHON) -m venv .venv
+	@sh requirements/venv.sh .venv
 	@echo "Installing the locked CPU stack (about 3 GB, some minutes) ..."
 	$(BIN)/pip install -q --no-deps -r requirements/cpu.txt || \
 		$(BIN)/pip install -q --no-deps --extra-index-url $(TORCH_INDEX) -r requirements/cpu.txt
+	$(OPENRLHF)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 install-gpu: .venv/.gpu  ## what a machine with NVIDIA GPUs needs; nothing is compiled, so that CUDA's nvcc is not needed
 
 .venv/.gpu: setup.py
-	$(PYTHON) -m venv .venv
+	@sh requirements/venv.sh .venv
 	@echo "Installing the GPU stack (about 8 GB, some minutes) ..."
 	$(BIN)/pip install -q -e .[gpu,eval]
-	$(BIN)/pip install -q --no-deps openrlhf==0.11.2
+	$(OPENRLHF)
 	touch $@
 
 .venv/.dev: .venv/.installed requirements/dev.txt

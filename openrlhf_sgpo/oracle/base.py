@@ -110,8 +110,8 @@ class Oracle:
         raise NotImplementedError
 
     def preferences(self, questions: Sequence[Question], label: str) -> list[Matrix]:
-        """One matrix per question, whose entry [i][j] is the probability that answer i is preferred to answer j: 1/2 on the
-        diagonal and for equal texts, and [i][j] + [j][i] = 1. Collective."""
+        """One matrix per question, whose entry ``[i][j]`` is the probability that answer i is preferred to answer j: 1/2 on the
+        diagonal and for equal texts, and ``[i][j] + [j][i] = 1``. Collective."""
         raise NotImplementedError
 
     def usage(self) -> dict[str, int]:
@@ -303,7 +303,7 @@ def _is_finite(value: Any) -> bool:
 
 def check_preferences(name: str, questions: Sequence[Question], matrices: Sequence[Matrix]) -> None:
     """Raises ValueError, naming oracle, question and pair, unless every matrix holds probabilities with
-    [i][j] + [j][i] = 1, and 1/2 for equal texts."""
+    ``[i][j] + [j][i] = 1``, and 1/2 for equal texts."""
     if len(matrices) != len(questions):
         raise ValueError(f"oracle {name}: got {len(matrices)} preference matrices for {len(questions)} questions")
     for question, matrix in zip(questions, matrices, strict=True):
