@@ -12,7 +12,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart install install-gpu test test-fast lint format benchmark clean
+.PHONY: quickstart install install-gpu test test-fast lint format docs benchmark clean
 
 quickstart: .venv/.installed build/smollm2/config.json  ## align a real 135M chat model with SSAPO on this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/train_ssapo.sh --config examples/configs/quickstart.yaml $(FLAGS)
@@ -62,6 +62,13 @@ lint: .venv/.dev
 format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/.docs  ## the documentation site, in build/docs/site; a link that leads nowhere is an error
+	$(BIN)/python docs/build_site.py build/docs
+
+.venv/.docs: .venv/.dev requirements/docs.txt
+	$(BIN)/pip install -q --no-deps -r requirements/docs.txt
+	touch $@
 
 benchmark: .venv/.dev build/peers/trl build/smollm2/config.json  ## the follower three ways; steps and scoring beside OpenRLHF and TRL
 	$(BIN)/python measurements/worst_case.py

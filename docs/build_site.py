@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = (ROOT / "zensical.toml").read_text(encoding="utf-8")
-REPOSITORY = re.search(r'^repo_url = "(.*)"', SETTINGS, re.MULTILINE)[1]  # type: ignore[index]
+REPOSITORY = re.search(r'^link = "(.*)"', SETTINGS, re.MULTILINE)[1]  # type: ignore[index]
 # In the repository, and on the site.
 PAGES = {
     ROOT / "README.md": "index.md",
