@@ -2,7 +2,7 @@
 
     python docs/build_site.py FOLDER
 
-The pages are copied to FOLDER/source, with links that leave them turned into addresses of the repository, and pages on the Python
+Pages are copied to FOLDER/source, with links that leave them turned into addresses of the repository, and pages on the Python
 interface are added, which are made from docstrings. Then zensical writes FOLDER/site and stops at a link that leads nowhere.
 """
 
@@ -27,7 +27,10 @@ PAGES = {
 }
 # Title of the page and modules on it.
 REFERENCE = {
-    "losses": ("Losses and trainers", ["openrlhf_sgpo.drop_in.loss", "openrlhf_sgpo.drop_in.trainer", "openrlhf_sgpo.trl"]),
+    "losses": (
+        "Losses and trainers",
+        ["openrlhf_sgpo.drop_in.loss", "openrlhf_sgpo.drop_in.trainer", "openrlhf_sgpo.trl"],
+    ),
     "follower": ("The follower", ["openrlhf_sgpo.dro.solve", "openrlhf_sgpo.dro.best", "openrlhf_sgpo.dro.curve"]),
     "algorithms": ("Writing an algorithm", ["openrlhf_sgpo.algorithms.base", "openrlhf_sgpo.algorithms.plays"]),
     "oracles": ("Writing an oracle", ["openrlhf_sgpo.oracle.base"]),

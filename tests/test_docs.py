@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -122,3 +123,53 @@ def test_the_drop_in_example_trains(tiny_model, tiny_data, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert "loss_mean" in process.stderr or "loss=" in process.stderr
+
+
+def test_figures_of_the_study_on_the_page_of_recipes_are_the_study_s():
+    study = " ".join((ROOT / "docs" / "robustness_study.md").read_text(encoding="utf-8").split())
+    recipes = " ".join((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split())
+    quoted = re.findall(r"-?\d\.\d+ ± \d\.\d+", recipes)
+    assert len(quoted) >= 8
+    for figure in quoted:
+        assert figure in study, figure
+
+
+def test_learning_rates_on_the_page_of_recipes_are_those_of_its_recipes():
+    from openrlhf_sgpo.run_settings import load
+
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for recipe in ("quickstart", "zephyr-7b.paper", "zephyr-7b.released", "llama-3-8b.paper", "one-gpu"):
+        config, _ = load(["--config", recipe, "--ckpt.output_dir", "out"])
+        for rate in (config.adam.lr, config.seed.lr or config.adam.lr):
+            assert f"{rate:.0e}".replace("e-0", "e-") in page, recipe
+
+
+@pytest.fixture(scope="module")
+def site():
+    """The script that builds the documentation site."""
+    specification = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_links_on_the_site_lead_to_its_pages_or_to_the_repository(site):
+    page = ROOT / "docs" / "algorithms" / "sgpo.md"
+    assert site.on_the_site(page, "../runs.md#metrics") == "../runs.md#metrics"
+    assert site.on_the_site(page, "../../README.md#algorithms") == "../index.md#algorithms"
+    assert site.on_the_site(page, "../figures/worst_case.svg") == "../figures/worst_case.svg"
+    assert site.on_the_site(page, "../../openrlhf_sgpo/dro") == f"{site.REPOSITORY}/blob/main/openrlhf_sgpo/dro"
+    assert site.on_the_site(ROOT / "README.md", "docs/data.md") == "data.md"
+    assert site.on_the_site(page, "#certificate") == "#certificate"
+    assert site.on_the_site(page, "https://example.org/a") == "https://example.org/a"
+    with pytest.raises(ValueError, match=r"sgpo\.md links to nowhere\.md"):
+        site.on_the_site(page, "nowhere.md")
+
+
+def test_every_page_is_in_the_site_s_menu(site, tmp_path):
+    """The modules on the pages of the Python interface are there, too."""
+    site.write_source(tmp_path / "source")
+    written = {str(path.relative_to(tmp_path / "source")) for path in (tmp_path / "source").rglob("*.md")}
+    assert set(re.findall(r'"([\w/-]+\.md)"', site.SETTINGS)) == written
+    for _, modules in site.REFERENCE.values():
+        assert all(importlib.util.find_spec(module) for module in modules if module != "openrlhf_sgpo.trl")
