@@ -38,7 +38,7 @@ def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any],
         return
     flag = f"--ckpt.fork_from {source.path}"
     stored = source.path / "resolved_config.yaml"
-    if not stored.exists() or not source.finished(0, "train"):
+    if not (stored.exists() and source.finished(0, "train") and source.finished(None, "evaluate")):
         raise ValueError(f"{flag} is not a run with a finished seed stage")
     _check_same(flag, read_configuration(stored), resolved)
     source_data = source.data()

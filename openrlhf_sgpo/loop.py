@@ -1,4 +1,4 @@
-"""The loop, which every rank runs: evaluate the start, then stages of training, each with its source of batches.
+"""The loop, which every rank runs: stages of training, each with its source of batches, and evaluations between them.
 
     stored pairs    prompts -> answers -> oracle -> pairs -> log-probabilities -> follower -> steps -> policy
     fresh answers   in every step: prompts -> answers by role -> preferences -> loss -> step -> weights to the engines
@@ -40,12 +40,14 @@ def execute(config: Config, algorithm: AlgorithmType, options: Any) -> list[dict
     try:
         evaluator = Evaluator(run)
         source.open()
-        rows = [evaluate_policy(run, evaluator, None)]
-        evaluator.calibrate(rows[0])
+        run.start_engines()
+        rows = [] if source.trains_first else [evaluate_policy(run, evaluator, None)]
         for number in source.numbers:
             source.prepare(number)
             train_round(run, source, number)
             source.end(number)
+            rows = rows or [evaluate_policy(run, evaluator, None)]
+            evaluator.calibrate(rows[0])
             rows.append(evaluate_policy(run, evaluator, number) | source.results(number))
         write_results(run, rows)
         source.finish()
@@ -60,6 +62,7 @@ def train_round(run: Run, source: Source, number: int) -> None:
     if run.finished(number, source.training):
         return
     stage = source.begin(number)
+    run.scorer.make_room(run.config.ref.model_name_or_path)
     with (
         run.stage(f"round_{number}/{source.training}") as cost,
         Trainer(stage, run.config, run.strategy, run.tokenizer) as trainer,
@@ -103,7 +106,7 @@ def evaluate_policy(run: Run, evaluator: Evaluator, number: int | None) -> dict[
         policy = run.config.model.model_name_or_path if number is None else str(run.folder.policy(number))
         previous = None if number is None else run.policy_before(number)
         name = "start" if number is None else f"round {number}"
-        with run.stage(f"{path.name}/evaluate") as cost, run.scorer.holding():
+        with run.stage(f"{path.name}/evaluate") as cost:
             row = {"name": name, **evaluator.preferences(name, policy, path)}
             if run.samples:
                 row["probe"] = evaluator.sync(name, policy, previous)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
@@ -86,17 +87,25 @@ class Run:
         log_to(self.folder.path)
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
         self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
-        self.scorer = Scorer(config, self.strategy, self.tokenizer.pad_token_id, self.folder.path / "log_probs")
+        # Models stay in memory from stage to stage, but not on a GPU, whose memory engines need in between.
+        resident, pad = not torch.cuda.is_available(), self.tokenizer.pad_token_id
+        self.scorer = Scorer(config, self.strategy, pad, self.folder.path / "log_probs", resident)
         self._rollout: Rollout | None = None
         self._oracle: oracle.Oracle | None = None
 
     def close(self) -> None:
         """End what the run started."""
         self.metrics.close()
+        self.scorer.close()
         if self._rollout:
             self._rollout.close()
         if self._oracle:
             self._oracle.close()
+
+    def start_engines(self) -> None:
+        """Start vLLM's engines, on a CPU in the background, if the run is going to ask them. Collective."""
+        if self.samples and self.config.rollout.engine == "vllm" and not self.finished(self.numbers[-1], "evaluate"):
+            self._rollout = start_rollout(self.config, self.chat, self.config.model.model_name_or_path)
 
     def engine(self, policy: str) -> Rollout:
         """The rollout engines, which hold this policy from now on. Collective."""

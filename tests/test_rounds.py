@@ -57,6 +57,8 @@ def test_a_run_says_where_it_is_and_nothing_of_other_packages(run):
     assert (folder / "log.txt").read_text().startswith("== process")
     stages = [line for line in process.stdout.splitlines() if line.startswith("stage ")]
     assert [line.split(",")[0] for line in stages] == [f"stage {number} of 15" for number in range(1, 16)]
+    # Engines start while the seed stage trains, so that the start is evaluated after it.
+    assert stages[3] == "stage 4 of 15, start: evaluate"
     assert stages[6] == "stage 7 of 15, round 1: annotate" and stages[14].endswith(
         "round 2: evaluate, less than a minute left"
     )

@@ -61,8 +61,8 @@ def test_work_of_a_stage_on_pairs(count, tiny_model, tiny_data, tmp_path):
     loaded, tokens = count(arguments(tiny_model, tiny_data, tmp_path / "run", algo="dpo"))
     pairs, held_out = (sizes(tiny_model, tiny_data[name]) for name in ("pairs", "held_out"))
     assert len(tokens[True]) == 6 and sum(tokens[True]) == sum(pairs)
-    # The start for two evaluations and the reference of the loss, the trained policy, and its evaluation.
-    assert loaded == {str(tiny_model): 3, str(tmp_path / "run/round_0/policy"): 1}
+    # The start as reference of the loss and of both evaluations, and to be trained; the policy for its evaluation.
+    assert loaded == {str(tiny_model): 2, str(tmp_path / "run/round_0/policy"): 1}
     # Every pair under the reference once, held-out pairs under both, and the last micro-batch once more at the end.
     assert sum(tokens[False]) == sum(pairs) + 2 * sum(held_out) + tokens[True][-1] + CHECK * loaded.total()
     filled = -(-sum(pairs) // (2 * 512)) + 1 + 2 * (-(-sum(held_out) // (2 * 512)))
@@ -70,8 +70,9 @@ def test_work_of_a_stage_on_pairs(count, tiny_model, tiny_data, tmp_path):
 
 
 def test_work_of_a_run_in_rounds(count, tiny_model, tiny_data, tmp_path):
-    """Every policy is loaded to evaluate it, to rank answers, and to be trained further; the sampler here has its own copy."""
+    """Every policy is loaded to be scored, by its evaluation and as it ranks answers, and to be trained further. The start
+    stays in memory as the reference; the sampler here has its own copy."""
     loaded, tokens = count(arguments(tiny_model, tiny_data, tmp_path / "run"))
     policies = [loaded[str(tmp_path / f"run/round_{number}/policy")] for number in (0, 1, 2)]
-    assert policies == [3, 3, 1] and loaded[str(tiny_model)] == 9, loaded
+    assert policies == [2, 2, 1] and loaded[str(tiny_model)] == 3, loaded
     assert len(tokens[True]) == 6 + 2 * 3, "one forward pass for each optimiser step"

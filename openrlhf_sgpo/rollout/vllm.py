@@ -19,7 +19,11 @@ from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONM
 
 
 class VllmRollout:
-    """``--vllm.num_engines`` engines that get the prompts in turn; the n samples of a prompt are one request."""
+    """``--vllm.num_engines`` engines that get the prompts in turn; the n samples of a prompt are one request.
+
+    On a CPU they start in the background, and the first call waits for them. On a GPU they are up, and asleep if they can be,
+    when this object exists: an engine measures how much memory is free while it starts.
+    """
 
     def __init__(self, config: Inference, chat: ChatFormat, folder: str):
         self.config = config
@@ -58,7 +62,9 @@ class VllmRollout:
             self.arguments |= CPU_ENGINE_ARGUMENTS
         self.started_with = self.folder
         self.engines = [self._engine(number) for number in range(settings.num_engines)]
-        self._wait_for(range(settings.num_engines))
+        self.starting = list(range(settings.num_engines))
+        if on_gpu:
+            self._wait_for_start()
         if self.sleeps:
             self._all("sleep")
 
@@ -77,6 +83,10 @@ class VllmRollout:
                 ray.get(self.engines[number].get_num_unfinished_requests.remote())
             except ray.exceptions.RayError as error:
                 raise RuntimeError(f"vLLM engine {number} did not start: {_last_line(error)}") from error
+
+    def _wait_for_start(self) -> None:
+        self._wait_for(self.starting)
+        self.starting = []
 
     def _restart(self, number: int) -> None:
         """Replace an engine that died by a new one with the current policy."""
@@ -100,6 +110,7 @@ class VllmRollout:
         import ray
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        self._wait_for_start()
         results: dict[int, Any] = {}
         died: dict[int, Exception] = {}
         for _ in range(2):

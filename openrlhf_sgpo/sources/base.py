@@ -17,11 +17,14 @@ class Source:
     """Base of both sources. Methods stand in the order in which the loop calls them. All are collective.
 
     Class attributes: ``training``, the name of the stage in which steps are taken; ``shown``, metrics beside the progress bar
-    by their short names; ``follows_policy``, whether each batch is sampled from the policy that the last step left.
+    by their short names; ``trains_first``, whether the first round is trained before the start is evaluated, since it needs no
+    engine, and engines start meanwhile; ``follows_policy``, whether each batch is sampled from the policy that the last step
+    left.
     """
 
     training: ClassVar[str]
     shown: ClassVar[dict[str, str]]
+    trains_first: ClassVar[bool]
     follows_policy = False
 
     def __init__(self, run: Run):

@@ -46,6 +46,7 @@ class FreshAnswers(Source):
     """Rounds of steps. The answers of each step are sampled and judged for that step."""
 
     training = "play"
+    trains_first = False
     shown: ClassVar[dict[str, str]] = {"loss": "loss", "wins": "wins", "grad_norm": "grad_norm"}
 
     def __init__(self, run: Run, algorithm: type[PlayAlgorithm]):

@@ -51,6 +51,7 @@ class StoredPairs(Source):
     """A seed stage on human pairs, then rounds on pairs that the policy's own answers make."""
 
     training = "train"
+    trains_first = True
     shown: ClassVar[dict[str, str]] = {"loss": "loss", "rewards/margins": "margin", "rewards/accuracies": "accuracy"}
 
     def __init__(self, run: Run, algorithm: type[PairAlgorithm]):
@@ -71,10 +72,9 @@ class StoredPairs(Source):
         return range(1 + self.config.rounds.count)
 
     def plan(self) -> list[str]:
-        plan = ["initial/evaluate"]
-        for number in self.numbers:
-            made = ("generate", "annotate") if number else ("pairs",)
-            plan += [f"round_{number}/{stage}" for stage in (*made, "score", "train", "evaluate")]
+        plan = [f"round_0/{stage}" for stage in ("pairs", "score", "train")] + ["initial/evaluate", "round_0/evaluate"]
+        for number in self.numbers[1:]:
+            plan += [f"round_{number}/{stage}" for stage in ("generate", "annotate", "score", "train", "evaluate")]
         return plan
 
     def prepare(self, number: int) -> None:

@@ -7,10 +7,10 @@ import hashlib
 import math
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import psutil
 import torch
 from torch import distributed
 
@@ -27,6 +27,9 @@ from openrlhf_sgpo.training.packing import filled, padded_rows, token_budget
 
 PART = 64  # batches per rank between two writes
 SEPARATOR = array("I", [2**32 - 1])  # no token has this number
+# Bytes per parameter of a model in training: weights, gradient and Adam's moments, 16 in float32 and 18 in half precision, and
+# what a forward pass keeps.
+TRAINING = 24
 
 
 def tokens_key(prompt: tuple[int, ...], response: tuple[int, ...]) -> str:
@@ -36,11 +39,11 @@ def tokens_key(prompt: tuple[int, ...], response: tuple[int, ...]) -> str:
 
 
 class Scorer:
-    """Scores groups under the models in folders, one model in memory at a time. No response is scored twice.
+    """Scores groups under the models in folders. No response is scored twice.
 
     Results are kept per model by a hash of the tokens, in memory and in ``folder`` (one file per model), so a reference is
-    evaluated once for all who ask, and a resumed run sees the same numbers as before. resident: models stay in memory until
-    ``close``, because they score at every step.
+    evaluated once for all who ask, and a resumed run sees the same numbers as before. resident: a model that was loaded stays
+    in memory, for the next that asks, until ``make_room`` or ``close``; otherwise there is one at a time.
     """
 
     figure: ClassVar[str] = "log-probability"
@@ -69,16 +72,19 @@ class Scorer:
             _engine(self._held.popitem()[1]).destroy()
         release_memory()
 
-    @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Inside, models that score several times are loaded once. Not on a GPU, whose memory engines need in between."""
-        before, self.resident = self.resident, self.resident or not torch.cuda.is_available()
-        try:
-            yield
-        finally:
-            if self.resident and not before:
-                self.close()
-            self.resident = before
+    def make_room(self, kept: str) -> None:
+        """Give back the models that are held before another one is trained: all but ``kept``, and that too if the training of a
+        model of its size would not fit beside it. Collective."""
+        actor = self._held.pop(kept, None)
+        self.close()
+        if actor is None:
+            return
+        self._held[kept] = actor
+        parameters = sum(getattr(weight, "ds_numel", weight.numel()) for weight in actor.parameters())
+        needed = TRAINING * parameters * distributed.get_world_size()
+        if not ranks.from_rank_0(psutil.virtual_memory().available > needed):
+            del actor
+            self.close()
 
     def forget(self, model: str) -> None:
         """Drop a model's results from memory."""
@@ -87,6 +93,8 @@ class Scorer:
     def discard(self, model: str) -> None:
         """Drop a model's results from memory and disk: the model is about to change. Collective."""
         self.forget(model)
+        if model in self._held:
+            _engine(self._held.pop(model)).destroy()
         if self.folder and self.strategy.is_rank_0():
             self._file(model).unlink(missing_ok=True)
         ranks.barrier()

@@ -40,6 +40,9 @@ def session(tiny_model):
             patch.setenv(name, "planted")
         rollout = start_rollout(config, chat, str(tiny_model))
         assert os.environ["HF_TOKEN"] == "planted"
+    assert rollout.starting == [0], "it starts in the background"
+    rollout.log_probs(PROMPTS[:1])
+    assert rollout.starting == []
     folder = ray_session._keeper.args[-1]
     yield rollout, folder
     if rollout.engines:

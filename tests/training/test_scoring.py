@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,22 @@ def test_batches_are_filled_to_a_budget_of_tokens(make_scorer, groups, tiny_mode
         size + len(batch[0]) > 300 for size, batch in zip(sizes[:-1], several.batches[1:], strict=True)
     )
     assert several.tokens_scored == sum(sizes) == sum(map(len, groups))
+
+
+@pytest.mark.parametrize("free", [2**40, 0])
+def test_before_training_the_reference_stays_only_where_memory_allows(
+    make_scorer, groups, tiny_model, other_tiny_model, monkeypatch, free
+):
+    scorer = make_scorer()
+    scorer.resident = True
+    for model in (tiny_model, other_tiny_model):
+        scorer.score(str(model), groups, "test")
+    assert set(scorer._held) == {str(tiny_model), str(other_tiny_model)}
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    scorer.make_room(str(tiny_model))
+    assert set(scorer._held) == ({str(tiny_model)} if free else set())
+    scorer.close()
+    assert not scorer._held
 
 
 @pytest.mark.parametrize("cut", ["half of the last line", "the last line", "a digit"])
