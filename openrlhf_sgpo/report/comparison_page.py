@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from openrlhf_sgpo.intervals import half_of, half_over_seeds
-from openrlhf_sgpo.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points
+from openrlhf_sgpo.report.figures import Series, groups_with_seeds, heat_map, plot, plots, points, with_level
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.robustness import compared_robustness
@@ -110,8 +110,10 @@ def _versus_start(rows: Sequence[dict[str, Any]]) -> list[Markup]:
         [row["name"], plus_minus_rate(row), plus_minus(row.get("kl"), half_of(row, "kl"), 2, MISSING)] for row in rows
     ]
     figure = points(shown, errors, "nats per answer from the reference", "win rate over the start")
-    figure.add_hline(y=0.5)
-    return [*([plot("Win rate over the start", figure, note, height=380)] if placed else []), html_table(header, cells)]
+    return [
+        *([plot("Win rate over the start", with_level(figure, 0.5), note, height=380)] if placed else []),
+        html_table(header, cells),
+    ]
 
 
 def _figures(groups: Sequence[dict[str, Any]]) -> list[Markup]:

@@ -88,8 +88,7 @@ def follower_plot(name: str, certificate: dict[str, Any]) -> Markup:
         "leaves": np.histogram(moved.places, edges, weights=moved.share)[0].tolist(),
         "arrives": np.histogram([moved.target], edges, weights=[moved.share.sum()])[0].tolist(),
     }
-    figure = histogram(parts, edges.tolist(), space, {"threshold": moved.threshold})
-    figure.update_traces(selector={"name": "leaves"}, marker_pattern_shape="/")
+    figure = histogram(parts, edges.tolist(), space, {"threshold": moved.threshold}, hatched="leaves")
     note = (
         f"{moved.share.mean():.1%} of the mass goes to {with_minus_sign(moved.target, 3)}: loss "
         f"{certificate['empirical']:.4f} without the follower, {certificate['value']:.4f} with it, duality gap "

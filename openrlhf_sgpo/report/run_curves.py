@@ -124,7 +124,8 @@ def held_out_plot(margins: Mapping[str, Sequence[float]]) -> list[Markup]:
     counts = {name: np.histogram(values, edges)[0].tolist() for name, values in measured.items()}
     series = [Series(name, centres, bin_counts) for name, bin_counts in counts.items()]
     figure = lines(series, x_title="margin")
-    figure.update_traces(line_shape="hvh")
-    figure.update_layout(yaxis_title="pairs")
+    for curve in figure["data"]:
+        curve["line"] = {"shape": "hvh"}
+    figure["layout"]["yaxis"]["title"] = {"text": "pairs"}
     whole_numbers(figure, "y", [0, *map(max, counts.values())])
     return [plot("Margins of held-out pairs", figure, "after each round, against the initial reference", height=300)]
