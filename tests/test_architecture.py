@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import symtable
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,6 +128,33 @@ def test_names_say_what_they_hold():
             names = {getattr(node, name, None) for name in ("id", "arg", "attr", "name")} & NAMES_OF_NOTHING
             wrong += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in names]
     assert not wrong
+
+
+def comprehensions(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    for child in table.get_children():
+        if child.get_name().strip("<>") in ("listcomp", "setcomp", "dictcomp"):
+            yield child
+            yield from comprehensions(child)
+
+
+def shared_by_comprehensions(table: symtable.SymbolTable) -> list[str]:
+    """The functions in which a comprehension binds a name that another one takes from the module."""
+    listed = [place for child in table.get_children() for place in shared_by_comprehensions(child)]
+    if table.get_type() == "function":
+        symbols = [symbol for inner in comprehensions(table) for symbol in inner.get_symbols()]
+        bound = {symbol.get_name() for symbol in symbols if symbol.is_local()}
+        shared = bound & {symbol.get_name() for symbol in symbols if symbol.is_global()}
+        listed += [f"line {table.get_lineno()}: {name}" for name in shared]
+    return listed
+
+
+def test_no_name_is_another_thing_in_the_next_comprehension():
+    """Python 3.12.0 to 3.12.3 raise UnboundLocalError there (CPython issue 118513). Ubuntu 24.04 has 3.12.3."""
+    wrong = "def f(rows):\n    return {n: x for x, n in rows}, [x(n) for n in rows]"
+    assert shared_by_comprehensions(symtable.symtable(wrong, "", "exec")) == ["line 1: x"]
+    for path in SOURCES:
+        listed = shared_by_comprehensions(symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec"))
+        assert not listed, path
 
 
 def test_a_name_stands_for_one_thing():

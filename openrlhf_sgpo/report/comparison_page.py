@@ -55,7 +55,7 @@ def _cross_play(names: Sequence[str], rows: Sequence[dict[str, Any]]) -> list[Ma
     if not rows:
         return []
     names = list(dict.fromkeys([*names, *(row[side] for row in rows for side in ("first", "second"))]))
-    position = {name: number for number, name in enumerate(names)}
+    position = {name: place for place, name in enumerate(names)}
     values: list[list[float | None]] = [[None] * len(names) for _ in names]
     cells, hover = ([[""] * len(names) for _ in names] for _ in range(2))
     for row in rows:
