@@ -10,13 +10,14 @@ from typing import Any
 
 # Other packages import these for features that no command uses, if they are installed.
 NOT_NEEDED = ("datasets", "scipy", "sklearn")
+FROZEN_AT_START = gc.get_freeze_count()  # Python 3.12 leaves some hundred objects out by itself
 
 
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """A command imports the large packages within this block. Their million objects are left out of all later collections, and
     meanwhile the packages of ``NOT_NEEDED`` look as if they were not installed. Does nothing in a process that has done so."""
-    if gc.get_freeze_count():
+    if gc.get_freeze_count() > FROZEN_AT_START:
         yield
         return
     modules: dict[str, Any] = sys.modules
