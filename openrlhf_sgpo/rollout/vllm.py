@@ -15,7 +15,7 @@ from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.output import Progress, say
 from openrlhf_sgpo.rollout.base import Sampling, Stop, prompt_seed
-from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT
+from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT, threads_of
 
 
 class VllmRollout:
@@ -38,8 +38,10 @@ class VllmRollout:
     def _start(self) -> None:
         on_gpu = torch.cuda.is_available()
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", **ray_session.LOOPBACK}
-        ray_session.start_ray(environment | ({} if on_gpu else CPU_ENVIRONMENT))
         settings = self.config.vllm
+        if not on_gpu:
+            environment |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": threads_of(settings.num_engines)}
+        ray_session.start_ray(environment)
         self.arguments: dict[str, Any] = {
             # A folder, because engines get no access token for the hub.
             "model": local_folder(self.folder),

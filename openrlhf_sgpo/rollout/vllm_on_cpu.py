@@ -15,6 +15,14 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
 }
 
+
+def threads_of(engines: int) -> str:
+    """OMP_NUM_THREADS of each of so many engines: the user's, or an equal share of the cores, because the policy does not train
+    while engines sample. Ray would give an actor that reserves no core a single thread."""
+    share = max(1, len(os.sched_getaffinity(0)) // engines)
+    return os.environ.get("OMP_NUM_THREADS", str(share))
+
+
 # Eager for the same reason. No chunked prefill, because vLLM 0.29 rewinds the random generator of a seeded request whose prompt
 # is prefilled in chunks, which is impossible on a CPU.
 CPU_ENGINE_ARGUMENTS = {"enforce_eager": True, "enable_chunked_prefill": False}

@@ -17,6 +17,7 @@ import pytest
 from openrlhf_sgpo import ray_session
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.rollout import Sampling
+from openrlhf_sgpo.rollout.vllm_on_cpu import threads_of
 
 PROMPTS = [(1, 10, 20, 30), (1, 40, 50, 60, 70, 80), (1, 9)] * 8
 KEYS = ("OPENAI_API_KEY", "HF_TOKEN", "WANDB_API_KEY", "MY_PASSWORD")
@@ -105,12 +106,13 @@ def test_workers_know_no_keys(session):
 
 
 @pytest.mark.slow
-def test_openmp_waits_passively_in_engines(session):
+def test_openmp_waits_passively_in_engines_and_uses_their_cores(session):
     import ray
 
     rollout, _ = session
-    engine = rollout.engines[0]
-    assert ray.get(engine.__ray_call__.remote(lambda _: os.environ["OMP_WAIT_POLICY"])) == "PASSIVE"
+    names = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    known = rollout.engines[0].__ray_call__.remote(lambda _: [os.environ[name] for name in names])
+    assert ray.get(known) == ["PASSIVE", threads_of(1)]
 
 
 @pytest.mark.slow
