@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 NORMAL_95 = 1.96  # standard errors to both sides that hold 95% of a normal distribution
+LEAST_RANKED = 5  # pairs for the interval of a rank correlation
 # The same for Student's t, by degrees of freedom from 1; beyond these it is close to 1.96 + 2.7 / degrees.
 _STUDENT_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 
@@ -97,6 +98,54 @@ def bootstrap_interval(
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float64)
     low, high = np.quantile(counts @ array / n, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+class RankCorrelation(NamedTuple):
+    """A rank correlation of n pairs in [-1, 1], with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> RankCorrelation | None:
+    """Spearman's rho with the interval tanh(atanh(rho) -+ 1.96 sqrt((1 + rho^2 / 2) / (n - 3))) (Bonett and Wright,
+    Psychometrika 65, 2000), over pairs that are drawn like these. None for fewer than 5 pairs, or if either is constant.
+
+    One step of rho is 12 / (n^3 - n). At -1 and 1, where atanh is infinite, the interval is that of half a step inwards."""
+    from scipy.stats import spearmanr
+
+    n = len(first)
+    return _rank_interval(
+        first, second, spearmanr, 6 / (n**3 - n) if n > 1 else 0, lambda rho: (1 + rho**2 / 2) / (n - 3)
+    )
+
+
+def kendall(first: Sequence[float], second: Sequence[float]) -> RankCorrelation | None:
+    """Kendall's tau-b, as ``spearman``: the variance of atanh(tau) is 0.437 / (n - 4) (Fieller, Hartley and Pearson, Biometrika
+    44, 1957), one step of tau is 4 / (n^2 - n)."""
+    from scipy.stats import kendalltau
+
+    n = len(first)
+    return _rank_interval(first, second, kendalltau, 2 / (n**2 - n) if n > 1 else 0, lambda _: 0.437 / (n - 4))
+
+
+def _rank_interval(
+    first: Sequence[float],
+    second: Sequence[float],
+    statistic: Callable[..., Any],
+    half_step: float,
+    variance: Callable[[float], float],
+) -> RankCorrelation | None:
+    n = len(first)
+    if n < LEAST_RANKED or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    value = float(statistic(first, second).statistic)
+    inner = max(half_step - 1, min(1 - half_step, value))
+    half = NORMAL_95 * variance(inner) ** 0.5
+    low, high = (math.tanh(math.atanh(inner) + sign * half) for sign in (-1, 1))
+    return RankCorrelation(value, min(low, value), max(high, value), n)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from openrlhf_sgpo.intervals import half_of
 
 PLUS_MINUS = "\N{PLUS-MINUS SIGN} is half of a 95% interval"  # in every table, text and page
+ANCHOR = " (anchor)"  # follows the name of a model of the published leaderboard
 FIGURES = (  # title, key, digits
     ("accuracy", "accuracy", 3),
     ("margin", "margin", 4),
@@ -30,6 +31,18 @@ def plus_minus(value: float | None, half: float | None, digits: int, missing: st
 def plus_minus_rate(row: Mapping[str, Any]) -> str:
     """The win rate in a row of a comparison, with half of its interval."""
     return plus_minus(row["win_rate"], (row["high"] - row["low"]) / 2, 3)
+
+
+def agreement_words(entry: Mapping[str, Any]) -> str:
+    """How far a judge orders anchors as the published leaderboard does. entry: of "agreement" in leaderboard.json."""
+    correlations = [
+        f"{name.capitalize()} {entry[name]['value']:.2f} [{entry[name]['low']:.2f}, {entry[name]['high']:.2f}]"
+        for name in ("spearman", "kendall")
+    ]
+    return (
+        f"rank correlation of {entry['anchors']} anchors with the published leaderboard, by "
+        f"{entry['figure'].replace('_', ' ')}: {', '.join(correlations)}"
+    )
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Container[int] = (0,), rule: bool = True) -> list[str]:

@@ -21,11 +21,12 @@ _NAMED = 3  # rows named in a message
 
 
 class Hub(NamedTuple):
-    """A file on the Hugging Face hub."""
+    """A file on the Hugging Face hub. revision: a commit; None: the newest."""
 
     repository: str
     kind: Literal["dataset", "space", "model"]
     file: str
+    revision: str | None = None
 
 
 class Package(NamedTuple):
@@ -50,7 +51,7 @@ def locate(flag: str, user_path: str, hub: Hub, package: Package | None = None) 
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(hub.repository, hub.file, repo_type=hub.kind))
+        return Path(hf_hub_download(hub.repository, hub.file, repo_type=hub.kind, revision=hub.revision))
     except Exception as error:  # the library raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         also = f"the package {package.name}, which has the file, is not installed, and " if package else ""

@@ -14,7 +14,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo import flags
 from openrlhf_sgpo.benchmarks import tasks
+from openrlhf_sgpo.benchmarks.anchors import choose_anchors, name_conflicts
 from openrlhf_sgpo.benchmarks.answers import SETTINGS, Answerer, identity, positions, write_responses
 from openrlhf_sgpo.benchmarks.benchmark_files import read_fields
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
@@ -39,6 +41,11 @@ class Evaluation:
         policies = [contestant for contestant in self.contestants if contestant.folder]
         self.tasks = {name: tasks.get(name)(options) for name, options in loaded.options.items()}
         self.items = {name: task.items() for name, task in self.tasks.items()}
+        if settings.anchors:
+            (task,) = self.tasks.values()
+            anchors = choose_anchors(task, settings.anchors, settings.anchors_from)
+            flags.refuse(name_conflicts(self.contestants, anchors))
+            self.contestants = [*self.contestants, *anchors]
         self.config = settings.inference(ModelSettings(trust_remote_code=settings.trust_remote_code))
         if not loaded.max_len_given:
             # All models share the engines' length, so the default is capped at the shortest model's.
@@ -74,10 +81,15 @@ class Evaluation:
             if judged:
                 judge = EvaluationJudge(self.settings.judge, self.folder.path, self.settings.partial)
             if judge and not judge.local:
+                self._state_cost(
+                    judge, {(name, task): rows for name, rows in self.file_answers.items() for task in self.tasks}
+                )
                 self._preflight(judge)
             responses = self._answers()
             if judge and judge.local:  # the engines have freed its memory
                 self._preflight(judge)
+            if judge and self.chats:
+                self._state_cost(judge, responses)
             results = [
                 self._result(name, contestant, responses[contestant.name, name], judge)
                 for name in self.tasks
@@ -126,6 +138,16 @@ class Evaluation:
         self.answerer.close()  # a judge may need its memory
         return responses
 
+    def _state_cost(self, judge: EvaluationJudge, responses: Mapping[tuple[str, str], Mapping[str, Responses]]) -> None:
+        """Print what judging these responses, by model and task, may cost. Raises JudgeError if it may exceed the limit."""
+        judge.state_cost(
+            [
+                task.requests([item for item in self.items[name] if item.id in rows], rows, judge)
+                for (_, name), rows in responses.items()
+                if (task := self.tasks[name]).judged
+            ]
+        )
+
     def _preflight(self, judge: EvaluationJudge) -> None:
         for task in self.tasks.values():
             for note in task.preflight(judge) if task.judged else []:
@@ -146,6 +168,8 @@ class Evaluation:
             finally:
                 cost |= {key: total - before[key] for key, total in judge.usage().items()} if judge else {}
         decoding = {"answers": contestant.file} if contestant.file else self.answerer.decoding()
+        if contestant.published:
+            decoding["answers"] = "published"
         if not contestant.file and all(item.temperature is not None for item in answered):
             decoding["temperature"] = "the benchmark's"
         return replace(
@@ -154,6 +178,7 @@ class Evaluation:
             notes=[*result.notes, *_remarks(len(items), responses)],
             judge=identity,
             decoding=decoding,
+            published=dict(contestant.published),
         )
 
     def _answers_of(self, model: str, task: str) -> Path:

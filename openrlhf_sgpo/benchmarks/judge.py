@@ -167,7 +167,7 @@ class EvaluationJudge:
         if not missing:
             say(f"all {len(requests)} answers are stored already")
             return list(client.ask(requests, label, accept))
-        say(f"{len(missing)} of {len(requests)} answers to judge; {self._estimate(missing, decoding)}")
+        say(f"{len(missing)} of {len(requests)} answers to judge; {self._estimate([(missing, decoding)])}")
         if self.server and not self.server.base_url:
             self.server.start()
             self.settings.base_url, self.settings.api_key = self.server.base_url, f"env:{KEY}"
@@ -180,6 +180,16 @@ class EvaluationJudge:
             raise JudgeError(f"{error}{advice}{log}") from error
         finally:
             say(self._spent_since(before))
+
+    def state_cost(self, plans: Sequence[tuple[Mapping[str, Any], Sequence[Request]]]) -> None:
+        """Print what is missing of all requests, and what that may cost. plans: decodings with their requests.
+
+        Raises JudgeError if the cost may exceed the limit."""
+        missing = [(list(self._client(decoding).missing(requests).values()), decoding) for decoding, requests in plans]
+        count, total = sum(len(requests) for requests, _ in missing), sum(len(requests) for _, requests in plans)
+        if count:
+            estimate = self._estimate(missing)
+            output.say(f"judge {self.settings.model}: {count} of {total} answers to judge in all; {estimate}")
 
     def usage(self) -> dict[str, float]:
         """Running totals of calls, tokens and failures by their names in the ledger; also USD if prices are known."""
@@ -210,10 +220,14 @@ class EvaluationJudge:
         settings = self.settings
         return (prompt_tokens * settings.price_prompt + completion_tokens * settings.price_completion) / 1e6
 
-    def _estimate(self, missing: Sequence[Request], decoding: Mapping[str, Any]) -> str:
-        """The possible cost of the missing answers, in words. Raises JudgeError if it exceeds the limit."""
-        characters = sum(len(message["content"]) for request in missing for message in request.messages)
-        prompt, completion = characters // CHARACTERS_PER_TOKEN, len(missing) * decoding["max_tokens"]
+    def _estimate(self, missing: Sequence[tuple[Sequence[Request], Mapping[str, Any]]]) -> str:
+        """The possible cost of missing answers, by decoding, in words. Raises JudgeError if it exceeds the limit."""
+        characters = sum(
+            len(message["content"]) for requests, _ in missing for request in requests for message in request.messages
+        )
+        count = sum(len(requests) for requests, _ in missing)
+        prompt = characters // CHARACTERS_PER_TOKEN
+        completion = sum(len(requests) * decoding["max_tokens"] for requests, decoding in missing)
         rule = f"{CHARACTERS_PER_TOKEN} characters each"
         tokens = f"estimate: {prompt} prompt tokens ({rule}), up to {completion} completion tokens"
         if not self._has_prices():
@@ -221,7 +235,7 @@ class EvaluationJudge:
         price, spent, limit = self._price(prompt, completion), self.usage()["judge_usd"], self.settings.max_cost
         if limit and spent + price > limit:
             raise JudgeError(
-                f"--judge.max_cost {limit}: {len(missing)} missing answers may cost {price:.2f} USD ({tokens}), and "
+                f"--judge.max_cost {limit}: {count} missing answers may cost {price:.2f} USD ({tokens}), and "
                 f"{spent:.2f} USD have been spent. No request was sent: raise the limit, or evaluate less"
             )
         return f"{tokens}, up to {price:.2f} USD"

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from openrlhf_sgpo.benchmarks.task import Result
-from openrlhf_sgpo.intervals import half_of_result
+from openrlhf_sgpo.intervals import half_of_result, kendall, spearman
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
-from openrlhf_sgpo.table import PLUS_MINUS, aligned, plus_minus
+from openrlhf_sgpo.table import ANCHOR, PLUS_MINUS, agreement_words, aligned, plus_minus
 
 RESULT = "result.json"
 
@@ -42,7 +42,8 @@ def judge_name(judge: Mapping[str, Any] | None) -> str:
 def write_leaderboard(out: Path) -> str:
     """Write leaderboard.json, leaderboard.csv and table.txt to the folder; returns the table."""
     results = collect(out)
-    write_json(out / "leaderboard.json", {"rows": [asdict(result) for result in results]})
+    agreements = [entry for _, rows in _groups(results) for entry in agreement(list(rows))]
+    write_json(out / "leaderboard.json", {"rows": [asdict(result) for result in results], "agreement": agreements})
     write_text(out / "leaderboard.csv", _csv(results))
     text = leaderboard_table(results)
     write_text(out / "table.txt", text)
@@ -51,27 +52,74 @@ def write_leaderboard(out: Path) -> str:
 
 def leaderboard_table(results: Sequence[Result]) -> str:
     """One block per benchmark, judge and number of items, so only comparable scores share a block."""
-    groups = groupby(results, key=lambda row: (row.task, judge_name(row.judge), row.expected))
-    return "\n".join(_block(task, judge, list(rows)) for (task, judge, _), rows in groups)
+    return "\n".join(_block(task, judge, list(rows)) for (task, judge, _), rows in _groups(results))
+
+
+def _groups(results: Sequence[Result]) -> Iterable[tuple[tuple[str, str, int], Iterable[Result]]]:
+    """Adjacent results that can be compared."""
+    return groupby(results, key=lambda row: (row.task, judge_name(row.judge), row.expected))
+
+
+def agreement(rows: Sequence[Result]) -> list[dict[str, Any]]:
+    """How far a judge orders the anchors as the published leaderboard does: rank correlations, by figure. rows: comparable
+    results, of which the anchors count."""
+    entries = []
+    for name in dict.fromkeys(name for row in rows for name in row.published):
+        pairs = [
+            (value, row.published[name])
+            for row in rows
+            if name in row.published and (value := row.figures.get(name)) is not None
+        ]
+        judged, published = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        rho, tau = spearman(judged, published), kendall(judged, published)
+        if rho and tau:
+            entries.append(
+                {
+                    "task": rows[0].task,
+                    "judge": rows[0].judge,
+                    "figure": name,
+                    "anchors": len(pairs),
+                    "spearman": rho._asdict(),
+                    "kendall": tau._asdict(),
+                }
+            )
+    return entries
 
 
 def _block(task: str, judge: str, rows: list[Result]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    lines = [["", *(name.replace("_", " ") for name in names), "n", "unread", "length"]]
+    published = [name for name in names if any(name in row.published for row in rows)]
+    lines = [["", *map(_title, names), *(f"published {_title(name)}" for name in published), "n", "unread", "length"]]
     for row in rows:
         figures = [plus_minus(row.figures.get(name), half_of_result(asdict(row), name), 2) for name in names]
+        figures += [plus_minus(row.published.get(name), None, 2) for name in published]
         lines.append(
-            [row.model, *figures, f"{row.n}/{row.expected}", str(row.parse_failures), f"{row.average_length:.0f}"]
+            [
+                *(row.model + ANCHOR * bool(row.published), *figures),
+                *(f"{row.n}/{row.expected}", str(row.parse_failures), f"{row.average_length:.0f}"),
+            ]
         )
     categories = list(dict.fromkeys(name for row in rows for name in row.categories))
     table = [["", *categories]] + [
         [row.model, *(f"{row.categories[name]:.2f}" if name in row.categories else "-" for name in categories)]
         for row in rows
     ]
-    notes = list(dict.fromkeys(f"{row.model}: {note}" for row in rows for note in (_words(row.decoding), *row.notes)))
+    noted: dict[str, list[str]] = {}
+    for row in rows:
+        for note in (_words(row.decoding), *row.notes):
+            noted.setdefault(note, []).append(row.model)
+    notes = [
+        f"{'all models' if len(models) == len(rows) > 1 else ', '.join(models)}: {note}"
+        for note, models in noted.items()
+    ]
+    trust = [agreement_words(entry) for entry in agreement(rows)]
     title = f"{task}, judge {judge}" if judge else task
-    parts = [title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", PLUS_MINUS, *notes]
+    parts = [title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", PLUS_MINUS, *trust, *notes]
     return "\n".join(parts) + "\n"
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _words(decoding: dict[str, Any]) -> str:
@@ -85,7 +133,7 @@ def _csv(results: Sequence[Result]) -> str:
     writer.writerow(
         [
             *("task", "judge", "model", "figure", "value", "standard_error", "low", "high", "n", "expected"),
-            *("parse_failures", "average_length", "decoding", "notes"),
+            *("parse_failures", "average_length", "published", "decoding", "notes"),
         ]
     )
     for row in results:
@@ -94,5 +142,6 @@ def _csv(results: Sequence[Result]) -> str:
         for name, value in {**row.figures, **{f"category {key}": mean for key, mean in row.categories.items()}}.items():
             low, high = row.intervals.get(name, (None, None))
             values = [name, value, row.errors.get(name), low, high]
-            writer.writerow([row.task, judge_name(row.judge), row.model, *values, *counts, *remarks])
+            published = row.published.get(name)
+            writer.writerow([row.task, judge_name(row.judge), row.model, *values, *counts, published, *remarks])
     return text.getvalue()

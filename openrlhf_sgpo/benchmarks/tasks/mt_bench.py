@@ -194,6 +194,20 @@ class MTBench(Task):
             else f"the judge's first MT-Bench score is {grade:g}"
         ]
 
+    def requests(
+        self, items: Sequence[Item], responses: Mapping[str, Responses], judge: EvaluationJudge
+    ) -> tuple[dict[str, Any], list[Request]]:
+        """Two judgements per question, by turn."""
+        prompts = self._files.prompts
+        return DECODING, [
+            Request(
+                f"the judgement of turn {turn} of question {item.id}",
+                grading(prompts[prompt_name(item, turn)], item, responses[item.id].turns),
+            )
+            for item in items
+            for turn in (1, 2)
+        ]
+
     def evaluate(
         self,
         model: str,
@@ -203,17 +217,11 @@ class MTBench(Task):
         folder: Path,
     ) -> Result:
         assert judge is not None
-        prompts, notes = self._files.prompts, list(self._files.notes)
+        notes = list(self._files.notes)
         graded_turns = [(item, turn) for item in items for turn in (1, 2)]
         names = [prompt_name(item, turn) for item, turn in graded_turns]
-        requests = [
-            Request(
-                f"the judgement of turn {turn} of question {item.id}",
-                grading(prompts[name], item, responses[item.id].turns),
-            )
-            for (item, turn), name in zip(graded_turns, names, strict=True)
-        ]
-        texts = judge.ask(self.name, DECODING, requests, written_text, f"{model}: MT-Bench")
+        decoding, requests = self.requests(items, responses, judge)
+        texts = judge.ask(self.name, decoding, requests, written_text, f"{model}: MT-Bench")
         judgements = [
             Judgement(item.id, item.category, turn, None if text is None else score(text))
             for (item, turn), text in zip(graded_turns, texts, strict=True)
