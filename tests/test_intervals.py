@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import stdtrit
 
-from openrlhf_sgpo.intervals import bootstrap_interval, holm, linearised, standard_error, student_95, two_level_mean
+from openrlhf_sgpo.intervals import (
+    bootstrap_interval,
+    holm,
+    kendall,
+    linearised,
+    spearman,
+    standard_error,
+    student_95,
+    two_level_mean,
+)
 
 PAIRS = [(1, 1), (2, 3), (3, 2), (3, 3)]
 
@@ -190,3 +199,52 @@ def test_the_uncertainty_is_that_of_ratios_of_data_sets_drawn_anew():
     assert standard_error(values) == pytest.approx(spread, rel=0.05)
     assert bootstrap_interval(values) == pytest.approx(np.quantile(ratios, [0.025, 0.975]), abs=0.15 * spread)
     assert abs(fmean(totals / sizes) - fmean(values)) > 3 * spread
+
+
+@pytest.mark.parametrize("correlation", [spearman, kendall])
+def test_a_rank_correlation_sees_order_alone(correlation):
+    generator = np.random.default_rng(3)
+    first = list(generator.normal(size=12))
+    second = [value + noise for value, noise in zip(first, generator.normal(size=12), strict=True)]
+    measured = correlation(first, second)
+    assert -1 < measured.low < measured.value < measured.high < 1 and measured.n == 12
+    assert correlation([math.exp(value) for value in first], second) == measured
+    mirrored = correlation([-value for value in first], second)
+    assert mirrored[:3] == pytest.approx((-measured.value, -measured.high, -measured.low))
+    assert correlation(first[:4], second[:4]) is None and correlation([1.0] * 12, second) is None
+
+
+def test_spearman_is_the_correlation_of_the_ranks_and_kendall_counts_pairs():
+    first, second = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 1.0, 4.0, 3.0, 6.0, 5.0]
+    assert spearman(first, second).value == pytest.approx(float(np.corrcoef(first, second)[0, 1]))
+    assert kendall(first, second).value == pytest.approx((12 - 3) / 15)
+
+
+@pytest.mark.parametrize("n", [5, 8, 20])
+def test_equal_orders_of_a_few_prove_little(n):
+    """A true rho of the lower end would give equal orders by chance now and then; more pairs prove more."""
+    order = list(range(n))
+    for correlation in (spearman, kendall):
+        measured = correlation(order, order)
+        assert measured.value == measured.high == 1
+        assert measured.low < 0.99
+    assert spearman(order, order).low > spearman(order[:5], order[:5]).low - 1e-12
+    if n == 5:
+        assert spearman(order, order).low < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [8, 20])
+def test_the_interval_of_a_rank_correlation_covers_it_as_often_as_it_says(n):
+    """rho and tau of a normal pair with correlation r are 6 / pi asin(r / 2) and 2 / pi asin(r)."""
+    generator, r, trials = np.random.default_rng(4), 0.8, 600
+    hits = {spearman: 0, kendall: 0}
+    true = {spearman: 6 / math.pi * math.asin(r / 2), kendall: 2 / math.pi * math.asin(r)}
+    for _ in range(trials):
+        first = generator.normal(size=n)
+        second = r * first + math.sqrt(1 - r * r) * generator.normal(size=n)
+        for correlation in hits:
+            measured = correlation(list(first), list(second))
+            hits[correlation] += measured.low <= true[correlation] <= measured.high
+    for count in hits.values():
+        assert abs(count / trials - 0.95) < 0.035

@@ -37,8 +37,8 @@ class Package(NamedTuple):
     file: str
 
 
-def locate(flag: str, user_path: str, hub: Hub, package: Package | None = None) -> Path:
-    """The user's file, else the installed package's, else the hub's. The package is not imported.
+def locate(flag: str, user_path: str, hub: Hub | None, package: Package | None = None) -> Path:
+    """The user's file, else the installed package's, else the hub's, if it has the file. The package is not imported.
 
     Raises ValueError if the file is unavailable."""
     if user_path:
@@ -48,6 +48,10 @@ def locate(flag: str, user_path: str, hub: Hub, package: Package | None = None) 
         return path
     if package and (packaged := _in_package(package)):
         return packaged
+    if hub is None:
+        raise ValueError(
+            f"--{flag} is not set, and no installed package has the file; give --{flag}{_install(package)}"
+        )
     from huggingface_hub import hf_hub_download
 
     try:
@@ -55,11 +59,14 @@ def locate(flag: str, user_path: str, hub: Hub, package: Package | None = None) 
     except Exception as error:  # the library raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         also = f"the package {package.name}, which has the file, is not installed, and " if package else ""
-        install = f", or pip install {package.name}" if package else ""
         raise ValueError(
             f"--{flag} is not set, {also}{hub.file} cannot be downloaded from the {hub.kind} {hub.repository} on the hub "
-            f"({reason}); give --{flag}{install}"
+            f"({reason}); give --{flag}{_install(package)}"
         ) from error
+
+
+def _install(package: Package | None) -> str:
+    return f", or pip install {package.name}" if package else ""
 
 
 def _in_package(package: Package) -> Path | None:

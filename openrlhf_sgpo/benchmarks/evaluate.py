@@ -20,7 +20,7 @@ from openrlhf_sgpo.benchmarks.anchors import choose_anchors, name_conflicts
 from openrlhf_sgpo.benchmarks.answers import SETTINGS, Answerer, identity, positions, write_responses
 from openrlhf_sgpo.benchmarks.benchmark_files import read_fields
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
-from openrlhf_sgpo.benchmarks.leaderboard import RESULT, judge_name, write_leaderboard
+from openrlhf_sgpo.benchmarks.leaderboard import RESULT, judge_name, pools, write_leaderboard
 from openrlhf_sgpo.benchmarks.settings import Contestant, Loaded
 from openrlhf_sgpo.benchmarks.task import Responses, Result, Task
 from openrlhf_sgpo.config import ModelSettings
@@ -100,6 +100,10 @@ class Evaluation:
                 if result not in unread:
                     folder = self._result_folder(result.model, result.task, result.judge)
                     write_json(folder / RESULT, asdict(result))
+            for name, task in self.tasks.items():
+                for rows in pools(self.folder.path, name):
+                    for folder, result in task.pooled(rows).items():
+                        write_json(folder / RESULT, asdict(result))
         finally:
             self.answerer.close()
             if judge:

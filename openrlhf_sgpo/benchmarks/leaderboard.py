@@ -20,9 +20,7 @@ RESULT = "result.json"
 
 def collect(out: Path) -> list[Result]:
     """The results of all models in the folder, grouped by task and judge, best first."""
-    rows = [read_json(path) for path in sorted(out.glob(f"*/*/**/{RESULT}"))]
-    columns = {item.name for item in fields(Result)}
-    results = [Result(**{name: value for name, value in row.items() if name in columns}) for row in rows]
+    results = list(_stored(out).values())
 
     def place(result: Result) -> tuple[Any, ...]:
         first = next(iter(result.figures.values()), None)
@@ -30,6 +28,23 @@ def collect(out: Path) -> list[Result]:
         return result.task, judge_name(result.judge), -result.expected, descending, result.model
 
     return sorted(results, key=place)
+
+
+def pools(out: Path, task: str) -> list[dict[Path, Result]]:
+    """The results of a task by their folders, in groups that can be compared."""
+    groups: dict[Any, dict[Path, Result]] = {}
+    for path, result in _stored(out).items():
+        if result.task == task:
+            groups.setdefault((judge_name(result.judge), result.expected), {})[path.parent] = result
+    return list(groups.values())
+
+
+def _stored(out: Path) -> dict[Path, Result]:
+    columns = {item.name for item in fields(Result)}
+    return {
+        path: Result(**{name: value for name, value in read_json(path).items() if name in columns})
+        for path in sorted(out.glob(f"*/*/**/{RESULT}"))
+    }
 
 
 def judge_name(judge: Mapping[str, Any] | None) -> str:

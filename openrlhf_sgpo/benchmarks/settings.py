@@ -139,9 +139,10 @@ def _anchor_problems(settings: EvaluateSettings, selected: Sequence[str]) -> lis
 
 
 def _problems(settings: EvaluateSettings, options: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
-    problems = settings.problems(
-        "evaluate", models="the models to evaluate", out="a folder for the results", tasks="benchmarks"
-    )
+    required = {"out": "a folder for the results", "tasks": "benchmarks"}
+    if not settings.anchors:  # a judge can be tried on anchors alone
+        required = {"models": "the models to evaluate", **required}
+    problems = settings.problems("evaluate", **required)
     for name in settings.tasks:
         if name not in tasks.names():
             problems.append(f"--tasks: {name} is unknown, choose from {', '.join(tasks.names())}")
@@ -162,7 +163,9 @@ def _problems(settings: EvaluateSettings, options: Mapping[str, Any], origins: M
     reasons = settings.other_engine()
     if selected and not any(tasks.get(name).judged for name in selected):
         reasons["judge."] = f"--tasks {' '.join(selected)} needs no judge"
-    if settings.models and all(map(is_data_file, (text.rpartition("=")[2] for text in settings.models))):
+    if (settings.models or settings.anchors) and all(
+        map(is_data_file, (text.rpartition("=")[2] for text in settings.models))
+    ):
         reasons |= dict.fromkeys(("rollout.", "vllm.", "ds.", "data.", "train."), "all --models are files of answers")
     problems += unread(settings, EvaluateSettings(), origins, reasons)
     return problems + flags.out_of_range({name: options[name] for name in selected})

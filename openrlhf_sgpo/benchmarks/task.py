@@ -136,3 +136,8 @@ class Task:
         """The result of one model's responses, keyed by item id, with one entry for every item; ``judge`` and ``decoding`` are
         added to it later. Writes files in the benchmark's own formats to ``folder``."""
         raise NotImplementedError
+
+    def pooled(self, results: Mapping[Path, Result]) -> dict[Path, Result]:
+        """The results with figures that depend on other models, for a task that has such figures. results: all of one judge
+        with as many items, by the folder that ``evaluate`` wrote to."""
+        return dict(results)

@@ -22,13 +22,15 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
 
 @dataclass(frozen=True)
 class Series:
-    """down, up: length of the error bars below and above y; None for a point without one."""
+    """down, up: length of the error bars below and above y; None for a point without one. labels: of the points, shown when
+    one is pointed at."""
 
     name: str
     x: Sequence[float | str]
     y: Sequence[float | None]
     down: Sequence[float | None] | None = None
     up: Sequence[float | None] | None = None
+    labels: Sequence[str] | None = None
 
     def bars(self) -> dict[str, object] | None:
         if self.down is None or self.up is None or not any(reach is not None for reach in [*self.down, *self.up]):
@@ -74,7 +76,10 @@ def lines(
     values are shares, and the axis is [0, 1]; otherwise it includes 0, so a small change looks small."""
     figure = _figure(
         [
-            {"type": "scatter", "name": line.name, "x": line.x, "y": line.y, "error_y": line.bars(), "mode": mode}
+            {
+                **{"type": "scatter", "name": line.name, "x": line.x, "y": line.y},
+                **{"error_y": line.bars(), "mode": mode, "text": line.labels},
+            }
             for line in series
         ],
         xaxis=_titled(x_title),

@@ -39,6 +39,7 @@ _FILES: dict[str, tuple[str, str, Callable[[Row], str]]] = {
     "mt_bench": ("judgments.jsonl", "question_id", _score),
     "arena_hard": ("model_judgment.jsonl", "uid", _verdicts),
     "ifeval": ("eval_results_strict.jsonl", "prompt", _followed),
+    "ifbench": ("eval_results_loose.jsonl", "prompt", _followed),
 }
 
 

@@ -12,20 +12,21 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from openrlhf_sgpo.intervals import NORMAL_95, half_of_result
-from openrlhf_sgpo.report.figures import Series, bars, plot, plots, radar
+from openrlhf_sgpo.report.figures import Series, bars, lines, plot, plots, radar
 from openrlhf_sgpo.report.judged import judgements
 from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, tag, words
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import digits_of, leaderboard_verdict
 from openrlhf_sgpo.run_folder import json_text, read_json, read_jsonl
-from openrlhf_sgpo.table import plus_minus
+from openrlhf_sgpo.table import ANCHOR, agreement_words, plus_minus
 
 _LEAST_CATEGORIES = 3  # for a radar plot
 
 
 def leaderboard_page(folder: Path) -> Markup:
-    rows = read_json(folder / "leaderboard.json").get("rows") or []
+    board = read_json(folder / "leaderboard.json")
+    rows, agreements = board.get("rows") or [], board.get("agreement") or []
     models = list(dict.fromkeys(row["model"] for row in rows))
     items = {task: folder / "items" / f"{task}.jsonl" for task in dict.fromkeys(row["task"] for row in rows)}
     facts = {
@@ -44,9 +45,15 @@ def leaderboard_page(folder: Path) -> Markup:
         for row in rows
         if row["n"] < row["expected"]
     ]
-    sections = {title: _group(group) for title, group in groups.items()}
+    trust = {
+        title: [entry for entry in agreements if all(entry[key] == group[0].get(key) for key in ("task", "judge"))]
+        for title, group in groups.items()
+    }
+    sections = {title: _group(group, trust[title]) for title, group in groups.items()}
+    verdict = leaderboard_verdict(groups)
+    verdict += [f"{title}: {agreement_words(entries[0])}." for title, entries in trust.items() if entries]
     answers = {f"Answers to {task}": _answers(folder, task, models) for task in judges}
-    return page("Leaderboard", folder.name, facts, leaderboard_verdict(groups), warnings, {**sections, **answers})
+    return page("Leaderboard", folder.name, facts, verdict, warnings, {**sections, **answers})
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -70,29 +77,39 @@ def _counted(row: Mapping[str, Any]) -> str:
     return "judgements" if row.get("judge") else "items"
 
 
-def _group(rows: Sequence[dict[str, Any]]) -> list[Markup]:
-    """The section of one task and judge: table, notes, plots and settings."""
+def _group(rows: Sequence[dict[str, Any]], agreements: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """The section of one task and judge: table, notes, plots and settings. agreements: with the published leaderboard."""
+    published = list(dict.fromkeys(name for row in rows for name in row.get("published") or {}))
     figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
     digits = {name: digits_of([row["figures"].get(name) for row in rows]) for name in figures}
     cells = [
         [
-            row["model"],
+            row["model"] + ANCHOR * bool(row.get("published")),
             *(_figure(row, name, digits[name]) for name in figures),
+            *(number((row.get("published") or {}).get(name), 2) for name in published),
             f"{row['n']:,} of {row['expected']:,}",
             number(row.get("parse_failures"), 0),
             number(row.get("average_length"), 0),
         ]
         for row in rows
     ]
-    header = ["", *map(words, figures), _counted(rows[0]), "parse failures", "characters per answer"]
+    header = [
+        "",
+        *map(words, figures),
+        *(f"published {words(name)}" for name in published),
+        _counted(rows[0]),
+        "parse failures",
+        "characters per answer",
+    ]
     notes: dict[str, list[str]] = {}
     for row in rows:
         for note in row.get("notes") or []:
             notes.setdefault(note, []).append(row["model"])
     return [
         html_table(header, cells),
+        *([tag("ul", *(tag("li", agreement_words(entry)) for entry in agreements))] if agreements else []),
         *([tag("ul", *(_note(*note, rows) for note in notes.items()), class_="quiet")] if notes else []),
-        plots(*_bars(rows, figures), *_radar(rows)),
+        plots(*_anchors(rows, agreements), *_bars(rows, figures), *_radar(rows)),
         details("How the answers were made and judged", *_made(rows)),
     ]
 
@@ -104,6 +121,26 @@ def _note(text: str, models: Sequence[str], rows: Sequence[dict[str, Any]]) -> M
 
 def _figure(row: Mapping[str, Any], name: str, digits: int) -> str:
     return plus_minus(row["figures"].get(name), half_of_result(row, name), digits, MISSING)
+
+
+def _anchors(rows: Sequence[dict[str, Any]], agreements: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    """The anchors' figures over the published ones."""
+    series = []
+    for name in (entry["figure"] for entry in agreements):
+        anchors = [row for row in rows if name in (row.get("published") or {}) and row["figures"].get(name) is not None]
+        reach = [_reach(row, name) for row in anchors]
+        series.append(
+            Series(
+                words(name),
+                [row["published"][name] for row in anchors],
+                [row["figures"][name] for row in anchors],
+                [down for down, _ in reach],
+                [up for _, up in reach],
+                [row["model"] for row in anchors],
+            )
+        )
+    figure = lines(series, mode="markers", x_title="published")
+    return [plot("Anchors", figure, "this judge's figures over the published ones", 320)] if series else []
 
 
 def _bars(rows: Sequence[dict[str, Any]], figures: Sequence[str]) -> list[Markup]:

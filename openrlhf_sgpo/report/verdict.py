@@ -81,7 +81,8 @@ def is_significant(row: Mapping[str, Any]) -> bool:
 
 
 def leaderboard_verdict(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """One sentence per table: who leads in its first figure, and whether the lead is more than chance."""
+    """One sentence per table: who leads in its first figure, and whether the lead is more than chance; in a table with anchors,
+    which do not compete, how many of them the leader surpasses."""
     return [sentence for title, rows in groups.items() if (sentence := _leader(title, rows))]
 
 
@@ -90,11 +91,17 @@ def _leader(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     if not names:
         return ""
     name = names[0]
-    placed = sorted(
+    everyone = sorted(
         (row for row in rows if row["figures"].get(name) is not None), key=lambda row: -row["figures"][name]
     )
+    placed = [row for row in everyone if not row.get("published")]
+    if not placed:
+        return ""
     first, digits = placed[0], digits_of([row["figures"][name] for row in placed])
     figure = f"{plus_minus(first['figures'][name], half_of_result(first, name), digits)} ({words(name)})"
+    if anchors := [row for row in everyone if row.get("published")]:
+        surpassed = sum(first["figures"][name] > row["figures"][name] for row in anchors)
+        return f"{title}: {first['model']} has {figure}, more than {surpassed} of {len(anchors)} anchors."
     if len(placed) == 1:
         return f"{title}: {first['model']} has {figure}."
     second = placed[1]

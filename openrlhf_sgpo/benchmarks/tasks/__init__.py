@@ -11,6 +11,7 @@ BUILT_INS = {
     "alpaca_eval": "openrlhf_sgpo.benchmarks.tasks.alpaca_eval:AlpacaEval",
     "mt_bench": "openrlhf_sgpo.benchmarks.tasks.mt_bench:MTBench",
     "ifeval": "openrlhf_sgpo.benchmarks.tasks.ifeval:IFEval",
+    "ifbench": "openrlhf_sgpo.benchmarks.tasks.ifbench:IFBench",
     "arena_hard": "openrlhf_sgpo.benchmarks.tasks.arena_hard:ArenaHard",
 }
 

