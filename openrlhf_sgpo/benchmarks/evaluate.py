@@ -8,7 +8,6 @@ again only makes what is missing, and models can be added to a leaderboard.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from openrlhf_sgpo.benchmarks.anchors import choose_anchors, name_conflicts
 from openrlhf_sgpo.benchmarks.answers import SETTINGS, Answerer, identity, positions, write_responses
 from openrlhf_sgpo.benchmarks.benchmark_files import read_fields
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge
-from openrlhf_sgpo.benchmarks.leaderboard import RESULT, judge_name, pools, write_leaderboard
+from openrlhf_sgpo.benchmarks.leaderboard import RESULT, judge_folder, pools, write_leaderboard
 from openrlhf_sgpo.benchmarks.settings import Contestant, Loaded
 from openrlhf_sgpo.benchmarks.task import Responses, Result, Task
 from openrlhf_sgpo.config import ModelSettings
@@ -191,7 +190,7 @@ class Evaluation:
     def _result_folder(self, model: str, task: str, judge: Mapping[str, Any] | None) -> Path:
         """MODEL/TASK, or MODEL/TASK/JUDGE for judged tasks."""
         folder = self.folder.path / model / task
-        return folder / re.sub(r"[^\w.+-]+", "_", judge_name(judge).strip("/")) if judge else folder
+        return folder / judge_folder(judge)
 
     def _read(self, contestant: Contestant) -> dict[str, Responses]:
         """The responses to this evaluation's items in a file of answers. Raises ValueError if some are missing."""

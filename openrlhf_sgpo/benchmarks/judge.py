@@ -38,6 +38,10 @@ class EvaluationJudgeSettings(ServerSettings):
     price_prompt: float = setting(0.0, "USD per million prompt tokens (0: unknown)", low=0)
     price_completion: float = setting(0.0, "USD per million completion tokens (0: unknown)", low=0)
     max_cost: float = setting(0.0, "USD limit; requests that may exceed it are not sent (0: no limit)", low=0)
+    thinking_tokens: int = setting(
+        0, "tokens that a judge may think before it replies, in addition to a benchmark's limit of the reply", low=0
+    )
+    revision: str = setting("", "for a model served locally: commit of the hub's repository (default: the newest)")
     max_len: int = setting(
         0, "for a model served locally: longest prompt plus reply, in tokens (0: the model's own)", low=0
     )
@@ -88,7 +92,7 @@ def _address_problems(settings: EvaluationJudgeSettings) -> list[str]:
         return [
             f"--judge.{item.name}: only for a model served locally, and --judge.base_url is set; leave it out"
             for item in fields(settings)
-            if item.name in ("max_len", "gpu_memory_utilization", "tensor_parallel_size")
+            if item.name in ("revision", "max_len", "gpu_memory_utilization", "tensor_parallel_size")
             and getattr(settings, item.name) != item.default
         ]
     if settings.api_version:
@@ -127,7 +131,7 @@ class EvaluationJudge:
             }
             if settings.max_len:
                 arguments["max-model-len"] = settings.max_len
-            self.server = LocalServer(settings.model, arguments, folder / "judge_server.log")
+            self.server = LocalServer(settings.model, arguments, folder / "judge_server.log", settings.revision)
             self.settings.model = self.server.name
         self.local = self.server is not None
         self.identity: dict[str, Any] = {
@@ -207,10 +211,14 @@ class EvaluationJudge:
             self.server.stop()
 
     def _client(self, decoding: Mapping[str, Any]) -> ChatClient:
+        decoding = self._with_thinking(decoding)
         key = content_key(decoding)
         if key not in self.clients:
             self.clients[key] = ChatClient(self.settings, decoding, self.cache, api_version=self.settings.api_version)
         return self.clients[key]
+
+    def _with_thinking(self, decoding: Mapping[str, Any]) -> dict[str, Any]:
+        return {**decoding, "max_tokens": decoding["max_tokens"] + self.settings.thinking_tokens}
 
     def _has_prices(self) -> bool:
         return self.settings.price_prompt + self.settings.price_completion > 0
@@ -227,7 +235,7 @@ class EvaluationJudge:
         )
         count = sum(len(requests) for requests, _ in missing)
         prompt = characters // CHARACTERS_PER_TOKEN
-        completion = sum(len(requests) * decoding["max_tokens"] for requests, decoding in missing)
+        completion = sum(len(requests) * self._with_thinking(decoding)["max_tokens"] for requests, decoding in missing)
         rule = f"{CHARACTERS_PER_TOKEN} characters each"
         tokens = f"estimate: {prompt} prompt tokens ({rule}), up to {completion} completion tokens"
         if not self._has_prices():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from openrlhf_sgpo.benchmarks.evalscope import write_evalscope
 from openrlhf_sgpo.benchmarks.task import Result
 from openrlhf_sgpo.intervals import half_of_result, kendall, spearman
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
@@ -54,12 +56,18 @@ def judge_name(judge: Mapping[str, Any] | None) -> str:
     return str(judge["model"]) + (" letters" if judge.get("logprobs") is False else "")
 
 
+def judge_folder(judge: Mapping[str, Any] | None) -> str:
+    """The judge's name as a folder's; empty for a task without a judge."""
+    return re.sub(r"[^\w.+-]+", "_", judge_name(judge).strip("/"))
+
+
 def write_leaderboard(out: Path) -> str:
-    """Write leaderboard.json, leaderboard.csv and table.txt to the folder; returns the table."""
+    """Write leaderboard.json, leaderboard.csv, table.txt and EvalScope's reports to the folder; returns the table."""
     results = collect(out)
     agreements = [entry for _, rows in _groups(results) for entry in agreement(list(rows))]
     write_json(out / "leaderboard.json", {"rows": [asdict(result) for result in results], "agreement": agreements})
     write_text(out / "leaderboard.csv", _csv(results))
+    write_evalscope(out, ((judge_folder(result.judge) or "without_judge", result) for result in results))
     text = leaderboard_table(results)
     write_text(out / "table.txt", text)
     return text

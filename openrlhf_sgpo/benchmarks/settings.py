@@ -18,7 +18,7 @@ from openrlhf_sgpo.flags import part, setting
 from openrlhf_sgpo.inference import DECODING, AnswerSettings, policy_of, unread
 from openrlhf_sgpo.intervals import LEAST_RANKED
 
-_TAKEN = ("items", "judgements")  # folders beside the models' folders
+_TAKEN = ("items", "judgements", "evalscope")  # folders beside the models' folders
 
 
 @dataclass
@@ -87,7 +87,7 @@ def load(argv: Sequence[str]) -> Loaded:
         settings.judge = with_preset(settings.judge, origins)
         problems = judge_problems(settings.judge)
         room, longest = settings.judge.max_len, instances["arena_hard"].max_tokens
-        if "arena_hard" in settings.tasks and 0 < room <= longest:
+        if "arena_hard" in settings.tasks and 0 < room <= longest + settings.judge.thinking_tokens:
             problems.append(f"--judge.max_len: {room} has no room for judgements of --arena_hard.max_tokens {longest}")
         flags.refuse(problems)
     options = {name: instances[name] for name in settings.tasks}

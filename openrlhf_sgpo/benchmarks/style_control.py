@@ -45,15 +45,23 @@ class Game(NamedTuple):
     weight: float
 
 
-@cache
 def encoding() -> Any:
     """tiktoken's encoding of GPT-4o, which counts the tokens; it is downloaded once. Raises ValueError."""
+    loaded = _load_encoding()
+    if isinstance(loaded, str):
+        raise ValueError(loaded)
+    return loaded
+
+
+@cache  # of a failure, too: each attempt waits for the network
+def _load_encoding() -> Any:
+    """The encoding, or why there is none."""
     import tiktoken
 
     try:
         return tiktoken.encoding_for_model("gpt-4o")
     except Exception as error:  # the library raises those of its downloads
-        raise ValueError(f"tiktoken cannot load its encoding of GPT-4o ({type(error).__name__})") from error
+        return f"tiktoken cannot download its encoding of GPT-4o, which counts the tokens ({type(error).__name__})"
 
 
 def style_metadata(text: str) -> dict[str, Any]:

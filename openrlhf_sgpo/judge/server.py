@@ -26,12 +26,12 @@ STOP_LIMIT = 20.0  # seconds for the server to end by itself
 SHOWN = 30  # lines of its log in an error
 
 
-def served_name(model: str) -> str:
-    """The model's name on its server and in results: a hub name unchanged; for a folder, its name and a hash of its files, so
-    other weights at the same path count as another judge."""
+def served_name(model: str, revision: str = "") -> str:
+    """The model's name on its server and in results: a hub name with its revision; for a folder, its name and a hash of its
+    files, so other weights at the same path count as another judge."""
     folder = Path(model)
     if not folder.is_dir():
-        return model
+        return f"{model}@{revision[:8]}" if revision else model
     digest = hashlib.blake2b(digest_size=4)
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(path.name.encode())
@@ -44,15 +44,17 @@ def served_name(model: str) -> str:
 class LocalServer:
     """A server of ``model``, a Hugging Face folder or hub name, for this machine only; ``start`` starts it.
 
-    arguments: further arguments of vLLM's server. log: file for its output. name: the model's name, see ``served_name``.
+    arguments: further arguments of vLLM's server. log: file for its output. revision: of a hub name; empty: the newest. name:
+    the model's name, see ``served_name``.
     base_url: its address while it runs. Every server has a new key, in the variable ``KEY`` of this process.
     """
 
-    def __init__(self, model: str, arguments: Mapping[str, Any], log: Path):
+    def __init__(self, model: str, arguments: Mapping[str, Any], log: Path, revision: str = ""):
         self.model = model
+        self.revision = revision
         self.arguments = dict(arguments)
         self.log = log
-        self.name = served_name(model)
+        self.name = served_name(model, revision)
         self.base_url = ""
         self._key = secrets.token_urlsafe(32)  # other users of this machine could reach the server, too
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -95,7 +97,7 @@ class LocalServer:
         from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENVIRONMENT, PLAIN_WEIGHTS
 
         arguments: dict[str, Any] = {
-            "model": local_folder(self.model),  # the server has no key for the hub
+            "model": local_folder(self.model, self.revision or None),  # the server has no key for the hub
             "served-model-name": self.name,
             "host": "127.0.0.1",
             "port": port,

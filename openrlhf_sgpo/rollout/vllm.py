@@ -208,13 +208,14 @@ class VllmRollout:
             ray_session.end_ray()
 
 
-def local_folder(model: str) -> str:
-    """The folder of a model; a model of the hub is downloaded unless it is cached."""
+def local_folder(model: str, revision: str | None = None) -> str:
+    """The folder of a model; a model of the hub is downloaded unless it is cached. revision: a commit; None: the newest."""
     if os.path.isdir(model):
         return model
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"])
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    return snapshot_download(model, revision=revision, allow_patterns=patterns)
 
 
 def _last_line(error: BaseException) -> str:

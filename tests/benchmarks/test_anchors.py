@@ -138,13 +138,13 @@ def test_the_correlation_is_that_of_the_anchors_alone():
     rows.append(result("mine", 99.0))
     (entry,) = agreement(rows)
     assert entry["anchors"] == 6 and entry["figure"] == "win_rate"
-    assert entry["spearman"]["value"] == entry["kendall"]["value"] == 1
-    assert entry["spearman"]["low"] < 0.9 and entry["spearman"]["high"] == 1
+    assert (entry["spearman"]["value"], entry["kendall"]["value"]) == pytest.approx((1, 1))
+    assert entry["spearman"]["low"] < 0.9 and entry["spearman"]["high"] >= 0.999
     text = leaderboard_table(rows)
     assert "published win rate" in text and "m3 (anchor)" in text and "mine (anchor)" not in text
     assert "rank correlation of 6 anchors with the published leaderboard, by win rate: Spearman 1.00 [" in text
     backwards = [result(f"m{number}", -rate, win_rate=rate) for number, rate in enumerate(published)]
-    assert agreement(backwards)[0]["spearman"]["value"] == -1
+    assert agreement(backwards)[0]["spearman"]["value"] == pytest.approx(-1)
     assert agreement(rows[:4]) == agreement(rows[-1:]) == []
 
 

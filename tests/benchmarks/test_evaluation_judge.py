@@ -254,12 +254,41 @@ FURTHER = {
 @pytest.mark.parametrize("path", sorted(module.PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_of_this_checkout(path, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setenv("GEMINI_API_KEY", "key")
     name = path.stem
     settings = parsed("--judge.preset", name, *FURTHER.get(name, []))
     assert judge_problems(settings) == []
     assert EvaluationJudge(settings, tmp_path).identity["preset"] == name
     if name in FURTHER:
         assert judge_problems(parsed("--judge.preset", name)) != [], "it says itself what has to be added"
+
+
+def test_presets_of_local_judges_are_pinned(tmp_path):
+    judges = [parsed("--judge.preset", path.stem) for path in module.PRESETS.glob("*.yaml")]
+    local = [settings for settings in judges if settings.model and not settings.base_url]
+    assert len(local) == 2
+    for settings in local:
+        assert len(settings.revision) == 40
+        assert EvaluationJudge(settings, tmp_path).identity["model"] == f"{settings.model}@{settings.revision[:8]}"
+
+
+def test_a_judge_that_thinks_has_room_for_it(tmp_path, capsys):
+    prices = {"price_prompt": 1.0, "price_completion": 1e6}
+    with JudgeServer(judge=by_number) as server:
+        judge = make(tmp_path, server.url, thinking_tokens=100, **prices)
+        judge.state_cost([(LETTERS, requests(3))])
+        (line,) = capsys.readouterr().out.splitlines()
+        assert (
+            "3 of 3 answers to judge in all" in line and f"up to {3 * (LETTERS['max_tokens'] + 100)} completion" in line
+        )
+        judge.ask("test", LETTERS, requests(3), share_of_m, "")
+        assert {body["max_tokens"] for body in server.bodies} == {LETTERS["max_tokens"] + 100}
+        judge.state_cost([(LETTERS, requests(3))])
+        assert not capsys.readouterr().out  # nothing is missing
+        other = make(tmp_path, server.url, max_cost=1.0, **prices)
+        with pytest.raises(JudgeError, match=r"--judge.max_cost 1.0: 5 missing answers"):
+            other.state_cost([(LETTERS, requests(3)), (LETTERS | {"seed": 1}, requests(2))])
+        assert len(server.asked) == 3
 
 
 @pytest.mark.parametrize(

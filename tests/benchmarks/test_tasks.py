@@ -20,7 +20,7 @@ class Length(Task):
 
 
 def test_every_name_leads_to_the_benchmark_of_that_name():
-    assert tasks.names() == ["alpaca_eval", "mt_bench", "ifeval", "arena_hard"]
+    assert tasks.names() == ["alpaca_eval", "mt_bench", "ifeval", "ifbench", "arena_hard"]
     assert [tasks.get(name).name for name in tasks.names()] == tasks.names()
 
 

