@@ -189,7 +189,11 @@ class EvaluationJudge:
         """Print what is missing of all requests, and what that may cost. plans: decodings with their requests.
 
         Raises JudgeError if the cost may exceed the limit."""
-        missing = [(list(self._client(decoding).missing(requests).values()), decoding) for decoding, requests in plans]
+        missing = [
+            (list(self._client(decoding).missing(requests).values()), decoding)
+            for decoding, requests in plans
+            if requests
+        ]
         count, total = sum(len(requests) for requests, _ in missing), sum(len(requests) for _, requests in plans)
         if count:
             estimate = self._estimate(missing)

@@ -56,12 +56,12 @@ def encoding() -> Any:
 @cache  # of a failure, too: each attempt waits for the network
 def _load_encoding() -> Any:
     """The encoding, or why there is none."""
-    import tiktoken
-
     try:
+        import tiktoken
+
         return tiktoken.encoding_for_model("gpt-4o")
     except Exception as error:  # the library raises those of its downloads
-        return f"tiktoken cannot download its encoding of GPT-4o, which counts the tokens ({type(error).__name__})"
+        return f"tiktoken's encoding of GPT-4o, which counts the tokens, cannot be had ({type(error).__name__})"
 
 
 def style_metadata(text: str) -> dict[str, Any]:
