@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import toy_benchmarks
-from judge_server import JudgeServer
+from judge_server import JudgeServer, sigmoid
 from running import forked
 
 from openrlhf_sgpo import flags
@@ -175,7 +176,12 @@ def test_a_judge_is_tried_on_anchors_and_a_model_stands_among_them(task, tmp_pat
     argv = ["--tasks", "alpaca_eval", "--alpaca_eval.limit", "4", "--anchors", "6", "--out", str(out)]
     argv += ["--anchors_from", str(tmp_path / "results"), "--judge.model", "rule"]
     prices = ["--judge.price_prompt", "1000", "--judge.price_completion", "1000"]
-    with JudgeServer(judge=toy_benchmarks.rule) as server:
+
+    def rule(text: str) -> list[tuple[str, float]]:
+        share = sigmoid(max(-5.0, min(5.0, toy_benchmarks.log_odds(text) / 300)))
+        return sorted([("m", math.log(share)), ("M", math.log(1 - share))], key=lambda entry: -entry[1])
+
+    with JudgeServer(judge=rule) as server:
         address = ["--judge.base_url", server.url]
         process = forked(None, "evaluate", *argv, *address, *prices, "--judge.max_cost", "1")
         assert process.returncode == 2 and "24 missing answers may cost" in process.stderr
