@@ -111,7 +111,9 @@ def agreement(rows: Sequence[Result]) -> list[dict[str, Any]]:
 
 def _block(task: str, judge: str, rows: list[Result]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    published = [name for name in names if any(name in row.published for row in rows)]
+    published = [
+        name for name in names if any(name in row.published and row.figures.get(name) is not None for row in rows)
+    ]
     lines = [["", *map(_title, names), *(f"published {_title(name)}" for name in published), "n", "unread", "length"]]
     for row in rows:
         figures = [plus_minus(row.figures.get(name), half_of_result(asdict(row), name), 2) for name in names]

@@ -79,8 +79,12 @@ def _counted(row: Mapping[str, Any]) -> str:
 
 def _group(rows: Sequence[dict[str, Any]], agreements: Sequence[Mapping[str, Any]]) -> list[Markup]:
     """The section of one task and judge: table, notes, plots and settings. agreements: with the published leaderboard."""
-    published = list(dict.fromkeys(name for row in rows for name in row.get("published") or {}))
     figures = list(dict.fromkeys(name for row in rows for name in row["figures"]))
+    published = [
+        name
+        for name in figures
+        if any(name in (row.get("published") or {}) and row["figures"].get(name) is not None for row in rows)
+    ]
     digits = {name: digits_of([row["figures"].get(name) for row in rows]) for name in figures}
     cells = [
         [
