@@ -64,7 +64,7 @@ def judge_folder(judge: Mapping[str, Any] | None) -> str:
 def write_leaderboard(out: Path) -> str:
     """Write leaderboard.json, leaderboard.csv, table.txt and EvalScope's reports to the folder; returns the table."""
     results = collect(out)
-    agreements = [entry for _, rows in _groups(results) for entry in agreement(list(rows))]
+    agreements = [entry for _, rows in _groups(results) for entry in anchor_correlations(list(rows))]
     write_json(out / "leaderboard.json", {"rows": [asdict(result) for result in results], "agreement": agreements})
     write_text(out / "leaderboard.csv", _csv(results))
     write_evalscope(out, ((judge_folder(result.judge) or "without_judge", result) for result in results))
@@ -83,7 +83,7 @@ def _groups(results: Sequence[Result]) -> Iterable[tuple[tuple[str, str, int], I
     return groupby(results, key=lambda row: (row.task, judge_name(row.judge), row.expected))
 
 
-def agreement(rows: Sequence[Result]) -> list[dict[str, Any]]:
+def anchor_correlations(rows: Sequence[Result]) -> list[dict[str, Any]]:
     """How far a judge orders the anchors as the published leaderboard does: rank correlations, by figure. rows: comparable
     results, of which the anchors count."""
     entries = []
@@ -137,7 +137,7 @@ def _block(task: str, judge: str, rows: list[Result]) -> str:
         f"{'all models' if len(models) == len(rows) > 1 else ', '.join(models)}: {note}"
         for note, models in noted.items()
     ]
-    trust = [agreement_words(entry) for entry in agreement(rows)]
+    trust = [agreement_words(entry) for entry in anchor_correlations(rows)]
     title = f"{task}, judge {judge}" if judge else task
     parts = [title, "", *aligned(lines), *(["", *aligned(table)] if categories else []), "", PLUS_MINUS, *trust, *notes]
     return "\n".join(parts) + "\n"

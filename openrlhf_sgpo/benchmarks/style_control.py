@@ -33,7 +33,7 @@ _PATTERNS = {
 _RIDGE = 1e-6  # keeps a model that wins every game finite
 
 
-class Game(NamedTuple):
+class StyledGame(NamedTuple):
     """A judgement of the pool. style: tokens, headers, list items and bold texts of the model's answer, then of the baseline's.
     score: the model's, in [0, 1]. weight: how often the judgement counts."""
 
@@ -100,7 +100,7 @@ def read_games(
     answers: Path,
     baselines: Mapping[str, tuple[str, Sequence[int]]],
     verdicts: Mapping[str, tuple[float, float]],
-) -> list[Game]:
+) -> list[StyledGame]:
     """The games of a model from files in arena-hard-auto's format. model: its name in the games. baselines: name and style of
     the baseline by question; other questions, and games against another, are left out. verdicts: the score and weight of A, by
     label; a question without two of them is left out. Raises ValueError."""
@@ -116,7 +116,7 @@ def read_games(
             style = styles[question], baseline_style
             # A is the baseline in the first game.
             for score, weight in ((1 - first[0], first[1]), second):
-                games.append(Game(question, row["category"], model, style, score, weight))
+                games.append(StyledGame(question, row["category"], model, style, score, weight))
     return games
 
 
@@ -124,7 +124,7 @@ def _counted(row: Mapping[str, Any]) -> dict[str, Any]:
     return style_metadata(row["messages"][-1]["content"]["answer"])
 
 
-def controlled_rates(games: Sequence[Game]) -> dict[str, tuple[float, float, float]]:
+def controlled_rates(games: Sequence[StyledGame]) -> dict[str, tuple[float, float, float]]:
     """(rate, low, high) in percent by model: the rate at the pool's average style, by maximum likelihood, with a 95% interval.
 
     The interval is that of the sandwich estimator, in which the games of a question belong together, whoever played; the

@@ -20,7 +20,7 @@ from running import forked
 
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.benchmarks.anchors import choose_anchors, name_conflicts, spread_places
-from openrlhf_sgpo.benchmarks.leaderboard import agreement, leaderboard_table
+from openrlhf_sgpo.benchmarks.leaderboard import anchor_correlations, leaderboard_table
 from openrlhf_sgpo.benchmarks.settings import Contestant, load
 from openrlhf_sgpo.benchmarks.task import Result
 from openrlhf_sgpo.benchmarks.tasks.alpaca_eval import ANNOTATOR, AlpacaEval, AlpacaEvalSettings
@@ -137,7 +137,7 @@ def test_the_correlation_is_that_of_the_anchors_alone():
     published = [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
     rows = [result(f"m{number}", rate / 2, win_rate=rate) for number, rate in enumerate(published)]
     rows.append(result("mine", 99.0))
-    (entry,) = agreement(rows)
+    (entry,) = anchor_correlations(rows)
     assert entry["anchors"] == 6 and entry["figure"] == "win_rate"
     assert (entry["spearman"]["value"], entry["kendall"]["value"]) == pytest.approx((1, 1))
     assert entry["spearman"]["low"] < 0.9 and entry["spearman"]["high"] >= 0.999
@@ -145,8 +145,8 @@ def test_the_correlation_is_that_of_the_anchors_alone():
     assert "published win rate" in text and "m3 (anchor)" in text and "mine (anchor)" not in text
     assert "rank correlation of 6 anchors with the published leaderboard, by win rate: Spearman 1.00 [" in text
     backwards = [result(f"m{number}", -rate, win_rate=rate) for number, rate in enumerate(published)]
-    assert agreement(backwards)[0]["spearman"]["value"] == pytest.approx(-1)
-    assert agreement(rows[:4]) == agreement(rows[-1:]) == []
+    assert anchor_correlations(backwards)[0]["spearman"]["value"] == pytest.approx(-1)
+    assert anchor_correlations(rows[:4]) == anchor_correlations(rows[-1:]) == []
 
 
 @pytest.mark.parametrize(

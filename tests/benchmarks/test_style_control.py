@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from openrlhf_sgpo.benchmarks.style_control import (
-    Game,
+    StyledGame,
     controlled_rates,
     encoding,
     markdown_counts,
@@ -77,7 +77,7 @@ def test_features_are_those_of_the_definition():
 
 def simulated(
     thetas: dict[str, float], beta: float, lengths: dict[str, float], questions: int, seed: int
-) -> list[Game]:
+) -> list[StyledGame]:
     """Games in which a judge likes long answers: two per question, whose answers have lengths around the model's mean, of a
     baseline of 100 tokens."""
     generator = np.random.default_rng(seed)
@@ -92,7 +92,7 @@ def simulated(
     for (model, question, style), value in zip(drawn, standardised, strict=True):
         for _ in range(2):
             score = float(generator.random() < sigmoid(thetas[model] + beta * value))
-            games.append(Game(str(question), "hard_prompt", model, (style, (100, 0, 0, 0)), score, 1))
+            games.append(StyledGame(str(question), "hard_prompt", model, (style, (100, 0, 0, 0)), score, 1))
     return games
 
 
@@ -112,7 +112,7 @@ def test_equal_styles_leave_the_weighted_win_rate():
     style = ((50, 1, 1, 1), (60, 0, 2, 1))
     scores = {"a": [(1.0, 3), (0.5, 1), (0.0, 1), (1.0, 1)], "b": [(0.0, 3), (1.0, 1), (0.5, 1), (0.0, 1)]}
     games = [
-        Game(str(question), "hard_prompt", model, style, score, weight)
+        StyledGame(str(question), "hard_prompt", model, style, score, weight)
         for model, rows in scores.items()
         for question, (score, weight) in enumerate(rows)
     ]
@@ -175,8 +175,8 @@ def test_games_are_read_from_the_benchmarks_files(tmp_path):
     games = read_games("mine", tmp_path / "judgements", tmp_path / "answers", baselines, VERDICTS)
     style = ((7, 1, 2, 3), (9, 0, 0, 0))
     assert games == [
-        Game("q1", "hard_prompt", "mine", style, 0.0, 3),
-        Game("q1", "hard_prompt", "mine", style, 0.5, 1),
+        StyledGame("q1", "hard_prompt", "mine", style, 0.0, 3),
+        StyledGame("q1", "hard_prompt", "mine", style, 0.5, 1),
     ]
     (tmp_path / "answers").write_text("")
     with pytest.raises(ValueError, match="has no answer to question q1"):
