@@ -186,6 +186,17 @@ class LoraSettings:
     dropout: float = setting(0.0, "LoRA dropout", low=0, below=1)
     target_modules: list[str] = setting(["all-linear"], "modules that get an adapter")
 
+    def of_peft(self) -> dict[str, Any]:
+        """The arguments of PEFT's ``LoraConfig``."""
+        targets = self.target_modules
+        return {
+            "task_type": "CAUSAL_LM",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": targets[0] if targets == ["all-linear"] else targets,
+        }
+
 
 @dataclass
 class DeepspeedSettings:

@@ -65,7 +65,12 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
     Raises flags.SettingsError with all problems at once; only an unreadable file or algorithm is reported alone, because
     these decide which flags exist.
     """
-    algorithm, (instances, given, others) = read(argv)
+    return complete(*read(argv))
+
+
+def complete(algorithm: type[Algorithm], parsed: flags.Parsed) -> tuple[Config, Any]:
+    """Checks the result of ``read``, and fills in defaults that depend on other settings. See ``load``."""
+    instances, given, others = parsed
     config, options = instances[""], instances[algorithm.name]
     unread = check(config, options, algorithm, given)
     _note(
@@ -82,8 +87,11 @@ def load(argv: Sequence[str]) -> tuple[Config, Any]:
     return config, options
 
 
-def read(argv: Sequence[str]) -> tuple[algorithms.AlgorithmType, flags.Parsed]:
-    """The algorithm and the unchecked settings of its run. Raises flags.SettingsError as ``load`` does."""
+def read(
+    argv: Sequence[str], more: Mapping[str, Callable[[], Any]] | None = None
+) -> tuple[algorithms.AlgorithmType, flags.Parsed]:
+    """The algorithm and the unchecked settings of its run. more: sections of a command beside them, by prefix. Raises
+    flags.SettingsError as ``load`` does."""
     name = flags.peek(argv, "algo")
     try:
         algorithm = algorithms.get(Config().algo if name is None else name)
@@ -99,7 +107,7 @@ def read(argv: Sequence[str]) -> tuple[algorithms.AlgorithmType, flags.Parsed]:
         for registered in algorithms.names()
         if registered != algorithm.name and registered not in shared_groups
     }
-    return algorithm, flags.parse(argv, sections(algorithm), elsewhere, trl_names.ANSWERS)
+    return algorithm, flags.parse(argv, sections(algorithm) | dict(more or {}), elsewhere, trl_names.ANSWERS)
 
 
 def _note(origins: Mapping[str, str], reasons: Mapping[str, str]) -> None:

@@ -21,6 +21,8 @@ from openrlhf_sgpo.run_folder import release_locks
 USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
   train        train a policy: --algo NAME, see `openrlhf-sgpo train --help --algo NAME`
+  doctor       check this machine: what works, what does not, and the command that mends it
+  estimate     memory, time and disk of a training: the flags of train, and --estimate.gpu NAME --estimate.gpus N
   data         report on the data that these flags would train on, without a model
   evaluate     AlpacaEval 2.0, MT-Bench and others: --models RUN ... --judge.preset NAME --out FOLDER
   compare      runs head to head: --runs RUN RUN ... --oracle NAME --out FOLDER, or --suite FILE, which trains them first
@@ -86,6 +88,26 @@ def data(argv: list[str]) -> int:
         reports = inspect_run(records, chat, settings, room).reports
         say("\n".join(report.text() for report in reports), end="")
         require(reports)
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """What works on this machine, see ``openrlhf_sgpo.doctor``."""
+    from openrlhf_sgpo.doctor.report import main as examine_machine
+
+    return examine_machine(argv)
+
+
+def estimate(argv: list[str]) -> int:
+    """What a run would take, see ``openrlhf_sgpo.estimate``. Takes the flags and files of ``train``."""
+    from openrlhf_sgpo.estimate.settings import load
+
+    asked = load(argv)
+    with other_packages_apart():
+        with lean_imports():
+            from openrlhf_sgpo.estimate.command import run_estimate
+
+        run_estimate(asked)
     return 0
 
 
@@ -209,6 +231,8 @@ def _flag_words(tree: dict[str, Any], prefix: str = "") -> str:
 
 COMMANDS = {
     "train": train,
+    "doctor": doctor,
+    "estimate": estimate,
     "data": data,
     "evaluate": evaluate,
     "compare": compare,

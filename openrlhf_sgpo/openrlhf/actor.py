@@ -15,7 +15,7 @@ from openrlhf.models import Actor
 from openrlhf.models.actor import _patch_zero3_weight_mapping
 from openrlhf.models.utils import set_z3_leaf_modules
 from openrlhf.utils.deepspeed import DeepspeedStrategy
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -71,9 +71,9 @@ def load_actor(
     if trainable and config.ds.lora.rank > 0:
         model.enable_input_require_grads()
         first, *others = adapters
-        model = get_peft_model(model, _lora_config(config), adapter_name=first)
+        model = get_peft_model(model, LoraConfig(**config.ds.lora.of_peft()), adapter_name=first)
         for name in others:
-            model.add_adapter(name, _lora_config(config))
+            model.add_adapter(name, LoraConfig(**config.ds.lora.of_peft()))
         model.set_requires_grad(list(adapters))
     set_z3_leaf_modules(model, detect_hybrid=False)
     actor = Actor(model)
@@ -93,17 +93,6 @@ def load_actor(
 @cache
 def _say_padded(reason: str) -> None:
     say(f"layout padded: {reason}")
-
-
-def _lora_config(config: Inference) -> LoraConfig:
-    targets = config.ds.lora.target_modules
-    return LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=config.ds.lora.rank,
-        lora_alpha=config.ds.lora.alpha,
-        lora_dropout=config.ds.lora.dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-    )
 
 
 def _merged_state(state: dict[str, torch.Tensor], model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:

@@ -1,0 +1,176 @@
+"""The doctor on machines that are whole, empty and broken; each empty one is a virtual environment without any package."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from openrlhf_sgpo import extras
+from openrlhf_sgpo.cli.main import main
+from openrlhf_sgpo.doctor.checks import Check
+from openrlhf_sgpo.doctor.features import FEATURES, feature_checks
+from openrlhf_sgpo.doctor.machine import gpu_checks, network_checks
+from openrlhf_sgpo.doctor.packages import tested
+from openrlhf_sgpo.doctor.probes import Answer, ask
+from openrlhf_sgpo.doctor.report import starts, text_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def empty_python(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("empty")
+    venv.create(folder, with_pip=False)
+    return folder / "bin" / "python"
+
+
+def examined(
+    python: Path, *argv: str, path: str = "", module: str = "openrlhf_sgpo.doctor"
+) -> subprocess.CompletedProcess:
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{path}", "HOME": os.environ.get("HOME", "/")}
+    return subprocess.run(
+        [python, "-m", module, *argv], env=environment, capture_output=True, text=True, timeout=120, cwd=python.parent
+    )
+
+
+def test_a_machine_without_packages_gets_a_report_and_commands(empty_python):
+    process = examined(empty_python, "--offline")
+    assert process.returncode == 1
+    assert process.stderr == "" and "Traceback" not in process.stdout
+    lines = process.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1].startswith("training would not start; ")
+    text = " ".join(process.stdout.split())
+    for feature in FEATURES:
+        assert feature.name in text
+    assert "-> pip install --no-deps openrlhf==" in text or "'openrlhf-sgpo[" in text
+
+
+def test_broken_packages_are_lines_of_the_report(empty_python, tmp_path):
+    """One that cannot be loaded, one that ends its process, and one that does not come back."""
+    for name, code in {
+        "torch": "raise OSError('libcudart.so.13: cannot open shared object file')",
+        "peft": "import os; print('noise'); os.abort()",
+        "wandb": "import time; time.sleep(600)",
+        "datasets": "raise SystemExit(3)",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    process = examined(empty_python, "--offline", "--json", "--timeout", "3", path=str(tmp_path))
+    assert process.returncode == 1 and process.stderr == ""
+    checks = {check["name"]: check for check in json.loads(process.stdout)["checks"]}
+    assert checks["train --ds.lora.rank"]["detail"] == "the process ended by SIGABRT"
+    assert checks["W&B"]["detail"] == "took longer than 3 seconds"
+    assert checks["W&B"]["mend"] == "openrlhf-sgpo doctor --timeout 6"
+    assert checks["data of the hub"]["detail"] == "SystemExit: 3"
+    assert checks["TensorBoard"]["detail"].startswith("OSError: libcudart.so.13")
+
+
+def test_an_answer_says_what_failed(monkeypatch):
+    answer = ask("print('noise'); answer['value'] = 3; print('more')", 20)
+    assert answer == Answer(values={"value": 3})
+    missing = ask("import no_such_package.part", 20)
+    assert missing.missing == "no_such_package" and missing.problem.startswith("ModuleNotFoundError")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-a-key-of-some-length")
+    hidden = ask("import os; raise RuntimeError('with ' + os.environ['OPENAI_API_KEY'])", 20)
+    assert hidden.problem == "RuntimeError: with [hidden]"
+    # In the packages' folder, not in Python's own.
+    broken = ask("import yaml; yaml.safe_load('a: [')", 20)
+    assert broken.package == "yaml"
+
+
+def test_the_command_that_mends_is_for_what_failed():
+    answers = {feature.name: Answer() for feature in FEATURES}
+    answers["evaluate"] = Answer("ModuleNotFoundError: No module named 'fastchat'", missing="fastchat")
+    answers["compare"] = Answer("ModuleNotFoundError: No module named 'openai'", missing="openai.types")
+    answers["train"] = Answer("ImportError: undefined symbol", package="deepspeed")
+    answers["games --out"] = Answer("ModuleNotFoundError: No module named 'matplotlib'", missing="matplotlib")
+    checks = {check.name: check for check in feature_checks(answers, "cpu", 120)}
+    assert checks["evaluate"].mend == extras.BENCHMARKS
+    assert checks["compare"].mend == "pip install openai" and checks["compare"].status == "fails"
+    assert checks["train"].mend == "pip install --force-reinstall --no-deps deepspeed==" + tested("cpu")["deepspeed"]
+    assert checks["games --out"].status == "note"  # nothing is broken, somebody may not want it
+    assert not starts(list(checks.values()))
+    assert starts([check for name, check in checks.items() if name != "train"])
+
+
+def test_tested_versions_are_those_of_the_setup_file(monkeypatch):
+    """The metadata that pip has written from it, which may be older than the checkout only in what is not pinned."""
+    given: dict = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    for extra in ("gpu", "cpu"):
+        pinned = [text for text in given["extras_require"][extra] if "==" in text]
+        expected = dict(re.sub(r"\[.*\]", "", text).split("==") for text in [*pinned, extras.OPENRLHF])
+        assert tested(extra) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "listed", "status", "word"),
+    [
+        ({"built_for": None, "usable": False}, "", "note", "the CPU"),
+        ({"built_for": None, "usable": False}, "A, 1 MiB, 580.65", "fails", "built for CPUs"),
+        (
+            {"built_for": "13.0", "usable": False, "reason": "driver too old"},
+            "A, 1 MiB, 535.1",
+            "fails",
+            "driver 535.1",
+        ),
+        ({"usable": True, "devices": [["A", 80 * 2**30, 79 * 2**30]]}, "A, 81920 MiB, 580.65", "ok", "79 of 80 GiB"),
+        ({"usable": True, "devices": [["A", 80 * 2**30, 9 * 2**30]]}, "A, 81920 MiB, 580.65", "note", "9 of 80 GiB"),
+    ],
+)
+def test_gpus_as_driver_and_torch_see_them(values, listed, status, word, monkeypatch):
+    monkeypatch.setattr("openrlhf_sgpo.doctor.machine.tool", lambda *_: listed)
+    first, *_ = gpu_checks(Answer(values=values))
+    assert first.status == status and word in first.detail
+    assert bool(first.mend) == (first.status == "fails" or "9 of 80" in word)
+    assert first.stops == (status == "fails")
+
+
+def test_keys_are_named_and_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret_of_some_length")
+    text = text_of(network_checks(offline=True))
+    assert "HF_TOKEN" in text and "secret" not in text
+
+
+def test_an_address_that_does_not_answer_is_a_note(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    hub, _ = network_checks()
+    assert hub.status == "note" and "Connection refused" in hub.detail and hub.mend
+
+
+def test_long_lines_are_wrapped_and_colours_only_on_a_terminal():
+    checks = [Check("s", "n", "fails", "word " * 60, "command " * 30, stops=True), Check("s", "m", "ok")]
+    plain, coloured = text_of(checks), text_of(checks, colour=True)
+    assert max(map(len, plain.splitlines())) <= 80 and "\x1b" not in plain
+    assert re.sub("\x1b\\[[0-9]*m", "", coloured) == plain
+    assert plain.splitlines()[-1] == "training would not start; 1 of 2 checks fail"
+
+
+def test_arguments(capsys):
+    assert main(["doctor", "--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    for argv in (["--timeout"], ["--timeout", "0"], ["--timeout", "nan"], ["runs"]):
+        assert main(["doctor", *argv]) == 2
+        assert "unexpected" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_this_machine_would_train():
+    process = examined(
+        Path(sys.executable), "doctor", "--offline", "--json", "--timeout", "300", module="openrlhf_sgpo"
+    )
+    result = json.loads(process.stdout)
+    assert process.returncode == 0 and result["starts"], process.stdout
+    failing = [check["name"] for check in result["checks"] if check["status"] == "fails"]
+    assert failing == []

@@ -1,0 +1,49 @@
+"""Counts on the meta device against published numbers, and against what follows from a layer's definition."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from openrlhf_sgpo.config import LoraSettings, ModelSettings
+from openrlhf_sgpo.estimate.shape import model_shape
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("Mistral-7B-v0.1", 7_241_732_096), ("Llama-3-8B", 8_030_261_248)])
+def test_parameters_are_those_of_the_published_models(published, name, parameters):
+    shape = model_shape(ModelSettings(published[name]), "bf16", LoraSettings())
+    assert shape.parameters == shape.trained == parameters
+    assert shape.multiplied == parameters - shape.embedding
+    assert shape.kv_elements == 2 * 32 * 8 * 128
+
+
+def test_a_layer_keeps_what_follows_from_its_definition(published):
+    """16 h + 4 (q + k) + 8 f bytes in half precision: two norms, each with its input in float32 (4 h), the normalised input
+    and its product with the norm's weight (2 h each); queries, keys, values and output; and four tensors of the MLP.
+    Numbers per head and per norm are 4 bytes each."""
+    hidden, keys, inner, heads = 4096, 1024, 14336, 32
+    for dtype, element in (("bf16", 2), ("fp32", 4)):
+        shape = model_shape(ModelSettings(published["Llama-3-8B"]), dtype, LoraSettings())
+        norms = 2 * (4 + 2 * element) * hidden
+        whole = norms + element * (2 * hidden + 2 * keys + 4 * inner) + 4 * heads + 2 * 4
+        # The first layer alone gets the embeddings, which nothing else keeps.
+        assert shape.layer_bytes == pytest.approx(whole, rel=1e-3)
+        assert shape.largest_bytes == element * inner
+
+
+def test_adapters_are_counted_by_their_definition(published):
+    """r (in + out) for each linear layer of a block."""
+    rank, hidden, keys, inner = 16, 4096, 1024, 14336
+    shape = model_shape(ModelSettings(published["Mistral-7B-v0.1"]), "bf16", LoraSettings(rank=rank))
+    sides = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
+    assert shape.trained == 32 * rank * sum(map(sum, sides))
+    assert shape.parameters == 7_241_732_096
+
+
+def test_a_model_that_cannot_be_counted_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no configuration can be read .* its weights are not needed"):
+        model_shape(ModelSettings(str(tmp_path)), "bf16", LoraSettings())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(ValueError, match="cannot count a model of type t5"):
+        model_shape(ModelSettings(str(tmp_path)), "bf16", LoraSettings())
