@@ -16,7 +16,6 @@ from openrlhf_sgpo.estimate.settings import load
 from openrlhf_sgpo.estimate.shape import model_shape
 from openrlhf_sgpo.ledger import write_ledger
 
-
 CHECKPOINTING = "--model.gradient_checkpointing_enable"
 
 
