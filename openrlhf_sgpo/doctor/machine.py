@@ -99,7 +99,15 @@ def gpu_checks(torch: Answer) -> list[Check]:
     """GPUs as the driver and as torch see them. torch: the answer to ``TORCH``."""
     query = "--query-gpu=name,memory.total,driver_version"
     listed = tool("nvidia-smi", query, "--format=csv,noheader").splitlines()
-    built_for, usable = torch.values.get("built_for"), torch.values.get("usable")
+    if torch.problem:
+        seen = f"; the driver sees {len(listed)}" if listed else ""
+        mend = extras.training("gpu" if listed else "cpu")
+        return [Check("GPUs", "torch", "fails", torch.problem + seen, mend, stops=True)]
+    version = [Check("GPUs", "torch", "ok", torch.values["version"])] if "version" in torch.values else []
+    return version + (_gpus(torch, listed) or [_no_gpu(torch, listed)])
+
+
+def _gpus(torch: Answer, listed: list[str]) -> list[Check]:
     checks = []
     for number, (name, memory, free) in enumerate(torch.values.get("devices", ())):
         driver = listed[number].rpartition(", ")[2] if number < len(listed) else "?"
@@ -107,20 +115,22 @@ def gpu_checks(torch: Answer) -> list[Check]:
         busy = free < memory / 2
         mend = "see with nvidia-smi who uses it, or leave it out with CUDA_VISIBLE_DEVICES" if busy else ""
         checks.append(Check("GPUs", f"GPU {number}", "note" if busy else "ok", detail, mend))
-    if checks:
-        if not shutil.which("nvcc"):
-            checks.append(Check("GPUs", "nvcc", "note", "absent: PyTorch's Adam is used in place of DeepSpeed's"))
-        return checks
-    if built_for and not usable:
+    if checks and not shutil.which("nvcc"):
+        checks.append(Check("GPUs", "nvcc", "note", "absent: PyTorch's Adam is used in place of DeepSpeed's"))
+    return checks
+
+
+def _no_gpu(torch: Answer, listed: list[str]) -> Check:
+    if built_for := torch.values.get("built_for"):
         reason = torch.values.get("reason", "no GPU is visible")
         driver = f", driver {listed[0].rpartition(', ')[2]}" if listed else ""
         detail = f"torch is built for CUDA {built_for}, which does not work{driver}: {reason}"
         mend = f"install a driver for CUDA {built_for}" if listed else extras.TRAINING_ON_CPU
-        return [Check("GPUs", "GPUs", "fails" if listed else "note", detail, mend, stops=bool(listed))]
+        return Check("GPUs", "GPUs", "fails" if listed else "note", detail, mend, stops=bool(listed))
     if listed:
         detail = f"{len(listed)} GPUs, and a torch that is built for CPUs"
-        return [Check("GPUs", "GPUs", "fails", detail, extras.TRAINING_ON_GPUS, stops=True)]
-    return [Check("GPUs", "GPUs", "note", "none: training runs on the CPU, for small models")]
+        return Check("GPUs", "GPUs", "fails", detail, extras.TRAINING_ON_GPUS, stops=True)
+    return Check("GPUs", "GPUs", "note", "none: training runs on the CPU, for small models")
 
 
 def network_checks(offline: bool = False) -> list[Check]:

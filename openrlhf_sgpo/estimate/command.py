@@ -13,8 +13,9 @@ from openrlhf_sgpo.estimate.duration import Lengths, assumed, disk, known_sum, l
 from openrlhf_sgpo.estimate.fitting import Change, changed, combinations, useful_changes
 from openrlhf_sgpo.estimate.memory import Memory, total, work_of
 from openrlhf_sgpo.estimate.settings import Asked
-from openrlhf_sgpo.estimate.shape import ModelShape, model_shape
+from openrlhf_sgpo.estimate.shape import ModelShape, model_shape, read_configuration
 from openrlhf_sgpo.output import duration, say
+from openrlhf_sgpo.packed.model import PADDED_BY_CHOICE, why_padded
 from openrlhf_sgpo.table import aligned
 
 PARTS = (
@@ -35,15 +36,21 @@ class Estimate:
         self.device: Device = devices[0]
         if not self.device.on_gpu:
             self.device = replace(self.device, memory=self.device.memory / self.ranks)
+        self.padded = why_padded(self.config, read_configuration(self.config.model))
+        if self.padded:
+            self.config.train.layout, self.config.train.max_tokens = "padded", 0
         self._shapes: dict[int, ModelShape] = {}
         self.shape = self._shape(self.config)
         self.memory = self._memory(self.config)
         self.lengths: Lengths = lengths_of(self.config, settings)
 
     def _shape(self, config: Config) -> ModelShape:
+        """With the adapters of each role, if roles have their own."""
         rank = config.ds.lora.rank
         if rank not in self._shapes:
-            self._shapes[rank] = model_shape(config.model, config.ds.param_dtype, config.ds.lora)
+            shape = model_shape(config.model, config.ds.param_dtype, config.ds.lora)
+            roles = getattr(self.algorithm(self.options, config.model.beta), "adapters", {})
+            self._shapes[rank] = replace(shape, trained=shape.trained * (len(roles) if rank and roles else 1))
         return self._shapes[rank]
 
     def _memory(self, config: Config) -> Memory:
@@ -68,13 +75,15 @@ class Estimate:
 
     def changes(self) -> list[tuple[Change, Memory]]:
         """Each change of ``fitting.CHANGES`` that concerns this run, alone."""
-        useful = useful_changes(self.config, self.ranks, self.device.on_gpu)
-        return [(change, self._memory(changed(self.config, change))) for change in useful]
+        return [(change, self._memory(changed(self.config, change))) for change in self._useful()]
+
+    def _useful(self) -> list[Change]:
+        could_pack = self.padded == PADDED_BY_CHOICE or not self.padded
+        return useful_changes(self.config, self.ranks, self.device.on_gpu, could_pack)
 
     def fitting(self) -> tuple[list[Change], Memory] | None:
         """The first combination of changes with which it fits."""
-        useful = useful_changes(self.config, self.ranks, self.device.on_gpu)
-        for chosen in combinations(useful):
+        for chosen in combinations(self._useful()):
             memory = self._memory(changed(self.config, *chosen))
             if not self.problems(memory):
                 return chosen, memory
@@ -129,6 +138,7 @@ class Estimate:
             f"{config.model.model_name_or_path}: {shape.kind}, {shape.parameters:,} parameters, {trained}",
             f"ZeRO {config.ds.zero_stage}, {config.ds.param_dtype}, layout {config.train.layout}{checkpointing}",
             f"{work.tokens:,} tokens at a time, {work.micro_batches} times per optimiser step",
+            *_wrapped(*([f"layout padded: {self.padded}"] if self.padded else [])),
         ]
 
     def _memory_lines(self) -> list[str]:

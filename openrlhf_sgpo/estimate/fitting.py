@@ -100,9 +100,11 @@ CHANGES = (
 )
 
 
-def useful_changes(config: Config, ranks: int, on_gpu: bool) -> list[Change]:
-    """Those that would change this run, in their order. Without a GPU nothing can be offloaded from it."""
-    return [change for change in CHANGES if change.useful(config, ranks) and (on_gpu or change.apply is not _offload)]
+def useful_changes(config: Config, ranks: int, on_gpu: bool, could_pack: bool = True) -> list[Change]:
+    """Those that would change this run, in their order. on_gpu: otherwise nothing can be offloaded. could_pack: whether the
+    model allows another layout than padded."""
+    excluded = {_offload: not on_gpu, _layout: not could_pack}
+    return [change for change in CHANGES if change.useful(config, ranks) and not excluded.get(change.apply)]
 
 
 def changed(config: Config, *changes: Change) -> Config:

@@ -142,9 +142,10 @@ class Memory:
         return self._with_overhead(self._held() | {"gradients": gradients, "ZeRO buffers": buffers})
 
     def scoring(self) -> dict[str, float]:
-        """Log-probabilities of a micro-batch twice as large as in training, or, where a run samples, the divergence of two
-        models in float32 over the whole vocabulary: 20 bytes per logit, in chunks of 2^30 logits on a GPU."""
-        shape, two = self.shape, samples(self.config, self.algorithm)
+        """Log-probabilities of a micro-batch twice as large as in training, or, where answers are evaluated, the divergence
+        of two models in float32 over the whole vocabulary: 20 bytes per logit, in chunks of 2^30 logits on a GPU."""
+        shape = self.shape
+        two = self.config.eval.dataset != "" and samples(self.config, self.algorithm)
         tokens = 2 * self.work.tokens if self.packed else self.work.tokens
         device = "cuda" if self.device.on_gpu else "cpu"
         chunk = min(16 * ELEMENTS[device], tokens * shape.vocabulary)

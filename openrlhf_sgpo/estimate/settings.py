@@ -60,6 +60,8 @@ def load(argv: Sequence[str]) -> Asked:
         if source and wanted and not getattr(settings, name):
             check_data_source(source, split)
             setattr(settings, name, count_rows(source) or 0)
+    if config.data.max_samples:
+        settings.pairs = min(settings.pairs or config.data.max_samples, config.data.max_samples)
     flags.refuse(flags.out_of_range({PREFIX: settings}, (PREFIX,)) + _problems(config, algorithm, settings))
     return Asked(config, algorithm, parsed.instances[algorithm.name], settings)
 

@@ -73,25 +73,28 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, lambda **_: None)
 
 
-def model_shape(model: ModelSettings, dtype: str, lora: LoraSettings) -> ModelShape:
-    """The shape of a Hugging Face folder, of which only config.json is read, or hub name. dtype: a value of --ds.param_dtype.
-
-    Raises ValueError if there is no configuration, or if the model cannot be counted.
-    """
+def read_configuration(model: ModelSettings) -> PretrainedConfig:
+    """config.json of a Hugging Face folder or hub name. Raises ValueError if there is none."""
     name = model.model_name_or_path
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--model.model_name_or_path {name}: no configuration can be read ({_first_line(error)}); give a folder with the "
             "model's config.json, its weights are not needed"
         ) from error
+
+
+def model_shape(model: ModelSettings, dtype: str, lora: LoraSettings) -> ModelShape:
+    """The shape of the model in a Hugging Face folder, of which only config.json is read, or of a hub name. dtype: a value of
+    --ds.param_dtype. Raises ValueError if there is no configuration, or if the model cannot be counted."""
+    config = read_configuration(model)
     try:
         return _shape(config, model.trust_remote_code, getattr(torch, DTYPES[dtype]), lora)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"--model.model_name_or_path {name}: estimate cannot count a model of type {config.model_type} "
-            f"({_first_line(error)})"
+            f"--model.model_name_or_path {model.model_name_or_path}: estimate cannot count a model of type "
+            f"{config.model_type} ({_first_line(error)})"
         ) from error
 
 

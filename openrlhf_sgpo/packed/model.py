@@ -13,13 +13,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.packed.attention import Packing
 
+PADDED_BY_CHOICE = "--train.layout padded"
+
 
 def why_padded(config: Inference, model: PretrainedConfig) -> str:
     """Why a model is not packed; empty if it is. It is not where a row with several sequences would not mean the same as each
     of them in a row of its own."""
     attention = config.ds.attn_implementation
     if config.train.layout == "padded":
-        return "--train.layout padded"
+        return PADDED_BY_CHOICE
     if config.ds.packing_samples:
         return "--ds.packing_samples is OpenRLHF's own packing"
     if attention != "sdpa" and not attention.startswith("flash_attention"):

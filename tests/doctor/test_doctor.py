@@ -136,6 +136,13 @@ def test_gpus_as_driver_and_torch_see_them(values, listed, status, word, monkeyp
     assert first.stops == (status == "fails")
 
 
+def test_gpus_are_not_judged_by_a_torch_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setattr("openrlhf_sgpo.doctor.machine.tool", lambda *_: "A, 81920 MiB, 580.65")
+    (check,) = gpu_checks(Answer("OSError: libcudart.so.13", package="torch"))
+    assert (check.name, check.status, check.stops, check.mend) == ("torch", "fails", True, extras.TRAINING_ON_GPUS)
+    assert "libcudart" in check.detail and "the driver sees 1" in check.detail
+
+
 def test_keys_are_named_and_not_shown(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_a_secret_of_some_length")
     text = text_of(network_checks(offline=True))

@@ -98,6 +98,17 @@ def test_speeds_of_a_ledger_give_its_times_back(tiny_model, tmp_path):
     assert times["round 1: sample"] == pytest.approx(25)
 
 
+def test_a_model_that_is_not_packed_is_estimated_padded(published):
+    """Mistral's window of 4,096 tokens is shorter than --data.max_len: another layout cannot be proposed."""
+    model = published["Mistral-7B-v0.1"]
+    estimate = Estimate(load(recipe(model, "--data.max_len", "8192")))
+    assert "sliding window of 4096 tokens" in estimate.text()
+    assert not estimate.memory.packed
+    assert "--train.layout auto" not in {change.flags for change, _ in estimate.changes()}
+    chosen = Estimate(load(recipe(model, "--train.layout", "padded")))
+    assert "--train.layout auto" in {change.flags for change, _ in chosen.changes()}
+
+
 def test_operations_of_a_token(tiny_model):
     whole, adapters = (model_shape(ModelSettings(str(tiny_model)), "bf16", LoraSettings(rank=rank)) for rank in (0, 8))
     assert [passes("train", whole, False), passes("train", whole, True), passes("score", whole, True)] == [6, 8, 2]
