@@ -154,7 +154,7 @@ def measured(folder: str) -> Speeds:
         layout["param_dtype"],
         replace(LoraSettings(), **layout["lora"]),
     )
-    run = RunFolder(path)
+    run = RunFolder(folder)
     ranks = max([run.manifest(number)["stages"].get("train", {}).get("ranks", 1) for number in run.rounds()], default=1)
     seconds, tokens = dict.fromkeys(_BOOKED, 0.0), dict.fromkeys(_BOOKED, 0.0)
     for name, entry in read_ledger(path / "ledger.json")["stages"].items():

@@ -103,8 +103,8 @@ CHANGES = (
 def useful_changes(config: Config, ranks: int, on_gpu: bool, could_pack: bool = True) -> list[Change]:
     """Those that would change this run, in their order. on_gpu: otherwise nothing can be offloaded. could_pack: whether the
     model allows another layout than padded."""
-    excluded = {_offload: not on_gpu, _layout: not could_pack}
-    return [change for change in CHANGES if change.useful(config, ranks) and not excluded.get(change.apply)]
+    excluded = [*([] if on_gpu else [_offload]), *([] if could_pack else [_layout])]
+    return [change for change in CHANGES if change.useful(config, ranks) and change.apply not in excluded]
 
 
 def changed(config: Config, *changes: Change) -> Config:
