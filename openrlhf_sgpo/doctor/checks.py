@@ -9,7 +9,7 @@ Status = Literal["ok", "note", "fails"]
 
 
 @dataclass(frozen=True)
-class Check:
+class Diagnosis:
     """section, name: where it stands in the report. status: note, if something is worth knowing. detail: what was seen.
     mend: the command, or the step, that makes it right; empty if nothing is wrong. stops: whether training cannot start."""
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from openrlhf_sgpo import extras
-from openrlhf_sgpo.doctor.checks import Check
+from openrlhf_sgpo.doctor.checks import Diagnosis
 from openrlhf_sgpo.doctor.machine import TORCH
 from openrlhf_sgpo.doctor.packages import installed, tested
-from openrlhf_sgpo.doctor.probes import Answer, ask
+from openrlhf_sgpo.doctor.probes import Outcome, attempt
 
 TRAINING = "train"
 
@@ -55,26 +55,26 @@ FEATURES = (
 )
 
 
-def ask_all(limit: float, features: Sequence[Feature] = FEATURES) -> tuple[Answer, dict[str, Answer]]:
+def attempt_all(limit: float, features: Sequence[Feature] = FEATURES) -> tuple[Outcome, dict[str, Outcome]]:
     """The answers to ``TORCH`` and to every feature by its name. As many processes at a time as there are cores, up to four."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        torch = pool.submit(ask, TORCH, limit)
-        answers = {feature.name: pool.submit(ask, feature.code, limit) for feature in features}
+        torch = pool.submit(attempt, TORCH, limit)
+        answers = {feature.name: pool.submit(attempt, feature.code, limit) for feature in features}
         return torch.result(), {name: answer.result() for name, answer in answers.items()}
 
 
-def feature_checks(answers: dict[str, Answer], extra: str, limit: float) -> list[Check]:
+def feature_checks(answers: dict[str, Outcome], extra: str, limit: float) -> list[Diagnosis]:
     """extra: gpu or cpu, whichever this machine needs. limit: seconds that each process had."""
     checks = []
     for feature in FEATURES:
         answer = answers[feature.name]
         if not answer.problem:
-            checks.append(Check("features", feature.name, "ok"))
+            checks.append(Diagnosis("features", feature.name, "ok"))
             continue
         problem = f"{answer.missing.partition('.')[0]} is not installed" if answer.missing else answer.problem
         absent = feature.optional and answer.missing
         checks.append(
-            Check(
+            Diagnosis(
                 "features",
                 feature.name,
                 "note" if absent else "fails",
@@ -86,7 +86,7 @@ def feature_checks(answers: dict[str, Answer], extra: str, limit: float) -> list
     return checks
 
 
-def _mend(feature: Feature, answer: Answer, extra: str, limit: float) -> str:
+def _mend(feature: Feature, answer: Outcome, extra: str, limit: float) -> str:
     training = feature.install or extras.training(extra)
     if answer.missing:
         return extras.install(answer.missing, training)

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from openrlhf_sgpo import extras
-from openrlhf_sgpo.doctor.checks import Check
-from openrlhf_sgpo.doctor.probes import Answer, ask, tool
+from openrlhf_sgpo.doctor.checks import Diagnosis
+from openrlhf_sgpo.doctor.probes import Outcome, attempt, tool
 
 GIB = 2**30
 OLDEST = (3, 10)
@@ -44,20 +44,20 @@ answer["devices"] = [
 """
 
 
-def system_checks() -> list[Check]:
+def system_checks() -> list[Diagnosis]:
     version = platform.python_version()
-    python = Check("machine", "Python", "ok", f"{version} ({sys.executable})")
+    python = Diagnosis("machine", "Python", "ok", f"{version} ({sys.executable})")
     if sys.version_info[:2] < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        python = Check("machine", "Python", "fails", version, f"install Python {oldest} or newer", stops=True)
+        python = Diagnosis("machine", "Python", "fails", version, f"install Python {oldest} or newer", stops=True)
     kind = f"{platform.system()} {platform.machine()}"
-    system = Check("machine", "system", "ok", kind)
+    system = Diagnosis("machine", "system", "ok", kind)
     if platform.system() != "Linux":
-        system = Check("machine", "system", "fails", kind, "use Linux, or WSL 2 on Windows", stops=True)
+        system = Diagnosis("machine", "system", "fails", kind, "use Linux, or WSL 2 on Windows", stops=True)
     return [python, system, _memory(), *_disks()]
 
 
-def _memory() -> Check:
+def _memory() -> Diagnosis:
     """The smaller of the machine's memory and the limit of the control group, as containers have it."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -67,11 +67,13 @@ def _memory() -> Check:
             whole = min(whole, int(text))
     detail = f"{whole / GIB:.0f} GiB, {os.cpu_count()} CPU cores"
     if whole < LITTLE["memory"]:
-        return Check("machine", "memory", "note", f"{detail}: enough for models of 135M parameters, not for much more")
-    return Check("machine", "memory", "ok", detail)
+        return Diagnosis(
+            "machine", "memory", "note", f"{detail}: enough for models of 135M parameters, not for much more"
+        )
+    return Diagnosis("machine", "memory", "ok", detail)
 
 
-def _disks() -> list[Check]:
+def _disks() -> list[Diagnosis]:
     cache = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
     places = {"runs (here)": os.getcwd(), "models": cache, "temporary": tempfile.gettempdir()}
     checks = []
@@ -81,73 +83,75 @@ def _disks() -> list[Check]:
         detail = f"{free / GIB:.0f} GiB free in {path}"
         if not os.access(path, os.W_OK):
             mend = f"choose a folder that you may write to{' with HF_HOME' if name == 'models' else ''}"
-            checks.append(Check("machine", f"disk: {name}", "fails", f"{path} is not writable", mend))
+            checks.append(Diagnosis("machine", f"disk: {name}", "fails", f"{path} is not writable", mend))
         elif free < FULL:
-            checks.append(Check("machine", f"disk: {name}", "fails", detail, f"free some space in {path}", stops=True))
+            checks.append(
+                Diagnosis("machine", f"disk: {name}", "fails", detail, f"free some space in {path}", stops=True)
+            )
         else:
             little = free < LITTLE["disk"]
             more = ": a policy of 7B parameters takes 14 GiB" if little and name != "temporary" else ""
-            checks.append(Check("machine", f"disk: {name}", "note" if more else "ok", detail + more))
+            checks.append(Diagnosis("machine", f"disk: {name}", "note" if more else "ok", detail + more))
     shared = Path("/dev/shm")
     if shared.exists() and (free := shutil.disk_usage(shared).free) < LITTLE["shared memory"]:
         detail = f"{free / GIB:.2f} GiB: too little for Ray and for several GPUs"
-        checks.append(Check("machine", "shared memory", "note", detail, "start the container with --shm-size 16g"))
+        checks.append(Diagnosis("machine", "shared memory", "note", detail, "start the container with --shm-size 16g"))
     return checks
 
 
-def gpu_checks(torch: Answer) -> list[Check]:
+def gpu_checks(torch: Outcome) -> list[Diagnosis]:
     """GPUs as the driver and as torch see them. torch: the answer to ``TORCH``."""
     query = "--query-gpu=name,memory.total,driver_version"
     listed = tool("nvidia-smi", query, "--format=csv,noheader").splitlines()
     if torch.problem:
         seen = f"; the driver sees {len(listed)}" if listed else ""
         mend = extras.training("gpu" if listed else "cpu")
-        return [Check("GPUs", "torch", "fails", torch.problem + seen, mend, stops=True)]
-    version = [Check("GPUs", "torch", "ok", torch.values["version"])] if "version" in torch.values else []
+        return [Diagnosis("GPUs", "torch", "fails", torch.problem + seen, mend, stops=True)]
+    version = [Diagnosis("GPUs", "torch", "ok", torch.values["version"])] if "version" in torch.values else []
     return version + (_gpus(torch, listed) or [_no_gpu(torch, listed)])
 
 
-def _gpus(torch: Answer, listed: list[str]) -> list[Check]:
+def _gpus(torch: Outcome, listed: list[str]) -> list[Diagnosis]:
     checks = []
     for number, (name, memory, free) in enumerate(torch.values.get("devices", ())):
         driver = listed[number].rpartition(", ")[2] if number < len(listed) else "?"
         detail = f"{name}, {free / GIB:.0f} of {memory / GIB:.0f} GiB free, driver {driver}"
         busy = free < memory / 2
         mend = "see with nvidia-smi who uses it, or leave it out with CUDA_VISIBLE_DEVICES" if busy else ""
-        checks.append(Check("GPUs", f"GPU {number}", "note" if busy else "ok", detail, mend))
+        checks.append(Diagnosis("GPUs", f"GPU {number}", "note" if busy else "ok", detail, mend))
     if checks and not shutil.which("nvcc"):
-        checks.append(Check("GPUs", "nvcc", "note", "absent: PyTorch's Adam is used in place of DeepSpeed's"))
+        checks.append(Diagnosis("GPUs", "nvcc", "note", "absent: PyTorch's Adam is used in place of DeepSpeed's"))
     return checks
 
 
-def _no_gpu(torch: Answer, listed: list[str]) -> Check:
+def _no_gpu(torch: Outcome, listed: list[str]) -> Diagnosis:
     if built_for := torch.values.get("built_for"):
         reason = torch.values.get("reason", "no GPU is visible")
         driver = f", driver {listed[0].rpartition(', ')[2]}" if listed else ""
         detail = f"torch is built for CUDA {built_for}, which does not work{driver}: {reason}"
         mend = f"install a driver for CUDA {built_for}" if listed else extras.TRAINING_ON_CPU
-        return Check("GPUs", "GPUs", "fails" if listed else "note", detail, mend, stops=bool(listed))
+        return Diagnosis("GPUs", "GPUs", "fails" if listed else "note", detail, mend, stops=bool(listed))
     if listed:
         detail = f"{len(listed)} GPUs, and a torch that is built for CPUs"
-        return Check("GPUs", "GPUs", "fails", detail, extras.TRAINING_ON_GPUS, stops=True)
-    return Check("GPUs", "GPUs", "note", "none: training runs on the CPU, for small models")
+        return Diagnosis("GPUs", "GPUs", "fails", detail, extras.TRAINING_ON_GPUS, stops=True)
+    return Diagnosis("GPUs", "GPUs", "note", "none: training runs on the CPU, for small models")
 
 
-def network_checks(offline: bool = False) -> list[Check]:
+def network_checks(offline: bool = False) -> list[Diagnosis]:
     """Whether the hub answers, and which keys are there; no key is shown."""
     address = os.environ.get("HF_ENDPOINT") or ENDPOINT
     mend = "give folders and files in place of hub names, or set HTTPS_PROXY or HF_ENDPOINT"
     if offline:
-        hub = Check("network", "hub", "note", "not tried")
+        hub = Diagnosis("network", "hub", "note", "not tried")
     elif os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        hub = Check("network", "hub", "note", "HF_HUB_OFFLINE is set: hub names work if they were loaded before")
-    elif (answer := ask(_REACH.format(address=address), NETWORK_LIMIT)).problem:
-        hub = Check("network", "hub", "note", f"does not answer ({answer.problem})", mend)
+        hub = Diagnosis("network", "hub", "note", "HF_HUB_OFFLINE is set: hub names work if they were loaded before")
+    elif (answer := attempt(_REACH.format(address=address), NETWORK_LIMIT)).problem:
+        hub = Diagnosis("network", "hub", "note", f"does not answer ({answer.problem})", mend)
     else:
-        hub = Check("network", "hub", "ok", "answers")
+        hub = Diagnosis("network", "hub", "ok", "answers")
     home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
     there = [name for name in KEYS if os.environ.get(name)]
     if "HF_TOKEN" not in there and os.path.exists(os.path.join(home, "token")):
         there.append("the token of `hf auth login`")
     keys = ", ".join(there) or "none; gated models of the hub and hosted judges need one"
-    return [hub, Check("network", "keys", "ok", keys)]
+    return [hub, Diagnosis("network", "keys", "ok", keys)]

@@ -6,7 +6,7 @@ import re
 from importlib import metadata
 
 from openrlhf_sgpo import extras
-from openrlhf_sgpo.doctor.checks import Check
+from openrlhf_sgpo.doctor.checks import Diagnosis
 
 NAME = "openrlhf_sgpo"
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;]*?)\s*(?:;\s*(.*))?$")
@@ -40,22 +40,22 @@ def installed(name: str) -> str | None:
         return None
 
 
-def version_checks(extra: str) -> list[Check]:
+def version_checks(extra: str) -> list[Diagnosis]:
     """A check per pinned package. extra: gpu or cpu, whichever this machine needs."""
     pins = tested(extra)
     if not pins:
         detail = "it is not installed, so that its requirements are not known"
-        return [Check("packages", NAME, "note", detail, "pip install --no-deps -e . (in its checkout)")]
+        return [Diagnosis("packages", NAME, "note", detail, "pip install --no-deps -e . (in its checkout)")]
     checks = []
     for name, version in pins.items():
         present = installed(name)
         whole = f"{name}=={version}"
         if present == version:
-            checks.append(Check("packages", name, "ok", version))
+            checks.append(Diagnosis("packages", name, "ok", version))
         elif present is None:
             mend = extras.install(name.replace("-", "_"), extras.training(extra))
-            checks.append(Check("packages", name, "fails", f"not installed, {version} is tested", mend))
+            checks.append(Diagnosis("packages", name, "fails", f"not installed, {version} is tested", mend))
         else:
             mend = f"pip install --no-deps {whole}"
-            checks.append(Check("packages", name, "note", f"{present}, tested is {version}", mend))
+            checks.append(Diagnosis("packages", name, "note", f"{present}, tested is {version}", mend))
     return checks

@@ -42,7 +42,7 @@ os._exit(0)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Outcome:
     """What came of a statement. problem: in words, empty if it worked. missing: the module that is not installed. package: the
     one that failed. late: whether it took longer than its limit. values: what the statement put into ``answer``."""
 
@@ -53,7 +53,7 @@ class Answer:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-def ask(code: str, limit: float) -> Answer:
+def attempt(code: str, limit: float) -> Outcome:
     """Execute statements, which may fill the dictionary ``answer``, within ``limit`` seconds."""
     script = _CHILD.format(packages=_PACKAGES, code=code, mark=_MARK)
     child = subprocess.Popen(
@@ -72,16 +72,16 @@ def ask(code: str, limit: float) -> Answer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
-        return Answer(f"took longer than {limit:g} seconds", late=True)
+        return Outcome(f"took longer than {limit:g} seconds", late=True)
     lines = [line for line in output.splitlines() if line.startswith(_MARK)]
     if not lines:
-        return Answer(f"the process ended {_how(child.returncode)}")
+        return Outcome(f"the process ended {_how(child.returncode)}")
     values = json.loads(lines[-1].removeprefix(_MARK))
     if "error" in values:
         problem = redacted(values["error"])
         short = problem if len(problem) <= 200 else f"{problem[:196]} ..."
-        return Answer(short, values["missing"], values["package"])
-    return Answer(values=values)
+        return Outcome(short, values["missing"], values["package"])
+    return Outcome(values=values)
 
 
 def _how(code: int) -> str:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from openrlhf_sgpo import __version__
-from openrlhf_sgpo.doctor.checks import Check
-from openrlhf_sgpo.doctor.features import ask_all, feature_checks
+from openrlhf_sgpo.doctor.checks import Diagnosis
+from openrlhf_sgpo.doctor.features import attempt_all, feature_checks
 from openrlhf_sgpo.doctor.machine import gpu_checks, network_checks, system_checks
 from openrlhf_sgpo.doctor.packages import version_checks
 
@@ -33,9 +33,9 @@ The exit code is 0 if training would start, and 1 if not.
 _COLOURS = {"ok": "32", "note": "33", "fails": "31"}
 
 
-def examine(limit: float = LIMIT, offline: bool = False) -> list[Check]:
+def examine(limit: float = LIMIT, offline: bool = False) -> list[Diagnosis]:
     """All checks. limit: seconds for each process that imports packages. offline: the hub is not asked."""
-    torch, answers = ask_all(limit)
+    torch, answers = attempt_all(limit)
     on_gpu = bool(torch.values.get("usable")) or shutil.which("nvidia-smi") is not None
     extra = "gpu" if on_gpu else "cpu"
     return [
@@ -47,12 +47,12 @@ def examine(limit: float = LIMIT, offline: bool = False) -> list[Check]:
     ]
 
 
-def starts(checks: Sequence[Check]) -> bool:
+def starts(checks: Sequence[Diagnosis]) -> bool:
     """Whether training would start."""
     return not any(check.stops and check.status == "fails" for check in checks)
 
 
-def text_of(checks: Sequence[Check], colour: bool = False) -> str:
+def text_of(checks: Sequence[Diagnosis], colour: bool = False) -> str:
     """The report, at most ``WIDTH`` columns wide but for words that are longer."""
     lines = [f"openrlhf-sgpo {__version__}"]
     section = ""

@@ -13,7 +13,7 @@ from openrlhf_sgpo.estimate.duration import Lengths, assumed, disk, known_sum, l
 from openrlhf_sgpo.estimate.fitting import Change, changed, combinations, useful_changes
 from openrlhf_sgpo.estimate.memory import Memory, total, work_of
 from openrlhf_sgpo.estimate.settings import Asked
-from openrlhf_sgpo.estimate.shape import ModelShape, model_shape, read_configuration
+from openrlhf_sgpo.estimate.shape import ModelShape, model_configuration, model_shape
 from openrlhf_sgpo.output import duration, say
 from openrlhf_sgpo.packed.model import PADDED_BY_CHOICE, why_padded
 from openrlhf_sgpo.table import aligned
@@ -36,7 +36,7 @@ class Estimate:
         self.device: Device = devices[0]
         if not self.device.on_gpu:
             self.device = replace(self.device, memory=self.device.memory / self.ranks)
-        self.padded = why_padded(self.config, read_configuration(self.config.model))
+        self.padded = why_padded(self.config, model_configuration(self.config.model))
         if self.padded:
             self.config.train.layout, self.config.train.max_tokens = "padded", 0
         self._shapes: dict[int, ModelShape] = {}

@@ -131,12 +131,13 @@ def assumed(memory: Memory, device: Device, settings: EstimateSettings, lengths:
         return Speeds(None, None, None, "unknown for this machine")
     shape, parallel = memory.shape, memory.config.vllm.tensor_parallel_size
     operations = device.tflops * 1e12 * settings.utilisation
-    batch = max(1, min(SEQUENCES, memory.cached_tokens() // (lengths.prompt + lengths.response)))
+    batch = min(SEQUENCES, memory.cached_tokens() // (lengths.prompt + lengths.response))
     weights = shape.element * shape.multiplied
     read = weights + batch * shape.kv_elements * shape.element * (lengths.prompt + lengths.response / 2)
     bound_by_memory = read / (device.bandwidth * 1e9 * settings.bandwidth_share * parallel)
     bound_by_operations = 2 * shape.multiplied * batch / (operations * parallel)
-    sample = 2 * shape.multiplied * batch / max(bound_by_memory, bound_by_operations)
+    # An engine without room for a single answer does not start.
+    sample = 2 * shape.multiplied * batch / max(bound_by_memory, bound_by_operations) or None
     speed = f"{device.tflops:.0f} TFLOP/s x {settings.utilisation:g}"
     origin = f"{speed}, {device.bandwidth:,.0f} GB/s x {settings.bandwidth_share:g}"
     return Speeds(operations, operations, sample, origin)

@@ -10,6 +10,7 @@ from itertools import compress, product
 from openrlhf_sgpo.config import Config
 
 ADAPTER_RANK = 16
+ENGINE_SHARE = 0.9  # of a GPU on which training sleeps while an engine samples
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class Change:
 def _layout(config: Config) -> None:
     config.train.layout = "auto"
     config.ds.packing_samples = False
+
+
+def _engine_share(config: Config) -> None:
+    config.vllm.gpu_memory_utilization = ENGINE_SHARE
 
 
 def _one_pair(config: Config) -> None:
@@ -57,6 +62,12 @@ def _adapters(config: Config) -> None:
 # Earlier ones leave the result as it is and cost little or nothing; the last one trains other weights.
 CHANGES = (
     Change("--train.layout auto", "nothing", lambda config, ranks: config.train.layout == "padded", _layout),
+    Change(
+        f"--vllm.gpu_memory_utilization {ENGINE_SHARE}",
+        "nothing",
+        lambda config, ranks: config.rounds.count > 0 and config.vllm.gpu_memory_utilization < ENGINE_SHARE,
+        _engine_share,
+    ),
     Change(
         "--train.micro_batch_size 1 --train.max_tokens 0",
         "a little speed",
@@ -101,9 +112,9 @@ CHANGES = (
 
 
 def useful_changes(config: Config, ranks: int, on_gpu: bool, could_pack: bool = True) -> list[Change]:
-    """Those that would change this run, in their order. on_gpu: otherwise nothing can be offloaded. could_pack: whether the
+    """Those that would change this run, in their order. on_gpu: otherwise there is no GPU to share or to spare. could_pack: whether the
     model allows another layout than padded."""
-    excluded = [*([] if on_gpu else [_offload]), *([] if could_pack else [_layout])]
+    excluded = [*([] if on_gpu else [_offload, _engine_share]), *([] if could_pack else [_layout])]
     return [change for change in CHANGES if change.useful(config, ranks) and change.apply not in excluded]
 
 

@@ -73,7 +73,7 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, lambda **_: None)
 
 
-def read_configuration(model: ModelSettings) -> PretrainedConfig:
+def model_configuration(model: ModelSettings) -> PretrainedConfig:
     """config.json of a Hugging Face folder or hub name. Raises ValueError if there is none."""
     name = model.model_name_or_path
     try:
@@ -88,7 +88,7 @@ def read_configuration(model: ModelSettings) -> PretrainedConfig:
 def model_shape(model: ModelSettings, dtype: str, lora: LoraSettings) -> ModelShape:
     """The shape of the model in a Hugging Face folder, of which only config.json is read, or of a hub name. dtype: a value of
     --ds.param_dtype. Raises ValueError if there is no configuration, or if the model cannot be counted."""
-    config = read_configuration(model)
+    config = model_configuration(model)
     try:
         return _shape(config, model.trust_remote_code, getattr(torch, DTYPES[dtype]), lora)
     except (RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError) as error:

@@ -15,11 +15,11 @@ import pytest
 
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.cli.main import main
-from openrlhf_sgpo.doctor.checks import Check
+from openrlhf_sgpo.doctor.checks import Diagnosis
 from openrlhf_sgpo.doctor.features import FEATURES, feature_checks
 from openrlhf_sgpo.doctor.machine import gpu_checks, network_checks
 from openrlhf_sgpo.doctor.packages import tested
-from openrlhf_sgpo.doctor.probes import Answer, ask
+from openrlhf_sgpo.doctor.probes import Outcome, attempt
 from openrlhf_sgpo.doctor.report import starts, text_of
 
 ROOT = Path(__file__).parents[2]
@@ -74,24 +74,24 @@ def test_broken_packages_are_lines_of_the_report(empty_python, tmp_path):
 
 
 def test_an_answer_says_what_failed(monkeypatch):
-    answer = ask("print('noise'); answer['value'] = 3; print('more')", 20)
-    assert answer == Answer(values={"value": 3})
-    missing = ask("import no_such_package.part", 20)
+    answer = attempt("print('noise'); answer['value'] = 3; print('more')", 20)
+    assert answer == Outcome(values={"value": 3})
+    missing = attempt("import no_such_package.part", 20)
     assert missing.missing == "no_such_package" and missing.problem.startswith("ModuleNotFoundError")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a-key-of-some-length")
-    hidden = ask("import os; raise RuntimeError('with ' + os.environ['OPENAI_API_KEY'])", 20)
+    hidden = attempt("import os; raise RuntimeError('with ' + os.environ['OPENAI_API_KEY'])", 20)
     assert hidden.problem == "RuntimeError: with [hidden]"
     # In the packages' folder, not in Python's own.
-    broken = ask("import yaml; yaml.safe_load('a: [')", 20)
+    broken = attempt("import yaml; yaml.safe_load('a: [')", 20)
     assert broken.package == "yaml"
 
 
 def test_the_command_that_mends_is_for_what_failed():
-    answers = {feature.name: Answer() for feature in FEATURES}
-    answers["evaluate"] = Answer("ModuleNotFoundError: No module named 'fastchat'", missing="fastchat")
-    answers["compare"] = Answer("ModuleNotFoundError: No module named 'openai'", missing="openai.types")
-    answers["train"] = Answer("ImportError: undefined symbol", package="deepspeed")
-    answers["games --out"] = Answer("ModuleNotFoundError: No module named 'matplotlib'", missing="matplotlib")
+    answers = {feature.name: Outcome() for feature in FEATURES}
+    answers["evaluate"] = Outcome("ModuleNotFoundError: No module named 'fastchat'", missing="fastchat")
+    answers["compare"] = Outcome("ModuleNotFoundError: No module named 'openai'", missing="openai.types")
+    answers["train"] = Outcome("ImportError: undefined symbol", package="deepspeed")
+    answers["games --out"] = Outcome("ModuleNotFoundError: No module named 'matplotlib'", missing="matplotlib")
     checks = {check.name: check for check in feature_checks(answers, "cpu", 120)}
     assert checks["evaluate"].mend == extras.BENCHMARKS
     assert checks["compare"].mend == "pip install openai" and checks["compare"].status == "fails"
@@ -130,7 +130,7 @@ def test_tested_versions_are_those_of_the_setup_file(monkeypatch):
 )
 def test_gpus_as_driver_and_torch_see_them(values, listed, status, word, monkeypatch):
     monkeypatch.setattr("openrlhf_sgpo.doctor.machine.tool", lambda *_: listed)
-    first, *_ = gpu_checks(Answer(values=values))
+    first, *_ = gpu_checks(Outcome(values=values))
     assert first.status == status and word in first.detail
     assert bool(first.mend) == (first.status == "fails" or "9 of 80" in word)
     assert first.stops == (status == "fails")
@@ -138,7 +138,7 @@ def test_gpus_as_driver_and_torch_see_them(values, listed, status, word, monkeyp
 
 def test_gpus_are_not_judged_by_a_torch_that_cannot_be_imported(monkeypatch):
     monkeypatch.setattr("openrlhf_sgpo.doctor.machine.tool", lambda *_: "A, 81920 MiB, 580.65")
-    (check,) = gpu_checks(Answer("OSError: libcudart.so.13", package="torch"))
+    (check,) = gpu_checks(Outcome("OSError: libcudart.so.13", package="torch"))
     assert (check.name, check.status, check.stops, check.mend) == ("torch", "fails", True, extras.TRAINING_ON_GPUS)
     assert "libcudart" in check.detail and "the driver sees 1" in check.detail
 
@@ -157,7 +157,7 @@ def test_an_address_that_does_not_answer_is_a_note(monkeypatch):
 
 
 def test_long_lines_are_wrapped_and_colours_only_on_a_terminal():
-    checks = [Check("s", "n", "fails", "word " * 60, "command " * 30, stops=True), Check("s", "m", "ok")]
+    checks = [Diagnosis("s", "n", "fails", "word " * 60, "command " * 30, stops=True), Diagnosis("s", "m", "ok")]
     plain, coloured = text_of(checks), text_of(checks, colour=True)
     assert max(map(len, plain.splitlines())) <= 80 and "\x1b" not in plain
     assert re.sub("\x1b\\[[0-9]*m", "", coloured) == plain

@@ -45,6 +45,18 @@ def test_the_proposal_is_the_first_that_fits(published):
     assert f"fits with {' '.join(change.flags for change in chosen)}" in " ".join(estimate.text().split())
 
 
+def test_an_engine_without_room_gets_a_larger_share(published):
+    """Half of 24 GiB does not hold 7 billion parameters in half precision; how long sampling takes is then not known."""
+    argv = ["--config", "one-gpu", "--model.model_name_or_path", published["Mistral-7B-v0.1"]]
+    estimate = Estimate(load([*argv, "--estimate.gpu", "RTX4090-24GB"]))
+    (problem,) = estimate.problems(estimate.memory)
+    assert "raise --vllm.gpu_memory_utilization" in problem
+    assert [change.flags for change in estimate.fitting()[0]] == ["--vllm.gpu_memory_utilization 0.9"]
+    assert seconds(estimate)["round 1: sample"] is None
+    mended = Estimate(load([*argv, "--estimate.gpu", "RTX4090-24GB", "--vllm.gpu_memory_utilization", "0.9"]))
+    assert mended.problems(mended.memory) == [] and seconds(mended)["round 1: sample"] > 0
+
+
 def test_combinations_come_in_the_order_of_their_costs():
     names = [[change.flags for change in combination] for combination in combinations(list(CHANGES[:3]))]
     first, second, third = (change.flags for change in CHANGES[:3])
