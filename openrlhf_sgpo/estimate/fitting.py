@@ -65,7 +65,11 @@ CHANGES = (
     Change(
         f"--vllm.gpu_memory_utilization {ENGINE_SHARE}",
         "nothing",
-        lambda config, ranks: config.rounds.count > 0 and config.vllm.gpu_memory_utilization < ENGINE_SHARE,
+        lambda config, ranks: (
+            config.rounds.count > 0
+            and config.rollout.engine == "vllm"
+            and config.vllm.gpu_memory_utilization < ENGINE_SHARE
+        ),
         _engine_share,
     ),
     Change(
@@ -112,8 +116,8 @@ CHANGES = (
 
 
 def useful_changes(config: Config, ranks: int, on_gpu: bool, could_pack: bool = True) -> list[Change]:
-    """Those that would change this run, in their order. on_gpu: otherwise there is no GPU to share or to spare. could_pack: whether the
-    model allows another layout than padded."""
+    """Those that would change this run, in their order. on_gpu: otherwise there is no GPU to share or to spare. could_pack:
+    whether the model allows another layout than padded."""
     excluded = [*([] if on_gpu else [_offload, _engine_share]), *([] if could_pack else [_layout])]
     return [change for change in CHANGES if change.useful(config, ranks) and change.apply not in excluded]
 
