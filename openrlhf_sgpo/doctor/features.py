@@ -10,7 +10,7 @@ from typing import NamedTuple
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.doctor.checks import Diagnosis
 from openrlhf_sgpo.doctor.machine import TORCH
-from openrlhf_sgpo.doctor.packages import installed, tested
+from openrlhf_sgpo.doctor.packages import installed, pinned_versions
 from openrlhf_sgpo.doctor.probes import Outcome, attempt
 
 TRAINING = "train"
@@ -92,8 +92,8 @@ def _mend(feature: Feature, answer: Outcome, extra: str, limit: float) -> str:
         return extras.install(answer.missing, training)
     if answer.late:
         return f"openrlhf-sgpo doctor --timeout {2 * limit:g}"
-    name = next((name for name in tested(extra) if name.replace("-", "_") == answer.package), answer.package)
+    name = next((name for name in pinned_versions(extra) if name.replace("-", "_") == answer.package), answer.package)
     if not name or name == "openrlhf_sgpo":
         return training
-    version = tested(extra).get(name) or installed(name)
+    version = pinned_versions(extra).get(name) or installed(name)
     return f"pip install --force-reinstall --no-deps {name}{f'=={version}' if version else ''}"

@@ -12,7 +12,7 @@ NAME = "openrlhf_sgpo"
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;]*?)\s*(?:;\s*(.*))?$")
 
 
-def tested(extra: str) -> dict[str, str]:
+def pinned_versions(extra: str) -> dict[str, str]:
     """Pinned versions by distribution, of the requirements in setup.py and of its extra; empty if this package is not
     installed."""
     try:
@@ -42,7 +42,7 @@ def installed(name: str) -> str | None:
 
 def version_checks(extra: str) -> list[Diagnosis]:
     """A check per pinned package. extra: gpu or cpu, whichever this machine needs."""
-    pins = tested(extra)
+    pins = pinned_versions(extra)
     if not pins:
         detail = "it is not installed, so that its requirements are not known"
         return [Diagnosis("packages", NAME, "note", detail, "pip install --no-deps -e . (in its checkout)")]

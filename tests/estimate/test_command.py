@@ -110,9 +110,12 @@ def test_speeds_of_a_ledger_give_its_times_back(tiny_model, tmp_path):
     assert times["round 1: sample"] == pytest.approx(25)
 
 
-def test_a_model_that_is_not_packed_is_estimated_padded(published):
-    """Mistral's window of 4,096 tokens is shorter than --data.max_len: another layout cannot be proposed."""
-    model = published["Mistral-7B-v0.1"]
+def test_a_model_that_is_not_packed_is_estimated_padded(tmp_path):
+    """A window of 4,096 tokens is shorter than --data.max_len: another layout cannot be proposed."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "mistral", "vocab_size": 256, "sliding_window": 4096, "num_key_value_heads": 2, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = str(tmp_path)
     estimate = Estimate(load(recipe(model, "--data.max_len", "8192")))
     assert "sliding window of 4096 tokens" in estimate.text()
     assert not estimate.memory.packed

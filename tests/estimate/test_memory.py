@@ -150,7 +150,10 @@ def check_peak(model, prompt, response, folder, make_resources, way):
     assert max(moments) - bucket == pytest.approx(peak - bucket, rel=0.15)
 
 
-@pytest.mark.parametrize("way", WAYS)
+FAST = ("plain", "checkpointing", "padded", "adapters")
+
+
+@pytest.mark.parametrize("way", [way if way in FAST else pytest.param(way, marks=pytest.mark.slow) for way in WAYS])
 def test_peaks_of_a_small_model_are_those_that_are_measured(way, tiny_model, make_resources, tmp_path):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -169,7 +172,7 @@ def test_peaks_of_a_small_model_are_those_that_are_measured(way, tiny_model, mak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["plain", "checkpointing", "padded", "adapters"])
+@pytest.mark.parametrize("way", FAST)
 def test_peaks_of_smollm2_are_those_that_are_measured(way, make_resources, tmp_path):
     if not (SMOLLM2 / "config.json").exists():
         pytest.skip(f"{SMOLLM2} is absent: make build/smollm2/config.json")

@@ -32,13 +32,14 @@ def test_a_layer_keeps_what_follows_from_its_definition(published):
         assert shape.largest_bytes == element * inner
 
 
-def test_adapters_are_counted_by_their_definition(published):
+def test_adapters_are_counted_by_their_definition(tiny_model):
     """r (in + out) for each linear layer of a block."""
-    rank, hidden, keys, inner = 16, 4096, 1024, 14336
-    shape = model_shape(ModelSettings(published["Mistral-7B-v0.1"]), "bf16", LoraSettings(rank=rank))
+    rank, hidden, keys, inner, layers = 16, 64, 32, 128, 2
+    whole = model_shape(ModelSettings(str(tiny_model)), "bf16", LoraSettings())
+    shape = model_shape(ModelSettings(str(tiny_model)), "bf16", LoraSettings(rank=rank))
     sides = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, inner)] * 3
-    assert shape.trained == 32 * rank * sum(map(sum, sides))
-    assert shape.parameters == 7_241_732_096
+    assert shape.trained == layers * rank * sum(map(sum, sides))
+    assert shape.parameters == whole.parameters == whole.trained
 
 
 def test_a_model_that_cannot_be_counted_is_refused(tmp_path):
