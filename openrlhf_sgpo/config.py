@@ -169,6 +169,12 @@ class TrainSettings:
         "for each of --train.micro_batch_size)",
         low=0,
     )
+    score_tokens: int = setting(
+        0,
+        "tokens per forward pass and rank where responses are only scored, which keeps nothing for a backward pass (0: twice "
+        "those of training)",
+        low=0,
+    )
 
 
 @dataclass
@@ -243,7 +249,7 @@ class RolloutSettings:
 
 @dataclass
 class VllmSettings:
-    num_engines: int = setting(1, "vLLM engines, each a Ray actor", low=1)
+    num_engines: int = setting(0, "vLLM engines, each a Ray actor (0: as many as the visible GPUs allow)", low=0)
     tensor_parallel_size: int = setting(1, "GPUs per engine", low=1)
     gpu_memory_utilization: float = setting(0.5, "share of a GPU's memory that an engine may take", above=0, high=1)
     enable_sleep: bool = setting(True, "free the engines' GPU memory while the policy trains (no effect without a GPU)")

@@ -47,7 +47,15 @@ ADDRESS = ("judge.base_url", "judge.concurrency", "judge.max_retries", "judge.ti
 # digits).
 FREE = (
     *(*ADDRESS, "vllm.", "logger.", "data.limits.", "eval.max_samples", "eval.max_prompts"),
-    *("ckpt.output_dir", "ckpt.save_steps", "ckpt.max_num", "out", "train.layout", "train.max_tokens"),
+    *(
+        "ckpt.output_dir",
+        "ckpt.save_steps",
+        "ckpt.max_num",
+        "out",
+        "train.layout",
+        "train.max_tokens",
+        "train.score_tokens",
+    ),
 )
 
 
@@ -185,6 +193,11 @@ def _take(lock: TextIO) -> bool:
         return True
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise ValueError(
+            f"{os.path.dirname(lock.name)} is on a file system without locks ({error.strerror}), so two runs could write there "
+            "at once: choose a folder on another one, or have it mounted with locks (Lustre: -o flock)"
+        ) from error
 
 
 def release_locks() -> None:

@@ -357,9 +357,8 @@ sys.exit(main())
     assert "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize(("cuda_home", "torch_adam"), [(None, True), ("/usr/local/cuda", None)])
-def test_without_nvcc_a_gpu_trains_with_the_optimiser_of_torch(monkeypatch, cuda_home, torch_adam):
-    """DeepSpeed would compile its own Adam; only the machine is pretended here, the settings are the real ones."""
+def test_a_gpu_trains_with_the_fused_optimiser_of_torch(monkeypatch):
+    """DeepSpeed would compile its own Adam with nvcc; only the machine is pretended here, the settings are the real ones."""
     import torch
 
     from openrlhf_sgpo.config import Config
@@ -369,7 +368,29 @@ def test_without_nvcc_a_gpu_trains_with_the_optimiser_of_torch(monkeypatch, cuda
     kind = module.Strategy(
         seed=1, max_norm=1.0, micro_train_batch_size=1, train_batch_size=1, args=module.openrlhf_arguments(config)
     )
-    monkeypatch.setattr(module, "CUDA_HOME", cuda_home)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    settings = kind.get_ds_train_config({"type": "AdamW", "params": {"lr": 1e-6}})
-    assert settings["optimizer"]["params"].get("torch_adam") is torch_adam
+    for on_gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        settings = kind.get_ds_train_config({"type": "AdamW", "params": {"lr": 1e-6}})
+        assert settings["optimizer"]["params"] == {"lr": 1e-6, "torch_adam": True, "fused": on_gpu}
+
+
+@pytest.mark.parametrize(("visible", "refused"), [(None, True), ("0", True), ("", False), ("-1", False)])
+def test_a_driver_that_is_too_old_is_no_run_on_the_cpu(visible, refused, monkeypatch):
+    """A CUDA build of torch that can use no GPU, which looks like a machine without one."""
+    import torch
+
+    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.openrlhf import strategy as module
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if refused:
+        with pytest.raises(
+            ValueError, match=r"built for CUDA 13.0, but no GPU can be used: .* set CUDA_VISIBLE_DEVICES="
+        ):
+            module.build_strategy(Config())
+    else:
+        module.check_cuda()

@@ -34,6 +34,22 @@ def start(folder: Path, how: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=inherited | environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("4,5", "4,5"), ("4,5,6,7", "4,5"), ("", ""), (None, "0,1"), ("4", "error: --num_gpus 2, but")],
+)
+def test_ranks_take_gpus_among_those_that_are_visible(visible, expected, tmp_path):
+    """On a machine that is shared, CUDA_VISIBLE_DEVICES says which ones are free."""
+    rank = tmp_path / "rank.py"
+    rank.write_text("import os; os.write(1, os.environ['CUDA_VISIBLE_DEVICES'].encode() + bytes([10]))")
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = [sys.executable, "-m", "openrlhf_sgpo.launch", "2", str(rank)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    said = done.stderr if expected.startswith("error") else done.stdout
+    assert said.startswith(expected) and set(done.stdout.splitlines()) <= {expected}
+
+
 def ranks_of(folder: Path) -> list[int]:
     deadline = time.monotonic() + 60
     while not all((folder / rank).exists() and (folder / rank).read_text() for rank in "01"):

@@ -1,6 +1,7 @@
 """A run on disk: whole or absent files, taking up a run, manifests, costs, metrics, and no secrets."""
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -304,6 +305,17 @@ def test_a_folder_in_use_by_another_process_is_refused_until_that_is_killed(tmp_
         assert process.wait() == -signal.SIGKILL
         run.prepare(CONFIG, resume=True)
         assert (path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_a_file_system_without_locks_is_named_with_its_remedy(tmp_path, monkeypatch):
+    """As Lustre mounted without -o flock, where the call is not implemented."""
+
+    def not_implemented(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", not_implemented)
+    with pytest.raises(ValueError, match=f"{tmp_path} is on a file system without locks .Function not implemented"):
+        RunFolder(str(tmp_path)).lock()
 
 
 def test_a_folder_in_use_by_this_process_is_refused_too(tmp_path):

@@ -10,11 +10,16 @@ make_optional()
 from openrlhf.models import Actor, DPOLoss  # noqa: E402 - flash_attention must be made optional first
 from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
 
-from openrlhf_sgpo.openrlhf.actor import load_actor, save_policy, save_weights  # noqa: E402
+from openrlhf_sgpo.openrlhf.actor import fits_whole, load_actor, save_policy, save_weights  # noqa: E402
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, resting, use_adapter  # noqa: E402
 from openrlhf_sgpo.openrlhf.extragradient import Extragradient  # noqa: E402
 from openrlhf_sgpo.openrlhf.reward import load_reward_model, no_value_head, value_head  # noqa: E402
-from openrlhf_sgpo.openrlhf.strategy import DeepspeedStrategy, build_strategy, openrlhf_arguments  # noqa: E402
+from openrlhf_sgpo.openrlhf.strategy import (  # noqa: E402
+    DeepspeedStrategy,
+    build_strategy,
+    destroy,
+    openrlhf_arguments,
+)
 
 __all__ = [
     "DEFAULT_ADAPTER",
@@ -26,6 +31,8 @@ __all__ = [
     "Extragradient",
     "RewardDataset",
     "build_strategy",
+    "destroy",
+    "fits_whole",
     "load_actor",
     "load_reward_model",
     "no_value_head",

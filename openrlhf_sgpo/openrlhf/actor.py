@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 
+import psutil
 import torch
 from openrlhf.models import Actor
 from openrlhf.models.actor import _patch_zero3_weight_mapping
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
@@ -29,9 +31,22 @@ from openrlhf_sgpo.packed.head import Head
 from openrlhf_sgpo.packed.model import accept_packings, why_padded
 
 
+def fits_whole(folder: str, config: Inference) -> bool:
+    """Whether a whole model takes at most half of the memory that is free, on every rank. Collective."""
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
+    size = sum(weight.numel() for weight in model.parameters()) * getattr(torch, DTYPES[config.ds.param_dtype]).itemsize
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+    else:
+        free = psutil.virtual_memory().available // torch.distributed.get_world_size()
+    return all(ranks.gather(size <= free / 2))
+
+
 def load_in_shards(config: Inference, strategy: DeepspeedStrategy, trainable: bool) -> HfDeepSpeedConfig | None:
     """With ZeRO-3 an object that makes transformers load every model in shards while it is referenced; otherwise None."""
-    if config.ds.zero_stage != 3:
+    if strategy.stage != 3:
         return None
     _patch_zero3_weight_mapping()
     return HfDeepSpeedConfig(strategy.get_ds_train_config() if trainable else strategy.get_ds_eval_config())

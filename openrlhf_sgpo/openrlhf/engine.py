@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import torch
+from openrlhf.trainer.ray.utils import ray_noset_visible_devices
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 
@@ -51,6 +52,12 @@ class PolicyLoader(WorkerWrap):
 
 class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
     """OpenRLHF's actor as a plain class, to be extended before Ray wraps it again."""
+
+    def _configure_device_env(self, backend: str, bundle_indices: list[int] | None, num_gpus: float) -> None:
+        super()._configure_device_env(backend, bundle_indices, num_gpus)
+        if backend != "ray" and ray_noset_visible_devices():
+            # OpenRLHF makes only the first one visible.
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ray.get_gpu_ids()))
 
     async def load_policy(self, folder: str) -> int:
         compared = await self.llm.collective_rpc("load_policy", args=(folder,))

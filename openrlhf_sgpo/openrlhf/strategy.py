@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,12 @@ import deepspeed
 import openrlhf.utils.deepspeed.deepspeed as upstream
 import torch
 import transformers
-from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero import parameter_offload, stage3, stage_1_and_2
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from openrlhf.models import Actor
 from openrlhf.utils.deepspeed import DeepspeedStrategy
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.cpp_extension import CUDA_HOME
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config, Inference
@@ -61,16 +63,27 @@ def openrlhf_arguments(config: Inference) -> SimpleNamespace:
 
 
 class Strategy(DeepspeedStrategy):
-    """OpenRLHF's strategy with correct gradient norms, for actors with ``learning_rates`` by LoRA adapter too, and for machines
-    that cannot compile DeepSpeed's Adam."""
+    """OpenRLHF's strategy with correct gradient norms, for actors with ``learning_rates`` by LoRA adapter too, and with torch's
+    Adam."""
 
     def get_ds_train_config(self, optim_dict: dict | None = None, *, max_norm: float | None = None) -> dict:
         settings = super().get_ds_train_config(optim_dict, max_norm=max_norm)
-        # DeepSpeed compiles its Adam at run time: with nvcc, which is not needed otherwise, or on a CPU with g++, for minutes.
-        compiles = CUDA_HOME is not None or self.adam_offload  # an offloaded Adam is always DeepSpeed's
-        if "optimizer" in settings and not (compiles and torch.cuda.is_available()):
-            settings["optimizer"]["params"]["torch_adam"] = True
+        if "optimizer" in settings:
+            # DeepSpeed compiles its Adam at run time: with the nvcc of torch's CUDA version, or on a CPU with g++, for minutes.
+            # Torch's fused one is as fast and comes compiled.
+            settings["optimizer"]["params"] |= {"torch_adam": True, "fused": torch.cuda.is_available()}
         return settings
+
+    @contextmanager
+    def unsharded(self, whole: bool = True) -> Iterator[None]:
+        """Within the block models are loaded and prepared whole on every rank, whatever the ZeRO stage. whole: False leaves it
+        as it is."""
+        stage = self.stage
+        self.stage = 0 if whole else stage
+        try:
+            yield
+        finally:
+            self.stage = stage
 
     def _get_model_parameters(self, model: Any, **settings: Any) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
         raw_model, groups = super()._get_model_parameters(model, **settings)
@@ -157,6 +170,17 @@ def _engine(model: Any) -> Any:
     return model.model if isinstance(model, Actor) else model
 
 
+def destroy(model: Any) -> None:
+    """End a model that the strategy has prepared, so that its memory is free once nothing else refers to it."""
+    engine = _engine(model)
+    engine.destroy()
+    # At ZeRO 3 DeepSpeed itself goes on referring to the model: on a stack of modules, and in the cache of a method.
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+    cached: Any = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    cached.__closure__[0].cell_contents.cache_clear()
+
+
 def _norm(model: torch.nn.Module) -> torch.Tensor:
     """The norm of all gradients together, in fp32."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -173,11 +197,24 @@ def _single_process() -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
+def check_cuda() -> None:
+    """Raises ValueError if torch is built for CUDA and can use no GPU, because a driver that is too old would otherwise become
+    a run on the CPU, without a word. An empty CUDA_VISIBLE_DEVICES asks for the CPU."""
+    asked_for_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda and not asked_for_cpu and not torch.cuda.is_available():
+        raise ValueError(
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, but no GPU can be used: compare the driver's "
+            "CUDA version, which nvidia-smi prints, with torch's; to run on the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
+        )
+
+
 def build_strategy(config: Inference) -> DeepspeedStrategy:
     """The strategy of this process, with its process group initialised.
 
-    Raises ValueError if ``--train.batch_size`` cannot be split into equal micro-batches over the ranks.
+    Raises ValueError if ``--train.batch_size`` cannot be split into equal micro-batches over the ranks, and if torch is built
+    for CUDA but has no GPU.
     """
+    check_cuda()
     _single_process()
     world_size = int(os.environ["WORLD_SIZE"])
     if config.train.batch_size % (config.train.micro_batch_size * world_size):

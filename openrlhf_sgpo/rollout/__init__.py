@@ -5,9 +5,9 @@ from __future__ import annotations
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.tokens import ChatFormat
-from openrlhf_sgpo.rollout.base import Rollout, Sampling, sampling_of
+from openrlhf_sgpo.rollout.base import Rollout, Sampling, engine_count, sampling_of
 
-__all__ = ["Rollout", "Sampling", "check_rollout", "sampling_of", "start_rollout"]
+__all__ = ["Rollout", "Sampling", "check_rollout", "engine_count", "sampling_of", "start_rollout"]
 
 
 def check_rollout(config: Inference) -> None:
@@ -17,11 +17,11 @@ def check_rollout(config: Inference) -> None:
         raise ValueError(f"--rollout.engine vllm: {problem}, or use --rollout.engine hf")
     import torch
 
-    settings, visible = config.vllm, torch.cuda.device_count()
-    needed = settings.num_engines * settings.tensor_parallel_size
+    visible, count = torch.cuda.device_count(), engine_count(config, torch.cuda.device_count())
+    needed = count * config.vllm.tensor_parallel_size
     if config.rollout.engine == "vllm" and 0 < visible < needed:
         raise ValueError(
-            f"--vllm.num_engines {settings.num_engines} times --vllm.tensor_parallel_size {settings.tensor_parallel_size} "
+            f"--vllm.num_engines {count} times --vllm.tensor_parallel_size {config.vllm.tensor_parallel_size} "
             f"needs {needed} GPUs, but {visible} are visible: lower them, or start with --num_gpus {needed}"
         )
 

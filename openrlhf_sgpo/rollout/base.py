@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from openrlhf_sgpo.config import RolloutSettings
+from openrlhf_sgpo.config import Inference, RolloutSettings
 from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
 
@@ -28,6 +28,11 @@ class Sampling:
 def sampling_of(settings: RolloutSettings, seed: int, n: int = 1) -> Sampling:
     """The sampling that the --rollout flags describe."""
     return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, seed, n)
+
+
+def engine_count(config: Inference, gpus: int) -> int:
+    """``--vllm.num_engines``, by default all that so many GPUs can hold, and one without a GPU."""
+    return config.vllm.num_engines or max(1, gpus // config.vllm.tensor_parallel_size)
 
 
 class Stop:

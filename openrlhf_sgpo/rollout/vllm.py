@@ -14,7 +14,7 @@ from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.output import Progress, say
-from openrlhf_sgpo.rollout.base import Sampling, Stop, prompt_seed
+from openrlhf_sgpo.rollout.base import Sampling, Stop, engine_count, prompt_seed
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT, threads_of
 
 
@@ -33,6 +33,7 @@ class VllmRollout:
         self.engines: list[Any] = []
         self.compared = 0  # tensors compared bit by bit with the files of the last policy
         self.sleeps = config.vllm.enable_sleep and torch.cuda.is_available()
+        ranks.barrier()  # every rank has freed the memory of its GPU, on which an engine may start
         ranks.on_rank_0(self._start)
 
     def _start(self) -> None:
@@ -63,8 +64,9 @@ class VllmRollout:
         else:
             self.arguments |= CPU_ENGINE_ARGUMENTS
         self.started_with = self.folder
-        self.engines = [self._engine(number) for number in range(settings.num_engines)]
-        self.starting = list(range(settings.num_engines))
+        count = engine_count(self.config, torch.cuda.device_count())
+        self.engines = [self._engine(number) for number in range(count)]
+        self.starting = list(range(count))
         if on_gpu:
             self._wait_for_start()
         if self.sleeps:

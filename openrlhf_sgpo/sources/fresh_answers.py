@@ -103,6 +103,7 @@ class FreshAnswers(Source):
         run, config = self.run, self.config
         algorithm = self.play = self.algorithm(run.options, config.model.beta)
         steps, before = config.rounds.steps, run.policy_before(number)
+        run.engine(before)  # in a resumed run the engines take their share of a GPU's memory before the trainer does
         algorithm.begin_stage(Stage(None, number, steps, config.train.seed + number))
         clock = Stopwatch()
         every = algorithm.reference_rounds

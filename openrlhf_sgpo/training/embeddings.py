@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.memory import release_memory
-from openrlhf_sgpo.openrlhf import DeepspeedStrategy, load_actor
+from openrlhf_sgpo.openrlhf import DeepspeedStrategy, destroy, load_actor
 from openrlhf_sgpo.output import Progress
 
 BATCH = 8  # prompts, of similar length
@@ -40,7 +40,7 @@ def prompt_embeddings(
         output = actor.model(tokens, output_hidden_states=True, logits_to_keep=1, use_cache=False)
         last = output.hidden_states[-1][torch.arange(len(batch)), lengths - 1].float().cpu()
         rows |= zip(batch, last, strict=True)
-    actor.model.destroy()
+    destroy(actor)
     del actor, output
     release_memory()
     gathered = {index: row for part in ranks.gather(rows) for index, row in part.items()}

@@ -20,7 +20,7 @@ from openrlhf_sgpo.content_cache import keep_line, kept_lines
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
-from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy, load_actor, load_reward_model
+from openrlhf_sgpo.openrlhf import Actor, DeepspeedStrategy, destroy, fits_whole, load_actor, load_reward_model
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.training.log_probs import figures_of, predictions, response_log_probs, sequence_divergence
 from openrlhf_sgpo.training.packing import filled, padded_rows, token_budget
@@ -60,7 +60,7 @@ class Scorer:
         self.strategy = strategy
         self.pad_token_id = pad_token_id
         self.folder = folder
-        self.resident = resident
+        self.stays = self.resident = resident
         self.tokens_scored = 0
         self.responses_scored = 0
         self._known: dict[str, dict[str, float]] = {}
@@ -69,7 +69,7 @@ class Scorer:
     def close(self) -> None:
         """Give back the models that are held in memory. Collective."""
         while self._held:
-            _engine(self._held.popitem()[1]).destroy()
+            destroy(self._held.popitem()[1])
         release_memory()
 
     def make_room(self, kept: str) -> None:
@@ -159,7 +159,7 @@ class Scorer:
         # Neighbours of similar length waste the least padding; longest first, so memory runs out at once or never.
         groups = sorted(groups, key=len, reverse=True)
         world, rank = distributed.get_world_size(), distributed.get_rank()
-        actors = [self._held.get(model) or self.strategy.prepare(self._load(model)) for model in models]
+        actors = [self._held.get(model) or self._prepared(model) for model in models]
         batches = self._batches(actors, groups)
         share = batches[rank::world]
         # ZeRO-3 gathers parameters collectively: every rank must run the same number of forwards.
@@ -193,16 +193,26 @@ class Scorer:
             progress.close()
             if not self.resident:
                 for actor in actors:
-                    _engine(actor).destroy()
+                    destroy(actor)
                 del actor, actors  # the loop's name too would keep the last one alive
                 release_memory()
 
+    def _prepared(self, model: str) -> Any:
+        """The model, whole on every rank if there is room: at ZeRO 3 every forward pass would gather all its weights. A model
+        that stays in memory has to leave room for the others."""
+        whole = self.config.ds.zero_stage == 3 and not self.stays and fits_whole(model, self.config)
+        with self.strategy.unsharded(whole):
+            return self.strategy.prepare(self._load(model))
+
     def _batches(self, actors: list[Any], groups: list[Group]) -> list[list[Group]]:
         """Filled with more tokens than in training, because nothing is kept for a backward pass."""
+        budget = self.config.train.score_tokens or 2 * token_budget(self.config)
         if all(isinstance(actor, Actor) and actor.head for actor in actors):
-            parts = filled(list(map(len, groups)), 2 * token_budget(self.config))
+            parts = filled(list(map(len, groups)), budget)
         else:
-            size = self.config.train.micro_batch_size
+            size = max(
+                self.config.train.score_tokens // (2 * self.config.data.max_len), self.config.train.micro_batch_size
+            )
             parts = [slice(start, start + size) for start in range(0, len(groups), size)]
         return [groups[part] for part in parts]
 
@@ -249,7 +259,3 @@ def _by_prompt(sequences: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list
     for prompt, response in sequences:
         responses.setdefault(prompt, []).append(response)
     return [Group(prompt, tuple(several)) for prompt, several in responses.items()]
-
-
-def _engine(actor: Any) -> Any:
-    return actor.model if isinstance(actor, Actor) else actor

@@ -16,7 +16,7 @@ from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.finite import check_figures, check_trained
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.memory import release_memory
-from openrlhf_sgpo.openrlhf import Extragradient, load_actor, resting
+from openrlhf_sgpo.openrlhf import Extragradient, destroy, load_actor, resting
 from openrlhf_sgpo.training.checkpoints import Checkpoints
 from openrlhf_sgpo.training.packing import filled, split_into, token_budget
 from openrlhf_sgpo.training.policies import load_trained, seed_generators, write_policy
@@ -117,7 +117,7 @@ class Trainer:
 
     def __exit__(self, *_: object) -> None:
         for model in (self.actor, *self.frozen.values()):
-            model.model.destroy()
+            destroy(model)
         del model, self.actor, self.optimizer, self.scheduler, self.frozen, self.forward, self.extragradient
         release_memory()
 
@@ -156,7 +156,7 @@ class Trainer:
         figures = self.algorithm.after_step(watched)
         check_figures({f"metric {name}": value for name, value in figures.items()}, place, dtype)
         cost = self.stage.clock.cost
-        cost["tokens_trained"] = cost.get("tokens_trained", 0) + int(tokens.sum())
+        cost["tokens_trained"] = cost.get("tokens_trained", 0) + int(tokens.double().sum())
         metrics |= {"learning_rate": learning_rate, **figures}
         return {f"train/{name}": value for name, value in metrics.items()}, recorded
 

@@ -225,7 +225,7 @@ def test_the_judge_of_the_example_leaves_the_gpu_room_for_engines(tmp_path, monk
         read_settings(words, runs[0].resolved).vllm
     ]
     # Training has the rest, a third at least.
-    assert all(server + engine.num_engines * engine.gpu_memory_utilization <= 2 / 3 for engine in engines)
+    assert all(server + (engine.num_engines or 1) * engine.gpu_memory_utilization <= 2 / 3 for engine in engines)
 
 
 def test_a_finished_run_with_other_settings_is_not_taken(tmp_path):

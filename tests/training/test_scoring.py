@@ -64,6 +64,35 @@ def test_before_training_the_reference_stays_only_where_memory_allows(
     assert not scorer._held
 
 
+def test_rows_that_are_only_scored_have_a_budget_of_their_own(make_scorer, groups, tiny_model):
+    expected = make_scorer().score(str(tiny_model), groups, "test")
+    for layout, most in ({}, 500), (PADDED, 2 * 256):
+        scorer = make_scorer(train__score_tokens=most, data__max_len=64, **layout)
+        scores = scorer.score(str(tiny_model), groups, "test")
+        assert [pytest.approx(row, rel=1e-5) for row in expected] == scores
+        sizes = [sum(map(len, batch)) for batch in scorer.batches]
+        assert (max(sizes) > 300 and max(sizes) <= most) if not layout else max(map(len, scorer.batches)) == 4
+
+
+@pytest.mark.parametrize("free", [0, 2**40])
+def test_a_model_that_fits_is_scored_whole_at_zero_3(make_scorer, groups, tiny_model, monkeypatch, free):
+    """Its weights are then not gathered in every forward pass; the scores are the same."""
+    import psutil
+
+    expected = make_scorer().score(str(tiny_model), groups, "test")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free, total=free))
+    scorer = make_scorer(ds__zero_stage=3)
+    stages = []
+    prepared = type(scorer)._prepared
+    monkeypatch.setattr(
+        type(scorer),
+        "_prepared",
+        lambda self, model: stages.append((actor := prepared(self, model)).model.zero_optimization_stage()) or actor,
+    )
+    assert [pytest.approx(row, rel=1e-5) for row in expected] == scorer.score(str(tiny_model), groups, "test")
+    assert stages == [0 if free else 3] and scorer.strategy.stage == 3
+
+
 @pytest.mark.parametrize("cut", ["half of the last line", "the last line", "a digit"])
 def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny_model, tmp_path, monkeypatch, cut):
     """Parts of 3 batches of 2 pairs: 24 pairs are 4 lines, each scored in the batches of an undisturbed sweep."""
