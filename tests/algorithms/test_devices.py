@@ -1,4 +1,4 @@
-"""Every loss with tensors of a device that is not the CPU: torch follows shapes and devices, and a mix of devices is an error."""
+"""Every loss with tensors of another device than the CPU: torch follows shapes, and a mix of devices is an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openrlhf_sgpo.algorithms.plays import Plays
 
 DEVICE = "meta"  # for a GPU, which need not be there
 VARIANTS = {
-    "sgpo": [{}, {"space": "probability"}, {"pieces": 6}, {"ball": "best"}],
+    "sgpo": [{}, {"space": "probability"}, {"pieces": 6}],
     "slhf": [{}, {"kl_level": "full_vocabulary"}],
 }
 
@@ -27,7 +27,9 @@ def pairs() -> PairBatch:
 
 
 def plays(count: int) -> Plays:
-    return Plays(*(empty(4, count, 7) for _ in range(3)), empty(4, count, count), empty(4, count, 7), 3, empty(4, count))
+    return Plays(
+        *(empty(4, count, 7) for _ in range(3)), empty(4, count, count), empty(4, count, 7), 3, empty(4, count)
+    )
 
 
 def test_a_mix_of_devices_would_be_seen():
