@@ -66,6 +66,8 @@ class Strategy(DeepspeedStrategy):
     """OpenRLHF's strategy with correct gradient norms, for actors with ``learning_rates`` by LoRA adapter too, and with torch's
     Adam."""
 
+    stage: int  # of ZeRO
+
     def get_ds_train_config(self, optim_dict: dict | None = None, *, max_norm: float | None = None) -> dict:
         settings = super().get_ds_train_config(optim_dict, max_norm=max_norm)
         if "optimizer" in settings:
