@@ -26,7 +26,9 @@ def test_the_worker_of_a_gpu_has_no_method_that_ours_would_replace():
     """vLLM refuses a worker extension whose methods its worker has."""
     workers = members("vllm.v1.worker.gpu_worker", "Worker") | members("vllm.v1.worker.worker_base", "WorkerBase")
     source = ast.parse((Path(__file__).parents[2] / "openrlhf_sgpo" / "openrlhf" / "engine.py").read_text())
-    (extension,) = [node for node in source.body if isinstance(node, ast.ClassDef) and "WorkerWrap" in ast.unparse(node)]
+    (extension,) = [
+        node for node in source.body if isinstance(node, ast.ClassDef) and "WorkerWrap" in ast.unparse(node)
+    ]
     added = {node.name for node in extension.body if isinstance(node, ast.FunctionDef)}
     added |= members("openrlhf.trainer.ray.vllm_worker_wrap", "WorkerWrap")
     assert added and {name for name in added & workers if not name.startswith("__")} == set()
