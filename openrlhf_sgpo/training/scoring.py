@@ -94,7 +94,7 @@ class Scorer:
         """Drop a model's results from memory and disk: the model is about to change. Collective."""
         self.forget(model)
         if model in self._held:
-            _engine(self._held.pop(model)).destroy()
+            destroy(self._held.pop(model))
         if self.folder and self.strategy.is_rank_0():
             self._file(model).unlink(missing_ok=True)
         ranks.barrier()
