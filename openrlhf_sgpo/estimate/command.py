@@ -16,6 +16,7 @@ from openrlhf_sgpo.estimate.settings import Asked
 from openrlhf_sgpo.estimate.shape import ModelShape, model_configuration, model_shape
 from openrlhf_sgpo.output import duration, say
 from openrlhf_sgpo.packed.model import PADDED_BY_CHOICE, why_padded
+from openrlhf_sgpo.rollout.base import engine_count
 from openrlhf_sgpo.table import aligned
 
 PARTS = (
@@ -36,6 +37,7 @@ class Estimate:
         self.device: Device = devices[0]
         if not self.device.on_gpu:
             self.device = replace(self.device, memory=self.device.memory / self.ranks)
+        self.config.vllm.num_engines = engine_count(self.config, self.ranks if self.device.on_gpu else 0)
         self.padded = why_padded(self.config, model_configuration(self.config.model))
         if self.padded:
             self.config.train.layout, self.config.train.max_tokens = "padded", 0

@@ -169,7 +169,7 @@ def measured(folder: str) -> Speeds:
                 tokens[kind] += entry.get(_TOKENS[kind], 0.0)
     workers = {TRAIN: ranks, SCORE: ranks, SAMPLE: ranks}
     if stored["rollout"]["engine"] == "vllm":
-        workers[SAMPLE] = stored["vllm"]["num_engines"]
+        workers[SAMPLE] = stored["vllm"]["num_engines"] or ranks
     checkpointing = model["gradient_checkpointing_enable"]
     rates = {
         kind: passes(kind, shape, checkpointing) * shape.multiplied * tokens[kind] / seconds[kind] / workers[kind]

@@ -39,9 +39,9 @@ class VllmRollout:
     def _start(self) -> None:
         on_gpu = torch.cuda.is_available()
         environment = {"VLLM_LOGGING_LEVEL": "WARNING", **ray_session.LOOPBACK}
-        settings = self.config.vllm
+        settings, count = self.config.vllm, engine_count(self.config, torch.cuda.device_count())
         if not on_gpu:
-            environment |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": threads_of(settings.num_engines)}
+            environment |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": threads_of(count)}
         ray_session.start_ray(environment)
         self.arguments: dict[str, Any] = {
             # A folder, because engines get no access token for the hub.
@@ -64,7 +64,6 @@ class VllmRollout:
         else:
             self.arguments |= CPU_ENGINE_ARGUMENTS
         self.started_with = self.folder
-        count = engine_count(self.config, torch.cuda.device_count())
         self.engines = [self._engine(number) for number in range(count)]
         self.starting = list(range(count))
         if on_gpu:
