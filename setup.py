@@ -81,7 +81,7 @@ setup(
         ],
     },
     entry_points={
-        "console_scripts": ["openrlhf-sgpo = openrlhf_sgpo.cli.main:main"],
+        "console_scripts": ["openrlhf-sgpo = openrlhf_sgpo.__main__:main"],
         "vllm.general_plugins": ["openrlhf_sgpo = openrlhf_sgpo.rollout.vllm_on_cpu:keep_plain_weights"],
     },
     classifiers=[

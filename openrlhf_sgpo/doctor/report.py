@@ -28,7 +28,7 @@ feature, with the command that mends what does not. No key is shown.
   --timeout SECONDS  for each package to be imported (default: {LIMIT:g})
 
 The exit code is 0 if training would start, and 1 if not.
-`python -m openrlhf_sgpo.doctor` works where openrlhf-sgpo cannot start.
+It needs nothing but Python, and this package.
 """
 _COLOURS = {"ok": "32", "note": "33", "fails": "31"}
 

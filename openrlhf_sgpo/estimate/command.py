@@ -19,6 +19,7 @@ from openrlhf_sgpo.packed.model import PADDED_BY_CHOICE, why_padded
 from openrlhf_sgpo.rollout.base import engine_count
 from openrlhf_sgpo.table import aligned
 
+SPARE = 0.1
 PARTS = (
     *("weights", "optimiser", "gradients", "activations", "head", "ZeRO buffers", "other models", "engine"),
     *("engine's weights", "engine's workspace", "engine's keys and values", "CUDA, fragmentation", "process"),
@@ -59,12 +60,14 @@ class Estimate:
         work = work_of(config, self.algorithm, self.options, self.ranks)
         return Memory(config, self.algorithm, self._shape(config), work, self.device, self.ranks)
 
-    def problems(self, memory: Memory) -> list[str]:
-        """Why the run would not fit, a sentence per stage."""
+    def problems(self, memory: Memory, spare: float = 0.0) -> list[str]:
+        """Why the run would not fit, a sentence per stage. spare: by how much the figures may be too low; those of an engine
+        are not, because it takes no more than its share."""
         problems = [
             f"{name} takes {total(parts) / GIB:.1f} GiB of {self.device.memory / GIB:.1f}"
             for name, parts in memory.stages().items()
-            if total(parts) > self.device.memory
+            if sum(size if "engine's" in part else (1 + spare) * size for part, size in parts.items())
+            > self.device.memory
         ]
         config = memory.config
         if memory.engines and memory.cached_tokens() < config.data.max_len:
@@ -80,14 +83,13 @@ class Estimate:
         return [(change, self._memory(changed(self.config, change))) for change in self._useful()]
 
     def _useful(self) -> list[Change]:
-        could_pack = self.padded == PADDED_BY_CHOICE or not self.padded
-        return useful_changes(self.config, self.ranks, self.device.on_gpu, could_pack)
+        return useful_changes(self.memory, could_pack=self.padded in ("", PADDED_BY_CHOICE))
 
     def fitting(self) -> tuple[list[Change], Memory] | None:
-        """The first combination of changes with which it fits."""
+        """The first combination of changes with which it fits, even if figures are too low by ``SPARE``."""
         for chosen in combinations(self._useful()):
             memory = self._memory(changed(self.config, *chosen))
-            if not self.problems(memory):
+            if not self.problems(memory, SPARE):
                 return chosen, memory
         return None
 
@@ -159,7 +161,11 @@ class Estimate:
         problems = self.problems(self.memory)
         room = f"{self.device.memory / GIB:.1f} GiB"
         lines += ["", *_wrapped(*(f"does not fit: {problem}" for problem in problems))]
-        lines += [] if problems else [f"fits into {room}"]
+        if not problems:
+            is_close = self.problems(self.memory, SPARE)
+            lines += _wrapped(f"fits into {room}" + f", but not if this is {SPARE:.0%} too low" * bool(is_close))
+        if self.config.reward.model_name_or_path or self.config.reward.heads:
+            lines += ["not counted: the reward models of --oracle"]
         lines += ["", *self._change_lines()]
         if problems:
             if fitting := self.fitting():

@@ -128,7 +128,7 @@ class Speeds:
 def assumed(memory: Memory, device: Device, settings: EstimateSettings, lengths: Lengths) -> Speeds:
     """From the device's data sheet; unknown without one. A batch of an engine is as large as its cache, up to ``SEQUENCES``."""
     if not (device.tflops and device.bandwidth):
-        return Speeds(None, None, None, "unknown for this machine")
+        return Speeds(None, None, None, "unknown for this machine, give --estimate.from_run RUN")
     shape, parallel = memory.shape, memory.config.vllm.tensor_parallel_size
     operations = device.tflops * 1e12 * settings.utilisation
     batch = min(SEQUENCES, memory.cached_tokens() // (lengths.prompt + lengths.response))

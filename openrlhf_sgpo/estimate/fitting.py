@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from itertools import compress, product
 
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.estimate.memory import Memory
 
 ADAPTER_RANK = 16
-ENGINE_SHARE = 0.9  # of a GPU on which training sleeps while an engine samples
+# Shares of a GPU for an engine that has it alone while it samples, and for one beside a policy in training.
+ALONE, BESIDE = 0.9, 0.3
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,12 @@ def _layout(config: Config) -> None:
     config.ds.packing_samples = False
 
 
-def _engine_share(config: Config) -> None:
-    config.vllm.gpu_memory_utilization = ENGINE_SHARE
+def _more_engine(config: Config) -> None:
+    config.vllm.gpu_memory_utilization = ALONE
+
+
+def _less_engine(config: Config) -> None:
+    config.vllm.gpu_memory_utilization = BESIDE
 
 
 def _one_pair(config: Config) -> None:
@@ -59,19 +65,15 @@ def _adapters(config: Config) -> None:
     config.ds.lora.rank = ADAPTER_RANK
 
 
+def _uses_vllm(config: Config, ranks: int) -> bool:
+    return config.rounds.count > 0 and config.rollout.engine == "vllm"
+
+
 # Earlier ones leave the result as it is and cost little or nothing; the last one trains other weights.
 CHANGES = (
     Change("--train.layout auto", "nothing", lambda config, ranks: config.train.layout == "padded", _layout),
-    Change(
-        f"--vllm.gpu_memory_utilization {ENGINE_SHARE}",
-        "nothing",
-        lambda config, ranks: (
-            config.rounds.count > 0
-            and config.rollout.engine == "vllm"
-            and config.vllm.gpu_memory_utilization < ENGINE_SHARE
-        ),
-        _engine_share,
-    ),
+    Change(f"--vllm.gpu_memory_utilization {ALONE}", "nothing", _uses_vllm, _more_engine),
+    Change(f"--vllm.gpu_memory_utilization {BESIDE}", "slower sampling", _uses_vllm, _less_engine),
     Change(
         "--train.micro_batch_size 1 --train.max_tokens 0",
         "a little speed",
@@ -115,11 +117,19 @@ CHANGES = (
 )
 
 
-def useful_changes(config: Config, ranks: int, on_gpu: bool, could_pack: bool = True) -> list[Change]:
-    """Those that would change this run, in their order. on_gpu: otherwise there is no GPU to share or to spare. could_pack:
-    whether the model allows another layout than padded."""
-    excluded = [*([] if on_gpu else [_offload, _engine_share]), *([] if could_pack else [_layout])]
-    return [change for change in CHANGES if change.useful(config, ranks) and change.apply not in excluded]
+def useful_changes(memory: Memory, could_pack: bool = True) -> list[Change]:
+    """Those that would change this run, in their order. could_pack: whether the model allows another layout than padded.
+
+    An engine gets a larger share if it has no room for an answer, and a smaller one if the policy in training leaves it too
+    little. Without a GPU nothing can be spared there."""
+    config, share = memory.config, memory.config.vllm.gpu_memory_utilization
+    wanted: dict[Callable[[Config], None], bool] = {
+        _layout: could_pack,
+        _offload: memory.device.on_gpu,
+        _more_engine: memory.device.on_gpu and share < ALONE and memory.cached_tokens() < config.data.max_len,
+        _less_engine: memory.device.on_gpu and share > BESIDE and memory.algorithm.fresh_answers,
+    }
+    return [change for change in CHANGES if change.useful(config, memory.ranks) and wanted.get(change.apply, True)]
 
 
 def changed(config: Config, *changes: Change) -> Config:

@@ -32,13 +32,11 @@ def empty_python(tmp_path_factory) -> Path:
     return folder / "bin" / "python"
 
 
-def examined(
-    python: Path, *argv: str, path: str = "", module: str = "openrlhf_sgpo.doctor"
-) -> subprocess.CompletedProcess:
+def examined(python: Path, *argv: str, path: str = "") -> subprocess.CompletedProcess:
+    """The command as its console script runs it."""
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{path}", "HOME": os.environ.get("HOME", "/")}
-    return subprocess.run(
-        [python, "-m", module, *argv], env=environment, capture_output=True, text=True, timeout=120, cwd=python.parent
-    )
+    command = [python, "-c", "import sys; from openrlhf_sgpo.__main__ import main; sys.exit(main())", "doctor", *argv]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=python.parent)
 
 
 def test_a_machine_without_packages_gets_a_report_and_commands(empty_python):
