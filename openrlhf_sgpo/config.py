@@ -258,6 +258,16 @@ class VllmSettings:
 
 
 @dataclass
+class RaySettings:
+    ranks: int = setting(
+        0, "training ranks of --launcher ray (0: one per GPU of the cluster that is not an engine's alone)", low=0
+    )
+    colocate: bool = setting(
+        True, "engines on the GPUs of the ranks, which take turns in their memory; off: engines have GPUs of their own"
+    )
+
+
+@dataclass
 class WandbSettings:
     key: str = setting(
         "",
@@ -296,6 +306,12 @@ class Inference:
 class Config(Inference):
     """All settings of a run except those of the algorithm, which its own file defines."""
 
+    launcher: Literal["auto", "deepspeed", "ray"] = setting(
+        "auto",
+        "what starts the training ranks: deepspeed (or torchrun, or examples/train_ssapo.sh), which run this command once for "
+        "each; or ray, on the cluster of RAY_ADDRESS or on this machine; auto: ray in a job of `ray job submit`",
+    )
+    ray: RaySettings = field(default_factory=RaySettings)
     algo: str = setting("sgpo", "algorithm: a registered name, or module:Class, which runs its code")
     seed: SeedSettings = field(default_factory=SeedSettings)
     rounds: RoundsSettings = field(default_factory=RoundsSettings)

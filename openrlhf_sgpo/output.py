@@ -112,9 +112,10 @@ def log_to(folder: Path) -> None:
         last_log = folder / LOG
 
 
-def say(text: object = "", end: str = "\n") -> None:
-    """Prints a line of this package on stdout."""
-    print(text, end=end, file=sys.stdout if _apart is None else _apart.out, flush=True)
+def say(text: object = "", end: str = "\n", is_error: bool = False) -> None:
+    """Prints a line of this package on stdout, or on stderr."""
+    streams = (sys.stdout, sys.stderr) if _apart is None else (_apart.out, _apart.err)
+    print(text, end=end, file=streams[is_error], flush=True)
 
 
 class Progress(tqdm):

@@ -1,4 +1,4 @@
-"""A private Ray session: local to this machine, with its own key, and ended with this process.
+"""Ray: a private session, local to this machine, with its own key, and ended with this process; or a cluster that is there.
 
 Ray's servers execute any request as the user who started them, and by default listen on all interfaces.
 """
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,32 @@ LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKE
 PATIENCE = 10.0  # seconds for remaining processes to clean up
 
 _keeper: subprocess.Popen[bytes] | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the engines of a run stand whose ranks are actors on a cluster.
+
+    group: Ray's placement group, of a bundle per GPU. bundles: those of each engine, which are on one machine where they can
+    be. share: of a GPU that an engine or a rank takes in Ray's books; 0 on a cluster without GPUs.
+    """
+
+    group: Any
+    bundles: list[list[int]]
+    share: float
+
+    def options(self, engine: int) -> dict[str, Any]:
+        """Of the Ray actor of an engine. Workers of an engine on several GPUs are actors of their own, which have the GPUs."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundles = self.bundles[engine]
+        strategy = PlacementGroupSchedulingStrategy(
+            self.group, placement_group_bundle_index=bundles[0], placement_group_capture_child_tasks=True
+        )
+        return {"num_cpus": 0, "num_gpus": self.share if len(bundles) == 1 else 0, "scheduling_strategy": strategy}
+
+
+placement: Placement | None = None  # in a rank that Ray has started
 
 
 @contextlib.contextmanager
@@ -87,6 +114,23 @@ def start_ray(environment: Mapping[str, str]) -> None:
     except BaseException:
         end_ray()
         raise
+
+
+def join_ray() -> None:
+    """Joins the cluster of RAY_ADDRESS, which ``ray job submit`` sets, or else starts a session on this machine. Raises
+    ValueError if there is no such cluster."""
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return start_ray({})
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, ray.exceptions.RayError, RuntimeError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: {error}; start the cluster (ray start --head), or unset it"
+        ) from error
+    return None
 
 
 def end_ray() -> None:

@@ -46,7 +46,7 @@ ADDRESS = ("judge.base_url", "judge.concurrency", "judge.max_retries", "judge.ti
 # Settings that a resumed run may change, because training does not depend on them (on those of the forward pass in its last
 # digits).
 FREE = (
-    *(*ADDRESS, "vllm.", "logger.", "data.limits.", "eval.max_samples", "eval.max_prompts"),
+    *(*ADDRESS, "launcher", "ray.", "vllm.", "logger.", "data.limits.", "eval.max_samples", "eval.max_prompts"),
     *(
         "ckpt.output_dir",
         "ckpt.save_steps",

@@ -119,6 +119,8 @@ def test_every_field_survives_the_round_trip(tmp_path):
             texts = ["0.25", "0.125"] if name == "adam.betas" else ["3", "4"]
         elif name == "ds.zero_stage":
             texts = ["3"]
+        elif name == "launcher":
+            texts = ["ray"]
         elif isinstance(value, (int, float)):
             texts = [str(value + 1)]
         elif name in ("judge.api_key", "logger.wandb.key"):

@@ -121,6 +121,12 @@ def explain(error: BaseException, argv: list[str]) -> int:
     return 1
 
 
+def explain_loss(problem: str, argv: list[str]) -> None:
+    """Print to stderr that a process of the command ``argv`` was lost, and how to go on."""
+    resumed = [*_typed(argv), *([] if "--resume" in argv else ["--resume"])]
+    output.say(keys.redacted(f"error: {problem}\nto continue: {shlex.join(resumed)}"), is_error=True)
+
+
 def _say(text: str) -> None:
     print(keys.redacted(text), file=sys.stderr)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from openrlhf_sgpo import __version__, algorithms, extras, flags, run_settings
 from openrlhf_sgpo.cli import ending
+from openrlhf_sgpo.cli.cluster import ray_places, train_on_ray
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.launch import COMMAND, follow_deepspeed
 from openrlhf_sgpo.memory import lean_imports
@@ -55,6 +56,8 @@ def train(argv: list[str]) -> int:
         print(flags.dump({"": replace(settings, dry_run=False), algorithm.name: options}), end="")
         return 0
     with other_packages_apart():
+        if ray_places(settings):
+            return train_on_ray(run, settings, algorithm, options, ["train", *argv])
         run(settings, algorithm, options)
     return 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openrlhf_sgpo import extras
+from openrlhf_sgpo import extras, ray_session
 from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.rollout.base import Rollout, Sampling, engine_count, sampling_of
@@ -17,6 +17,8 @@ def check_rollout(config: Inference) -> None:
         raise ValueError(f"--rollout.engine vllm: {problem}, or use --rollout.engine hf")
     import torch
 
+    if ray_session.placement:
+        return  # who made it has seen to it
     visible, count = torch.cuda.device_count(), engine_count(config, torch.cuda.device_count())
     needed = count * config.vllm.tensor_parallel_size
     if config.rollout.engine == "vllm" and 0 < visible < needed:

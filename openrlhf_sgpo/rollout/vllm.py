@@ -37,12 +37,20 @@ class VllmRollout:
         ranks.on_rank_0(self._start)
 
     def _start(self) -> None:
+        import ray
+
         on_gpu = torch.cuda.is_available()
-        environment = {"VLLM_LOGGING_LEVEL": "WARNING", **ray_session.LOOPBACK}
-        settings, count = self.config.vllm, engine_count(self.config, torch.cuda.device_count())
+        settings, placement = self.config.vllm, ray_session.placement
+        count = len(placement.bundles) if placement else engine_count(self.config, torch.cuda.device_count())
+        self.environment = {"VLLM_LOGGING_LEVEL": "WARNING"}
         if not on_gpu:
-            environment |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": threads_of(count)}
-        ray_session.start_ray(environment)
+            self.environment |= {**CPU_ENVIRONMENT, "OMP_NUM_THREADS": threads_of(count)}
+        if placement is None:
+            self.environment |= ray_session.LOOPBACK
+            ray_session.start_ray(self.environment)
+        elif ray.util.get_node_ip_address().startswith("127."):
+            self.environment |= ray_session.LOOPBACK
+        several = "ray" if placement else "mp"  # only Ray's workers can be on several machines
         self.arguments: dict[str, Any] = {
             # A folder, because engines get no access token for the hub.
             "model": local_folder(self.folder),
@@ -50,11 +58,11 @@ class VllmRollout:
             "dtype": DTYPES[self.config.ds.param_dtype],
             "max_model_len": self.config.data.max_len,
             "tensor_parallel_size": settings.tensor_parallel_size,
-            "distributed_executor_backend": "uni" if settings.tensor_parallel_size == 1 else "mp",
+            "distributed_executor_backend": "uni" if settings.tensor_parallel_size == 1 else several,
             "enable_prefix_caching": settings.enable_prefix_caching,
             "enforce_eager": settings.enforce_eager,
             "trust_remote_code": self.config.model.trust_remote_code,
-            "num_gpus": settings.tensor_parallel_size if on_gpu else 0,
+            "num_gpus": placement.share if placement else settings.tensor_parallel_size if on_gpu else 0,
         }
         if on_gpu:
             self.arguments |= {
@@ -74,8 +82,13 @@ class VllmRollout:
     def _engine(self, number: int) -> Any:
         from openrlhf_sgpo.openrlhf.engine import RolloutEngine
 
-        engine = RolloutEngine.options(num_cpus=0, num_gpus=self.arguments["num_gpus"])
-        return engine.remote(**self.arguments, seed=self.config.train.seed + number)
+        placement, arguments = ray_session.placement, self.arguments
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": arguments["num_gpus"]}
+        if placement:
+            options = placement.options(number) | {"runtime_env": {"env_vars": self.environment}}
+            if len(placement.bundles[number]) > 1:
+                arguments = arguments | {"bundle_indices": placement.bundles[number]}
+        return RolloutEngine.options(**options).remote(**arguments, seed=self.config.train.seed + number)
 
     def _wait_for(self, numbers: Iterable[int]) -> None:
         """Returns when these engines are up. Raises RuntimeError if one does not start."""
