@@ -121,7 +121,8 @@ def _placed(settings: Config, with_engines: bool) -> Iterator[tuple[int, ray_ses
     there = int(ray.cluster_resources().get(unit, 0))
     if bundles > there:
         raise ValueError(
-            f"{count} ranks and {engines} engines (of {parallel} {unit}s each) need {bundles} {unit}s, but the cluster has {there}: lower --ray.ranks, --vllm.num_engines or --vllm.tensor_parallel_size, or add nodes"
+            f"{count} ranks and {engines} engines (of {parallel} {unit}s each) need {bundles} {unit}s, but the cluster has "
+            f"{there}: lower --ray.ranks, --vllm.num_engines or --vllm.tensor_parallel_size, or add nodes"
         )
     needs: list[dict[str, float]] = [{"CPU": 1.0} | ({"GPU": 1.0} if gpus else {}) for _ in range(bundles)]
     # Rank 0, which has the run folder, is on the machine of the command if that can train.
