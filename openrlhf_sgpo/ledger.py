@@ -20,7 +20,7 @@ class Ledger:
     def __init__(self, path: Path, writes: bool):
         self.path = path
         self.writes = writes
-        self.stages: dict[str, dict[str, float]] = read_ledger(path)["stages"]
+        self.stages: dict[str, dict[str, float]] = read_ledger(path)["stages"] if writes else {}
 
     @contextlib.contextmanager
     def stage(self, name: str, add: bool = False) -> Iterator[dict[str, float]]:

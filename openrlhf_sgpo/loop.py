@@ -9,6 +9,7 @@ Each stage starts from what is on disk and leaves its result on disk; that is al
 from __future__ import annotations
 
 import os
+from functools import partial
 from shlex import quote
 from typing import Any
 
@@ -48,7 +49,7 @@ def execute(config: Config, algorithm: AlgorithmType, options: Any) -> list[dict
             source.end(number)
             rows = rows or [evaluate_policy(run, evaluator, None)]
             evaluator.calibrate(rows[0])
-            rows.append(evaluate_policy(run, evaluator, number) | source.results(number))
+            rows.append(evaluate_policy(run, evaluator, number) | ranks.on_rank_0(partial(source.results, number)))
         write_results(run, rows)
         source.finish()
         return rows

@@ -22,22 +22,25 @@ from openrlhf_sgpo.training.sizes import check_sizes
 def check_run(config: Config, algorithm: type[Algorithm], options: Any) -> None:
     """Raises ValueError if data files are missing, of an unknown kind or too small for a stage, if --data.max_len exceeds the
     model's positions, or if the run folder is unusable. Rows of hub datasets and JSON arrays are not counted."""
-    data = config.data
+    data, is_first = config.data, os.environ.get("RANK", "0") == "0"
     prompts = data.prompt_dataset if config.rounds.count else ""
+    counts = []
     for source, split in (
         (data.dataset, data.dataset_split),
-        (config.eval.dataset, config.eval.split),
         (prompts, data.prompt_split),
+        (config.eval.dataset, config.eval.split),
     ):
-        if source:
+        # The machine of another rank need not have the files.
+        is_here = source and (is_first or os.path.exists(source))
+        if is_here:
             check_data_source(source, split)
-    pairs = None if algorithm.fresh_answers else count_rows(data.dataset)
+        counts.append(count_rows(source) if is_here else None)
+    pairs = None if algorithm.fresh_answers else counts[0]
     if pairs is not None and data.max_samples:
         pairs = min(pairs, data.max_samples)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    check_sizes(config, algorithm, pairs, count_rows(prompts) if prompts else None, world_size)
+    check_sizes(config, algorithm, pairs, counts[1], int(os.environ.get("WORLD_SIZE", "1")))
     _check_positions(config)
-    if os.environ.get("RANK", "0") == "0":  # other ranks would find the folder held by rank 0
+    if is_first:  # other ranks would find the folder held by rank 0
         _check_folder(config, algorithm, options)
 
 

@@ -16,6 +16,7 @@ from functools import cache
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
+import torch
 from torch import distributed
 
 Value = TypeVar("Value")
@@ -80,6 +81,8 @@ def _control() -> distributed.ProcessGroup:
 
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value on every rank: only one rank decides what is on disk, or ranks could diverge. Collective."""
+    if distributed.get_world_size() == 1:
+        return value
     box = [value]
     distributed.broadcast_object_list(box, src=0, group=_control())
     return box[0]
@@ -88,7 +91,7 @@ def from_rank_0(value: Any) -> Any:
 def on_rank_0(work: Callable[[], Value]) -> Value:
     """Runs ``work`` on rank 0 and returns its result, or raises its exception, on every rank, so none waits for the others.
     Collective; without a process group this process is the only rank."""
-    if not distributed.is_initialized():
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return work()
     result, problem = None, None
     if distributed.get_rank() == 0:
@@ -107,12 +110,13 @@ def on_rank_0(work: Callable[[], Value]) -> Value:
 
 
 def _portable(error: Exception) -> Exception:
-    """The exception itself if it survives pickling, else a RuntimeError with its text."""
+    """The exception itself if it survives pickling, else one with its text, which stays an error of the user's."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
     except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {error}"
+        return ValueError(text) if isinstance(error, ValueError) else RuntimeError(text)
 
 
 def gather(value: Value) -> list[Value]:
@@ -128,6 +132,23 @@ def raise_together(problem: Exception | None) -> None:
     for first in filter(None, gather(problem) if distributed.is_initialized() else [problem]):
         # A new exception: one that frames of its traceback refer to would keep them alive.
         raise type(first)(*first.args)
+
+
+def broadcast(content: torch.Tensor) -> None:
+    """Fill a tensor on the CPU with that of rank 0. Collective."""
+    distributed.broadcast(content, src=0, group=_control())
+
+
+def send(content: torch.Tensor, rank: int) -> None:
+    """Send a tensor on the CPU to a rank, which ``receive``s it."""
+    distributed.send(content, rank, group=_control())
+
+
+def receive(size: int, rank: int) -> torch.Tensor:
+    """So many bytes that a rank sends."""
+    content = torch.empty(size, dtype=torch.uint8)
+    distributed.recv(content, rank, group=_control())
+    return content
 
 
 def barrier() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,12 +12,13 @@ import torch
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
-from openrlhf_sgpo import flags, oracle, ranks
+from openrlhf_sgpo import flags, oracle, ranks, shared_files
 from openrlhf_sgpo.algorithms.base import Algorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.records import Prompt, fingerprint
 from openrlhf_sgpo.data.report import require
-from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
+from openrlhf_sgpo.data.run_data import RunRecords, inspect_run, load_policy_chat, load_run
+from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.fork import check_source, take_over
 from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.metrics import Metrics
@@ -28,7 +28,7 @@ from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.rollout.roles import prompt_room
 from openrlhf_sgpo.run_check import check_rounds, forget_metrics
-from openrlhf_sgpo.run_folder import METRICS, RunFolder, write_json
+from openrlhf_sgpo.run_folder import LOCK, METRICS, RunFolder, write_json
 from openrlhf_sgpo.run_settings import samples
 from openrlhf_sgpo.training.scoring import Scorer
 
@@ -44,19 +44,14 @@ class Run:
         self.folder = RunFolder(config.ckpt.output_dir)
         self.samples = samples(config, algorithm)
         self.has_oracle = self.samples and not oracle.judges_itself(config, algorithm)  # the same for the whole run
+        self.strategy = build_strategy(config)
+        self.writes: bool = self.strategy.is_rank_0()
         # Data is read before anything expensive, so that a bad row costs seconds.
-        records = load_run(config, with_prompts=config.rounds.count > 0)
-        if self.samples:
-            check_rollout(config)
-        if self.has_oracle:
-            oracle.get(config.oracle).check(config)
-        self.chat, model = load_policy_chat(config, self.folder.moment(self._source()))
+        records, self.chat = ranks.on_rank_0(self._read)
         self.tokenizer = self.chat.tokenizer
-        if self.samples:
-            self._check_reference(model.get_text_config().vocab_size)
         room = prompt_room(algorithm, options, config, self.chat)
         self.data = inspect_run(records, self.chat, config, room)
-        if os.environ.get("RANK", "0") == "0":  # the strategy does not exist yet
+        if self.writes:
             say("\n".join(report.text() for report in self.data.reports))
         require(self.data.reports)
         self.digests = {
@@ -68,23 +63,32 @@ class Run:
             held_out = [
                 Prompt(pair.id, pair.prompt, template_kwargs=pair.template_kwargs) for pair in self.data.held_out.pairs
             ]
-            oracle.get(config.oracle).check_prompts(config, self.data.prompts.prompts + held_out)
+            prompts = self.data.prompts.prompts + held_out
+            ranks.on_rank_0(lambda: oracle.get(config.oracle).check_prompts(config, prompts))
+
+    def _read(self) -> tuple[RunRecords, ChatFormat]:
+        """What rank 0 reads of files before a run, with the checks of files."""
+        config = self.config
+        records = load_run(config, with_prompts=config.rounds.count > 0)
+        if self.samples:
+            check_rollout(config)
+        if self.has_oracle:
+            oracle.get(config.oracle).check(config)
+        chat, model = load_policy_chat(config, self.folder.moment(self._source()))
+        if self.samples:
+            self._check_reference(model.get_text_config().vocab_size)
+        return records, chat
 
     def open(self, numbers: Sequence[int], plan: Sequence[str]) -> None:
-        """Start the ranks' process group, and create or resume the run folder. numbers: of the rounds. plan: all stages of the
+        """Create or resume the run folder. numbers: of the rounds. plan: all stages of the
         run in order, by their names in the ledger. Collective."""
         config = self.config
         self.numbers = numbers
         self.plan = plan
         resolved = {"": replace(config, resume=False), self.algorithm.name: self.options}
-        self.strategy = build_strategy(config)
-        self.writes: bool = self.strategy.is_rank_0()
-        if len(set(ranks.gather(self.chat.template.moment))) > 1:
-            raise ValueError(
-                "the day (UTC) changed while the ranks started, and with it the date in prompts: start again"
-            )
         ranks.on_rank_0(lambda: self._prepare_folder(resolved))
-        log_to(self.folder.path)
+        if shared_files.seen(self.folder.path / LOCK)[self.strategy.get_rank()]:
+            log_to(self.folder.path)
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
         self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
         # Models stay in memory from stage to stage, but not on a GPU, whose memory engines need in between.
@@ -147,7 +151,7 @@ class Run:
             cost["tokens_scored"] = cost.get("tokens_scored", 0) + self.scorer.tokens_scored - before
 
     def finished(self, number: int | None, stage: str) -> bool:
-        return ranks.from_rank_0(self.folder.finished(number, stage))
+        return ranks.on_rank_0(lambda: self.folder.finished(number, stage))
 
     def finish(self, number: int | None, stage: str, facts: dict[str, Any], files: Iterable[str] = ()) -> None:
         if self.writes:

@@ -49,7 +49,7 @@ HOUSE = """
                                        data  openrlhf
                                             packed
                                             config
-                                         finite  flags
+                                  finite  flags  shared_files
              dro  extras  integrity  launch  memory  output  ranks  ray_session
                                    registry  table
                              intervals  keys  trl_names  yaml_files

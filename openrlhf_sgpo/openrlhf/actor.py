@@ -29,11 +29,12 @@ from openrlhf_sgpo.output import say
 from openrlhf_sgpo.packed import attention
 from openrlhf_sgpo.packed.head import Head
 from openrlhf_sgpo.packed.model import accept_packings, why_padded
+from openrlhf_sgpo.shared_files import local
 
 
 def fits_whole(folder: str, config: Inference) -> bool:
     """Whether a whole model takes at most half of the memory that is free, on every rank. Collective."""
-    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    settings = AutoConfig.from_pretrained(local(folder), trust_remote_code=config.model.trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
     size = sum(weight.numel() for weight in model.parameters()) * getattr(torch, DTYPES[config.ds.param_dtype]).itemsize
@@ -66,13 +67,14 @@ def load_actor(
     trainable: with gradient checkpointing and LoRA as configured; otherwise a plain frozen model. adapters: names of the LoRA
     adapters, all trainable; the first is active. The actor's ``head`` is None if its layout is padded.
     """
-    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    files = local(folder)
+    settings = AutoConfig.from_pretrained(files, trust_remote_code=config.model.trust_remote_code)
     reason = why_padded(config, settings)
     if reason and config.train.layout == "auto" and strategy.is_rank_0():
         _say_padded(reason)
     shards = load_in_shards(config, strategy, trainable)  # kept until from_pretrained has run
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
+        files,
         dtype=DTYPES[config.ds.param_dtype],
         attn_implementation=config.ds.attn_implementation if reason else attention.NAME,
         trust_remote_code=config.model.trust_remote_code,

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.actor import load_in_shards
+from openrlhf_sgpo.shared_files import local
 
 
 def value_head(settings: PretrainedConfig) -> str:
@@ -32,7 +33,8 @@ def load_reward_model(folder: str, config: Inference, strategy: DeepspeedStrateg
     ``trust_remote_code`` and does not support fp32. Collective. Raises ValueError if the folder has no value head, or weights
     that are not finite.
     """
-    settings = AutoConfig.from_pretrained(folder, trust_remote_code=config.model.trust_remote_code)
+    files = local(folder)
+    settings = AutoConfig.from_pretrained(files, trust_remote_code=config.model.trust_remote_code)
     head = value_head(settings)
     settings.normalize_reward = hasattr(settings, "mean")
     settings._attn_implementation = config.ds.attn_implementation
@@ -40,7 +42,7 @@ def load_reward_model(folder: str, config: Inference, strategy: DeepspeedStrateg
     kind = _get_reward_model(base.__base__, base, head, packing_samples=False)
     shards = load_in_shards(config, strategy, trainable=False)  # kept until from_pretrained has run
     model, report = kind.from_pretrained(
-        folder, config=settings, dtype=DTYPES[config.ds.param_dtype], output_loading_info=True
+        files, config=settings, dtype=DTYPES[config.ds.param_dtype], output_loading_info=True
     )
     del shards
     if f"{head}.weight" in report["missing_keys"]:

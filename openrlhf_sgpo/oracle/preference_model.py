@@ -24,12 +24,13 @@ class PreferenceModelOracle(PreferenceOracle):
     needs_model = "the policy of a run of --algo preference_model"
 
     def __init__(self, resources: Resources):
+        from openrlhf_sgpo import ranks
         from openrlhf_sgpo.training.scoring import Scorer
 
         super().__init__(resources)
         config = resources.config
         self.model = config.reward.model_name_or_path
-        self.chat = reading_chat(self.model, FLAG, config, resources.moment)
+        self.chat = ranks.on_rank_0(lambda: reading_chat(self.model, FLAG, config, resources.moment))
         pad = self.chat.tokenizer.pad_token_id
         self.letters = tuple(self.chat.response(letter, True, self.chat.max_len) for letter in LETTERS)
         self.scorer = Scorer(

@@ -81,12 +81,13 @@ class RewardModel(RewardOracle):
     needs_model = "it"
 
     def __init__(self, resources: Resources, model: str = "", flag: str = FLAG):
+        from openrlhf_sgpo import ranks
         from openrlhf_sgpo.training.scoring import RewardScorer
 
         super().__init__(resources)
         config = resources.config
         self.model = model or config.reward.model_name_or_path
-        self.chat = reading_chat(self.model, flag, config, resources.moment)
+        self.chat = ranks.on_rank_0(lambda: reading_chat(self.model, flag, config, resources.moment))
         pad = self.chat.tokenizer.pad_token_id
         self.scorer = RewardScorer(
             config, resources.strategy, pad, resources.folder / "rewards", resident=resources.resident

@@ -19,6 +19,7 @@ from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.rollout.base import Sampling, Stop, prompt_seed
+from openrlhf_sgpo.shared_files import local
 
 
 class Mixture(LogitsProcessor):
@@ -92,7 +93,7 @@ class HuggingFaceRollout:
     def load(self, folder: str) -> None:
         if folder == self.folder:
             return
-        files = sorted(glob(f"{folder}/*.safetensors"))
+        files = sorted(glob(f"{local(folder)}/*.safetensors"))
         if self.model is None or not files:
             self.model = None  # frees the old copy before the new one is loaded
             self.model = self._load(folder)
@@ -107,6 +108,7 @@ class HuggingFaceRollout:
         self.folder = folder
 
     def _load(self, folder: str) -> Any:
+        folder = local(folder)
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[self.config.ds.param_dtype],

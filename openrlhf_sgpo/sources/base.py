@@ -77,7 +77,7 @@ class Source:
         """The training of a round is recorded as finished, now or by a process before this one."""
 
     def results(self, number: int) -> dict[str, Any]:
-        """Further figures of a round for the results table."""
+        """Further figures of a round for the results table. Asked on rank 0 alone, which has the files."""
         return {}
 
     def finish(self) -> None:

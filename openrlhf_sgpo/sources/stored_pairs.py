@@ -131,12 +131,11 @@ class StoredPairs(Source):
         """round_K/pairs.jsonl: best and worst response of each prompt, as the oracle ranks them."""
         if self.run.finished(number, "pairs"):
             return
-        path = self.folder.round(number)
-        check_round(self.folder, number, ("generate",))
-        prompts = {row["id"]: row for row in read_jsonl(path / "prompts.jsonl")}
+        prompt_rows, response_rows = ranks.on_rank_0(partial(self._read_responses, number))
+        prompts = {row["id"]: row for row in prompt_rows}
         questions, gold = [], []
         skipped = 0
-        for row in read_jsonl(path / "responses.jsonl"):
+        for row in response_rows:
             prompt = prompts[row["id"]]
             # Only distinct answers that say something can be ranked.
             answers = map(Answer.from_row, row["responses"])
@@ -346,9 +345,20 @@ class StoredPairs(Source):
             write_jsonl(self.folder.round(number) / "pairs.jsonl", (pair.to_row() for pair in pairs))
         self.run.finish(number, "pairs", {"pairs": len(pairs), **facts}, ["pairs.jsonl"])
 
+    def _read_responses(self, number: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The rows of a round's prompts and responses."""
+        check_round(self.folder, number, ("generate",))
+        path = self.folder.round(number)
+        return read_jsonl(path / "prompts.jsonl"), read_jsonl(path / "responses.jsonl")
+
     def _read_pairs(self, number: int) -> list[Pair]:
-        check_round(self.folder, number, ("pairs",))
-        return load_run_pairs(str(self.folder.round(number) / "pairs.jsonl"))
+        """Collective."""
+
+        def work() -> list[Pair]:
+            check_round(self.folder, number, ("pairs",))
+            return load_run_pairs(str(self.folder.round(number) / "pairs.jsonl"))
+
+        return ranks.on_rank_0(work)
 
 
 def check_labels(config: Config, algorithm: type[PairAlgorithm], pairs: Sequence[Pair]) -> None:

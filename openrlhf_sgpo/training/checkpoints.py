@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from openrlhf_sgpo import ranks
+from openrlhf_sgpo import ranks, shared_files
 from openrlhf_sgpo.output import say
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
 
@@ -41,7 +42,7 @@ class Checkpoints:
             return self._latest
         ranks.on_rank_0(self._check_ranks)
         self._latest, problems = 0, []
-        for step in ranks.from_rank_0(self._steps()):
+        for step in ranks.on_rank_0(self._steps):
             if not (problem := self._problem(step)):
                 self._latest = step
                 break
@@ -58,7 +59,8 @@ class Checkpoints:
         """Take up the ``latest`` checkpoint; returns the state that was saved with it, None if there is none. Collective."""
         if not (step := self.latest()):
             return None
-        _, state = self.strategy.load_ckpt(engine, str(self.folder), tag=f"step_{step}")
+        place = Path(shared_files.local(str(self.folder / f"step_{step}")))
+        _, state = self.strategy.load_ckpt(engine, str(place.parent), tag=place.name)
         return state
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
@@ -66,8 +68,15 @@ class Checkpoints:
         if self.strategy.is_rank_0():
             write_text(self.folder / RANKS, str(self.strategy.world_size))
         settings = self.strategy.args.ckpt
-        # OpenRLHF makes room before it writes: with one more than asked for, the last whole checkpoint stays meanwhile.
-        self.strategy.save_ckpt(engine, str(self.folder), f"step_{step}", settings.max_num + 1, settings.max_mem, state)
+        ranks.barrier()
+        sees, name = shared_files.seen(self.folder / RANKS), f"step_{step}"
+        apart = [rank for rank, sees_it in enumerate(sees) if not sees_it]
+        with TemporaryDirectory(prefix="sgpo-checkpoint-") as temporary:
+            place = Path(temporary) if self.strategy.get_rank() in apart else self.folder
+            # OpenRLHF makes room before it writes: with one more than asked for, the last whole checkpoint stays meanwhile.
+            self.strategy.save_ckpt(engine, str(place), name, settings.max_num + 1, settings.max_mem, state)
+            ranks.barrier()
+            shared_files.bring(place / name, self.folder / name, apart)
         ranks.barrier()
         digests = self._digests(step)
         if self.strategy.is_rank_0():
@@ -81,9 +90,11 @@ class Checkpoints:
 
     def _digests(self, step: int) -> dict[str, str]:
         """By name, for every file but the one with the digests. Collective: each rank reads its share."""
-        folder, share = self.folder / f"step_{step}", slice(self.strategy.get_rank(), None, self.strategy.world_size)
+        folder, rank = self.folder / f"step_{step}", self.strategy.get_rank()
+        readers = [reader for reader, sees_it in enumerate(shared_files.seen(folder)) if sees_it]
         files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
-        parts = ranks.gather({str(path.relative_to(folder)): _digest(path) for path in files[share]})
+        share = files[readers.index(rank) :: len(readers)] if rank in readers else []
+        parts = ranks.gather({str(path.relative_to(folder)): _digest(path) for path in share})
         return {name: digest for part in parts for name, digest in part.items()}
 
     def _problem(self, step: int) -> str:
