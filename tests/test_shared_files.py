@@ -58,7 +58,7 @@ def settings(algo: str, *more: str) -> list[str]:
         (
             "online_ipo",
             [
-                *("--ds.zero_stage", "2", "--rounds.steps", "3", "--ckpt.save_steps", "2", "--oracle", "reward_model"),
+                *("--ds.zero_stage", "2", "--rounds.steps", "3", "--rounds.count", "2", "--oracle", "reward_model"),
                 *("--reward.model_name_or_path", f"{HERE}/reward"),
             ],
         ),
@@ -66,7 +66,7 @@ def settings(algo: str, *more: str) -> list[str]:
 )
 def test_only_rank_0_touches_files(algo, more, tiny_model, tiny_reward_model, tiny_data, tmp_path):
     """Two ranks with one file system, and two where the second has none of the files, end with the same files at rank 0; the
-    second has written nothing. Stopped after a checkpoint and resumed, they do so again."""
+    second has written nothing. Each round of online IPO takes up the checkpoint of the one before."""
     for name in ("shared", "apart"):
         first, second = tmp_path / name / "rank_0", tmp_path / name / "rank_1"
         first.mkdir(parents=True)
