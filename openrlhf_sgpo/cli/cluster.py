@@ -157,7 +157,7 @@ def _train(command: _Command) -> int:
         os.chdir(command.folder)
     sys.path += [command.folder] if command.folder not in sys.path else []
     ray_session.placement = command.placement
-    sys.stdout, sys.stderr = _Lines(command.lines, 1), _Lines(command.lines, 2)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Lines(command.lines, 1), _Lines(command.lines, 2)
     if os.environ["RANK"] == "0":
         place = f"{socket.gethostname()}:{os.path.abspath(command.settings.ckpt.output_dir)}"
         say(f"{os.environ['WORLD_SIZE']} ranks on Ray, the run folder is {place}")

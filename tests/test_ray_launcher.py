@@ -1,0 +1,176 @@
+"""``train --launcher ray`` on a cluster of two raylets on this machine, each with a GPU that exists in Ray's books only."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from running import ROOT, SCRIPT, arguments, launch, losses, read_jsonl
+
+from openrlhf_sgpo.cli.cluster import JOB, ray_places
+from openrlhf_sgpo.cli.main import main
+from openrlhf_sgpo.config import Config
+
+PATIENT = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}  # on a busy machine
+
+
+def test_a_job_of_ray_is_placed_by_ray_and_a_rank_is_not(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for given, job, rank, expected in (
+        ("auto", False, False, False),
+        ("auto", True, False, True),
+        ("auto", True, True, False),
+        ("deepspeed", True, False, False),
+        ("ray", False, False, True),
+    ):
+        with monkeypatch.context() as patch:
+            if job:
+                patch.setenv(JOB, "{}")
+            if rank:
+                patch.setenv("RANK", "0")
+            assert ray_places(Config(launcher=given)) is expected
+
+
+def test_ranks_of_a_launcher_do_not_start_ranks(tiny_model, tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("OPENRLHF_SGPO_COMMAND", "deepspeed")
+    assert main(["train", *arguments(tiny_model, tiny_data, tmp_path / "run", "--launcher", "ray")]) == 2
+    assert "--launcher ray starts the ranks itself: start it once" in capsys.readouterr().err
+
+
+def test_no_cluster_at_the_address_is_one_sentence(tiny_model, tiny_data, tmp_path, monkeypatch, capsys):
+    import ray
+
+    def init(**_):
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "init", init)
+    assert main(["train", *arguments(tiny_model, tiny_data, tmp_path / "run", "--launcher", "ray")]) == 2
+    assert "RAY_ADDRESS=127.0.0.1:1: nobody answers; start the cluster" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two raylets with a GPU each in their books, and two CPUs."""
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in PATIENT.items():
+            patch.setenv(name, value)
+        resources = {"num_cpus": 2, "num_gpus": 1}
+        started = Cluster(initialize_head=True, head_node_args={**resources, "include_dashboard": False})
+        started.add_node(**resources)
+        yield started
+        started.shutdown()
+
+
+def start(cluster, folder: Path, *argv: str) -> subprocess.Popen:
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    environment = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv, "--launcher", "ray"]
+    with open(f"{folder}.stderr", "w") as errors:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=inherited | environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+
+
+def actors(kind: str) -> list[psutil.Process]:
+    processes = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(kind in word for word in process.info["cmdline"] or ()) and "ray::" in process.info["cmdline"][0]:
+            processes.append(process)
+    return processes
+
+
+def wait_for(condition, what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+ENGINES = {"--rollout.engine": "vllm", "--rounds.count": "1"}
+PLAYS = {"--data.dataset": None, "--rounds.steps": "2", "--oracle": "toy_oracles:Letters", "--data.max_len": "256"}
+
+
+def flags(argv: list[str], changes: dict[str, str | None]) -> list[str]:
+    given = dict(zip(argv[::2], argv[1::2], strict=True)) | changes
+    return [word for name, value in given.items() if value is not None for word in (name, value)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("algo", "file"), [("sgpo", "pairs.jsonl"), ("slhf", "plays.jsonl")])
+def test_a_run_on_two_nodes_is_that_of_the_launcher(algo, file, cluster, tiny_model, tiny_data, tmp_path):
+    """Two ranks and two engines, one of each per node: the same pairs or plays, and losses. An engine that is killed while the
+    first round is sampled is started again and asked again."""
+    folders = {name: tmp_path / name for name in ("ray", "launcher")}
+    argv = arguments(tiny_model, tiny_data, folders["ray"], algo=algo)
+    argv = flags(argv, ENGINES | (PLAYS if algo == "slhf" else {}))
+    process = start(cluster, folders["ray"], *argv, "--ray.ranks", "2")
+    assert process.stdout
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if algo == "sgpo" and "round 1: generate" in line:
+            actors("RolloutEngine")[0].kill()
+    assert process.wait(600) == 0, Path(f"{folders['ray']}.stderr").read_text()[-3000:]
+    assert "2 ranks on Ray" in said[0]
+    assert any(re.match(r"vLLM engine \d died; restarting it", line) for line in said) == (algo == "sgpo")
+    assert not actors("_Rank") and not actors("RolloutEngine")
+    done = launch(
+        [
+            *("bash", str(SCRIPT), "--num_gpus", "2"),
+            *flags(argv, {"--ckpt.output_dir": str(folders["launcher"]), "--vllm.num_engines": "2"}),
+        ],
+        PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, others = (read_jsonl(folder / "round_1" / file) for folder in folders.values())
+    if algo == "slhf":  # the log-probabilities beside them differ in their last digits
+        ours, others = ([[answer["text"] for answer in row["answers"]] for row in rows] for rows in (ours, others))
+    assert ours == others
+    assert losses(folders["ray"]) == pytest.approx(losses(folders["launcher"]), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rank_or_a_node_that_is_lost_ends_the_run_within_a_minute(cluster, tiny_model, tiny_data, tmp_path):
+    """The message says what was lost and how to go on; nothing is left running. The last test: a node is gone after it."""
+    folder = tmp_path / "run"
+    argv = arguments(tiny_model, tiny_data, folder, "--train.max_epochs", "5000", "--ckpt.save_steps", "5", algo="dpo")
+    for lost, more in (("rank", []), ("node", ["--resume"])):
+        before = len(losses(folder)) if (folder / "metrics.jsonl").exists() else 0
+        process = start(cluster, folder, *argv, "--ray.ranks", "2", *more)
+        metrics = folder / "metrics.jsonl"
+        wait_for(
+            lambda process=process, before=before, metrics=metrics: (
+                process.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) > before + 8)
+            ),
+            "no step was taken",
+            400,
+        )
+        errors = Path(f"{folder}.stderr")
+        assert process.poll() is None, errors.read_text()[-3000:]
+        began = time.monotonic()
+        if lost == "rank":
+            actors("_Rank")[-1].send_signal(signal.SIGKILL)
+        else:
+            cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)
+        assert process.wait(120) == 1
+        assert time.monotonic() - began < 60
+        said = errors.read_text()
+        assert re.search(r"^error: rank \d was lost: ", said, re.MULTILINE) and "Traceback" not in said, said
+        resumed = re.search(r"^to continue: openrlhf-sgpo train .* --resume$", said, re.MULTILINE)
+        assert resumed and resumed[0].count("--resume") == 1, said
+        wait_for(lambda: not actors("_Rank"), "ranks are left", 20)
