@@ -12,7 +12,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart install install-gpu test test-fast lint format docs benchmark clean
+.PHONY: quickstart install install-gpu test test-fast test-gpu lint format docs benchmark clean
 
 quickstart: .venv/.installed build/smollm2/config.json  ## align a real 135M chat model with SSAPO on this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/train_ssapo.sh --config examples/configs/quickstart.yaml $(FLAGS)
@@ -53,6 +53,11 @@ test: .venv/.dev build/smollm2/config.json  ## everything, engines and launchers
 
 test-fast: .venv/.dev  ## without engines and launchers
 	$(PYTEST) -m "not slow"
+
+# With what `make install-gpu` installed, one process after the other on one GPU.
+test-gpu: .venv/.gpu  ## under ten minutes on a GPU: everything that only a GPU reaches, with a table of speed and memory
+	$(BIN)/pip install -q pytest pytest-timeout
+	env PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -m gpu tests/gpu
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
