@@ -136,10 +136,12 @@ def test_a_run_on_two_nodes_is_that_of_the_launcher(algo, file, cluster, tiny_mo
         PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    ours, others = (read_jsonl(folder / "round_1" / file) for folder in folders.values())
+    rows, other_rows = (read_jsonl(folder / "round_1" / file) for folder in folders.values())
     if algo == "slhf":  # the log-probabilities beside them differ in their last digits
-        ours, others = ([[answer["text"] for answer in row["answers"]] for row in rows] for rows in (ours, others))
-    assert ours == others
+        rows, other_rows = (
+            [[answer["text"] for answer in row["answers"]] for row in part] for part in (rows, other_rows)
+        )
+    assert rows == other_rows
     assert losses(folders["ray"]) == pytest.approx(losses(folders["launcher"]), rel=1e-4, abs=1e-6)
 
 
