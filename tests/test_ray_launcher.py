@@ -58,6 +58,32 @@ def test_no_cluster_at_the_address_is_one_sentence(tiny_model, tiny_data, tmp_pa
     assert "RAY_ADDRESS=127.0.0.1:1: nobody answers; start the cluster" in capsys.readouterr().err
 
 
+def test_the_slurm_script_starts_a_cluster_on_all_nodes_and_trains_on_the_first(tmp_path):
+    """With stand-ins for Slurm's and Ray's commands that note how they are called."""
+    calls = tmp_path / "calls"
+    note = f'echo "$(basename "$0") $*" >> {calls}'
+    stand_ins = {
+        "scontrol": "printf 'a1\\na2\\na3\\n'",
+        "srun": f'{note}; case "$*" in *hostname*) echo "10.0.0.7 fe80::1";; esac',
+        "python": "echo 3",
+        "sleep": "true",
+    }
+    for name, body in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "a[1-3]",
+        "SLURM_JOB_NUM_NODES": "3",
+    }
+    script = ROOT / "examples" / "train_ssapo.slurm"
+    subprocess.run(["bash", script, "--config", "zephyr-7b.paper"], cwd=ROOT, env=environment, check=True, timeout=60)
+    said = calls.read_text()
+    assert "--nodelist=a1 env -u RAY_ADDRESS ray start --head --node-ip-address=10.0.0.7 --port=6379" in said
+    assert "--nodes=2 --ntasks=2 --exclude=a1 env -u RAY_ADDRESS ray start --address=10.0.0.7:6379" in said
+    assert said.splitlines()[-1].endswith("--nodelist=a1 bash examples/train_ssapo_ray.sh --config zephyr-7b.paper")
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """Two raylets with a GPU each in their books, and two CPUs."""
