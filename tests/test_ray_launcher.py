@@ -45,6 +45,12 @@ def test_ranks_of_a_launcher_do_not_start_ranks(tiny_model, tiny_data, tmp_path,
     assert "--launcher ray starts the ranks itself: start it once" in capsys.readouterr().err
 
 
+def test_settings_of_ray_are_not_read_without_it(tiny_model, tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    assert main(["train", *arguments(tiny_model, tiny_data, tmp_path / "run", "--ray.ranks", "2")]) == 2
+    assert "--ray: this is not --launcher ray, and would not read it" in capsys.readouterr().err
+
+
 def test_no_cluster_at_the_address_is_one_sentence(tiny_model, tiny_data, tmp_path, monkeypatch, capsys):
     import ray
 

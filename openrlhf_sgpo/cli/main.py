@@ -12,7 +12,7 @@ from typing import Any
 from openrlhf_sgpo import __version__, algorithms, extras, flags, run_settings
 from openrlhf_sgpo.cli import ending
 from openrlhf_sgpo.cli.cluster import ray_places, train_on_ray
-from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.config import Config, RaySettings
 from openrlhf_sgpo.launch import COMMAND, follow_deepspeed
 from openrlhf_sgpo.memory import lean_imports
 from openrlhf_sgpo.output import other_packages_apart, say
@@ -58,6 +58,8 @@ def train(argv: list[str]) -> int:
     with other_packages_apart():
         if ray_places(settings):
             return train_on_ray(run, settings, algorithm, options, ["train", *argv])
+        if settings.ray != RaySettings():
+            raise ValueError("--ray: this is not --launcher ray, and would not read it; leave it out, or add --launcher ray")
         run(settings, algorithm, options)
     return 0
 
