@@ -59,7 +59,9 @@ def train(argv: list[str]) -> int:
         if ray_places(settings):
             return train_on_ray(run, settings, algorithm, options, ["train", *argv])
         if settings.ray != RaySettings():
-            raise ValueError("--ray: this is not --launcher ray, and would not read it; leave it out, or add --launcher ray")
+            raise ValueError(
+                "--ray: this is not --launcher ray, and would not read it; leave it out, or add --launcher ray"
+            )
         run(settings, algorithm, options)
     return 0
 
