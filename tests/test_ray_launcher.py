@@ -117,6 +117,7 @@ def start(cluster, folder: Path, *argv: str) -> subprocess.Popen:
 
 
 def actors(kind: str) -> list[psutil.Process]:
+    """Processes of Ray's actors, which are named after their class, or after the class of the method that they run."""
     processes = []
     for process in psutil.process_iter(["cmdline"]):
         if any(kind in word for word in process.info["cmdline"] or ()) and "ray::" in process.info["cmdline"][0]:
@@ -155,11 +156,11 @@ def test_a_run_on_two_nodes_is_that_of_the_launcher(algo, file, cluster, tiny_mo
     for line in process.stdout:
         said.append(line)
         if algo == "sgpo" and "round 1: generate" in line:
-            actors("RolloutEngine")[0].kill()
+            actors("Rollout")[0].kill()
     assert process.wait(600) == 0, Path(f"{folders['ray']}.stderr").read_text()[-3000:]
     assert "2 ranks on Ray" in said[0]
     assert any(re.match(r"vLLM engine \d died; restarting it", line) for line in said) == (algo == "sgpo")
-    assert not actors("_Rank") and not actors("RolloutEngine")
+    assert not actors("_Rank") and not actors("Rollout")
     done = launch(
         [
             *("bash", str(SCRIPT), "--num_gpus", "2"),
