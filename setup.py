@@ -44,8 +44,9 @@ setup(
     # Enough for settings, the registry, the follower and reports; training needs the extra gpu, or the locked CPU stack.
     install_requires=["PyYAML>=6.0", "markupsafe>=2.0", "numpy>=1.26", "plotly>=6.0", "torch>=2.4", "tqdm>=4.66"],
     extras_require={
-        # What openrlhf 0.11.2 asks for, but for flash-attn, which needs CUDA's compiler and is optional here. openrlhf itself
-        # follows with `pip install --no-deps openrlhf==0.11.2`; an extra cannot say that.
+        # What openrlhf 0.11.2 asks for, but for flash-attn, which needs CUDA's compiler and is optional here, and two packages
+        # without wheels, of which this one uses nothing. openrlhf itself follows with `pip install --no-deps openrlhf==0.11.2`;
+        # an extra cannot say that.
         "gpu": [
             *("deepspeed==0.19.6", "ray[default]==2.55.0", "transformers==5.15.0", "vllm==0.29.0"),
             *(
@@ -57,8 +58,8 @@ setup(
                 "grpcio>=1.74.0",
                 "huggingface-hub>=1.0.0",
             ),
-            *("isort", "jsonlines", "loralib", "optimum", "optree>=0.15.0", "packaging", "peft>=0.14", "pylatexenc"),
-            *("pynvml>=12.0.0", "sympy", "tensorboard", "torchdata", "torchmetrics", "transformers-stream-generator"),
+            *("isort", "jsonlines", "loralib", "optimum", "optree>=0.15.0", "packaging", "peft>=0.14"),
+            *("pynvml>=12.0.0", "sympy", "tensorboard", "torchdata", "torchmetrics"),
             *("wandb", "wheel", "cvxpy>=1.5"),
         ],
         # Without openrlhf as well; requirements/cpu.txt is the same with every version.

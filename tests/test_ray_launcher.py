@@ -116,13 +116,12 @@ def start(cluster, folder: Path, *argv: str) -> subprocess.Popen:
         )
 
 
-def actors(kind: str) -> list[psutil.Process]:
-    """Processes of Ray's actors, which are named after their class, or after the class of the method that they run."""
-    processes = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(kind in word for word in process.info["cmdline"] or ()) and "ray::" in process.info["cmdline"][0]:
-            processes.append(process)
-    return processes
+def actors(cluster, kind: str) -> list[psutil.Process]:
+    """Processes of actors, which are named after their class, or after the class of the method that they run. Their parents are
+    the raylets."""
+    raylets = [part.process.pid for node in cluster.list_all_nodes() for part in node.all_processes["raylet"]]
+    children = [child for pid in raylets if psutil.pid_exists(pid) for child in psutil.Process(pid).children()]
+    return [child for child in children if kind in child.name()]
 
 
 def wait_for(condition, what: str, seconds: float) -> None:
@@ -156,11 +155,11 @@ def test_a_run_on_two_nodes_is_that_of_the_launcher(algo, file, cluster, tiny_mo
     for line in process.stdout:
         said.append(line)
         if algo == "sgpo" and "round 1: generate" in line:
-            actors("Rollout")[0].kill()
+            actors(cluster, "Rollout")[0].kill()
     assert process.wait(600) == 0, Path(f"{folders['ray']}.stderr").read_text()[-3000:]
     assert "2 ranks on Ray" in said[0]
     assert any(re.match(r"vLLM engine \d died; restarting it", line) for line in said) == (algo == "sgpo")
-    assert not actors("_Rank") and not actors("Rollout")
+    assert not actors(cluster, "_Rank") and not actors(cluster, "Rollout")
     done = launch(
         [
             *("bash", str(SCRIPT), "--num_gpus", "2"),
@@ -199,7 +198,7 @@ def test_a_rank_or_a_node_that_is_lost_ends_the_run_within_a_minute(cluster, tin
         assert process.poll() is None, errors.read_text()[-3000:]
         began = time.monotonic()
         if lost == "rank":
-            actors("_Rank")[-1].send_signal(signal.SIGKILL)
+            actors(cluster, "_Rank")[-1].send_signal(signal.SIGKILL)
         else:
             cluster.remove_node(sorted(cluster.worker_nodes, key=str)[0], allow_graceful=False)
         assert process.wait(120) == 1
@@ -208,4 +207,4 @@ def test_a_rank_or_a_node_that_is_lost_ends_the_run_within_a_minute(cluster, tin
         assert re.search(r"^error: rank \d was lost: ", said, re.MULTILINE) and "Traceback" not in said, said
         resumed = re.search(r"^to continue: openrlhf-sgpo train .* --resume$", said, re.MULTILINE)
         assert resumed and resumed[0].count("--resume") == 1, said
-        wait_for(lambda: not actors("_Rank"), "ranks are left", 20)
+        wait_for(lambda: not actors(cluster, "_Rank"), "ranks are left", 20)

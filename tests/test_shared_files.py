@@ -54,7 +54,19 @@ def settings(algo: str, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("algo", "more"),
     [
-        ("sgpo", ["--ds.zero_stage", "3", "--data.dataset", f"{HERE}/pairs.jsonl", "--ckpt.save_steps", "2"]),
+        (
+            "sgpo",
+            [
+                "--rounds.count",
+                "1",
+                "--ds.zero_stage",
+                "3",
+                "--data.dataset",
+                f"{HERE}/pairs.jsonl",
+                "--ckpt.save_steps",
+                "2",
+            ],
+        ),
         (
             "online_ipo",
             [
