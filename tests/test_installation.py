@@ -121,8 +121,8 @@ def test_links_of_the_readme_lead_somewhere_on_the_package_index(metadata):
 
 
 def test_the_extra_for_gpus_is_what_openrlhf_asks_for_without_flash_attention(metadata):
-    """Name by name: what openrlhf pins is pinned. What has no wheel is not there: flash-attn, which needs nvcc, and two that
-    openrlhf's trainers for reasoning read. (DeepSpeed has none either; its source is Python, and its operators are optional.)"""
+    """Name by name: what openrlhf pins is pinned. What has no wheel is not there: flash-attn, which needs nvcc, and two of
+    which nothing is used here. (DeepSpeed has none either; its source is Python, and its operators are optional.)"""
     source_only = {"flash-attn", "pylatexenc", "transformers-stream-generator"}
 
     def names(requirements):
