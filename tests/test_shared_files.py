@@ -25,25 +25,10 @@ HERE = Path("/proc/self/cwd")
 def settings(algo: str, *more: str) -> list[str]:
     common = [
         *("--algo", algo, "--model.model_name_or_path", f"{HERE}/model", "--eval.dataset", f"{HERE}/held_out.jsonl"),
-        *(
-            "--data.prompt_dataset",
-            f"{HERE}/prompts.jsonl",
-            "--data.max_len",
-            "128",
-            "--ckpt.output_dir",
-            f"{HERE}/run",
-        ),
+        *("--data.prompt_dataset", f"{HERE}/prompts.jsonl", "--data.max_len", "128"),
+        *("--ckpt.output_dir", f"{HERE}/run"),
         *("--train.batch_size", "4", "--train.micro_batch_size", "2", "--adam.lr", "1e-3", "--ds.param_dtype", "fp32"),
-        *(
-            "--rounds.count",
-            "1",
-            "--rollout.engine",
-            "hf",
-            "--rollout.max_new_tokens",
-            "8",
-            "--rollout.temperature",
-            "1.0",
-        ),
+        *("--rollout.engine", "hf", "--rollout.max_new_tokens", "8", "--rollout.temperature", "1.0"),
     ]
     return common + list(more)
 
@@ -57,14 +42,8 @@ def settings(algo: str, *more: str) -> list[str]:
         (
             "sgpo",
             [
-                "--rounds.count",
-                "1",
-                "--ds.zero_stage",
-                "3",
-                "--data.dataset",
-                f"{HERE}/pairs.jsonl",
-                "--ckpt.save_steps",
-                "2",
+                *("--rounds.count", "1", "--ds.zero_stage", "3", "--data.dataset", f"{HERE}/pairs.jsonl"),
+                *("--ckpt.save_steps", "2"),
             ],
         ),
         (
