@@ -6,6 +6,10 @@ from pathlib import Path
 
 # Functions of openrlhf_sgpo that ask whether there is a GPU, and the tests here that reach that branch.
 BRANCHES = {
+    "doctor/report.py:examine": "",  # asks what is there; `openrlhf-sgpo doctor` shows it
+    "estimate/devices.py:devices_here": "",  # the same for `estimate`
+    "estimate/memory.py:_head": "",  # sizes of tiles on a device, which need not be there
+    "estimate/memory.py:scoring": "",
     "judge/server.py:_command": "",  # without one it serves with eager kernels
     "ledger.py:_peak_memory_gib": "test_a_round_of_ssapo",
     "ledger.py:stage": "test_a_round_of_ssapo",
@@ -22,7 +26,7 @@ BRANCHES = {
     "rollout/vllm.py:__init__": "test_engines_sleep_and_wake",
     "rollout/vllm.py:_awake": "test_engines_sleep_and_wake",
     "rollout/vllm.py:_start": "test_engines_sleep_and_wake",
-    "training/scoring.py:holding": "test_a_round_of_ssapo",
+    "run.py:open": "test_a_round_of_ssapo",
 }
 
 # As SmolLM2-135M and Qwen2.5-0.5B, with random weights: speed and memory do not depend on these.
