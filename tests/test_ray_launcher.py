@@ -18,7 +18,11 @@ from openrlhf_sgpo.cli.cluster import JOB, ray_places
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.config import Config
 
-PATIENT = {"RAY_raylet_start_wait_time_s": "300", "RAY_agent_register_timeout_ms": "300000"}  # on a busy machine
+PATIENT = {  # on a busy machine, where Ray would give up workers that are slow to start
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
+}
 
 
 def test_a_job_of_ray_is_placed_by_ray_and_a_rank_is_not(monkeypatch):
