@@ -46,13 +46,13 @@ build/smollm2/config.json: examples/quickstart/prepare_model.py | .venv/.install
 	$(BIN)/python examples/quickstart/prepare_model.py build/smollm2
 
 # Two processes of one thread each are faster on two cores than one process of two. Tests that are not compiled anew save seconds.
-PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist worksteal
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest --dist worksteal
 
-test: .venv/.dev build/smollm2/config.json  ## everything, engines and launchers included
-	$(PYTEST)
+test: .venv/.dev build/smollm2/config.json  ## everything, engines and launchers included: these are often waited for
+	$(PYTEST) -n 3
 
 test-fast: .venv/.dev  ## without engines and launchers
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n 2 -m "not slow"
 
 # With what `make install-gpu` installed, one process after the other on one GPU.
 test-gpu: .venv/.gpu  ## under ten minutes on a GPU: everything that only a GPU reaches, with a table of speed and memory

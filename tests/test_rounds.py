@@ -404,19 +404,6 @@ def test_two_ranks_through_deepspeed_train_as_one_through_bash(tiny_model, tiny_
 
 
 @pytest.mark.slow
-def test_lora_through_vllm_engines(tiny_model, tiny_data, tmp_path):
-    """Merged adapters reach the engines: the run's own probe stops it otherwise, and its figures say how well."""
-    argv = arguments(tiny_model, tiny_data, tmp_path / "run", "--ds.lora.rank", "4", "--seed.max_epochs", "2")
-    argv[argv.index("hf")] = "vllm"
-    process = train(*argv)
-    assert process.returncode == 0, process.stderr[-3000:]
-    assert (tmp_path / "run/round_2/policy/adapter/adapter_model.safetensors").exists()
-    probe = json.loads((tmp_path / "run/round_2/evaluation.json").read_text())["probe"]
-    assert probe["engine_to_trainer"] < 1e-3 < probe["moved_by_training"]
-    assert probe["followed"] == pytest.approx(1.0, abs=0.01)
-
-
-@pytest.mark.slow
 def test_dpo_is_one_stage_on_the_human_pairs(tiny_model, tiny_data, tmp_path):
     process = train(*arguments(tiny_model, tiny_data, tmp_path / "run", algo="dpo"))
     assert process.returncode == 0, process.stderr[-3000:]

@@ -311,6 +311,6 @@ def test_settings_that_cannot_be(more, message, tiny_model, tiny_data, tmp_path)
 def test_killed_and_resumed(tiny_model, tiny_data, tmp_path):
     more = [*TWO, "--ckpt.save_steps", "2", "--ds.lora.dropout", "0.2"]
     killed_at(
-        lambda writes: range(writes // 8, writes, writes // 4),
+        lambda writes: range(writes // 4, writes, writes // 2),
         *(tmp_path, lambda folder: ["train", *flags(tiny_model, tiny_data, folder, "slhf", *more)]),
     )

@@ -41,47 +41,45 @@ def speaker(tiny_model, folder, end: str):
     return folder
 
 
-@pytest.fixture(scope="module", params=["<|im_end|>", "#$"])
-def end(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def model(end, tiny_model, tmp_path_factory):
-    return str(speaker(tiny_model, tmp_path_factory.mktemp("model") / "speaker", end))
+def speakers(tiny_model, tmp_path_factory):
+    """A model by the end of its turns: one token, and two."""
+    folder = tmp_path_factory.mktemp("model")
+    return {end: str(speaker(tiny_model, folder / str(len(end)), end)) for end in ("<|im_end|>", "#$")}
 
 
-@pytest.fixture(scope="module", params=[pytest.param("vllm", marks=pytest.mark.slow), "hf", "mixture"])
-def rollout(request, model):
+@pytest.mark.parametrize("engine", [pytest.param("vllm", marks=pytest.mark.slow), "hf", "mixture"])
+def test_every_engine_stops_at_the_end_that_training_appends(engine, speakers):
     from openrlhf_sgpo.openrlhf import build_strategy
     from openrlhf_sgpo.rollout import start_rollout
     from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 
     config = Config()
-    config.rollout.engine = "vllm" if request.param == "vllm" else "hf"
+    config.rollout.engine = "vllm" if engine == "vllm" else "hf"
     config.ds.param_dtype, config.data.max_len = "fp32", 64
     config.train.batch_size = config.train.micro_batch_size = 1
-    config.ref.model_name_or_path = model
     build_strategy(config)
-    chat = ChatFormat(load_tokenizer(model, False, "model.model_name_or_path"), 64)
-    if request.param == "mixture":
-        yield HuggingFaceRollout(config, chat, model, share=0.5)
-        return
-    engine = start_rollout(config, chat, model)
-    yield engine
-    engine.close()
-
-
-def test_every_engine_stops_at_the_end_that_training_appends(rollout, end):
-    chat = rollout.stop.chat
-    other = [{"role": "user", "content": "Another, longer question?"}]
-    prompts = [chat.prompt(QUESTION), chat.prompt(other)]
-    for sample in (
-        answer for row in rollout.generate(prompts, Sampling(1.0, 1.0, LIMIT, 1, 2), label="") for answer in row
-    ):
-        assert (sample.text, sample.truncated) == ("Hi", False)
-        assert sample.token_ids == chat.response("Hi", False, LIMIT)
-        assert chat.tokenizer.decode(sample.token_ids) == f"Hi{end}"
+    rollout = None
+    for end, model in speakers.items():
+        chat = ChatFormat(load_tokenizer(model, False, "model.model_name_or_path"), 64)
+        config.ref.model_name_or_path = model
+        if engine == "mixture":
+            rollout = HuggingFaceRollout(config, chat, model, share=0.5)
+        elif rollout is None:
+            rollout = start_rollout(config, chat, model)
+        else:  # an engine takes its time to start, and its stop is this package's
+            rollout.load(model)
+            rollout.stop = Stop(chat)
+            rollout.stop.add_ends_of(model, False)
+        other = [{"role": "user", "content": "Another, longer question?"}]
+        prompts = [chat.prompt(QUESTION), chat.prompt(other)]
+        for sample in (
+            answer for row in rollout.generate(prompts, Sampling(1.0, 1.0, LIMIT, 1, 2), label="") for answer in row
+        ):
+            assert (sample.text, sample.truncated) == ("Hi", False)
+            assert sample.token_ids == chat.response("Hi", False, LIMIT)
+            assert chat.tokenizer.decode(sample.token_ids) == f"Hi{end}"
+    rollout.close()
 
 
 @pytest.fixture(scope="module")
