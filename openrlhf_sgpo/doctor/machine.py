@@ -119,19 +119,20 @@ def _gpus(torch: Outcome, listed: list[str]) -> list[Diagnosis]:
         busy = free < memory / 2
         mend = "see with nvidia-smi who uses it, or leave it out with CUDA_VISIBLE_DEVICES" if busy else ""
         checks.append(Diagnosis("GPUs", f"GPU {number}", "note" if busy else "ok", detail, mend))
-    if checks and not shutil.which("nvcc"):
-        checks.append(Diagnosis("GPUs", "nvcc", "note", "absent: PyTorch's Adam is used in place of DeepSpeed's"))
     return checks
 
 
 def _no_gpu(torch: Outcome, listed: list[str]) -> Diagnosis:
-    if built_for := torch.values.get("built_for"):
+    built_for = torch.values.get("built_for")
+    if built_for and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         reason = torch.values.get("reason", "no GPU is visible")
         driver = f", driver {listed[0].rpartition(', ')[2]}" if listed else ""
         detail = f"torch is built for CUDA {built_for}, which does not work{driver}: {reason}"
-        mend = f"install a driver for CUDA {built_for}" if listed else extras.TRAINING_ON_CPU
-        return Diagnosis("GPUs", "GPUs", "fails" if listed else "note", detail, mend, stops=bool(listed))
-    if listed:
+        mend = (
+            f"install a driver for CUDA {built_for}" if listed else "export CUDA_VISIBLE_DEVICES= (to train on the CPU)"
+        )
+        return Diagnosis("GPUs", "GPUs", "fails", detail, mend, stops=True)
+    if listed and not built_for:
         detail = f"{len(listed)} GPUs, and a torch that is built for CPUs"
         return Diagnosis("GPUs", "GPUs", "fails", detail, extras.TRAINING_ON_GPUS, stops=True)
     return Diagnosis("GPUs", "GPUs", "note", "none: training runs on the CPU, for small models")

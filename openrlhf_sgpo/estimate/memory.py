@@ -15,8 +15,8 @@ its MLP, in half precision a = 16 h + 4 (q + k) + 8 f and a few numbers per head
 attention's queries, keys, values and output, and four tensors of the MLP.
 
 DeepSpeed's buffers are those of version 0.19.6: a bucket of 5e8 gradients with z >= 1, up to 1e9 gathered weights with
-z = 3, and with z = 0 a copy of up to 5e8 gradients while ranks exchange them. The optimiser is assumed to be torch's Adam,
-which needs a temporary that DeepSpeed's does not; the latter needs CUDA's compiler.
+z = 3, and with z = 0 a copy of up to 5e8 gradients while ranks exchange them. Torch's fused Adam needs nothing beside its
+states.
 """
 
 from __future__ import annotations
@@ -119,21 +119,20 @@ class Memory:
     def step(self) -> dict[str, float]:
         """While the optimiser steps, or ranks exchange their gradients, when no activations are left.
 
-        Beside the gradients: with z = 0 the larger of a flat copy of up to 5e8 of them and of what the optimiser needs, 4 A
-        for fp32 gradients in half precision and 4 A for torch's temporary on a GPU; with z of 1 or 2 in all 8 A / D, for
-        gradients, their flat copy and the fp32 one; with z = 3 the fp32 ones in parts of at most 1e9 parameters.
+        Beside the gradients: with z = 0 a flat copy of up to 5e8 of them, or, in half precision, 4 A for all of them in
+        float32; with z of 1 or 2 in all 8 A / D, for gradients, their flat copy and the one in float32; with z = 3 the latter
+        in parts of at most 1e9 parameters.
         """
         trained, element = self.shape.trained, self.shape.element
-        temporary = 4 if self.device.on_gpu else 0
         gradients: float
         if self.config.ds.adam_offload:
             gradients = 0.0
         elif self.stage == 0:
-            fp32 = 4 if element < 4 else 0
-            gradients = element * trained + max(element * min(trained, BUCKET), (fp32 + temporary) * trained)
+            in_float32 = 4 * trained if element < 4 else 0
+            gradients = element * trained + max(element * min(trained, BUCKET), in_float32)
         elif self.stage == 3:
             share = trained / self.ranks
-            gradients = element * share + (4 + temporary) * min(share, GATHERED)
+            gradients = element * share + 4 * min(share, GATHERED)
         else:
             gradients = 8 * trained / self.ranks
             if self.stage == 1:
@@ -142,23 +141,27 @@ class Memory:
         return self._with_overhead(self._held() | {"gradients": gradients, "ZeRO buffers": buffers})
 
     def scoring(self) -> dict[str, float]:
-        """Log-probabilities of a micro-batch twice as large as in training, or, where answers are evaluated, the divergence
-        of two models in float32 over the whole vocabulary: 20 bytes per logit, in chunks of 2^30 logits on a GPU."""
-        shape = self.shape
+        """Log-probabilities of a micro-batch of --train.score_tokens, or, where answers are evaluated, the divergence of two
+        models in float32 over the whole vocabulary: 20 bytes per logit, in chunks of 2^30 logits on a GPU. With ZeRO-3 a model
+        is whole where it takes at most half of what is free."""
+        shape, train = self.shape, self.config.train
         two = self.config.eval.dataset != "" and samples(self.config, self.algorithm)
-        tokens = 2 * self.work.tokens if self.packed else self.work.tokens
+        tokens = train.score_tokens or (2 if self.packed else 1) * self.work.tokens
         device = "cuda" if self.device.on_gpu else "cpu"
         chunk = min(16 * ELEMENTS[device], tokens * shape.vocabulary)
         logits = 20.0 * chunk if two else (4.0 + shape.element) * min(ELEMENTS[device], chunk)
         if not self.packed:
             logits = max(logits, (4.0 + shape.element) * tokens * shape.vocabulary)
+        engine = self._engine_beside()
+        whole = float(shape.element * shape.parameters)
+        shares = self.stage == 3 and whole > (self.device.memory - engine) / 2
         parts = {
-            "weights": self._weights() * (1 + two),
+            "weights": (self._weights() if shares else whole) * (1 + two),
             "activations": tokens * (3 * shape.largest_bytes + 4 * shape.element * shape.hidden),
             "head": logits,
-            "engine": self._engine_beside(),
+            "engine": engine,
         }
-        if self.stage == 3:
+        if shares:
             parts["ZeRO buffers"] = shape.element * min(shape.parameters, GATHERED)
         return self._with_overhead(parts)
 

@@ -125,16 +125,26 @@ def test_tested_versions_are_those_of_the_setup_file(monkeypatch):
             "fails",
             "driver 535.1",
         ),
+        ({"built_for": "13.0", "usable": False}, "", "fails", "no GPU is visible"),
         ({"usable": True, "devices": [["A", 80 * 2**30, 78 * 2**30]]}, "A, 81920 MiB, 580.65", "ok", "78 of 80 GiB"),
         ({"usable": True, "devices": [["A", 80 * 2**30, 9 * 2**30]]}, "A, 81920 MiB, 580.65", "note", "9 of 80 GiB"),
     ],
 )
 def test_gpus_as_driver_and_torch_see_them(values, listed, status, word, monkeypatch):
     monkeypatch.setattr("openrlhf_sgpo.doctor.machine.tool", lambda *_: listed)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     first, *_ = gpu_checks(Outcome(values=values))
     assert first.status == status and word in first.detail
     assert bool(first.mend) == (first.status == "fails" or "9 of 80" in word)
     assert first.stops == (status == "fails")
+
+
+def test_an_empty_list_of_gpus_asks_for_the_cpu(monkeypatch):
+    """As training takes it, which otherwise refuses a torch for CUDA without a GPU."""
+    monkeypatch.setattr("openrlhf_sgpo.doctor.machine.tool", lambda *_: "A, 81920 MiB, 580.65")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (check,) = gpu_checks(Outcome(values={"built_for": "13.0", "usable": False}))
+    assert (check.status, check.stops) == ("note", False)
 
 
 def test_gpus_are_not_judged_by_a_torch_that_cannot_be_imported(monkeypatch):

@@ -11,6 +11,11 @@ _LAYERS = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers":
 CONFIGS = {
     "Mistral-7B-v0.1": {"model_type": "mistral", "vocab_size": 32000, "num_key_value_heads": 8, **_LAYERS},
     "Llama-3-8B": {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, **_LAYERS},
+    # As large, in seven layers, which are counted sooner.
+    "wide": {
+        **{"model_type": "llama", "vocab_size": 32000, "num_key_value_heads": 8, "num_hidden_layers": 7},
+        **{"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+    },
 }
 
 

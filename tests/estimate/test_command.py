@@ -33,9 +33,9 @@ def seconds(estimate: Estimate) -> dict[str, float]:
 
 
 def test_the_proposal_is_the_first_that_fits(published):
-    """A model of 8 billion parameters on two GPUs of 24 GiB: what is proposed fits, and nothing before it in the order does."""
+    """A model of 6.5 billion parameters on two GPUs of 24 GiB: what is proposed fits, and nothing before it in the order does."""
     argv = ["--algo", "dpo", "--estimate.gpu", "RTX4090-24GB", "--estimate.gpus", "2", "--estimate.pairs", "2000"]
-    argv += ["--model.model_name_or_path", published["Llama-3-8B"], "--data.dataset", "owner/pairs"]
+    argv += ["--model.model_name_or_path", published["wide"], "--data.dataset", "owner/pairs"]
     estimate = Estimate(load(argv))
     assert estimate.problems(estimate.memory)
     chosen, memory = estimate.fitting()
@@ -47,8 +47,8 @@ def test_the_proposal_is_the_first_that_fits(published):
 
 
 def test_an_engine_without_room_gets_a_larger_share(published):
-    """Half of 24 GiB does not hold 7 billion parameters in half precision; how long sampling takes is then not known."""
-    argv = ["--config", "one-gpu", "--model.model_name_or_path", published["Mistral-7B-v0.1"]]
+    """Half of 24 GiB does not hold 6.5 billion parameters in half precision; how long sampling takes is then not known."""
+    argv = ["--config", "one-gpu", "--model.model_name_or_path", published["wide"]]
     estimate = Estimate(load([*argv, "--estimate.gpu", "RTX4090-24GB"]))
     (problem,) = estimate.problems(estimate.memory)
     assert "raise --vllm.gpu_memory_utilization" in problem

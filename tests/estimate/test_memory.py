@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,14 @@ def test_an_engine_has_what_its_share_of_the_gpu_leaves(shape):
         assert engine.backward()["engine"] == GIB
     awake = memory(shape, rounds__count=1, vllm__enable_sleep=False)
     assert awake.backward()["engine"] == 0.5 * 79.6 * GIB
+
+
+def test_a_model_is_scored_whole_where_it_takes_half_of_what_is_free(shape):
+    """As ``fits_whole`` decides it: 7 billion parameters on a GPU of 80 GiB, but not 25 billion."""
+    assert memory(shape, 4, stage=3).scoring()["weights"] == 2 * shape.parameters
+    large = replace(shape, parameters=25 * 10**9)
+    parts = memory(large, 4, stage=3).scoring()
+    assert (parts["weights"], parts["ZeRO buffers"]) == (2 * large.parameters / 4, 2 * 10**9)
 
 
 def measured_peak(model, prompt, response, pairs, micro_batch, folder, make_resources, **changes) -> tuple[int, Memory]:
