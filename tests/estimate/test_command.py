@@ -33,7 +33,7 @@ def seconds(estimate: Estimate) -> dict[str, float]:
 
 
 def test_the_proposal_is_the_first_that_fits(published):
-    """A model of 6.5 billion parameters on two GPUs of 24 GiB: what is proposed fits, and nothing before it in the order does."""
+    """6.5 billion parameters on two GPUs of 24 GiB: what is proposed fits, and nothing before it in the order does."""
     argv = ["--algo", "dpo", "--estimate.gpu", "RTX4090-24GB", "--estimate.gpus", "2", "--estimate.pairs", "2000"]
     argv += ["--model.model_name_or_path", published["wide"], "--data.dataset", "owner/pairs"]
     estimate = Estimate(load(argv))
