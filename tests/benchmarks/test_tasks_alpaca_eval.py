@@ -610,3 +610,34 @@ def test_published_preferences_give_the_published_win_rates():
         assert figures["n_total"] == sum(row["preference"] is not None for row in annotations)
         # An answer that is missing has the length 0 and no preference.
         assert int(fmean(len(row["output"] or "") for row in annotations)) == int(row["avg_length"])
+
+
+@needs_data
+@pytest.mark.slow
+def test_published_preferences_give_the_published_length_controlled_rates():
+    """Where the hub's cache has the file: the published figures are of other versions of scikit-learn."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(GAMED.repository, GAMED.file, repo_type="dataset", revision=GAMED.revision)
+    if not isinstance(cached, str):
+        pytest.skip("needs df_gamed.csv in the hub's cache")
+    path, notes = gamed_file("alpaca_eval.df_gamed", cached, unverified=False)
+    assert not notes
+    baseline, rows = published("prompts_and_baseline"), leaderboard()
+    for name in models()[::4]:
+        annotations = [
+            {
+                "index": index,
+                "output_1": row["output"],
+                "generator_1": row["generator"],
+                "output_2": answer["output"] or "",
+                "generator_2": name,
+                "annotator": ANNOTATOR,
+                "preference": answer["preference"],
+            }
+            for index, (row, answer) in enumerate(
+                zip(baseline, published(f"outputs_and_gpt4turbo_preferences/{name}"), strict=True)
+            )
+        ]
+        rate, _ = length_controlled_win_rate(annotations, path)
+        assert rate == pytest.approx(float(rows[name]["length_controlled_winrate"]), abs=0.1), name
