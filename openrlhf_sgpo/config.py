@@ -277,13 +277,16 @@ class WandbSettings:
     org: str = setting("", "W&B entity")
     group: str = setting("", "W&B group")
     project: str = setting("openrlhf_sgpo", "W&B project")
-    run_name: str = setting("", "W&B run name (default: the name of the run folder)")
+    run_name: str = setting("", "name of the run in W&B, TensorBoard and trackio (default: that of the run folder)")
 
 
 @dataclass
 class LoggerSettings:
     logging_steps: int = setting(1, "log metrics every this many optimiser steps", low=1)
     tensorboard_dir: str = setting("", "TensorBoard folder (default: none)")
+    trackio_project: str = setting(
+        "", "trackio project, kept on this machine; `trackio show` serves it (default: none)"
+    )
     wandb: WandbSettings = field(default_factory=WandbSettings)
 
 

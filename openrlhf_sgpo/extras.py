@@ -16,7 +16,19 @@ _COMMANDS = {
     "flash_attn": "pip install --no-build-isolation flash-attn, which needs CUDA's compiler nvcc",
     **{
         name: f"pip install {name}"
-        for name in ("cvxpy", "datasets", "matplotlib", "openai", "plotly", "pyarrow", "scipy", "tensorboard", "wandb")
+        for name in (
+            "cvxpy",
+            "datasets",
+            "huggingface_hub",
+            "matplotlib",
+            "openai",
+            "plotly",
+            "pyarrow",
+            "scipy",
+            "tensorboard",
+            "trackio",
+            "wandb",
+        )
     },
 }
 

@@ -236,6 +236,11 @@ def dump(instances: Mapping[str, Any]) -> str:
     return yaml.safe_dump(to_dict(instances), sort_keys=False, allow_unicode=True, width=120)
 
 
+def meanings(instances: Mapping[str, Any]) -> dict[str, str]:
+    """The help text of every flag."""
+    return {name: flag.metadata.get("help", "") for name, flag in _flags(instances).items()}
+
+
 def help_text(sections: _Sections) -> str:
     """One block per group: each flag with its type and default, then its help; at most 120 columns."""
     config = _Flag(str, "", {"help": _CONFIG_HELP})

@@ -13,6 +13,7 @@ from openrlhf_sgpo.ledger import read_ledger, write_ledger
 from openrlhf_sgpo.run_check import check_ended, check_metrics, check_round
 from openrlhf_sgpo.run_folder import (
     ADDRESS,
+    CARD,
     MANIFEST,
     METRICS,
     RunFolder,
@@ -81,7 +82,9 @@ def take_over(source: RunFolder, folder: RunFolder) -> None:
     # The seed stage comes last: once it exists, the copy is complete, and a resumed run skips it.
     for name in ("initial", "round_0"):
         with whole_folder(folder.path / name) as partial:
-            shutil.copytree(source.path / name, partial, copy_function=_link, dirs_exist_ok=True)
+            # A model card tells of the run that has written it.
+            cards = shutil.ignore_patterns(CARD)
+            shutil.copytree(source.path / name, partial, ignore=cards, copy_function=_link, dirs_exist_ok=True)
 
 
 def _is_done(folder: RunFolder) -> bool:

@@ -18,8 +18,8 @@ from openrlhf_sgpo.algorithms import AlgorithmType, PlayAlgorithm
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.evaluator import Evaluator, worst_case
 from openrlhf_sgpo.output import Progress
-from openrlhf_sgpo.report import write_report
 from openrlhf_sgpo.report.moments import read_moments, verdict
+from openrlhf_sgpo.report.tracked import track_round
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_check import metrics_digest
 from openrlhf_sgpo.run_folder import read_json, write_json, write_text
@@ -90,6 +90,7 @@ def train_round(run: Run, source: Source, number: int) -> None:
             shown = {name: metrics[f"train/{key}"] for key, name in source.shown.items()}
             progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
             progress.update()
+            run.page.step()
         progress.close()
         source.measure(stage, trainer)
         trainer.write_policies()
@@ -115,6 +116,9 @@ def evaluate_policy(run: Run, evaluator: Evaluator, number: int | None) -> dict[
             if run.writes:
                 write_json(path / "evaluation.json", row | worst_case(run.folder, run.algorithm, number))
         run.finish(number, "evaluate", {}, ["evaluation.json", "held_out.jsonl", "samples.jsonl"])
+        track_round(run.metrics, path, row)
+    if number is not None:
+        run.page.write_cards(number)
     return ranks.from_rank_0(read_json(path / "evaluation.json") if run.writes else None)
 
 
@@ -126,7 +130,7 @@ def write_results(run: Run, rows: list[dict[str, Any]]) -> None:
     moments = read_moments(run.folder.path)
     table = "\n".join([results_table(rows, run.ledger.stages), *verdict(moments), ""])
     write_text(run.folder.path / "table.txt", table)
-    report = write_report(run.folder.path, moments)
+    report = run.page.end(moments)
     folder = run.config.ckpt.output_dir
     policy = os.path.join(folder, run.folder.round(run.numbers[-1]).name, "policy")
     start = quote(f"start={run.config.model.model_name_or_path}")
@@ -134,4 +138,4 @@ def write_results(run: Run, rows: list[dict[str, Any]]) -> None:
     following = f"openrlhf-sgpo evaluate --tasks ifeval {models}\n        vllm serve {quote(policy)}"
     if not run.algorithm.needs.reference:  # it judges, and does not chat
         following = f"openrlhf-sgpo train --oracle preference_model --reward.model_name_or_path {quote(policy)} ..."
-    run.say(f"{table}\npolicy: {policy}\nreport: {report}\nnext:   {following}")
+    run.say(f"{table}\npolicy: {policy}\nreport: {report or 'not drawn'}\nnext:   {following}")

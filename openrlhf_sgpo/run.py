@@ -24,6 +24,7 @@ from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.metrics import Metrics
 from openrlhf_sgpo.openrlhf import build_strategy
 from openrlhf_sgpo.output import log_to, say, stage_line
+from openrlhf_sgpo.report.live import LivePage
 from openrlhf_sgpo.resume import accepted_changes
 from openrlhf_sgpo.rollout import Rollout, check_rollout, start_rollout
 from openrlhf_sgpo.rollout.roles import prompt_room
@@ -91,6 +92,7 @@ class Run:
             log_to(self.folder.path)
         self.ledger = Ledger(self.folder.path / "ledger.json", self.writes)
         self.metrics = Metrics(self.folder.path, config, flags.to_dict(resolved), self.writes)
+        self.page = LivePage(self.folder.path, self.writes)
         # Models stay in memory from stage to stage, but not on a GPU, whose memory engines need in between.
         resident, pad = not torch.cuda.is_available(), self.tokenizer.pad_token_id
         self.scorer = Scorer(config, self.strategy, pad, self.folder.path / "log_probs", resident)
@@ -99,6 +101,7 @@ class Run:
 
     def close(self) -> None:
         """End what the run started."""
+        self.page.close()
         self.metrics.close()
         self.scorer.close()
         if self._rollout:
@@ -144,7 +147,9 @@ class Run:
     def stage(self, name: str) -> Iterator[dict[str, float]]:
         """Announce a stage. Yields its cost, to which the block adds; the tokens that it scored are added at the end."""
         seconds = {done: entry["seconds"] for done, entry in self.ledger.stages.items() if "seconds" in entry}
-        self.say(stage_line(name, self.plan, seconds))
+        line = stage_line(name, self.plan, seconds)
+        self.say(line)
+        self.page.begin_stage(line, self.plan.index(name), len(self.plan))
         before = self.scorer.tokens_scored
         with self.ledger.stage(name) as cost:
             yield cost

@@ -40,6 +40,7 @@ METRICS = "metrics.jsonl"
 MANIFEST = "manifest.json"
 CERTIFICATE = "worst_case.json"
 TABLE = "table.txt"
+CARD = "README.md"  # of the weights beside it
 KEEP = "restore it from a copy, or start again in another folder"
 # How a server is reached, which does not affect its answers; a resumed run may find it elsewhere.
 ADDRESS = ("judge.base_url", "judge.concurrency", "judge.max_retries", "judge.timeout")

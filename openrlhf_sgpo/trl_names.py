@@ -59,7 +59,7 @@ _EQUIVALENTS = {
     "warmup_steps": "--lr_warmup_ratio, a share of the steps",
     "logging_steps": "--logger.logging_steps",
     "logging_dir": "--logger.tensorboard_dir",
-    "report_to": "--logger.wandb.key env, or --logger.tensorboard_dir FOLDER",
+    "report_to": "--logger.wandb.key env, --logger.trackio_project NAME, or --logger.tensorboard_dir FOLDER",
     "run_name": "--logger.wandb.run_name",
     "eval_strategy": "--eval.dataset, on which every round is evaluated",
     "eval_steps": "--eval.dataset, on which every round is evaluated",

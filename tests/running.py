@@ -151,9 +151,19 @@ def killed_at_every_write(folder: Path, argv: Callable[[Path], list[str]]) -> No
     assert not survived
 
 
-# Costs are wall time, the lock has the process's number, and an adapter's configuration the path of its base model.
+# Costs are wall time, which model cards tell too; the lock has the process's number, and an adapter's configuration the path
+# of its base model.
 NOT_COMPARED = (
-    *("ledger.json", "log.txt", "report.html", "table.txt", "lock", "resolved_config.yaml", "adapter_config.json"),
+    *(
+        "ledger.json",
+        "log.txt",
+        "report.html",
+        "table.txt",
+        "lock",
+        "resolved_config.yaml",
+        "adapter_config.json",
+        "README.md",
+    ),
 )
 # Is appended to, changed or deleted while a command is going on.
 UNFINISHED = re.compile(

@@ -39,7 +39,7 @@ HOUSE = """
                                               cli
                                              loop
                                      evaluator  sources
-                        benchmarks  comparison  doctor  estimate  refinement  run
+           benchmarks  chat  comparison  doctor  estimate  push  refinement  run
                      inference  preflight  run_settings  staged_command
                                         oracle  resume
                               fork  judge  report  training

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import io
 import json
 import os
 import signal
@@ -499,6 +500,70 @@ def test_tensorboard_counts_over_all_stages(tmp_path):
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/pairs"}
     # Of steps 1 to 6 of the run, the second of each stage.
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(2, 0.25), (5, 1.25)]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_trackers_get_the_same_names_and_the_follower_in_a_picture(name, tmp_path, monkeypatch):
+    """Each package itself, reading back what it has stored."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which is read when trackio is imported
+    pytest.importorskip(name)
+    from report_folders import make_run
+
+    from openrlhf_sgpo.report.tracked import track_round
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run = make_run(tmp_path / "run", radius=0.1)
+    config = Config()
+    config.logger.wandb.run_name = "first"
+    config.logger.wandb.key = "env" if name == "wandb" else ""
+    config.logger.trackio_project = "curves" if name == "trackio" else ""
+    config.logger.tensorboard_dir = str(tmp_path / "curves") if name == "tensorboard" else ""
+    metrics = Metrics(tmp_path / "metrics", config, {"seed": 1}, writes=True)
+    metrics.log("round 1", 1, {"train/loss": 0.5})
+    track_round(metrics, run / "round_1", json.loads((run / "round_1/evaluation.json").read_text()))
+    metrics.close()
+    figures, picture = READ_BACK[name](tmp_path)
+    assert {"train/loss", "eval/accuracy", "eval/margin", "eval/kl", "follower/value", "follower/gap"} <= set(figures)
+    assert figures["train/loss"] == 0.5
+    certificate = json.loads((run / "round_1/worst_case.json").read_text())
+    assert figures["follower/threshold"] == pytest.approx(certificate["threshold"], rel=1e-6)
+    assert picture.size == (640, 400) and len(picture.convert("RGB").getcolors(10**6)) > 10
+
+
+def tensorboard_of(folder):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "curves" / "first")).Reload()
+    figures = {name: events.Scalars(name)[-1].value for name in events.Tags()["scalars"]}
+    return figures, Image.open(io.BytesIO(events.Images("follower/margins")[0].encoded_image_string))
+
+
+def trackio_of(folder):
+    from PIL import Image
+    from trackio.sqlite_storage import SQLiteStorage
+
+    figures = {name: value for row in SQLiteStorage.get_logs("curves", "first") for name, value in row.items()}
+    return figures, Image.open(folder / "trackio" / "media" / figures["follower/margins"]["file_path"])
+
+
+def wandb_of(folder):
+    from PIL import Image
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    store, figures = DataStore(), {}
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record.FromString(data)
+        for item in record.history.item:
+            figures["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    return figures, Image.open(next(path.parent.rglob("*.png")))
+
+
+READ_BACK = {"tensorboard": tensorboard_of, "trackio": trackio_of, "wandb": wandb_of}
 
 
 def test_resume_with_other_data_is_refused(tmp_path):

@@ -28,6 +28,8 @@ USAGE = """usage: openrlhf-sgpo COMMAND [flags]
   evaluate     AlpacaEval 2.0, MT-Bench and others: --models RUN ... --judge.preset NAME --out FOLDER
   compare      runs head to head: --runs RUN RUN ... --oracle NAME --out FOLDER, or --suite FILE, which trains them first
   refine       answer prompts and revise the answers: --model RUN --prompts FILE --out FOLDER
+  chat         talk to the policy of a run, beside the initial one: chat RUN
+  push         share the policy of a finished run on the Hugging Face hub: push RUN --to OWNER/NAME
   report       draw report.html of runs, comparisons and leaderboards: report FOLDER ...
   judge-check  how far a judge agrees with human preferences, and its biases: --data.dataset FILE --oracle NAME
   algorithms   list the algorithms
@@ -148,7 +150,7 @@ def compare(argv: list[str]) -> int:
     """Runs head to head, see ``openrlhf_sgpo.comparison.compare``; with --suite the runs are trained first."""
     from openrlhf_sgpo.comparison.settings import load
 
-    argv = argv if not argv or argv[0].startswith("-") else ["--runs", *argv]
+    argv = _named("runs", argv)
     if flags.peek(argv, "suite") and not flags.HELP & set(argv):
         from openrlhf_sgpo.comparison.suite import train_suite
 
@@ -172,6 +174,37 @@ def report(argv: list[str]) -> int:
     for word in argv:
         print(write_report(Path(word)))
     return 0
+
+
+def chat(argv: list[str]) -> int:
+    """A conversation with the policy of a run, see ``openrlhf_sgpo.chat``."""
+    if problem := extras.missing("transformers"):
+        raise ValueError(problem)
+    from openrlhf_sgpo.chat.settings import load
+
+    settings, speakers = load(_named("model", argv))
+    with other_packages_apart():
+        with lean_imports():
+            from openrlhf_sgpo.chat.conversation import Conversation
+
+        conversation = Conversation(settings, speakers)
+    conversation.run(settings.prompt)
+    return 0
+
+
+def push(argv: list[str]) -> int:
+    """A policy to the Hugging Face hub, see ``openrlhf_sgpo.push``."""
+    if problem := extras.missing("huggingface_hub"):
+        raise ValueError(problem)
+    from openrlhf_sgpo.push import load, push
+
+    print(push(load(_named("run", argv))))
+    return 0
+
+
+def _named(flag: str, argv: list[str]) -> list[str]:
+    """Arguments whose first words may stand without their flag."""
+    return argv if not argv or argv[0].startswith("-") else [f"--{flag}", *argv]
 
 
 def judge_check(argv: list[str]) -> int:
@@ -244,6 +277,8 @@ COMMANDS = {
     "evaluate": evaluate,
     "compare": compare,
     "refine": refine,
+    "chat": chat,
+    "push": push,
     "report": report,
     "judge-check": judge_check,
     "algorithms": list_algorithms,

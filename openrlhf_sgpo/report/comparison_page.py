@@ -27,7 +27,7 @@ _FIGURES = (
 )
 
 
-def comparison_page(folder: Path) -> Markup:
+def comparison_page(folder: Path) -> str:
     comparison = {key: value for key, value in read_json(folder / "comparison.json").items() if value is not None}
     groups, cross_play = comparison.get("groups", []), comparison.get("cross_play", [])
     runs = sum(len(group.get("runs") or []) for group in groups)

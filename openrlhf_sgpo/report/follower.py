@@ -71,30 +71,70 @@ def solve_again(certificate: dict[str, Any]) -> Moved | None:
     )
 
 
-def follower_plot(name: str, certificate: dict[str, Any]) -> Markup:
-    """The histogram of a round's margins at its start, with the mass that moves and its target if they can be computed."""
+@dataclass(frozen=True)
+class Counts:
+    """A histogram of margins, or of win probabilities, in parts that are stacked. edges: of the bins. moved: what the follower
+    moves, None if that cannot be computed, and then ``parts`` is the pairs alone."""
+
+    parts: dict[str, list[float]]
+    edges: np.ndarray
+    moved: Moved | None
+
+
+def count_margins(certificate: dict[str, Any]) -> Counts:
+    """The margins of a round at its start: what stays, what the follower moves away, and where it arrives."""
     moved = solve_again(certificate)
     if moved is None:
         values = np.array(certificate["margins"])
         edges = _bins(values, "margin")
-        still = certificate.get("radius") == 0
-        note = "at radius 0 nothing moves" if still else "the moves cannot be computed from the stored figures"
-        figure = histogram({"pairs": np.histogram(values, edges)[0].tolist()}, edges.tolist(), "margin")
-        return plot(f"Margins at the start of {name}", figure, note, height=300)
-    space = certificate["space"]
-    edges = _bins(np.append(moved.places, moved.target), space)
+        return Counts({"pairs": np.histogram(values, edges)[0].tolist()}, edges, None)
+    edges = _bins(np.append(moved.places, moved.target), certificate["space"])
     parts = {
         "stays": np.histogram(moved.places, edges, weights=1 - moved.share)[0].tolist(),
         "leaves": np.histogram(moved.places, edges, weights=moved.share)[0].tolist(),
         "arrives": np.histogram([moved.target], edges, weights=[moved.share.sum()])[0].tolist(),
     }
-    figure = histogram(parts, edges.tolist(), space, {"threshold": moved.threshold}, hatched="leaves")
+    return Counts(parts, edges, moved)
+
+
+def follower_plot(name: str, certificate: dict[str, Any]) -> Markup:
+    """The histogram of a round's margins at its start, with the mass that moves and its target if they can be computed."""
+    counts = count_margins(certificate)
+    moved, edges = counts.moved, counts.edges.tolist()
+    if moved is None:
+        still = certificate.get("radius") == 0
+        note = "at radius 0 nothing moves" if still else "the moves cannot be computed from the stored figures"
+        figure = histogram(counts.parts, edges, "margin")
+        return plot(f"Margins at the start of {name}", figure, note, height=300)
+    marks = {"threshold": moved.threshold}
+    figure = histogram(counts.parts, edges, certificate["space"], marks, hatched="leaves")
     note = (
         f"{moved.share.mean():.1%} of the mass goes to {with_minus_sign(moved.target, 3)}: loss "
         f"{certificate['empirical']:.4f} without the follower, {certificate['value']:.4f} with it, duality gap "
         f"{tiny(certificate['gap'])}"
     )
     return plot(f"Margins at the start of {name}, and what the follower moves", figure, note, height=300)
+
+
+def follower_image(name: str, certificate: dict[str, Any]) -> np.ndarray:
+    """The same histogram as a picture, (400, 640, 3) of uint8, drawn by matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = count_margins(certificate)
+    figure = Figure(figsize=(6.4, 4.0), dpi=100, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    centres, below = (counts.edges[1:] + counts.edges[:-1]) / 2, np.zeros(len(counts.edges) - 1)
+    for part, heights in counts.parts.items():
+        hatch = "//" if part == "leaves" else None
+        axes.bar(centres, heights, np.diff(counts.edges), bottom=below, label=part, hatch=hatch)
+        below += heights
+    if counts.moved:
+        axes.axvline(counts.moved.threshold, color="black", linestyle=":", label="threshold")
+        axes.legend()
+    axes.set(title=f"Margins at the start of {name}", xlabel=certificate["space"], ylabel="pairs")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _bins(values: np.ndarray, space: str) -> np.ndarray:

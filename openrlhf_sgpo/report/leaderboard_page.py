@@ -24,7 +24,7 @@ from openrlhf_sgpo.table import ANCHOR, agreement_words, plus_minus
 _LEAST_CATEGORIES = 3  # for a radar plot
 
 
-def leaderboard_page(folder: Path) -> Markup:
+def leaderboard_page(folder: Path) -> str:
     board = read_json(folder / "leaderboard.json")
     rows, agreements = board.get("rows") or [], board.get("agreement") or []
     models = list(dict.fromkeys(row["model"] for row in rows))

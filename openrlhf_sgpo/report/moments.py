@@ -33,6 +33,21 @@ def read_moments(folder: Path) -> list[Moment]:
     return [_moment(run, number) for number in (None, *run.rounds()) if run.round(number).is_dir()]
 
 
+def moments_so_far(folder: Path, finished: dict[int | None, Moment]) -> list[Moment]:
+    """The same of a run that goes on, of which no file can have changed since ``finished``: those read so far whose round has
+    ended, by number. Further ones are added."""
+    run = RunFolder(str(folder))
+    moments = []
+    for number in (None, *run.rounds()):
+        if not run.round(number).is_dir():
+            continue
+        moment = finished.get(number) or _moment(run, number)
+        if run.finished(number, "evaluate"):
+            finished[number] = moment
+        moments.append(moment)
+    return moments
+
+
 def _moment(run: RunFolder, number: int | None) -> Moment:
     check_round(run, number, policy=False)
     path, stages = run.round(number), run.manifest(number)["stages"]

@@ -44,3 +44,21 @@ function draw() {
 }
 dark.addEventListener("change", draw);
 draw();
+
+// The page of a run that goes on says how old it is, and loads itself again unless somebody is reading a plot or the tab is hidden.
+const RELOAD = 30_000, STILL = 60_000;  // milliseconds
+const running = document.querySelector(".running");
+if (running) {
+  let touched = -STILL;
+  for (const event of ["pointerdown", "wheel", "keydown", "touchstart"])
+    addEventListener(event, () => { touched = performance.now(); }, {passive: true});
+  const age = seconds => seconds < 90 ? `${Math.round(seconds)} seconds ago`
+    : seconds < 5400 ? `${Math.round(seconds / 60)} minutes ago` : `${Math.round(seconds / 3600)} hours ago`;
+  const tell = () => {
+    for (const time of running.querySelectorAll("time"))
+      time.textContent = age(Math.max(0, (Date.now() - Date.parse(time.dateTime)) / 1000));
+  };
+  tell();
+  setInterval(tell, 5_000);
+  setInterval(() => { if (!document.hidden && performance.now() - touched >= STILL) location.reload(); }, RELOAD);
+}

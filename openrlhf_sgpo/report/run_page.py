@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
 from markupsafe import Markup
 
-from openrlhf_sgpo.integrity import unsealed
+from openrlhf_sgpo.integrity import unsealed, unsigned
 from openrlhf_sgpo.intervals import half_of
 from openrlhf_sgpo.ledger import read_ledger
 from openrlhf_sgpo.report.figures import Series, bars, plot, plots
@@ -21,6 +20,7 @@ from openrlhf_sgpo.report.moments import Moment, read_moments, verdict
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.robustness import robustness
 from openrlhf_sgpo.report.run_curves import held_out_plot, round_plots, step_plots
+from openrlhf_sgpo.report.running import Running, running_banner
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.run_folder import METRICS, STORED, RunFolder, read_configuration, read_growing, read_json
 from openrlhf_sgpo.table import FIGURES, STAGES, measured_differently, plus_minus, seconds_by_stage
@@ -28,9 +28,9 @@ from openrlhf_sgpo.table import FIGURES, STAGES, measured_differently, plus_minu
 PLAYS_SHOWN = 4
 
 
-def run_page(folder: Path, moments: Sequence[Moment] | None = None) -> Markup:
-    """The page of the run in ``folder``, whose moments are read unless they are given. Raises ValueError if its settings are
-    not those of a run."""
+def run_page(folder: Path, moments: Sequence[Moment] | None = None, running: Running | None = None) -> str:
+    """The page of the run in ``folder``, whose moments are read unless they are given. running: its stage, if it goes on.
+    Raises ValueError if its settings are not those of a run."""
     settings = read_configuration(folder / STORED)
     if "algo" not in settings:  # refinements, comparisons and leaderboards have such a file too
         raise ValueError(
@@ -55,7 +55,7 @@ def run_page(folder: Path, moments: Sequence[Moment] | None = None) -> Markup:
     return page(
         *("Run", folder.name, facts),
         verdict(moments),
-        [] if ended else [unfinished],
+        [] if ended or running else [unfinished],
         {
             "Rounds": _rounds(moments),
             "Margins": _margins(moments),
@@ -65,8 +65,9 @@ def run_page(folder: Path, moments: Sequence[Moment] | None = None) -> Markup:
             "Plays": _plays(folder),
             "Cost": _cost(ledger),
             "Data": _data(folder),
-            "Settings": [details("Every setting of the run", tag("pre", yaml.safe_dump(settings, sort_keys=False)))],
+            "Settings": [details("Every setting of the run", tag("pre", unsigned(folder / STORED)))],
         },
+        running_banner(running) if running else None,
     )
 
 

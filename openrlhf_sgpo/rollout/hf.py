@@ -3,6 +3,7 @@ samples its share of the prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from glob import glob
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Inference
@@ -133,13 +135,33 @@ class HuggingFaceRollout:
         finite = Finite(self.model.device)
         for batch in Progress(batches[rank::world], desc=label, unit="batch", disable=rank != 0 or not label):
             rank_samples |= zip(batch, self._sample([prompts[i] for i in batch], sampling, finite), strict=True)
-        problem = NotFiniteError(f"the next-token probabilities of the model {self.folder} are not finite")
-        ranks.raise_together(None if finite.all else problem)
+        ranks.raise_together(None if finite.all else self._not_finite())
         merged = {index: samples for part in ranks.gather(rank_samples) for index, samples in part.items()}
         return [merged[index] for index in range(len(prompts))]
 
+    def stream(
+        self, prompt: tuple[int, ...], sampling: Sampling, streamer: BaseStreamer, stopping: StoppingCriteria
+    ) -> Answer:
+        """A sample by this process alone. streamer: gets the prompt's tokens, then each token as it is sampled. stopping: ends
+        the response early. Raises NotFiniteError as ``generate`` does."""
+        finite = Finite(self.model.device)
+        ((answer,),) = self._sample([prompt], sampling, finite, streamer, [stopping])
+        if not finite.all:
+            raise self._not_finite()
+        return answer
+
+    def _not_finite(self) -> NotFiniteError:
+        return NotFiniteError(f"the next-token probabilities of the model {self.folder} are not finite")
+
     @torch.no_grad()
-    def _sample(self, prompts: list[tuple[int, ...]], sampling: Sampling, finite: Finite) -> list[list[Answer]]:
+    def _sample(
+        self,
+        prompts: list[tuple[int, ...]],
+        sampling: Sampling,
+        finite: Finite,
+        streamer: BaseStreamer | None = None,
+        stopping: Sequence[StoppingCriteria] = (),
+    ) -> list[list[Answer]]:
         """Samples a left-padded batch. The random numbers depend on its first prompt: transformers has a single generator."""
         longest = max(map(len, prompts))
         pad = self.tokenizer.pad_token_id
@@ -160,7 +182,8 @@ class HuggingFaceRollout:
                 num_return_sequences=sampling.n,
                 max_new_tokens=min(sampling.max_new_tokens, self.config.data.max_len - longest),
                 **strategy,
-                stopping_criteria=[StopText(self.stop, longest)] if self.stop.text else [],
+                stopping_criteria=[*stopping, *([StopText(self.stop, longest)] if self.stop.text else [])],
+                streamer=streamer,
                 eos_token_id=sorted(self.stop.tokens),
                 pad_token_id=pad,
                 use_cache=True,

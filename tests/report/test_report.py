@@ -18,10 +18,13 @@ from openrlhf_sgpo.cli.main import report
 from openrlhf_sgpo.dro import solve_worst_case
 from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.report import REPORT, write_report
+from openrlhf_sgpo.report import live as report_live
+from openrlhf_sgpo.report import moments as report_moments
 from openrlhf_sgpo.report.follower import solve_again
 from openrlhf_sgpo.report.judged import judgements
+from openrlhf_sgpo.report.live import LivePage
 from openrlhf_sgpo.report.markup import MISSING, join, tag
-from openrlhf_sgpo.report.moments import read_moments
+from openrlhf_sgpo.report.moments import moments_so_far, read_moments
 from openrlhf_sgpo.report.robustness import robustness
 from openrlhf_sgpo.report.run_curves import MOST_POINTS, step_plots, thinned
 from openrlhf_sgpo.run_folder import read_json, read_jsonl, write_json, write_jsonl
@@ -536,3 +539,84 @@ def test_what_judges_said_is_read_from_the_benchmarks_own_files(task, place, row
     else:
         write_jsonl(tmp_path / place, rows)
     assert judgements(tmp_path, task) == notes
+
+
+def test_figures_are_what_plotly_describes(pages):
+    """Its Python objects know every property of plotly.js and refuse others."""
+    from plotly.graph_objects import Figure
+
+    for page in pages.values():
+        for title, figure in page.figures.items():
+            assert Figure(figure).to_plotly_json()["data"], title
+
+
+@pytest.fixture
+def live(folders, monkeypatch):
+    """The page of a run that goes on, and a clock that the test moves."""
+    clock = [1000.0]
+    monkeypatch.setattr(report_live.time, "monotonic", lambda: clock[0])
+    page = LivePage(folders["plays"], writes=True)
+
+    def wait(seconds):
+        clock[0] += seconds
+
+    def drawn():
+        path = folders["plays"] / REPORT
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    (folders["plays"] / REPORT).unlink(missing_ok=True)
+    return page, wait, drawn
+
+
+def test_the_page_of_a_run_says_what_it_is_doing(live):
+    page, wait, drawn = live
+    page.begin_stage("stage 2 of 5, round 1: play, about 3 min left", 1, 5)
+    assert "<strong>Stage 2 of 5, round 1: play, about 3 min left.</strong>" in drawn()
+    assert '<progress max="5" value="1"' in drawn() and "has not ended" not in drawn()
+    page.begin_stage("stage 3 of 5, round 1: evaluate", 2, 5)
+    assert "<strong>Stage 3 of 5, round 1: evaluate.</strong>" in drawn()  # drawing took no time on this clock
+    written = (page.folder / REPORT).stat().st_mtime_ns
+    page.step()
+    assert (page.folder / REPORT).stat().st_mtime_ns == written  # a minute has not passed
+    wait(61)
+    page.step()
+    assert (page.folder / REPORT).stat().st_mtime_ns > written
+    page.close()
+    assert "<progress" not in drawn() and "This run has not ended" in drawn()
+
+
+def test_drawing_takes_a_small_part_of_the_time(live, monkeypatch):
+    page, wait, drawn = live
+    write_slowly = report_live.write_report
+    monkeypatch.setattr(report_live, "write_report", lambda *what: (wait(2.0), write_slowly(*what))[1])
+    for place in range(4):
+        page.begin_stage(f"stage {place} of 9", place, 9)
+        wait(45)
+    assert "Stage 3 of 9" in drawn()  # 0, then 135 seconds later; 50 times two seconds have passed in between
+    page.begin_stage("stage 5 of 9", 5, 9)
+    page.step()
+    assert "Stage 3 of 9" in drawn()
+    page.end([])  # the last one is always drawn
+    assert "Stage" not in drawn()
+
+
+def test_a_page_that_cannot_be_drawn_stops_nothing(live, monkeypatch, capsys):
+    page, wait, drawn = live
+    monkeypatch.setattr(report_live, "write_report", lambda *_: 1 / 0)
+    for place in range(2):
+        page.begin_stage("stage", place, 2)
+        wait(1000)
+    assert page.end([]) is None and drawn() == ""
+    said, logged = capsys.readouterr()
+    assert said.count("report.html is not drawn; openrlhf-sgpo report") == 1 and logged.count("Traceback") == 3
+    other = LivePage(page.folder, writes=False)
+    other.begin_stage("stage", 0, 1)
+    assert other.end([]) is None and "Traceback" not in capsys.readouterr().err
+
+
+def test_moments_of_finished_rounds_are_read_once(folders, monkeypatch):
+    finished = {}
+    assert moments_so_far(folders["run"], finished) == read_moments(folders["run"])
+    assert list(finished) == [None, 0, 1, 2]
+    monkeypatch.setattr(report_moments, "check_round", lambda *_, **__: pytest.fail("a finished round is read again"))
+    assert moments_so_far(folders["run"], finished) == list(finished.values())

@@ -7,6 +7,7 @@ import pytest
 import report_folders
 
 from openrlhf_sgpo.report import write_report
+from openrlhf_sgpo.report.live import LivePage
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -130,3 +131,18 @@ def test_a_screenshot_shows_something(addresses, visit):
     counts = sorted((count for count, _ in shot.getcolors(shot.width * shot.height)), reverse=True)
     # Mostly page, but not only.
     assert len(counts) > 50 and 0.02 < 1 - counts[0] / (shot.width * shot.height) < 0.8
+
+
+def test_the_page_of_a_run_that_goes_on_loads_itself_again(tmp_path, visit):
+    folder = report_folders.make_play_run(tmp_path / "plays")
+    live = LivePage(folder, writes=True)
+    live.begin_stage("stage 2 of 5, round 1: play, about 3 min left", 1, 5)
+    page = visit((folder / "report.html").as_uri(), width=360)
+    page.evaluate(FITS, 360)
+    banner = page.locator(".running")
+    assert "Stage 2 of 5, round 1: play, about 3 min left." in banner.inner_text()
+    assert "seconds ago" in banner.inner_text() and "UTC" not in banner.inner_text()
+    live.end([])
+    # Half a minute later the page is another one, which nobody has asked for.
+    page.wait_for_selector(".running", state="detached", timeout=60_000)
+    assert page.locator("progress").count() == 0
