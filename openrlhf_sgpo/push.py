@@ -58,7 +58,7 @@ def load(argv: Sequence[str]) -> PushSettings:
     return settings
 
 
-def push(settings: PushSettings) -> str:
+def push_policy(settings: PushSettings) -> str:
     """Upload the weights, tokenizer and card; returns the address of the repository and who sees it.
 
     What is there already is not sent again, so an upload that was cut off goes on when the command is repeated. Raises

@@ -196,9 +196,9 @@ def push(argv: list[str]) -> int:
     """A policy to the Hugging Face hub, see ``openrlhf_sgpo.push``."""
     if problem := extras.missing("huggingface_hub"):
         raise ValueError(problem)
-    from openrlhf_sgpo.push import load, push
+    from openrlhf_sgpo.push import load, push_policy
 
-    print(push(load(_named("run", argv))))
+    print(push_policy(load(_named("run", argv))))
     return 0
 
 
