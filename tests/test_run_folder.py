@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -551,16 +552,29 @@ def trackio_of(folder):
 def wandb_of(folder):
     from PIL import Image
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    store, figures = DataStore(), {}
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record.FromString(data)
-        for item in record.history.item:
-            figures["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    figures, deadline = {}, time.monotonic() + 30
+    while not figures and time.monotonic() < deadline:  # another process writes the file
+        for record in map(wandb_internal_pb2.Record.FromString, leveldb_records(path.read_bytes())):
+            for item in record.history.item:
+                figures["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
     return figures, Image.open(next(path.parent.rglob("*.png")))
+
+
+def leveldb_records(log):
+    """Of LevelDB's log format, after W&B's header of 7 bytes: blocks of 32 KiB with chunks of checksum, length and kind."""
+    place, whole = 7, b""
+    while place < len(log):
+        if (left := 2**15 - place % 2**15) < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(log[place + 4 : place + 6], "little"), log[place + 6]
+        whole += log[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a full record, or the end of one
+            yield whole
+            whole = b""
 
 
 READ_BACK = {"tensorboard": tensorboard_of, "trackio": trackio_of, "wandb": wandb_of}
