@@ -77,6 +77,16 @@ def test_settings_of_evaluating_commands_are_right(command, tmp_path, monkeypatc
         assert judge_check.load(argv).out
 
 
+def test_settings_of_estimates_are_right(monkeypatch):
+    from openrlhf_sgpo.estimate import settings
+
+    lines = [line for block in blocks("bash") for line in block.splitlines() if "openrlhf-sgpo estimate" in line]
+    monkeypatch.chdir(ROOT)
+    for line in lines:
+        assert settings.load(shlex.split(line)[2:]).settings.gpu in settings.KNOWN
+    assert len(lines) >= 2
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_resolve(recipe, tmp_path):
     from openrlhf_sgpo.run_settings import load
