@@ -54,7 +54,6 @@ def execute(config: Config, algorithm: AlgorithmType, options: Any) -> list[dict
         source.finish()
         return rows
     finally:
-        source.close()
         run.close()
 
 

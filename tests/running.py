@@ -145,8 +145,7 @@ def killed_at_every_write(folder: Path, argv: Callable[[Path], list[str]]) -> No
         assert len(where) < 2 * len(writes), f"no end: {where[-10:]}"
         more = ["--resume"] if (place / "resolved_config.yaml").exists() else []
     check_resumed(process, place, expected, "the end")
-    # Of the weights on their way to engines each process counts the versions anew.
-    survived = Counter(line.rsplit(" ", 1)[0] for line in set(writes) if "engine_weights" not in line)
+    survived = Counter(line.rsplit(" ", 1)[0] for line in set(writes))
     survived -= Counter(line.rsplit(" ", 1)[0] for line in where)
     assert not survived
 
@@ -166,9 +165,7 @@ NOT_COMPARED = (
     ),
 )
 # Is appended to, changed or deleted while a command is going on.
-UNFINISHED = re.compile(
-    r"\.partial|checkpoints/|manifest|metrics|log_probs|judgements|rewards|engine_weights|plays\.jsonl"
-)
+UNFINISHED = re.compile(r"\.partial|checkpoints/|manifest|metrics|log_probs|judgements|rewards|plays\.jsonl")
 
 
 def contents(folder: Path) -> dict[str, object]:

@@ -35,10 +35,10 @@ def spread(actor):
     return actor
 
 
-def state_of(actor, strategy) -> dict[str, torch.Tensor]:
+def state_of(actor) -> dict[str, torch.Tensor]:
     from openrlhf_sgpo.openrlhf.actor import _whole_state
 
-    state = _whole_state(actor, strategy._unwrap_model(actor))
+    state = _whole_state(actor, actor.model.module)
     return {name.removeprefix("base_model.model."): weight.clone() for name, weight in state.items()}
 
 
@@ -100,20 +100,20 @@ class Run(NamedTuple):
 )
 def spread_run(request, tiny_model, tiny_data, tmp_path_factory):
     """Two rounds of two steps with adapters that are far apart from the beginning."""
-    from openrlhf_sgpo.openrlhf import load_actor, save_weights
+    from openrlhf_sgpo.openrlhf import PolicyWeights, load_actor
     from openrlhf_sgpo.sources import fresh_answers
     from openrlhf_sgpo.training import policies
 
     path = tmp_path_factory.mktemp("adapters")
     synced: list[str] = []
 
-    def save_and_merge(actor, folder, strategy, adapter):
-        save_weights(actor, folder, strategy, adapter)
-        synced.append(merged(tiny_model, state_of(actor, strategy), adapter, path / f"synced_{len(synced)}"))
+    def weights_and_merge(actor, adapter):
+        synced.append(merged(tiny_model, state_of(actor), adapter, path / f"synced_{len(synced)}"))
+        return PolicyWeights(actor, adapter)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policies, "load_actor", lambda *args, **more: spread(load_actor(*args, **more)))
-        patch.setattr(fresh_answers, "save_weights", save_and_merge)
+        patch.setattr(fresh_answers, "PolicyWeights", weights_and_merge)
         calls = record(patch, "")
         more = ["--rounds.steps", "2", "--slhf.followers", "2", "--adam.lr", "1e-2", *request.param]
         play(*flags(tiny_model, tiny_data, path / "run", "slhf", *TWO, *more))
@@ -155,7 +155,6 @@ def test_a_round_leaves_both_as_whole_folders(spread_run, tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert {path.name for path in (spread_run.folder / "round_2").iterdir() if path.is_dir()} == {"policy", "follower"}
-    assert not (spread_run.folder / "engine_weights").exists()
     for name in ("policy", "follower"):
         folder = spread_run.folder / "round_2" / name
         merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()

@@ -10,7 +10,7 @@ make_optional()
 from openrlhf.models import Actor, DPOLoss  # noqa: E402 - flash_attention must be made optional first
 from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
 
-from openrlhf_sgpo.openrlhf.actor import fits_whole, load_actor, save_policy, save_weights  # noqa: E402
+from openrlhf_sgpo.openrlhf.actor import fits_whole, load_actor, save_policy  # noqa: E402
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, resting, use_adapter  # noqa: E402
 from openrlhf_sgpo.openrlhf.extragradient import Extragradient  # noqa: E402
 from openrlhf_sgpo.openrlhf.reward import load_reward_model, no_value_head, value_head  # noqa: E402
@@ -20,6 +20,7 @@ from openrlhf_sgpo.openrlhf.strategy import (  # noqa: E402
     destroy,
     openrlhf_arguments,
 )
+from openrlhf_sgpo.openrlhf.weights import PolicyWeights, aside  # noqa: E402
 
 __all__ = [
     "DEFAULT_ADAPTER",
@@ -29,7 +30,9 @@ __all__ = [
     "DeepspeedStrategy",
     "DistributedSampler",
     "Extragradient",
+    "PolicyWeights",
     "RewardDataset",
+    "aside",
     "build_strategy",
     "destroy",
     "fits_whole",
@@ -39,7 +42,6 @@ __all__ = [
     "openrlhf_arguments",
     "resting",
     "save_policy",
-    "save_weights",
     "use_adapter",
     "value_head",
 ]

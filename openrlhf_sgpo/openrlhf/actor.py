@@ -25,6 +25,7 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
+from openrlhf_sgpo.openrlhf.weights import merged
 from openrlhf_sgpo.output import say
 from openrlhf_sgpo.packed import attention
 from openrlhf_sgpo.packed.head import Head
@@ -116,35 +117,18 @@ def _merged_state(state: dict[str, torch.Tensor], model: PeftModel, adapter: str
     """The base model's state with each adapted W replaced by W + (alpha / rank) B A of one adapter."""
     scaling = model.peft_config[adapter].lora_alpha / model.peft_config[adapter].r
     prefix = "base_model.model."
-    merged = {}
+    whole = {}
     for name, weight in state.items():
         name = name.removeprefix(prefix)
         if ".lora_" in name:
             continue
         stem = name.removesuffix(".base_layer.weight")
         if stem != name:
-            down, up = (state[f"{prefix}{stem}.lora_{side}.{adapter}.weight"].float() for side in "AB")
-            weight = (weight.float() + scaling * up @ down).to(weight.dtype)
+            down, up = (state[f"{prefix}{stem}.lora_{side}.{adapter}.weight"] for side in "AB")
+            weight = merged(weight, down, up, scaling)
             name = f"{stem}.weight"
-        merged[name.replace(".base_layer.", ".")] = weight
-    return merged
-
-
-def save_weights(actor: Actor, folder: str, strategy: DeepspeedStrategy, adapter: str = DEFAULT_ADAPTER) -> None:
-    """Write only the policy's weights, for an engine, to ``folder``/model.safetensors; a LoRA adapter is merged.
-
-    Collective: every rank must call it; rank 0 writes.
-    """
-    model = strategy._unwrap_model(actor)
-    state = _whole_state(actor, model)
-    if strategy.is_rank_0():
-        if isinstance(model, PeftModel):
-            state = _merged_state(state, model, adapter)
-        # Tied weights are one tensor under two names; the file has the first.
-        names = {(weight.data_ptr(), weight.shape): name for name, weight in reversed(state.items())}
-        os.makedirs(folder, exist_ok=True)
-        save_file({name: state[name].contiguous() for name in names.values()}, f"{folder}/model.safetensors")
-    torch.distributed.barrier()
+        whole[name.replace(".base_layer.", ".")] = weight
+    return whole
 
 
 def _whole_state(actor: Actor, model: torch.nn.Module) -> dict[str, torch.Tensor]:

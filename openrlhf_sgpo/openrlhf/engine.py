@@ -1,53 +1,93 @@
-"""OpenRLHF's vLLM rollout actor with three more calls: sample, load a policy, and compute log-probabilities.
+"""OpenRLHF's vLLM rollout actor with further calls: sample, take over weights, say which it holds, and log-probabilities.
 
-An engine loads its weights from the policy folder that training has just written. Each worker reads it once, whatever the
-tensor parallelism, whether or not trainer and engine share a GPU, with or without NCCL.
+Weights come from a policy folder, or out of the trainer's memory: on GPUs by vLLM's own transfers (CUDA IPC, NCCL), elsewhere
+through Ray's object store, which is shared memory.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import warnings
+from collections.abc import Iterator
 from glob import glob
+from math import prod
 from typing import Any
 
+import numpy
 import ray
 import torch
 from openrlhf.trainer.ray.utils import ray_noset_visible_devices
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 
+from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, as_integers, checksum, held_slices
+
+Sums = dict[str, tuple[int, int]]
+
 
 class PolicyLoader(WorkerWrap):
-    """Mixed into vLLM's worker: OpenRLHF's weight updates, and loading a policy folder."""
+    """Mixed into vLLM's worker. Weights are loaded as OpenRLHF loads them, by the model's ``load_weights``: vLLM's reloading
+    layer by layer leaves tied embeddings as they were."""
 
-    def load_policy(self, folder: str) -> int:
-        """Replace the weights by those of a Hugging Face folder; returns how many tensors were then compared bit by bit.
+    def load_folder(self, folder: str) -> tuple[list[Shape], Sums, list[Slice]]:
+        """Take over the weights of a Hugging Face folder. Returns what the folder holds, its checksums, and ``held``.
 
-        Compared are those that the engine holds under the file's name and shape: with one GPU per engine all that are not
-        fused. Raises FileNotFoundError if the folder has no weights, RuntimeError if a parameter of the engine is missing
-        from them or differs afterwards.
+        Raises FileNotFoundError if the folder has no weights.
         """
         from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
 
         files = sorted(glob(os.path.join(folder, "*.safetensors")))
         if not files:
             raise FileNotFoundError(f"{folder} has no *.safetensors files")
-        model = self.model_runner.model
-        loaded = model.load_weights(safetensors_weights_iterator(files, use_tqdm_on_load=False))
-        parameters = dict(model.named_parameters())
-        wrong = sorted(parameters.keys() - set(loaded)) if loaded else []
-        compared = 0
-        for name, weight in safetensors_weights_iterator(files, use_tqdm_on_load=False):
-            parameter = parameters.get(name)
-            # vLLM pads the vocabulary, so an embedding may have more rows than in the file.
-            if parameter is not None and parameter.shape[1:] == weight.shape[1:] and len(parameter) >= len(weight):
-                compared += 1
-                if not torch.equal(parameter[: len(weight)], weight.to(parameter)):
-                    wrong.append(name)
-        if wrong:
-            raise RuntimeError(f"after loading {folder} the engine still holds other weights: {wrong[:5]}")
-        return compared
+        shapes, sums = [], {}
+
+        def read() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, weight in safetensors_weights_iterator(files, use_tqdm_on_load=False):
+                # As the engine holds it, whose precision may be lower than the file's.
+                weight = weight.to(self.model_runner.model_config.dtype)
+                shapes.append(Shape(name, weight.dtype, tuple(weight.shape)))
+                sums[name] = checksum(weight)
+                yield name, weight
+
+        self.model_runner.model.load_weights(read())
+        return shapes, as_integers(sums), self.held(shapes)
+
+    def held(self, shapes: list[Shape]) -> list[Slice]:
+        """What this worker holds of tensors that were sent, see ``held_slices``."""
+        return held_slices(self.model_runner.model, shapes)
+
+    def take_packed(self, shapes: list[Shape], packed: numpy.ndarray) -> None:
+        """Take over tensors that lie one after the other in bytes in shared memory, which are read where they are."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable")
+            data = torch.from_numpy(packed)
+        sizes = [prod(shape) * dtype.itemsize for _, dtype, shape in shapes]
+        parts = zip(shapes, data.split(sizes), strict=True)
+        self.model_runner.model.load_weights(
+            (name, part.view(dtype).view(shape)) for (name, dtype, shape), part in parts
+        )
+
+    def gpu(self) -> str:
+        """The identity of the worker's GPU, whatever its number is called in this process."""
+        return str(torch.cuda.get_device_properties(self.device).uuid)
+
+    def open_transfer(self, backend: str, settings: dict[str, Any]) -> None:
+        """Make vLLM's receiver of weights; see ``vllm.distributed.weight_transfer``."""
+        from vllm.config import WeightTransferConfig
+        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+        self.transfer = WeightTransferEngineFactory.create_engine(
+            WeightTransferConfig(backend=backend), self.vllm_config, self.device, self.model_runner.model
+        )
+        self.transfer.init_transfer_engine(self.transfer.parse_init_info(settings))
+
+    def take_transferred(self, update: dict[str, Any]) -> None:
+        self.transfer.update_weights(update)
+
+    def let_go(self) -> None:
+        """Forget memory of the trainer that was shared."""
+        self.transfer.shutdown()
 
 
 class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
@@ -59,11 +99,9 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
             # OpenRLHF makes only the first one visible.
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ray.get_gpu_ids()))
 
-    async def load_policy(self, folder: str) -> int:
-        compared = await self.llm.collective_rpc("load_policy", args=(folder,))
-        # The cached keys and values are those of the old weights.
-        await self.llm.reset_prefix_cache()
-        return min(compared)
+    async def ask_workers(self, method: str, *arguments: Any) -> list[Any]:
+        """The results of a method of ``PolicyLoader``, by worker."""
+        return await self.llm.collective_rpc(method, args=arguments)
 
     async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[list[int]]:
         """Tokens of n samples for one prompt in a single request, so the prompt is computed once."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from openrlhf_sgpo.config import Inference, RolloutSettings
 from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
+
+if TYPE_CHECKING:
+    from openrlhf_sgpo.openrlhf import PolicyWeights
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,12 @@ class Stop:
 class Rollout(Protocol):
     """A rollout engine. Every method is collective: all ranks call it with the same arguments and get the same result."""
 
-    def load(self, folder: str) -> None:
-        """Load the weights of a policy folder, or of a folder with only the weights of a model like the current one."""
+    def load(self, weights: str | PolicyWeights) -> None:
+        """Take over the weights of a policy folder, or those of a model in the trainer's memory as they are now. The same
+        folder or object again changes nothing."""
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Within the block an engine that gives its memory to the trainer between uses keeps it."""
 
     def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
         """``sampling.n`` samples per prompt, in the order of the prompts. With the same seed a prompt gets the same random

@@ -4,11 +4,10 @@ samples its share of the prompts."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from glob import glob
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -19,6 +18,7 @@ from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
+from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress
 from openrlhf_sgpo.rollout.base import Sampling, Stop, prompt_seed
 from openrlhf_sgpo.shared_files import local
@@ -87,27 +87,26 @@ class HuggingFaceRollout:
         self.tokenizer = chat.tokenizer
         self.stop = Stop(chat)
         self.share = share
-        self.folder = ""
+        self.weights: str | PolicyWeights = ""
         self.model: Any = None
         self.load(folder)
         self.reference = self._load(config.ref.model_name_or_path) if share else None
 
-    def load(self, folder: str) -> None:
-        if folder == self.folder:
+    def load(self, weights: str | PolicyWeights) -> None:
+        if weights == self.weights:
             return
-        files = sorted(glob(f"{local(folder)}/*.safetensors"))
-        if self.model is None or not files:
+        if isinstance(weights, str):
             self.model = None  # frees the old copy before the new one is loaded
-            self.model = self._load(folder)
+            self.model = self._load(weights)
         else:
-            state = {name: weight for file in files for name, weight in load_file(file).items()}
-            # Tied weights have a single name in the file and among the parameters.
-            if absent := sorted({name for name, _ in self.model.named_parameters()} - state.keys()):
-                raise ValueError(
-                    f"{folder} has no weights for {', '.join(absent[:5])}: it is a different kind of model"
-                )
-            self.model.load_state_dict(state, strict=False)
-        self.folder = folder
+            parameters = dict(self.model.named_parameters())
+            with torch.no_grad():
+                for name, weight in weights:
+                    parameters[name].copy_(weight)
+        self.weights = weights
+
+    def awake(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _load(self, folder: str) -> Any:
         folder = local(folder)
@@ -151,7 +150,8 @@ class HuggingFaceRollout:
         return answer
 
     def _not_finite(self) -> NotFiniteError:
-        return NotFiniteError(f"the next-token probabilities of the model {self.folder} are not finite")
+        name = f"the model {self.weights}" if isinstance(self.weights, str) else "the policy"
+        return NotFiniteError(f"the next-token probabilities of {name} are not finite")
 
     @torch.no_grad()
     def _sample(

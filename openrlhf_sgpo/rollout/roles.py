@@ -12,6 +12,7 @@ from openrlhf_sgpo.config import Config, RolloutSettings
 from openrlhf_sgpo.data.records import Answer, Messages, Prompt
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.ledger import Stopwatch
+from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.rollout.base import Rollout, prompt_seed, sampling_of
 
 Tokens = tuple[int, ...]
@@ -67,8 +68,8 @@ def prompt_room(algorithm: type[Algorithm[Any]], options: Any, config: Config, c
 
 
 class Roles:
-    """Samples the answers of plays. engine: for all roles but those of ``others``. folders: with the weights of each role,
-    loaded before it answers. longest: of an answer's context, in tokens. clock: times the loading as ``sync``."""
+    """Samples the answers of plays. engine: for all roles but those of ``others``. weights: of each role, taken over before it
+    answers. longest: of an answer's context, in tokens. clock: times that as ``sync``."""
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class Roles:
         chat: ChatFormat,
         engine: Rollout,
         others: Mapping[Role, Rollout],
-        folders: Mapping[Role, str],
+        weights: Mapping[Role, str | PolicyWeights],
         longest: int,
         settings: RolloutSettings,
         clock: Stopwatch,
@@ -86,7 +87,7 @@ class Roles:
         self.chat = chat
         self.engine = engine
         self.others = others
-        self.folders = folders
+        self.weights = weights
         self.settings = settings
         self.longest = longest
         self.clock = clock
@@ -96,17 +97,20 @@ class Roles:
     ) -> list[list[tuple[Tokens, Answer]]]:
         """Answers to each prompt with their contexts, in the order of the roles. tokens: of the prompts. Collective."""
         answers: list[list[tuple[Tokens, Answer]]] = [[] for _ in prompts]
-        for number, (role, count) in enumerate(self.runs):
-            contexts = list(tokens)
-            if role == "follower":
-                contexts = [
-                    follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)[0]
-                    for prompt, play in zip(prompts, answers, strict=True)
-                ]
-            rollout = self.others.get(role, self.engine)
-            with self.clock("sync"):
-                rollout.load(self.folders[role])  # does nothing if these weights are loaded
-            sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count)
-            for play, context, samples in zip(answers, contexts, rollout.generate(contexts, sampling, ""), strict=True):
-                play += [(context, sample) for sample in samples]
+        with self.engine.awake():
+            for number, (role, count) in enumerate(self.runs):
+                contexts = list(tokens)
+                if role == "follower":
+                    contexts = [
+                        follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)[0]
+                        for prompt, play in zip(prompts, answers, strict=True)
+                    ]
+                rollout = self.others.get(role, self.engine)
+                with self.clock("sync"):
+                    rollout.load(self.weights[role])  # does nothing if it has these weights
+                sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count)
+                for play, context, samples in zip(
+                    answers, contexts, rollout.generate(contexts, sampling, ""), strict=True
+                ):
+                    play += [(context, sample) for sample in samples]
         return answers

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,9 +13,24 @@ from openrlhf_sgpo import ranks, ray_session
 from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
+from openrlhf_sgpo.openrlhf.checksums import compared_share
+from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress, say
 from openrlhf_sgpo.rollout.base import Sampling, Stop, engine_count, prompt_seed
+from openrlhf_sgpo.rollout.transfer import Passing, Transfer, open_transfer
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT, threads_of
+
+Value = TypeVar("Value")
+COMPARED = 0.95  # share of the weights whose proof is expected
+
+
+class EngineDied(RuntimeError):
+    """Engines died with a call. numbers: which ones. reason: of the first."""
+
+    def __init__(self, numbers: list[int], reason: str):
+        super().__init__(numbers, reason)
+        self.numbers = numbers
+        self.reason = reason
 
 
 class VllmRollout:
@@ -23,16 +38,27 @@ class VllmRollout:
 
     On a CPU they start in the background, and the first call waits for them. On a GPU they are up, and asleep if they can be,
     when this object exists: an engine measures how much memory is free while it starts.
+
+    Where they share GPUs with the trainer they sleep outside ``awake``. New weights are taken over in this order: the engines'
+    memory for weights wakes, weights arrive, engines prove which they hold, forget cached keys and values, and the memory for
+    those wakes last. compared: share of the weights that was proved. sent: bytes that left the trainer's memory.
     """
 
     def __init__(self, config: Inference, chat: ChatFormat, folder: str):
         self.config = config
         self.stop = Stop(chat)
         self.stop.add_ends_of(folder, config.model.trust_remote_code)
-        self.folder = folder
+        self.weights: str | PolicyWeights = folder
         self.engines: list[Any] = []
-        self.compared = 0  # tensors compared bit by bit with the files of the last policy
+        self.compared = 0.0
+        self.sent = 0
+        self._said = False
+        self._transfer: Transfer | None = None
+        self._uses = 0  # blocks in which the engines stay awake
+        self._holds = True  # the engines have ``weights`` in memory, or will when they wake
         self.sleeps = config.vllm.enable_sleep and torch.cuda.is_available()
+        self._awake: list[str] = [] if self.sleeps else ["weights", "kv_cache"]  # parts of the engines' memory
+        self.started_with = folder
         ranks.barrier()  # every rank has freed the memory of its GPU, on which an engine may start
         ranks.on_rank_0(self._start)
 
@@ -53,7 +79,7 @@ class VllmRollout:
         several = "ray" if placement else "mp"  # only Ray's workers can be on several machines
         self.arguments: dict[str, Any] = {
             # A folder, because engines get no access token for the hub.
-            "model": local_folder(self.folder),
+            "model": local_folder(self.started_with),
             "worker_extension_cls": "openrlhf_sgpo.openrlhf.engine.PolicyLoader",
             "dtype": DTYPES[self.config.ds.param_dtype],
             "max_model_len": self.config.data.max_len,
@@ -71,7 +97,6 @@ class VllmRollout:
             }
         else:
             self.arguments |= CPU_ENGINE_ARGUMENTS
-        self.started_with = self.folder
         self.engines = [self._engine(number) for number in range(count)]
         self.starting = list(range(count))
         if on_gpu:
@@ -104,73 +129,143 @@ class VllmRollout:
         self._wait_for(self.starting)
         self.starting = []
 
-    def _restart(self, number: int) -> None:
-        """Replace an engine that died by a new one with the current policy."""
-        import ray
+    def _restart(self, numbers: Iterable[int]) -> None:
+        """Replace engines that died by new ones with the current weights. Collective."""
 
-        ray.kill(self.engines[number])
-        self.engines[number] = self._engine(number)
-        self._wait_for([number])
-        if self.folder != self.started_with:
-            ray.get(self.engines[number].load_policy.remote(self.folder))
+        def replace() -> None:
+            import ray
+
+            for number in numbers:
+                say(f"vLLM engine {number} died; restarting it")
+                ray.kill(self.engines[number])
+                self.engines[number] = self._engine(number)
+            self._wait_for(numbers)
+            if self.sleeps:  # as the others are
+                calls = [("sleep", 2), *(("wake_up", [tag]) for tag in self._awake)]
+                for method, argument in calls:
+                    ray.get([getattr(self.engines[number], method).remote(argument) for number in numbers])
+
+        ranks.on_rank_0(replace)
+        self._transfer = None  # the groups of NCCL have lost a member
+        if self.weights != self.started_with or self.sleeps:
+            self._fill()
+
+    def _surviving(self, work: Callable[[], Value]) -> Value:
+        """The result of collective work. If engines die in it they are restarted, and the work is done once more; each prompt
+        has its own seed, so its samples are the same. Raises RuntimeError if an engine dies again."""
+        try:
+            return work()
+        except EngineDied as death:
+            self._restart(death.numbers)
+        try:
+            return work()
+        except EngineDied as death:
+            number, *_ = death.numbers
+            raise RuntimeError(
+                f"vLLM engine {number} died twice on the same prompts ({death.reason}); if the system ran out of memory, "
+                "lower --data.max_len, --vllm.num_engines or --vllm.gpu_memory_utilization"
+            ) from death
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         return self._ask([(number, method, arguments) for number in range(len(self.engines))])
 
-    def _ask(self, calls: list[tuple[int, str, tuple[Any, ...]]], label: str = "") -> list[Any]:
-        """The results of calls (engine number, method, arguments). An engine that dies is restarted, and its unanswered calls
-        are repeated once; each prompt has its own seed, so its samples are the same.
+    def _ask_workers(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+        """See ``transfer.AskWorkers``. What is large is given as a reference into Ray's object store."""
+        return self._ask([(number, "ask_workers", (method, *given)) for number, given in enumerate(arguments)])
 
-        Raises RuntimeError if a call fails, or if an engine dies again during the same calls.
+    def _ask(
+        self, calls: list[tuple[int, str, tuple[Any, ...]]], label: str = "", results: dict[int, Any] | None = None
+    ) -> list[Any]:
+        """The results of calls (engine number, method, arguments). results: of calls that need no answer any more, by their
+        place; those that are answered are added.
+
+        Raises EngineDied after all others are answered, RuntimeError if a call fails.
         """
         import ray
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._wait_for_start()
-        results: dict[int, Any] = {}
-        died: dict[int, Exception] = {}
-        for _ in range(2):
-            for number in died:
-                say(f"vLLM engine {number} died; restarting it")
-                self._restart(number)
-            died = {}
-            open_calls = [
-                (index, number, getattr(self.engines[number], method).remote(*arguments))
-                for index, (number, method, arguments) in enumerate(calls)
-                if index not in results
-            ]
-            for index, number, request in Progress(open_calls, desc=label, unit="prompt", disable=not label):
-                try:
-                    results[index] = ray.get(request)
-                except (ray.exceptions.RayActorError, EngineDeadError) as error:
-                    died[number] = error
-                except ray.exceptions.RayError as error:
-                    raise RuntimeError(f"vLLM engine {number} failed: {_last_line(error)}") from error
-            if not died:
-                return [results[index] for index in range(len(calls))]
-        number, death = next(iter(died.items()))
-        raise RuntimeError(
-            f"vLLM engine {number} died twice on the same prompts ({_last_line(death)}); if the system ran out of memory, "
-            "lower --data.max_len, --vllm.num_engines or --vllm.gpu_memory_utilization"
-        ) from death
+        results = {} if results is None else results
+        died: dict[int, str] = {}
+        open_calls = [
+            (index, number, getattr(self.engines[number], method).remote(*arguments))
+            for index, (number, method, arguments) in enumerate(calls)
+            if index not in results
+        ]
+        for index, number, request in Progress(open_calls, desc=label, unit="prompt", disable=not label):
+            try:
+                results[index] = ray.get(request)
+            except (ray.exceptions.RayActorError, EngineDeadError) as error:
+                died[number] = _last_line(error)
+            except ray.exceptions.RayError as error:
+                raise RuntimeError(f"vLLM engine {number} failed: {_last_line(error)}") from error
+        if died:
+            raise EngineDied(sorted(died), next(iter(died.values())))
+        return [results[index] for index in range(len(calls))]
 
     @contextmanager
-    def _awake(self) -> Iterator[None]:
-        if self.sleeps:
-            self._all("wake_up")
-        yield
-        if self.sleeps:
-            self._all("sleep")
+    def awake(self) -> Iterator[None]:
+        self._uses += 1
+        try:
+            yield
+        finally:
+            self._uses -= 1
+        if self.sleeps and not self._uses:
+            # Weights of the trainer's memory are other ones when the engines wake, so nobody keeps them.
+            level = 1 if isinstance(self.weights, str) else 2
+            ranks.on_rank_0(lambda: self._all("sleep", level))
+            self._awake, self._holds = [], level == 1
 
-    def load(self, folder: str) -> None:
-        if folder == self.folder:
+    def _wake(self, tag: str) -> None:
+        if self.sleeps and tag not in self._awake:
+            ranks.on_rank_0(lambda: self._all("wake_up", [tag]))
+            self._awake.append(tag)
+
+    def load(self, weights: str | PolicyWeights) -> None:
+        if weights == self.weights:
             return
-        self.folder = folder
-        ranks.on_rank_0(self._load)
+        self.weights = weights
+        with self.awake():
+            self._surviving(self._fill)
 
-    def _load(self) -> None:
-        with self._awake():
-            self.compared = min(self._all("load_policy", self.folder))
+    def _fill(self) -> None:
+        """Put ``weights`` into the engines' memory, and have them prove that they hold them."""
+        self._wake("weights")
+        source = self.weights
+        if isinstance(source, str):
+            self.compared = ranks.on_rank_0(lambda: self._fill_from(source))
+        else:
+            if self._transfer is None:
+                engines, workers = ranks.from_rank_0(len(self.engines)), self.config.vllm.tensor_parallel_size
+                self._transfer = open_transfer(self._ask_workers, engines, workers)
+            passing = Passing(source)
+            self._transfer.send(passing)
+            self.compared = ranks.on_rank_0(lambda: self._compare(passing))
+            self.sent = passing.sent
+        self._holds = True
+        if self.compared < COMPARED and not self._said:
+            self._said = True
+            ranks.on_rank_0(
+                lambda: say(f"engines can prove only {self.compared:.0%} of this model's weights after they were sent")
+            )
+        # The cached keys and values are those of the old weights.
+        ranks.on_rank_0(lambda: self._all("reset_prefix_cache"))
+
+    def _fill_from(self, folder: str) -> float:
+        shares = []
+        for workers in self._ask_workers("load_folder", [(folder,)] * len(self.engines)):
+            (shapes, sums, _), *_ = workers
+            shares.append(compared_share(shapes, sums, [held for _, _, held in workers]))
+        return min(shares)
+
+    def _compare(self, passing: Passing) -> float:
+        held = self._ask_workers("held", [(passing.shapes,)] * len(self.engines))
+        return min(compared_share(passing.shapes, passing.sums, workers) for workers in held)
+
+    def _ready(self) -> None:
+        if not self._holds:
+            self._fill()
+        self._wake("kv_cache")
 
     def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
         parameters = {
@@ -184,28 +279,33 @@ class VllmRollout:
             "detokenize": bool(self.stop.text),
             "skip_special_tokens": False,
         }
+        calls = [
+            (
+                number % len(self.engines),
+                "sample",
+                (list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}),
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        results: dict[int, Any] = {}
 
         def work() -> list[list[Answer]]:
-            calls = [
-                (
-                    number % len(self.engines),
-                    "sample",
-                    (list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}),
-                )
-                for number, prompt in enumerate(prompts)
-            ]
-            with self._awake():
-                return [[self.stop.sample(ids) for ids in answer] for answer in self._ask(calls, label)]
+            self._ready()
+            answers = ranks.on_rank_0(lambda: self._ask(calls, label, results))
+            return [[self.stop.sample(ids) for ids in answer] for answer in answers]
 
-        return ranks.on_rank_0(work)
+        with self.awake():
+            return self._surviving(work)
 
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         """Those of the first engine; raises RuntimeError if another one differs by more than 0.1 nats per token."""
-        return ranks.on_rank_0(lambda: self._log_probs(sequences))
 
-    def _log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
-        with self._awake():
-            by_engine: list[list[list[float]]] = self._all("log_probs", list(map(list, sequences)))
+        def work() -> list[list[list[float]]]:
+            self._ready()
+            return ranks.on_rank_0(lambda: self._all("log_probs", list(map(list, sequences))))
+
+        with self.awake():
+            by_engine = self._surviving(work)
         for number, engine_log_probs in enumerate(by_engine[1:], start=1):
             gaps = [abs(sum(a) - sum(b)) / len(a) for a, b in zip(by_engine[0], engine_log_probs, strict=True)]
             if max(gaps) > 0.1:

@@ -82,6 +82,3 @@ class Source:
 
     def finish(self) -> None:
         """All rounds are done, and their results are written."""
-
-    def close(self) -> None:
-        """The run ends, done or not."""

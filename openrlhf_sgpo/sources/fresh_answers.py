@@ -27,7 +27,7 @@ from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.finite import NotFiniteError, in_training
 from openrlhf_sgpo.ledger import Stopwatch
-from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, save_weights
+from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, PolicyWeights, aside
 from openrlhf_sgpo.oracle import Question, RewardOracle
 from openrlhf_sgpo.oracle.base import win_probabilities
 from openrlhf_sgpo.rollout.base import prompt_seed
@@ -56,8 +56,6 @@ class FreshAnswers(Source):
         taken = run.data.held_out_prompts
         self.prompts = [prompt for prompt in run.data.prompts.prompts if prompt_key(prompt.messages) not in taken]
         check_sizes(self.config, algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
-        self.weights = self.folder.path / "engine_weights"
-        self._synced = 0
         self._others: dict[Role, HuggingFaceRollout] = {}
 
     def _check_scores(self) -> None:
@@ -110,6 +108,7 @@ class FreshAnswers(Source):
         moved = (number - 1) // every * every if every else 0
         self.reference = str(self.folder.policy(moved)) if moved else config.ref.model_name_or_path
         folders = {"reference": self.reference, "previous": before}
+        self.engine = run.engine(before)  # engines claim their share of a GPU's memory before the trainer has any
         return TrainingStage(
             number,
             algorithm,
@@ -142,12 +141,10 @@ class FreshAnswers(Source):
         self.trainer = trainer
         self.number = stage.number
         self._rewind(step)
-        policy = self.run.policy_before(self.number)
-        engine = self.run.engine(policy)
         longest = self.config.data.max_len - self.config.rollout.max_new_tokens
-        others = self._other_rollouts(policy)
+        others = self._other_rollouts(self.run.policy_before(self.number))
         self.roles = Roles(
-            self.play, self.run.chat, engine, others, self._folders(), longest, self.config.rollout, stage.clock
+            self.play, self.run.chat, self.engine, others, self._folders(), longest, self.config.rollout, stage.clock
         )
         self.follows_policy = self.play.steps_per_sync > 0
         if step > stage.first and self.follows_policy:
@@ -159,7 +156,7 @@ class FreshAnswers(Source):
         prompts = self._prompts_of(step)
         tokens = [self.run.data.prompts.tokens_of(prompt) for prompt in prompts]
         try:
-            with self.trainer.stage.clock("generate"):
+            with self.trainer.stage.clock("generate"), aside(self.trainer.actor):
                 answers = self.roles.answer(prompts, tokens, prompt_seed(config.train.seed, (step,)))
         except NotFiniteError as error:
             place = f"{self.trainer.stage.label}, step {step}"
@@ -209,17 +206,11 @@ class FreshAnswers(Source):
         return metrics
 
     def sync(self) -> None:
-        """The roles answer with the weights that were just trained. Their folders exist until the next sync."""
-        with self.trainer.stage.clock("sync"):
-            self._synced += 1
-            folder = self.weights / str(self._synced)
-            if self.run.writes:
-                shutil.rmtree(self.weights, ignore_errors=True)
-            trained = [role for role in self.play.roles if role != "reference"]
-            adapters = {role: self.play.adapters.get(role, DEFAULT_ADAPTER) for role in trained}
-            for adapter in dict.fromkeys(adapters.values()):
-                save_weights(self.trainer.actor, str(folder / adapter), self.run.strategy, adapter)
-            self.roles.folders = self._folders() | {role: str(folder / adapter) for role, adapter in adapters.items()}
+        """The roles answer with the weights that were just trained, out of the trainer's memory."""
+        trained = [role for role in self.play.roles if role != "reference"]
+        adapters = {role: self.play.adapters.get(role, DEFAULT_ADAPTER) for role in trained}
+        latest = {name: PolicyWeights(self.trainer.actor, name) for name in adapters.values()}
+        self.roles.weights = {**self.roles.weights, **{role: latest[name] for role, name in adapters.items()}}
 
     def files(self, number: int) -> list[str]:
         return ["plays.jsonl", *(self.play.adapters or ("policy",))]
@@ -227,10 +218,6 @@ class FreshAnswers(Source):
     def finish(self) -> None:
         if self.run.writes:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
-
-    def close(self) -> None:
-        if self.run.writes:
-            shutil.rmtree(self.weights, ignore_errors=True)
 
     def _row(self, step: int, play: Play, log_probs: list[float]) -> dict[str, Any]:
         """A line of plays.jsonl. log_probs: of the answers under the policy, then under the first frozen model."""
@@ -274,9 +261,9 @@ class FreshAnswers(Source):
                     "in another --ckpt.output_dir"
                 )
 
-    def _folders(self) -> dict[Role, str]:
+    def _folders(self) -> dict[Role, str | PolicyWeights]:
         """Folders with the weights of each role when the round begins."""
-        folders = dict.fromkeys(self.play.roles, self.run.policy_before(self.number))
+        folders: dict[Role, str | PolicyWeights] = dict.fromkeys(self.play.roles, self.run.policy_before(self.number))
         folders["reference"] = self.reference
         if self.number > 1:
             before = self.folder.round(self.number - 1)

@@ -78,20 +78,6 @@ def test_the_policy_moves_and_the_reference_stays(rollout_with, other_tiny_model
     assert sampled(rollout) == sampled(rollout_with(0.0, other_tiny_model))
 
 
-def test_weights_alone_can_be_taken_over(rollout_with, other_tiny_model, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    rollout = rollout_with(0.0)
-    weights = load_file(other_tiny_model / "model.safetensors")
-    for name, state in (("whole", weights), ("half", dict(list(weights.items())[:3]))):
-        (tmp_path / name).mkdir()
-        save_file(state, tmp_path / name / "model.safetensors")
-    with pytest.raises(ValueError, match="half has no weights for model"):
-        rollout.load(str(tmp_path / "half"))
-    rollout.load(str(tmp_path / "whole"))
-    assert sampled(rollout) == sampled(rollout_with(0.0, other_tiny_model))
-
-
 def test_answers_end_at_the_tokenizers_end_too(rollout_with, tiny_model, tmp_path):
     """As in vLLM: many chat models name another token in their generation settings."""
     import shutil
