@@ -356,3 +356,35 @@ def test_two_ranks_do_what_one_does(tiny_model, tiny_data, tmp_path):
         for name in ("train/loss", "train/wins", "train/policy/kl", "train/follower/entropy", "train/grad_norm"):
             assert row[name] == pytest.approx(other[name], abs=2e-3), (row["step"], name)
     assert all(a["train/learning_rate"] != b["train/learning_rate"] for a, b in pairwise(rows[0]))
+
+
+def written(folder: Path | None) -> int:
+    """Bytes that this process, and those of its session of Ray, have handed to the system for files, pipes and sockets."""
+    import psutil
+
+    from openrlhf_sgpo import ray_session
+
+    processes = [psutil.Process(), *(ray_session._processes(str(folder)) if folder else ())]
+    return sum(process.io_counters().write_chars for process in processes)
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_step_writes_no_weights(engine, tiny_model, tiny_data, tmp_path, monkeypatch):
+    """From one batch to the next: rows of files and messages, but far less than a model; only a checkpoint is as large."""
+    from openrlhf_sgpo import ray_session
+    from openrlhf_sgpo.sources.fresh_answers import FreshAnswers
+
+    batch, totals = FreshAnswers.batch, []
+
+    def counted(self, step):
+        samples = batch(self, step)
+        totals.append(written(ray_session._keeper.args[-1] if engine == "vllm" else None))
+        return samples
+
+    monkeypatch.setattr(FreshAnswers, "batch", counted)
+    more = ["--rollout.engine", engine, "--rounds.count", "1", "--rounds.steps", "6", "--ckpt.save_steps", "4"]
+    play(*flags(tiny_model, tiny_data, tmp_path / "run", "slhf", *more, "--oracle", "toy_oracles:Letters"))
+    model = (tiny_model / "model.safetensors").stat().st_size
+    steps = [after - before for before, after in pairwise(totals)]
+    assert max(steps[1:3]) < model / 8, steps
+    assert steps[3] > 3 * model, "the checkpoint has weights and Adam's moments"

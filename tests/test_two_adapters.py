@@ -255,7 +255,7 @@ def test_kappa_is_the_ratio_of_learning_rates(stage, make, plays):
     """Adam's first step moves a weight by the learning rate."""
     trainer = make(two(kappa=5.0), "--ds.zero_stage", stage, plain=True)
     trainer.step(1, plays)
-    state = {name: weight for name, weight in state_of(trainer.actor, trainer.strategy).items() if ".lora_B." in name}
+    state = {name: weight for name, weight in state_of(trainer.actor).items() if ".lora_B." in name}
     for adapter, expected in (("leader", 1e-3), ("follower", 5e-3)):
         assert of(adapter, state).abs().median().item() == pytest.approx(expected, rel=1e-3)
 
@@ -280,10 +280,10 @@ def test_an_adapter_rests_while_the_other_learns(make, plays):
         ("--ds.zero_stage", "3", "--ds.adam_offload", "true"),
     ):
         trainer = make(two(kappa_mode="alternate", kappa=1.0), *more)
-        states = [state_of(trainer.actor, trainer.strategy)]
+        states = [state_of(trainer.actor)]
         for step in (2, 3, 4, 5):
             trainer.step(step, plays)
-            states.append(state_of(trainer.actor, trainer.strategy))
+            states.append(state_of(trainer.actor))
         for number, moved, rested in ((1, "leader", "follower"), (2, "follower", "leader"), (3, "leader", "follower")):
             before, after = states[number - 1 : number + 1]
             assert torch.equal(of(rested, before), of(rested, after))

@@ -18,6 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+Sums = tuple[int, int]
+Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+
 class Shape(NamedTuple):
     """A tensor that is sent."""
 
@@ -27,14 +31,12 @@ class Shape(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Elements of the tensor ``name`` that an engine holds. offset, shape, strides: which ones, in elements of the contiguous
-    tensor. sums: their checksum."""
+    """Elements of the tensor ``name`` that an engine holds. place: which ones, as (offset, shape, strides) in elements of the
+    contiguous tensor. sums: their checksum."""
 
     name: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    sums: tuple[int, int]
+    place: Place
+    sums: Sums
 
 
 def checksum(values: Tensor, offset: int = 0, strides: Sequence[int] | None = None) -> Tensor:
@@ -64,7 +66,7 @@ def _sums_along(bits: Tensor, axis: int) -> Tensor:
     return bits.sum(others, dtype=torch.int64)
 
 
-def as_integers(sums: Mapping[Any, Tensor]) -> dict[Any, tuple[int, int]]:
+def as_integers(sums: Mapping[Any, Tensor]) -> dict[Any, Sums]:
     """Checksums as Python's integers, read from the device at once."""
     rows = torch.stack(list(sums.values())).tolist() if sums else []
     return dict(zip(sums, map(tuple, rows), strict=True))
@@ -90,7 +92,7 @@ def held_slices(model: Any, shapes: Iterable[Shape]) -> list[Slice]:
 
     Raises RuntimeError if a parameter of the model gets nothing, although all loads could be followed.
     """
-    sums: dict[tuple[str, int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
+    sums: dict[tuple[str, Place], Tensor] = {}
     filled: set[int] = set()
     followed = True
     for name, dtype, shape in shapes:
@@ -103,8 +105,8 @@ def held_slices(model: Any, shapes: Iterable[Shape]) -> list[Slice]:
             continue
         for there, part in record.copies:
             filled.add(there.untyped_storage().data_ptr())
-            place = (name, part.storage_offset(), tuple(part.shape), tuple(part.stride()))
-            sums[place] = checksum(there.to(dtype), part.storage_offset(), part.stride())
+            place = (part.storage_offset(), tuple(part.shape), tuple(part.stride()))
+            sums[name, place] = checksum(there.to(dtype), part.storage_offset(), part.stride())
     empty = [
         name
         for name, parameter in model.named_parameters()
@@ -112,31 +114,30 @@ def held_slices(model: Any, shapes: Iterable[Shape]) -> list[Slice]:
     ]
     if followed and empty:
         raise RuntimeError(f"the engine has weights that were not sent: {empty[:5]}")
-    return [Slice(*place, pair) for place, pair in as_integers(sums).items()]
+    return [Slice(name, place, pair) for (name, place), pair in as_integers(sums).items()]
 
 
-def compared_share(
-    shapes: Iterable[Shape], sent: Mapping[str, tuple[int, int]], held: Iterable[Iterable[Slice]]
-) -> float:
+def compared_share(shapes: Iterable[Shape], sent: Mapping[str, Sums], held: Iterable[Iterable[Slice]]) -> float:
     """The share of the sent elements that an engine, whose workers hold these slices, was proved to hold.
 
     Raises RuntimeError if a tensor differs, or two workers hold different values of the same elements.
     """
-    parts: dict[str, dict[Any, tuple[int, int]]] = {}
+    parts: dict[str, dict[Place, Sums]] = {}
     wrong: set[str] = set()
-    for name, offset, part, strides, sums in (piece for worker in held for piece in worker):
+    for name, (offset, part, strides), (total, places) in (piece for worker in held for piece in worker):
         place = (offset, tuple(part), tuple(strides))  # lists, where vLLM has carried them between processes
-        if parts.setdefault(name, {}).setdefault(place, tuple(sums)) != tuple(sums):
+        if parts.setdefault(name, {}).setdefault(place, (total, places)) != (total, places):
             wrong.add(name)
-    compared = total = 0
+    compared = everything = 0
     for name, _, shape in shapes:
-        total += prod(shape)
+        everything += prod(shape)
         pieces = parts.get(name, {})
         if sum(prod(part) for _, part, _ in pieces) == prod(shape):
             compared += prod(shape)
-            sums = zip(*pieces.values(), strict=True)
-            if any((sum(part) - whole) % 2**64 for part, whole in zip(sums, sent[name], strict=True)):
+            if any(
+                (sum(of_parts) - whole) % 2**64 for *of_parts, whole in zip(*pieces.values(), sent[name], strict=True)
+            ):
                 wrong.add(name)
     if wrong:
         raise RuntimeError(f"the engine holds other weights than were sent: {sorted(wrong)[:5]}")
-    return compared / total
+    return compared / everything

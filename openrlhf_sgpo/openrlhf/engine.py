@@ -21,16 +21,14 @@ from openrlhf.trainer.ray.utils import ray_noset_visible_devices
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 
-from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, as_integers, checksum, held_slices
-
-Sums = dict[str, tuple[int, int]]
+from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices
 
 
 class PolicyLoader(WorkerWrap):
     """Mixed into vLLM's worker. Weights are loaded as OpenRLHF loads them, by the model's ``load_weights``: vLLM's reloading
     layer by layer leaves tied embeddings as they were."""
 
-    def load_folder(self, folder: str) -> tuple[list[Shape], Sums, list[Slice]]:
+    def load_folder(self, folder: str) -> tuple[list[Shape], dict[str, Sums], list[Slice]]:
         """Take over the weights of a Hugging Face folder. Returns what the folder holds, its checksums, and ``held``.
 
         Raises FileNotFoundError if the folder has no weights.

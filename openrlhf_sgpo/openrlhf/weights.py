@@ -46,10 +46,10 @@ class PolicyWeights:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        sharded = self._engine().zero_optimization_stage() == 3  # type: ignore[misc]
         for group in self._layers():
             parameters = [parameter for _, weight, adapter in group for parameter in (weight, *adapter[:2])]
-            with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
+            # Does nothing with parameters that ZeRO 3 has not taken apart.
+            with deepspeed.zero.GatheredParameters(parameters):
                 tensors = [
                     (name, merged(weight, *adapter) if adapter else weight.data) for name, weight, adapter in group
                 ]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, distributed
 
 from openrlhf_sgpo import ranks
-from openrlhf_sgpo.openrlhf.checksums import Shape, as_integers, checksum
+from openrlhf_sgpo.openrlhf.checksums import Shape, Sums, as_integers, checksum
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 
+NOTHING: Any = ()  # a source between transfers
 PACKED = 256 * 2**20  # bytes per transfer through shared memory
 # Calls a method of every worker: its name, and its arguments by engine. Returns the results by engine and worker.
 AskWorkers = Callable[[str, Sequence[tuple[Any, ...]]], list[list[Any]]]
@@ -41,7 +42,7 @@ class Passing:
             yield name, weight
 
     @property
-    def sums(self) -> dict[str, tuple[int, int]]:
+    def sums(self) -> dict[str, Sums]:
         return as_integers(self._sums)
 
 
@@ -122,12 +123,12 @@ class VllmTransfer:
                 rank=rank, master_address=address, master_port=port, world_size=1 + engines * workers
             )
         client = EngineClient(backend, ask, engines, workers)
-        self.sender = WeightTransferTrainerFactory.trainer_init(settings, client=client, source=())  # type: ignore[arg-type]
+        self.sender = WeightTransferTrainerFactory.trainer_init(settings, client=client, source=NOTHING)
 
     def send(self, passing: Passing) -> None:
-        self.sender.source = passing  # type: ignore[assignment]
+        self.sender.source = passing
         self.sender.send_weights()
-        self.sender.source = ()  # type: ignore[assignment]
+        self.sender.source = NOTHING
 
 
 class EngineClient:

@@ -34,7 +34,7 @@ def check_weights_arrived(
     The engine must agree with the new policy within the dtype's tolerance. And of the movement m = trained - before it
     must have followed its share, <engine - before, m> / <m, m>, which is 1 for the new weights and 0 for the old ones; that
     counts where the movement per text is at least six times the noise. A small step in bf16 is not: there the proof is the
-    engine's own comparison of its weights with the policy's files (``PolicyLoader.load_policy``).
+    engine's checksums of all its weights (``openrlhf/checksums.py``).
 
     Returns the figures: ``engine_to_trainer`` and ``moved_by_training`` in nats per response token, ``noise``, ``followed``
     and ``noise_to_movement``. Raises WeightSyncError. Collective.

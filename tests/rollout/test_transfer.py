@@ -1,0 +1,262 @@
+"""Weights from the trainer's memory to engines: what is compared, and in which order things happen."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from math import prod
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from openrlhf_sgpo.config import Config
+
+
+@pytest.fixture(scope="module")
+def checksums():
+    from openrlhf_sgpo.openrlhf import checksums
+
+    return checksums
+
+
+def sums_of(checksums, tensors):
+    return checksums.as_integers({name: checksums.checksum(tensor) for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_checksums_of_slices_add_up(checksums, dtype):
+    torch.manual_seed(0)
+    for shape, axis in (((7,), 0), ((6, 10), 0), ((6, 10), 1), ((2, 4, 6), 2)):
+        whole = torch.randn(shape).to(dtype)
+        place = torch.empty(shape, device="meta")
+        parts = zip(whole.split(2, axis), place.split(2, axis), strict=True)
+        sums = sum(checksums.checksum(part, view.storage_offset(), view.stride()) for part, view in parts)
+        assert torch.equal(sums, checksums.checksum(whole))
+        turned = whole.mT if whole.dim() > 1 else whole
+        assert torch.equal(checksums.checksum(turned, 0, turned.stride()), checksums.checksum(whole))
+
+
+def test_a_checksum_tells_values_and_their_places(checksums):
+    torch.manual_seed(0)
+    weight = torch.randn(5, 8, dtype=torch.bfloat16)
+    for changed in (
+        weight.flip(0),
+        weight.flip(1),
+        weight.roll(1),
+        -weight,
+        weight + (torch.arange(40).view(5, 8) == 17),
+    ):
+        assert not torch.equal(checksums.checksum(changed), checksums.checksum(weight))
+    assert checksums.checksum(torch.tensor(3.0)).tolist() == [torch.tensor(3.0).view(torch.int32).item(), 0]
+
+
+def worker_model(config, tensors, rank, size):
+    """A Llama of vLLM as the worker ``rank`` of ``size`` holds it, with these weights."""
+    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    settings = VllmConfig(
+        model_config=ModelConfig(config, dtype="float32", max_model_len=64, skip_tokenizer_init=True),
+        cache_config=CacheConfig(),
+        parallel_config=ParallelConfig(),
+        device_config=DeviceConfig("cpu"),
+    )
+    group = SimpleNamespace(world_size=size, rank_in_group=rank)
+    alone = SimpleNamespace(world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        set_current_vllm_config(settings),
+        set_default_torch_dtype(torch.float32),
+    ):
+        patch.setattr(parallel_state, "_TP", group)
+        patch.setattr(parallel_state, "_PP", alone)
+        model = LlamaForCausalLM(vllm_config=settings)
+        model.load_weights(tensors.items())
+        yield model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_all_weights_are_compared_at_every_tensor_parallelism(size, tied, checksums, tiny_model, tmp_path):
+    """Heads of keys and values that are fewer than the workers are held twice, and the vocabulary is padded."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259, hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    source = LlamaForCausalLM(config)
+    source.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    tensors = {name: parameter.detach() for name, parameter in source.named_parameters()}
+    shapes = [checksums.Shape(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    sent = sums_of(checksums, tensors)
+    held, damaged, models = (
+        [],
+        [],
+        [contextmanager(worker_model)(str(tmp_path), tensors, rank, size) for rank in range(size)],
+    )
+    for worker in models:
+        with worker as model:
+            before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+            held.append(checksums.held_slices(model, shapes))
+            assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+            with torch.no_grad():
+                model.model.layers[1].mlp.down_proj.weight[3, 5] += 1
+            damaged.append(checksums.held_slices(model, shapes))
+            with pytest.raises(RuntimeError, match="the engine has weights that were not sent: .*gate_up_proj"):
+                checksums.held_slices(
+                    model, [shape for shape in shapes if "gate_proj" not in shape.name and "up_proj" not in shape.name]
+                )
+    assert checksums.compared_share(shapes, sent, held) == 1
+    for worker in range(size):
+        with pytest.raises(RuntimeError, match="holds other weights than were sent: .*layers.1.mlp.down_proj"):
+            checksums.compared_share(shapes, sent, [*held[:worker], damaged[worker], *held[worker + 1 :]])
+    if size > 1:
+        assert checksums.compared_share(shapes, sent, held[1:]) < 0.8
+
+
+class RecordingEngine:
+    """Stands for an actor with an engine: records what it is asked in ``events``, and holds what it is given."""
+
+    def __init__(self, checksums, events):
+        self.checksums = checksums
+        self.events = events
+        self.tensors = {}
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return SimpleNamespace(remote=lambda *arguments: self.asked(name, *arguments))
+
+    def asked(self, name, *arguments):
+        if name != "ask_workers":
+            self.events.append((name, *arguments) if name in ("sleep", "wake_up") else (name,))
+            return [[3, 4]] if name == "sample" else None
+        method, *given = arguments
+        self.events.append((method,))
+        if method == "take_packed":
+            shapes, packed = given
+            parts = torch.from_numpy(packed.copy()).split([prod(shape) * dtype.itemsize for _, dtype, shape in shapes])
+            for (tensor, dtype, shape), part in zip(shapes, parts, strict=True):
+                self.tensors[tensor] = part.view(dtype).view(shape)
+            return [None]
+        sums = sums_of(self.checksums, self.tensors)
+        slices = [
+            self.checksums.Slice(name, (0, tuple(self.tensors[name].shape), ()), sums[name]) for name in self.tensors
+        ]
+        return [slices if method == "held" else (given, sums, slices)]
+
+
+@pytest.fixture
+def recorded(checksums, tiny_model, monkeypatch):
+    """A rollout of two recording engines that share a GPU with the trainer, the weights of an actor, and all that happens."""
+    import ray
+
+    from openrlhf_sgpo.data.tokens import load_chat
+    from openrlhf_sgpo.openrlhf import PolicyWeights, build_strategy, load_actor
+    from openrlhf_sgpo.rollout import transfer, vllm
+
+    config = Config()
+    config.ds.param_dtype, config.data.max_len, config.vllm.num_engines = "fp32", 64, 2
+    config.train.batch_size = config.train.micro_batch_size = 1
+    strategy = build_strategy(config)
+    chat, _ = load_chat(str(tiny_model), False, "model", 64)
+    actor = strategy.prepare(load_actor(str(tiny_model), config, strategy, trainable=False))
+    events = []
+
+    def start(self):
+        self.engines = [RecordingEngine(checksums, events) for _ in range(2)]
+        self.sleeps, self._awake = True, []
+
+    monkeypatch.setattr(vllm.VllmRollout, "_start", start)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(transfer, "PACKED", 100_000)
+    return vllm.VllmRollout(config, chat, str(tiny_model)), actor, lambda: PolicyWeights(actor), events
+
+
+def test_the_order_of_a_sync(recorded, monkeypatch):
+    """Sleep, wake weights, transfer, compare, forget the cache, wake it; and the trainer's states are off the GPU meanwhile."""
+    from openrlhf_sgpo.openrlhf import weights
+    from openrlhf_sgpo.rollout import Sampling
+
+    rollout, actor, policy, events = recorded
+    moved = lambda name: lambda *_: events.append((name,))  # noqa: E731
+    monkeypatch.setattr(weights, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
+    for name in ("offload_deepspeed_states", "reload_deepspeed_states"):
+        monkeypatch.setattr(weights, name, moved(name))
+    monkeypatch.setattr(weights, "release_memory", moved("empty_cache"))
+    actor.model.optimizer = SimpleNamespace(offload_states=None)
+    for _ in range(2):
+        events.clear()
+        with weights.aside(actor), rollout.awake():
+            rollout.load(policy())
+            rollout.generate([(1, 2)], Sampling(1.0, 1.0, 4, seed=1), "")
+            rollout.generate([(1, 2)], Sampling(1.0, 1.0, 4, seed=2), "")
+        packed = [event for event in events if event == ("take_packed",)]
+        assert len(packed) >= 2 * 2, "in more than one transfer"
+        assert list(dict.fromkeys(events)) == [
+            ("offload_deepspeed_states",), ("empty_cache",), ("wake_up", ["weights"]), ("take_packed",), ("held",),
+            ("reset_prefix_cache",), ("wake_up", ["kv_cache"]), ("sample",), ("sleep", 2), ("reload_deepspeed_states",),
+        ]  # fmt: skip
+    assert rollout.compared == 1 and rollout.sent == sum(tensor.nbytes for _, tensor in policy())
+
+
+def test_weights_lost_in_sleep_are_sent_again(recorded):
+    """Not those of a folder, which the engines keep aside."""
+    from openrlhf_sgpo.rollout import Sampling
+
+    rollout, _, policy, events = recorded
+    rollout.load(policy())
+    events.clear()
+    rollout.generate([(1, 2)], Sampling(1.0, 1.0, 4, seed=1), "")
+    assert ("take_packed",) in events and events[-1] == ("sleep", 2)
+
+
+def test_other_weights_than_were_sent_end_the_run(recorded):
+    rollout, _, policy, _ = recorded
+    rollout.load(policy())
+    engine = rollout.engines[1]
+    taken = engine.asked
+
+    def dropping(name, *arguments):
+        if arguments[:1] == ("held",):
+            engine.tensors["model.norm.weight"] = engine.tensors["model.norm.weight"] + 1
+        return taken(name, *arguments)
+
+    engine.asked = dropping
+    with pytest.raises(RuntimeError, match="the engine holds other weights than were sent: .'model.norm.weight'."):
+        rollout.load(policy())
+
+
+def test_the_policy_is_not_kept_in_memory(recorded, tiny_model):
+    rollout, actor, policy, _ = recorded
+    weights = policy()
+    rollout.load(weights)
+    assert weights._engine() is actor.model
+    weights._engine = lambda: None
+    with pytest.raises(RuntimeError, match="no longer in memory"):
+        rollout._fill()
+
+
+@pytest.mark.parametrize(("backend", "offsets"), [("nccl", [1, 5]), ("ipc", [None, None])])
+def test_engines_join_after_the_trainer_and_after_each_other(backend, offsets):
+    from openrlhf_sgpo.rollout.transfer import EngineClient
+
+    asked = []
+    client = EngineClient(
+        backend, lambda method, arguments: asked.append((method, arguments)) or [], engines=2, workers=4
+    )
+    client.init_weight_transfer_engine({"packed": True})
+    client.start_weight_update()
+    client.update_weights({"names": []})
+    client.finish_weight_update()
+    (opened, settings), (taken, _), *rest = asked
+    assert (opened, taken) == ("open_transfer", "take_transferred")
+    assert [given.get("rank_offset") for _, given in settings] == offsets
+    assert [method for method, _ in rest] == (["let_go"] if backend == "ipc" else [])
