@@ -135,10 +135,10 @@ class RecordingEngine:
 
     def asked(self, name, *arguments):
         if name != "ask_workers":
-            self.events.append((name, *arguments) if name in ("sleep", "wake_up") else (name,))
+            self.events.append(f"{name} {arguments[0]}" if name in ("sleep", "wake_up") else name)
             return [[3, 4]] if name == "sample" else None
         method, *given = arguments
-        self.events.append((method,))
+        self.events.append(method)
         if method == "take_packed":
             shapes, packed = given
             parts = torch.from_numpy(packed.copy()).split([prod(shape) * dtype.itemsize for _, dtype, shape in shapes])
@@ -186,7 +186,7 @@ def test_the_order_of_a_sync(recorded, monkeypatch):
     from openrlhf_sgpo.rollout import Sampling
 
     rollout, actor, policy, events = recorded
-    moved = lambda name: lambda *_: events.append((name,))  # noqa: E731
+    moved = lambda name: lambda *_: events.append(name)  # noqa: E731
     monkeypatch.setattr(weights, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True)))
     for name in ("offload_deepspeed_states", "reload_deepspeed_states"):
         monkeypatch.setattr(weights, name, moved(name))
@@ -198,11 +198,11 @@ def test_the_order_of_a_sync(recorded, monkeypatch):
             rollout.load(policy())
             rollout.generate([(1, 2)], Sampling(1.0, 1.0, 4, seed=1), "")
             rollout.generate([(1, 2)], Sampling(1.0, 1.0, 4, seed=2), "")
-        packed = [event for event in events if event == ("take_packed",)]
+        packed = [event for event in events if event == "take_packed"]
         assert len(packed) >= 2 * 2, "in more than one transfer"
         assert list(dict.fromkeys(events)) == [
-            ("offload_deepspeed_states",), ("empty_cache",), ("wake_up", ["weights"]), ("take_packed",), ("held",),
-            ("reset_prefix_cache",), ("wake_up", ["kv_cache"]), ("sample",), ("sleep", 2), ("reload_deepspeed_states",),
+            "offload_deepspeed_states", "empty_cache", "wake_up ['weights']", "take_packed", "held", "reset_prefix_cache",
+            "wake_up ['kv_cache']", "sample", "sleep 2", "reload_deepspeed_states",
         ]  # fmt: skip
     assert rollout.compared == 1 and rollout.sent == sum(tensor.nbytes for _, tensor in policy())
 
@@ -215,7 +215,7 @@ def test_weights_lost_in_sleep_are_sent_again(recorded):
     rollout.load(policy())
     events.clear()
     rollout.generate([(1, 2)], Sampling(1.0, 1.0, 4, seed=1), "")
-    assert ("take_packed",) in events and events[-1] == ("sleep", 2)
+    assert "take_packed" in events and events[-1] == "sleep 2"
 
 
 def test_other_weights_than_were_sent_end_the_run(recorded):
