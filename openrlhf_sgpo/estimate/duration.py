@@ -183,8 +183,8 @@ def measured(folder: str) -> Speeds:
 
 
 def disk(config: Config, algorithm: Any, options: Any, shape: ModelShape) -> dict[str, float]:
-    """Bytes of the run folder by part: the policy of each round, two checkpoints of weights and optimiser where there are any
-    (the older one goes when the newer one is whole), and the weights that engines read in every step."""
+    """Bytes of the run folder by part: the policy of each round, and two checkpoints of weights and optimiser where there are
+    any (the older one goes when the newer one is whole)."""
     instance = algorithm(options, config.model.beta)
     policies = max(1, len(getattr(instance, "adapters", {})))
     whole = float(shape.element * shape.parameters)
@@ -192,8 +192,6 @@ def disk(config: Config, algorithm: Any, options: Any, shape: ModelShape) -> dic
     parts = {"policies": count * policies * whole}
     if algorithm.fresh_answers or config.ckpt.save_steps > 0:
         parts["checkpoints"] = (config.ckpt.max_num + 1) * (whole + 12 * shape.trained)
-    if algorithm.fresh_answers:
-        parts["engine_weights"] = policies * whole
     return parts
 
 
