@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from time import perf_counter
+from typing import Any
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import load_chat
@@ -19,14 +20,14 @@ from openrlhf_sgpo.rollout import start_rollout
 SYNCS = 6
 
 
-def main(folder: str, engine: str = "vllm", engines: str = "1") -> None:
+def main(folder: str, engine: Any = "vllm", engines: str = "1") -> None:
     config = Config()
     config.model.model_name_or_path, config.rollout.engine = folder, engine
     config.vllm.num_engines, config.data.max_len = int(engines), 256
     config.train.batch_size = config.train.micro_batch_size = 1
     strategy = build_strategy(config)
     chat, _ = load_chat(folder, False, "model", config.data.max_len)
-    rollout = start_rollout(config, chat, folder)
+    rollout: Any = start_rollout(config, chat, folder)
     actor = strategy.prepare(load_actor(folder, config, strategy, trainable=False))
     for number in range(SYNCS):
         start = perf_counter()
