@@ -171,7 +171,7 @@ def recorded(checksums, tiny_model, monkeypatch):
 
     def start(self):
         self.engines = [RecordingEngine(checksums, events) for _ in range(2)]
-        self.sleeps, self._awake = True, []
+        self.sleeps, self._awake, self.starting = True, [], []
 
     monkeypatch.setattr(vllm.VllmRollout, "_start", start)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
