@@ -25,7 +25,7 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.finite import check_loaded
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
-from openrlhf_sgpo.openrlhf.weights import merged
+from openrlhf_sgpo.openrlhf.weights import with_adapter
 from openrlhf_sgpo.output import say
 from openrlhf_sgpo.packed import attention
 from openrlhf_sgpo.packed.head import Head
@@ -125,7 +125,7 @@ def _merged_state(state: dict[str, torch.Tensor], model: PeftModel, adapter: str
         stem = name.removesuffix(".base_layer.weight")
         if stem != name:
             down, up = (state[f"{prefix}{stem}.lora_{side}.{adapter}.weight"] for side in "AB")
-            weight = merged(weight, down, up, scaling)
+            weight = with_adapter(weight, down, up, scaling)
             name = f"{stem}.weight"
         whole[name.replace(".base_layer.", ".")] = weight
     return whole

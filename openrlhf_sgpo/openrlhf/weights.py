@@ -19,7 +19,7 @@ from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER
 from openrlhf_sgpo.openrlhf.checksums import Shape
 
 
-def merged(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+def with_adapter(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     """W + scaling * B A of a LoRA adapter, computed in float32. weight: (out, in); down: A (rank, in); up: B (out, rank)."""
     return (weight.float() + scaling * up.float() @ down.float()).to(weight.dtype)
 
@@ -51,7 +51,8 @@ class PolicyWeights:
             # Does nothing with parameters that ZeRO 3 has not taken apart.
             with deepspeed.zero.GatheredParameters(parameters):
                 tensors = [
-                    (name, merged(weight, *adapter) if adapter else weight.data) for name, weight, adapter in group
+                    (name, with_adapter(weight, *adapter) if adapter else weight.data)
+                    for name, weight, adapter in group
                 ]
             yield from tensors
 
