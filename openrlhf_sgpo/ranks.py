@@ -65,18 +65,23 @@ def part_ways() -> bool | None:
     if distributed.get_world_size() == 1:
         return True
     try:
-        distributed.monitored_barrier(group=_control(), timeout=PARTING)
+        distributed.monitored_barrier(group=_groups()[1], timeout=PARTING)
     except RuntimeError:
         return False
-    _control.cache_clear()
+    _groups.cache_clear()
     distributed.destroy_process_group()
     return True
 
 
 @cache
+def _groups() -> tuple[distributed.ProcessGroup, distributed.ProcessGroup]:
+    """The gloo group, and one for parting: in a monitored barrier all ranks but rank 0 wait as long as their group allows.
+    Created on first use, which is collective like every use."""
+    return tuple(distributed.new_group(backend="gloo", timeout=limit) for limit in (timedelta(days=7), PARTING))
+
+
 def _control() -> distributed.ProcessGroup:
-    """The gloo group, created on first use, which is collective like every use."""
-    return distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    return _groups()[0]
 
 
 def from_rank_0(value: Any) -> Any:

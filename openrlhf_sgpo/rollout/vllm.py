@@ -279,20 +279,18 @@ class VllmRollout:
             "detokenize": bool(self.stop.text),
             "skip_special_tokens": False,
         }
-        calls = [
-            (
-                number % len(self.engines),
-                "sample",
-                (list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}),
-            )
-            for number, prompt in enumerate(prompts)
-        ]
         results: dict[int, Any] = {}
+
+        def ask() -> list[Any]:  # on rank 0, which has the engines
+            calls = []
+            for number, prompt in enumerate(prompts):
+                arguments = list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}
+                calls.append((number % len(self.engines), "sample", arguments))
+            return self._ask(calls, label, results)
 
         def work() -> list[list[Answer]]:
             self._ready()
-            answers = ranks.on_rank_0(lambda: self._ask(calls, label, results))
-            return [[self.stop.sample(ids) for ids in answer] for answer in answers]
+            return [[self.stop.sample(ids) for ids in answer] for answer in ranks.on_rank_0(ask)]
 
         with self.awake():
             return self._surviving(work)

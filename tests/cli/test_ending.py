@@ -120,9 +120,11 @@ def work(argv):
     if how == "together":
         ranks.on_rank_0(fail)
     if distributed.get_rank() == 1:
-        if how == "alone":
+        if how in ("alone", "waited for"):
             raise RuntimeError("out of luck")
         time.sleep(1)  # rank 0 is done long before
+    elif how == "waited for":
+        ranks.barrier()
 main.COMMANDS["games"] = work
 sys.exit(main.main(["games"]))
 """
@@ -134,6 +136,7 @@ sys.exit(main.main(["games"]))
     [
         ("together", [1, 1], ["error: a file: No space left on device: free some space", ""]),
         ("alone", [0, 1], ["", "error: rank 1: out of luck"]),
+        ("waited for", [1, 1], ["error: ", "error: RuntimeError: out of luck"]),
         ("well", [None, None], ["", ""]),
     ],
 )

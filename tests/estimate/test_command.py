@@ -48,13 +48,13 @@ def test_the_proposal_is_the_first_that_fits(published):
 
 def test_an_engine_without_room_gets_a_larger_share(published):
     """Half of 24 GiB does not hold 6.5 billion parameters in half precision; how long sampling takes is then not known."""
-    argv = ["--config", "one-gpu", "--model.model_name_or_path", published["wide"]]
-    estimate = Estimate(load([*argv, "--estimate.gpu", "RTX4090-24GB"]))
+    argv = ["--config", "one-gpu", "--model.model_name_or_path", published["wide"], "--estimate.gpu", "RTX4090-24GB"]
+    estimate = Estimate(load([*argv, "--vllm.gpu_memory_utilization", "0.5"]))
     (problem,) = estimate.problems(estimate.memory)
     assert "raise --vllm.gpu_memory_utilization" in problem
     assert [change.flags for change in estimate.fitting()[0]] == ["--vllm.gpu_memory_utilization 0.9"]
     assert seconds(estimate)["round 1: sample"] is None
-    mended = Estimate(load([*argv, "--estimate.gpu", "RTX4090-24GB", "--vllm.gpu_memory_utilization", "0.9"]))
+    mended = Estimate(load([*argv, "--vllm.gpu_memory_utilization", "0.9"]))
     assert mended.problems(mended.memory) == [] and seconds(mended)["round 1: sample"] > 0
 
 
