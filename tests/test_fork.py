@@ -336,9 +336,10 @@ def test_a_forked_run_is_the_run_that_made_everything_itself(tiny_model, tiny_da
             assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
         assert losses(folder) == losses(alone)
         for name in ("initial", "round_0", "round_1"):
-            assert json.loads((folder / name / "evaluation.json").read_text()) == json.loads(
-                (alone / name / "evaluation.json").read_text()
-            )
+            figures = json.loads((folder / name / "evaluation.json").read_text())
+            assert ("worst_case" in figures) == (folder == zero and name == "round_1")
+            figures.pop("worst_case", None)
+            assert figures == json.loads((alone / name / "evaluation.json").read_text())
         # Every log-probability that the round's training needs had been taken for the labels and the seed before.
         stages = json.loads((folder / "ledger.json").read_text())["stages"]
         assert stages["round_1/score"]["tokens_scored"] == 0 < stages["round_1/train"]["tokens_trained"]

@@ -188,7 +188,7 @@ def test_other_evaluation_sizes_are_compared_where_both_were_measured(tiny_model
     """Wins are those over the answers of the start, which are fewer; table and page say so."""
     oracle = {"oracle": "toy_oracles:Letters"}
     argv = begin(tiny_model, tiny_data, tmp_path / "run", **oracle)
-    dead = killed("4 metrics.jsonl", tmp_path / "run", "train", *argv)
+    dead = killed("1 round_0/held_out.jsonl.partial", tmp_path / "run", "train", *argv)
     assert dead.returncode == -signal.SIGKILL, dead.stderr[-3000:]
     more = oracle | {"eval.max_samples": "8", "eval.max_prompts": "6"}
     argv = begin(tiny_model, tiny_data, tmp_path / "run", **more)

@@ -3,6 +3,7 @@ most of these runs. Reads a request per line (JSON) and answers with the child's
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -10,6 +11,7 @@ import os
 import pkgutil
 import runpy
 import sys
+import weakref
 from typing import Any
 
 # Packages say things when they are imported; the answers have a way of their own.
@@ -26,6 +28,10 @@ from openrlhf_sgpo.cli.main import main  # noqa: E402
 
 def become(request: dict[str, Any]) -> int:
     """What the child does; its environment, folder and output are those of the request."""
+    # A temporary folder that W&B made when it was imported is for all children: none deletes it.
+    weakref.finalize._registry.clear()
+    if media := sys.modules.get("wandb.sdk.data_types._private"):
+        atexit.unregister(media.MEDIA_TMP.cleanup)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

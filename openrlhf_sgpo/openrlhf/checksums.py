@@ -86,6 +86,14 @@ class _Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def second_names(model: torch.nn.Module) -> set[str]:
+    """Names of parameters that are other ones too, like a head that is tied to the embedding. A folder may hold the tensor
+    under both names; vLLM reads the first."""
+    first: dict[int, str] = {}
+    names = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in names if first.setdefault(id(parameter), name) != name}
+
+
 @torch.no_grad()
 def held_slices(model: Any, shapes: Iterable[Shape]) -> list[Slice]:
     """What a model of vLLM holds of tensors that were sent. A tensor that its loader does not copy as views is missing.

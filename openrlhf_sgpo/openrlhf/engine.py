@@ -21,7 +21,7 @@ from openrlhf.trainer.ray.utils import ray_noset_visible_devices
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
 
-from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices
+from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices, second_names
 
 
 class PolicyLoader(WorkerWrap):
@@ -38,28 +38,30 @@ class PolicyLoader(WorkerWrap):
         files = sorted(glob(os.path.join(folder, "*.safetensors")))
         if not files:
             raise FileNotFoundError(f"{folder} has no *.safetensors files")
-        shapes, sums = [], {}
+        model = self.model_runner.model
+        shapes, sums, copies = [], {}, second_names(model)
 
         def read() -> Iterator[tuple[str, torch.Tensor]]:
             for name, weight in safetensors_weights_iterator(files, use_tqdm_on_load=False):
                 # As the engine holds it, whose precision may be lower than the file's.
                 weight = weight.to(self.model_runner.model_config.dtype)
-                shapes.append(Shape(name, weight.dtype, tuple(weight.shape)))
-                sums[name] = checksum(weight)
+                if name not in copies:
+                    shapes.append(Shape(name, weight.dtype, tuple(weight.shape)))
+                    sums[name] = checksum(weight)
                 yield name, weight
 
-        self.model_runner.model.load_weights(read())
+        model.load_weights(read())
         return shapes, as_integers(sums), self.held(shapes)
 
     def held(self, shapes: list[Shape]) -> list[Slice]:
         """What this worker holds of tensors that were sent, see ``held_slices``."""
         return held_slices(self.model_runner.model, shapes)
 
-    def take_packed(self, shapes: list[Shape], packed: numpy.ndarray) -> None:
-        """Take over tensors that lie one after the other in bytes in shared memory, which are read where they are."""
+    def take_packed(self, shapes: list[Shape], packed: bytes) -> None:
+        """Take over tensors whose bytes lie one after the other."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")
-            data = torch.from_numpy(packed)
+            data = torch.frombuffer(packed, dtype=torch.uint8)
         sizes = [prod(shape) * dtype.itemsize for _, dtype, shape in shapes]
         parts = zip(shapes, data.split(sizes), strict=True)
         self.model_runner.model.load_weights(
@@ -99,7 +101,9 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
 
     async def ask_workers(self, method: str, *arguments: Any) -> list[Any]:
         """The results of a method of ``PolicyLoader``, by worker."""
-        return await self.llm.collective_rpc(method, args=arguments)
+        # Between its processes vLLM carries bytes as they are, but makes lists of arrays.
+        carried = [memoryview(given) if isinstance(given, numpy.ndarray) else given for given in arguments]
+        return await self.llm.collective_rpc(method, args=tuple(carried))
 
     async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[list[int]]:
         """Tokens of n samples for one prompt in a single request, so the prompt is computed once."""

@@ -15,6 +15,8 @@ BRANCHES = {
     "ledger.py:stage": "test_a_round_of_ssapo",
     "memory.py:release_memory": "test_models_give_their_memory_back",
     "openrlhf/actor.py:fits_whole": "test_models_give_their_memory_back",
+    "openrlhf/engine.py:gpu": "test_a_round_of_ssapo",
+    "openrlhf/weights.py:aside": "test_three_steps_of_slhf",
     "openrlhf/strategy.py:build_strategy": "test_a_round_of_ssapo",
     "openrlhf/strategy.py:check_cuda": "test_installation",
     "openrlhf/strategy.py:get_ds_train_config": "test_models_give_their_memory_back",
@@ -24,7 +26,11 @@ BRANCHES = {
     "rollout/hf.py:_load": "test_three_steps_of_nash_md",
     "rollout/hf.py:_sample": "test_three_steps_of_nash_md",
     "rollout/vllm.py:__init__": "test_engines_sleep_and_wake",
-    "rollout/vllm.py:_awake": "test_engines_sleep_and_wake",
+    "rollout/transfer.py:open_transfer": "test_three_steps_of_slhf",
+    "rollout/vllm.py:_restart": "",  # as `_start`; no test kills an engine on a GPU
+    "rollout/vllm.py:_wake": "test_engines_sleep_and_wake",
+    "rollout/vllm.py:awake": "test_engines_sleep_and_wake",
+    "rollout/vllm.py:replace": "",
     "rollout/vllm.py:_start": "test_engines_sleep_and_wake",
     "run.py:open": "test_a_round_of_ssapo",
 }
