@@ -38,13 +38,15 @@ def ray_places(config: Config) -> bool:
 @dataclass(frozen=True)
 class _Command:
     """What every rank is told. run: trains with these settings. environment: variables that its process needs, keys among them,
-    which therefore go to the ranks directly and not through Ray's books. lines: a queue of what is printed."""
+    which therefore go to the ranks directly and not through Ray's books. folder, path: where the command was started, and where
+    it finds the user's modules. lines: a queue of what is printed."""
 
     run: Callable[..., Any]
     settings: Config
     options: Any
     argv: list[str]
     folder: str
+    path: list[str]
     environment: dict[str, str]
     placement: ray_session.Placement
     lines: Any
@@ -89,7 +91,8 @@ def train_on_ray(
             inherited = keys.without_keys(os.environ)
             environment = {name: value for name, value in os.environ.items() if name not in inherited}
             environment.pop("RAY_AUTH_TOKEN", None)  # Ray's own processes have it
-            command = _Command(run, settings, options, argv, os.getcwd(), environment, placement, lines)
+            path = [os.getcwd(), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+            command = _Command(run, settings, options, argv, os.getcwd(), path, environment, placement, lines)
             ranks = start_ranks(count, placement.group, placement.share)
             try:
                 return _wait([rank.call.remote(_train, command) for rank in ranks], ranks, lines, argv)
@@ -155,7 +158,7 @@ def _train(command: _Command) -> int:
     os.environ |= command.environment
     with contextlib.suppress(OSError):  # a machine without this folder
         os.chdir(command.folder)
-    sys.path += [command.folder] if command.folder not in sys.path else []
+    sys.path += [place for place in command.path if place not in sys.path]
     ray_session.placement = command.placement
     sys.stdout, sys.stderr = _Lines(command.lines, 1), _Lines(command.lines, 2)
     if os.environ["RANK"] == "0":

@@ -102,7 +102,7 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
     async def ask_workers(self, method: str, *arguments: Any) -> list[Any]:
         """The results of a method of ``PolicyLoader``, by worker."""
         # Between its processes vLLM carries bytes as they are, but makes lists of arrays.
-        carried = [memoryview(given) if isinstance(given, numpy.ndarray) else given for given in arguments]
+        carried = [given.data if isinstance(given, numpy.ndarray) else given for given in arguments]
         return await self.llm.collective_rpc(method, args=tuple(carried))
 
     async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[list[int]]:
