@@ -70,9 +70,9 @@ def test_work_of_a_stage_on_pairs(count, tiny_model, tiny_data, tmp_path):
 
 
 def test_work_of_a_run_in_rounds(count, tiny_model, tiny_data, tmp_path):
-    """Every policy is loaded to be scored, by its evaluation and as it ranks answers, and to be trained further. The start
-    stays in memory as the reference; the sampler here has its own copy."""
+    """Every policy is loaded to be scored, by its evaluation and as it ranks answers, to be trained further, and by the sampler
+    here, which has its own copy. The start stays in memory as the reference."""
     loaded, tokens = count(arguments(tiny_model, tiny_data, tmp_path / "run"))
     policies = [loaded[str(tmp_path / f"run/round_{number}/policy")] for number in (0, 1, 2)]
-    assert policies == [2, 2, 1] and loaded[str(tiny_model)] == 3, loaded
+    assert policies == [3, 3, 2] and loaded[str(tiny_model)] == 3, loaded
     assert len(tokens[True]) == 6 + 2 * 3, "one forward pass for each optimiser step"
