@@ -209,6 +209,6 @@ def test_a_rank_or_a_node_that_is_lost_ends_the_run_within_a_minute(cluster, tin
         assert time.monotonic() - began < 60
         said = errors.read_text()
         assert re.search(r"^error: rank \d was lost: ", said, re.MULTILINE) and "Traceback" not in said, said
-        resumed = re.search(r"^to continue: openrlhf-sgpo train .* --resume$", said, re.MULTILINE)
+        resumed = re.search(r"^to continue: openrlhf-sgpo train .* --resume\b.*$", said, re.MULTILINE)
         assert resumed and resumed[0].count("--resume") == 1, said
         wait_for(lambda: not actors(cluster, "_Rank"), "ranks are left", 20)
