@@ -168,6 +168,14 @@ def test_a_name_stands_for_one_thing():
     assert several.keys() <= {"main", "load", "sections", "inference"}, several
 
 
+def test_tests_import_nothing_from_a_file_that_shares_its_name():
+    """pytest loads every conftest.py, and files of one name in several folders, under that name."""
+    names = [path.stem for path in (ROOT / "tests").rglob("*.py")]
+    shared = {name for name in names if names.count(name) > 1}
+    importers = [path for path in (ROOT / "tests").rglob("*.py") if shared & imported(path)]
+    assert "conftest" in shared and not importers
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_files_stay_readable(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 430

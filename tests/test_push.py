@@ -10,10 +10,10 @@ import sys
 import httpx
 import huggingface_hub
 import pytest
-from conftest import make_tiny_model
 from hub_server import hub
 from huggingface_hub import ModelCard
 from report_folders import make_run
+from tiny import make_tiny_model
 
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.report.model_card import write_cards

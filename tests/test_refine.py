@@ -15,11 +15,11 @@ from statistics import mean, stdev
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from refining import ScriptedEngine, make_run
 from running import ROOT, killed_at, read_jsonl
+from tiny import write_jsonl
 
 from openrlhf_sgpo.algorithms.slhf import IMPROVE
 from openrlhf_sgpo.games import GAMES, nash, stackelberg

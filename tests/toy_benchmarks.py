@@ -7,7 +7,7 @@ import math
 import re
 from pathlib import Path
 
-from conftest import write_jsonl
+from tiny import write_jsonl
 
 INSTRUCTIONS = [f"Name {count} things" for count in range(1, 7)]
 CATEGORIES = ("writing", "math", "stem")

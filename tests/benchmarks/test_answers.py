@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import make_tiny_model
+from tiny import make_tiny_model
 
 from openrlhf_sgpo.benchmarks import answers
 from openrlhf_sgpo.benchmarks.answers import Answerer

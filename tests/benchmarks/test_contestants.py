@@ -6,8 +6,8 @@ import json
 
 import pytest
 import toy_benchmarks
-from conftest import write_jsonl
 from judge_server import JudgeServer
+from tiny import write_jsonl
 
 from openrlhf_sgpo.benchmarks.evaluate import Evaluation
 from openrlhf_sgpo.benchmarks.settings import load

@@ -18,9 +18,9 @@ from statistics import fmean
 
 import pytest
 import toy_benchmarks
-from conftest import write_jsonl
 from judge_server import JudgeServer, sigmoid
 from running import forked
+from tiny import write_jsonl
 
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.benchmarks.leaderboard import leaderboard_table

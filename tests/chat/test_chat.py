@@ -14,9 +14,9 @@ import time
 
 import pytest
 import torch
-from conftest import make_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openrlhf_sgpo import algorithms, flags

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from comparing import arguments
-from conftest import write_jsonl
 from running import ROOT, forked, killed_at, read_jsonl, train
+from tiny import write_jsonl
 from toy_oracles import Letters
 
 from openrlhf_sgpo.comparison.compare import _records

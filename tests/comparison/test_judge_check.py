@@ -7,10 +7,10 @@ import math
 from statistics import fmean, stdev
 
 import pytest
-from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import BIAS, JudgeServer, sigmoid
+from tiny import write_jsonl
 
 from openrlhf_sgpo.cli.main import judge_check
 from openrlhf_sgpo.comparison.judge_check import PairShares, agreement_figures, ask, load, share_of

@@ -7,6 +7,7 @@ import json
 from datetime import datetime
 
 import pytest
+from tiny import write_jsonl
 
 from openrlhf_sgpo.data.template import refuse_unread_variables, template_arguments
 from openrlhf_sgpo.data.tokens import ChatFormat, load_chat
@@ -156,8 +157,6 @@ def test_a_refused_conversation_is_reported_with_the_templates_reason(chat_with,
 
 @pytest.fixture
 def write_pairs(tmp_path):
-    from conftest import write_jsonl
-
     def write(**columns):
         row = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea"} | columns
         return str(write_jsonl(tmp_path / "pairs.jsonl", [row]))
