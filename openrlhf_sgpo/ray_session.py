@@ -28,6 +28,7 @@ LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKE
 PATIENCE = 10.0  # seconds for remaining processes to clean up
 
 _keeper: subprocess.Popen[bytes] | None = None
+_before = contextlib.ExitStack()  # what the end of the session sets back in this process
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,13 @@ def _keys_put_aside() -> Iterator[None]:
             os.environ.setdefault(name, value)  # Ray's token stays that of this session
 
 
+def _restore(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 def start_ray(environment: Mapping[str, str]) -> None:
     """Starts Ray, unless this process already has. environment: further variables for its workers, which get no API keys.
 
@@ -90,14 +98,22 @@ def start_ray(environment: Mapping[str, str]) -> None:
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # signals to this process's group must not end the cleanup process
     )
+
+    def read_settings() -> None:
+        """Ray may have been imported, and read its settings, earlier."""
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+    session = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION: folder}
+    _before.callback(read_settings)
+    _before.callback(_restore, {name: os.environ.get(name) for name in session})
+    _before.callback(setattr, ray_constants, "ENABLE_RAY_CLUSTER", ray_constants.ENABLE_RAY_CLUSTER)
     # Without this, Ray refuses 127.0.0.1 as its address.
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         with _keys_put_aside():
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), SESSION: folder}
-            # Ray may have been imported, and read its settings, earlier.
-            raylet.Config.initialize("")
-            raylet.AuthenticationTokenLoader.instance().reset_cache()
+            os.environ |= session
+            read_settings()
             # Engines print much; their failures arrive as exceptions with tracebacks.
             context = ray.init(
                 address="local",
@@ -144,6 +160,7 @@ def end_ray() -> None:
     _keeper.stdin.close()
     _keeper.wait()
     _keeper = None
+    _before.close()
 
 
 def clean_up_after(folder: str) -> None:

@@ -139,6 +139,11 @@ def test_an_engine_that_dies_twice_ends_the_run_with_one_message_and_leaves_noth
     assert ray_session._processes(folder) == [] and not Path(folder).exists()
     left = [path for path in Path("/dev/shm").iterdir() if path.stat().st_mtime >= begin]
     assert [path for path in left if path.name.startswith(("psm_", "plasma", "sem.mp"))] == []
+    from ray._private import services
+
+    # This process can join a cluster now, which has no token of ours and stands at the machine's address.
+    assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", ray_session.SESSION} & os.environ.keys()
+    assert services.get_node_ip_address() == services.node_ip_address_from_perspective()
 
 
 @pytest.mark.slow
