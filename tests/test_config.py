@@ -178,6 +178,10 @@ def test_required_settings():
         ("--rounds.prompts 1 2 0", "--rounds.prompts: 1 2 0 is out of range, use at least 1 each"),
         ("--rollout.max_new_tokens 512", "--rollout.max_new_tokens: 512 leaves no room for a prompt"),
         ("--train.layout shared_prefix", "--train.layout got 'shared_prefix', expected one of auto, padded"),
+        (
+            "--ds.adam_offload true --ds.zero_stage 0",
+            "--ds.adam_offload: DeepSpeed offloads nothing at --ds.zero_stage 0",
+        ),
         ("--train.layout padded --train.max_tokens 9", "--train.max_tokens: is not read with --train.layout padded"),
         ("--ds.packing_samples", "--ds.packing_samples: does not work with --ds.attn_implementation sdpa"),
         ("--loop.rho -1", "--loop.rho: negative, use at least 0"),

@@ -10,7 +10,7 @@ from typing import Any
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.estimate.devices import GIB, KNOWN, Device, devices_here
 from openrlhf_sgpo.estimate.duration import Lengths, assumed, disk, known_sum, lengths_of, loads, measured
-from openrlhf_sgpo.estimate.fitting import Change, changed, combinations, useful_changes
+from openrlhf_sgpo.estimate.fitting import Change, changed, combinations, flags_of, useful_changes
 from openrlhf_sgpo.estimate.memory import Memory, total, work_of
 from openrlhf_sgpo.estimate.settings import Asked
 from openrlhf_sgpo.estimate.shape import ModelShape, model_configuration, model_shape
@@ -122,7 +122,7 @@ class Estimate:
             "memory": self.memory.stages(),
             "host_memory": self.memory.host(),
             "problems": problems,
-            "fits_with": [change.flags for change in fitting[0]] if fitting else [],
+            "fits_with": flags_of(*fitting[0]) if fitting else "",
             "time": [dict(zip(("stage", "kind", "tokens", "seconds"), row, strict=True)) for row in rows],
             "speeds": origin,
             "disk": self.disk(),
@@ -169,8 +169,7 @@ class Estimate:
         lines += ["", *self._change_lines()]
         if problems:
             if fitting := self.fitting():
-                flags = " ".join(change.flags for change in fitting[0])
-                lines += ["", *_wrapped(f"fits with {flags}: {fitting[1].peak() / GIB:.1f} GiB")]
+                lines += ["", *_wrapped(f"fits with {flags_of(*fitting[0])}: {fitting[1].peak() / GIB:.1f} GiB")]
             else:
                 lines += ["", "nothing of this makes it fit: take more or larger GPUs, or a smaller model"]
         return lines
@@ -178,7 +177,7 @@ class Estimate:
     def _change_lines(self) -> list[str]:
         rows = [["a change alone", "GiB", "costs"]]
         for change, memory in self.changes():
-            rows.append([change.flags, f"{memory.peak() / GIB:.1f}", change.cost])
+            rows.append([flags_of(change), f"{memory.peak() / GIB:.1f}", change.cost])
         return aligned(rows, left=(0, 2)) if len(rows) > 1 else []
 
     def _time_lines(self) -> list[str]:

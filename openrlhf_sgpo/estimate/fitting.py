@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import compress, product
+from operator import attrgetter
+from typing import Any
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.estimate.memory import Memory
@@ -17,125 +19,83 @@ ALONE, BESIDE = 0.9, 0.3
 
 @dataclass(frozen=True)
 class Change:
-    """flags: what to add to the command line. cost: in words. useful: whether it would change this run. apply: to a copy of its
-    settings."""
+    """settings: what to change, by flag. cost: in words. useful: whether it would change this run."""
 
-    flags: str
+    settings: Mapping[str, Any]
     cost: str
-    useful: Callable[[Config, int], bool]
-    apply: Callable[[Config], None]
+    useful: Callable[[Memory], bool]
 
 
-def _layout(config: Config) -> None:
-    config.train.layout = "auto"
-    config.ds.packing_samples = False
+def flags_of(*changes: Change) -> str:
+    """What to add to the command line."""
+    settings = {name: value for change in changes for name, value in change.settings.items()}
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in settings.items())
 
 
-def _more_engine(config: Config) -> None:
-    config.vllm.gpu_memory_utilization = ALONE
+def _several_pairs(memory: Memory) -> bool:
+    config = memory.config
+    return config.train.micro_batch_size > 1 or config.train.max_tokens > 2 * config.data.max_len
 
 
-def _less_engine(config: Config) -> None:
-    config.vllm.gpu_memory_utilization = BESIDE
+def _no_room(memory: Memory) -> bool:
+    """Whether an engine has no room for the keys and values of an answer."""
+    share, needed = memory.config.vllm.gpu_memory_utilization, memory.config.data.max_len
+    return memory.engines and memory.device.on_gpu and share < ALONE and memory.cached_tokens() < needed
 
 
-def _one_pair(config: Config) -> None:
-    config.train.micro_batch_size = 1
-    config.train.max_tokens = 0
+def _too_much_room(memory: Memory) -> bool:
+    """Whether an engine's share may leave too little to the policy that is trained beside it."""
+    share = memory.config.vllm.gpu_memory_utilization
+    return memory.engines and memory.device.on_gpu and share > BESIDE and memory.algorithm.fresh_answers
 
 
-def _checkpointing(config: Config) -> None:
-    config.model.gradient_checkpointing_enable = True
+def _can_offload(memory: Memory, sharded: bool) -> bool:
+    is_sharded = memory.config.ds.zero_stage > 0
+    return memory.device.on_gpu and not memory.config.ds.adam_offload and is_sharded == sharded
 
 
-def _shards(config: Config) -> None:
-    config.ds.zero_stage = 3
-
-
-def _gradient_shards(config: Config) -> None:
-    config.ds.zero_stage = 2
-
-
-def _offload(config: Config) -> None:
-    config.ds.adam_offload = True
-    config.ds.zero_stage = max(config.ds.zero_stage, 2)
-
-
-def _adapters(config: Config) -> None:
-    config.ds.lora.rank = ADAPTER_RANK
-
-
-def _uses_vllm(config: Config, ranks: int) -> bool:
-    return config.rounds.count > 0 and config.rollout.engine == "vllm"
-
-
+OFFLOADING = "slow steps, host memory"
 # Earlier ones leave the result as it is and cost little or nothing; the last one trains other weights.
 CHANGES = (
-    Change("--train.layout auto", "nothing", lambda config, ranks: config.train.layout == "padded", _layout),
-    Change(f"--vllm.gpu_memory_utilization {ALONE}", "nothing", _uses_vllm, _more_engine),
-    Change(f"--vllm.gpu_memory_utilization {BESIDE}", "slower sampling", _uses_vllm, _less_engine),
     Change(
-        "--train.micro_batch_size 1 --train.max_tokens 0",
-        "a little speed",
-        lambda config, ranks: (
-            config.train.micro_batch_size > 1
-            or config.train.max_tokens > 2 * config.data.max_len
-            or (config.train.layout == "padded" and config.train.micro_batch_size > 1)
-        ),
-        _one_pair,
-    ),
-    Change(
-        "--ds.zero_stage 2",
+        {"train.layout": "auto"},
         "nothing",
-        lambda config, ranks: ranks > 1 and config.ds.zero_stage < 2,
-        _gradient_shards,
+        lambda memory: memory.config.train.layout == "padded" and not memory.config.ds.packing_samples,
     ),
+    Change({"vllm.gpu_memory_utilization": ALONE}, "nothing", _no_room),
+    Change({"vllm.gpu_memory_utilization": BESIDE}, "slower sampling", _too_much_room),
+    Change({"train.micro_batch_size": 1, "train.max_tokens": 0}, "a little speed", _several_pairs),
+    Change({"ds.zero_stage": 2}, "nothing", lambda memory: memory.ranks > 1 and memory.config.ds.zero_stage < 2),
     Change(
-        "--model.gradient_checkpointing_enable true",
+        {"model.gradient_checkpointing_enable": True},
         "a third more operations",
-        lambda config, ranks: not config.model.gradient_checkpointing_enable,
-        _checkpointing,
+        lambda memory: not memory.config.model.gradient_checkpointing_enable,
     ),
     Change(
-        "--ds.zero_stage 3",
+        {"ds.zero_stage": 3},
         "traffic between GPUs",
-        lambda config, ranks: ranks > 1 and config.ds.zero_stage < 3,
-        _shards,
+        lambda memory: memory.ranks > 1 and memory.config.ds.zero_stage < 3,
     ),
+    Change({"ds.adam_offload": True}, OFFLOADING, lambda memory: _can_offload(memory, sharded=True)),
     Change(
-        "--ds.adam_offload true",
-        "slow steps, host memory",
-        lambda config, ranks: not config.ds.adam_offload,
-        _offload,
+        {"ds.zero_stage": 2, "ds.adam_offload": True}, OFFLOADING, lambda memory: _can_offload(memory, sharded=False)
     ),
-    Change(
-        f"--ds.lora.rank {ADAPTER_RANK}",
-        "trains adapters instead",
-        lambda config, ranks: config.ds.lora.rank == 0,
-        _adapters,
-    ),
+    Change({"ds.lora.rank": ADAPTER_RANK}, "trains adapters instead", lambda memory: memory.config.ds.lora.rank == 0),
 )
 
 
 def useful_changes(memory: Memory, could_pack: bool = True) -> list[Change]:
-    """Those that would change this run, in their order. could_pack: whether the model allows another layout than padded.
-
-    An engine gets a larger share if it has no room for an answer, and a smaller one if the policy in training leaves it too
-    little. Without a GPU nothing can be spared there."""
-    config, share = memory.config, memory.config.vllm.gpu_memory_utilization
-    wanted: dict[Callable[[Config], None], bool] = {
-        _layout: could_pack,
-        _offload: memory.device.on_gpu,
-        _more_engine: memory.device.on_gpu and share < ALONE and memory.cached_tokens() < config.data.max_len,
-        _less_engine: memory.device.on_gpu and share > BESIDE and memory.algorithm.fresh_answers,
-    }
-    return [change for change in CHANGES if change.useful(config, memory.ranks) and wanted.get(change.apply, True)]
+    """Those that would change this run, in their order. could_pack: whether the model allows another layout than padded."""
+    useful = [change for change in CHANGES if change.useful(memory)]
+    return [change for change in useful if could_pack or "train.layout" not in change.settings]
 
 
 def changed(config: Config, *changes: Change) -> Config:
     result = deepcopy(config)
     for change in changes:
-        change.apply(result)
+        for name, value in change.settings.items():
+            group, _, field = name.rpartition(".")
+            setattr(attrgetter(group)(result), field, value)
     return result
 
 

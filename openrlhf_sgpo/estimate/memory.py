@@ -30,6 +30,7 @@ from openrlhf_sgpo.estimate.devices import GIB, Device
 from openrlhf_sgpo.estimate.shape import ModelShape
 from openrlhf_sgpo.packed.head import ELEMENTS
 from openrlhf_sgpo.run_settings import samples
+from openrlhf_sgpo.training.packing import token_budget
 
 BUCKET = 5 * 10**8  # gradients
 GATHERED = 10**9  # weights, with ZeRO-3
@@ -60,7 +61,7 @@ def work_of(config: Config, algorithm: Any, options: Any, ranks: int) -> Work:
     """The largest micro-batch that the settings allow, of which every token may belong to a response."""
     train = config.train
     share = max(1, train.batch_size // ranks)
-    budget = train.max_tokens or 2 * config.data.max_len * train.micro_batch_size  # as training/packing.py has it
+    budget = token_budget(config)
     # A single sample may have more tokens than --train.max_tokens.
     tokens = max(budget, 2 * config.data.max_len) if train.layout == "auto" else budget
     micro_batches = -(-share * 2 * config.data.max_len // tokens)

@@ -12,7 +12,7 @@ from openrlhf_sgpo.config import LoraSettings, ModelSettings
 from openrlhf_sgpo.estimate.command import Estimate
 from openrlhf_sgpo.estimate.devices import GIB
 from openrlhf_sgpo.estimate.duration import measured, passes
-from openrlhf_sgpo.estimate.fitting import CHANGES, changed, combinations, useful_changes
+from openrlhf_sgpo.estimate.fitting import CHANGES, changed, combinations, flags_of, useful_changes
 from openrlhf_sgpo.estimate.settings import load
 from openrlhf_sgpo.estimate.shape import model_shape
 from openrlhf_sgpo.ledger import write_ledger
@@ -43,7 +43,7 @@ def test_the_proposal_is_the_first_that_fits(published):
     order = list(combinations(useful_changes(estimate.memory)))
     for combination in order[: order.index(chosen)]:
         assert estimate.problems(estimate._memory(changed(estimate.config, *combination)), spare=0.1)
-    assert f"fits with {' '.join(change.flags for change in chosen)}" in " ".join(estimate.text().split())
+    assert f"fits with {flags_of(*chosen)}" in " ".join(estimate.text().split())
 
 
 def test_an_engine_without_room_gets_a_larger_share(published):
@@ -52,23 +52,28 @@ def test_an_engine_without_room_gets_a_larger_share(published):
     estimate = Estimate(load([*argv, "--vllm.gpu_memory_utilization", "0.5"]))
     (problem,) = estimate.problems(estimate.memory)
     assert "raise --vllm.gpu_memory_utilization" in problem
-    assert [change.flags for change in estimate.fitting()[0]] == ["--vllm.gpu_memory_utilization 0.9"]
+    assert flags_of(*estimate.fitting()[0]) == "--vllm.gpu_memory_utilization 0.9"
     assert seconds(estimate)["round 1: sample"] is None
     mended = Estimate(load([*argv, "--vllm.gpu_memory_utilization", "0.9"]))
     assert mended.problems(mended.memory) == [] and seconds(mended)["round 1: sample"] > 0
 
 
 def test_combinations_come_in_the_order_of_their_costs():
-    names = [[change.flags for change in combination] for combination in combinations(list(CHANGES[:3]))]
-    first, second, third = (change.flags for change in CHANGES[:3])
-    assert names == [
+    first, second, third = changes = list(CHANGES[:3])
+    assert list(combinations(changes)) == [
         *([first], [second], [first, second], [third], [first, third], [second, third], [first, second, third])
     ]
 
 
+def test_settings_that_two_changes_make_are_printed_once():
+    """DeepSpeed offloads nothing at stage 0."""
+    shards, offload = CHANGES[4], CHANGES[8]
+    assert flags_of(shards, offload) == "--ds.zero_stage 2 --ds.adam_offload true"
+
+
 def test_a_flag_that_is_proposed_is_one_of_the_train_command(tiny_model):
     for change in CHANGES:
-        load(recipe(str(tiny_model), *change.flags.split()))
+        load(recipe(str(tiny_model), *flags_of(change).split()))
 
 
 def test_time_is_shared_and_checkpointing_costs_a_third(tiny_model):
@@ -120,9 +125,9 @@ def test_a_model_that_is_not_packed_is_estimated_padded(tmp_path):
     estimate = Estimate(load(recipe(model, "--data.max_len", "8192")))
     assert "sliding window of 4096 tokens" in estimate.text()
     assert not estimate.memory.packed
-    assert "--train.layout auto" not in {change.flags for change, _ in estimate.changes()}
+    assert "--train.layout auto" not in {flags_of(change) for change, _ in estimate.changes()}
     chosen = Estimate(load(recipe(model, "--train.layout", "padded")))
-    assert "--train.layout auto" in {change.flags for change, _ in chosen.changes()}
+    assert "--train.layout auto" in {flags_of(change) for change, _ in chosen.changes()}
 
 
 def test_operations_of_a_token(tiny_model):
