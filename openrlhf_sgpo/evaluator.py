@@ -15,6 +15,7 @@ from openrlhf_sgpo.data.records import Pair
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.dro import saving, support_of
 from openrlhf_sgpo.intervals import scores, share_error, standard_error
+from openrlhf_sgpo.ledger import increase
 from openrlhf_sgpo.oracle import Answer, Question
 from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.run import Run
@@ -157,7 +158,7 @@ class Evaluator:
         oracle = self.run.frozen_oracle()
         before = oracle.usage()
         wins = [matrix[0][1] for matrix in oracle.preferences(questions, f"{name}: compare")]
-        cost |= {count: total - before[count] for count, total in oracle.usage().items()}
+        cost |= increase(before, oracle.usage())
         return {"win_rate": mean(wins), "win_rate_error": standard_error(wins)}
 
 

@@ -92,6 +92,11 @@ def _sum(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return totals
 
 
+def increase(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    """Of running totals, by name."""
+    return {name: total - before[name] for name, total in now.items()}
+
+
 def stage_rows(
     folder: Path,
     ledger: Ledger,
@@ -110,7 +115,7 @@ def stage_rows(
         before = usage()
         with ledger.stage(name) as cost:
             rows = work(cost)
-            cost |= {key: total - before[key] for key, total in usage().items()}
+            cost |= increase(before, usage())
         # The digest comes first: after a kill in between, the rows are created again.
         write_sealed(path.with_name(MANIFEST), digests | {path.name: rows_digest(jsonl(rows).encode())})
         write_jsonl(path, rows)

@@ -15,8 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from openrlhf_sgpo import flags, keys
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.inference import stored_settings
-from openrlhf_sgpo.report.model_card import model_card
-from openrlhf_sgpo.report.moments import read_moments
+from openrlhf_sgpo.report.model_card import write_cards
 from openrlhf_sgpo.run_check import check_ended, check_round, check_rounds
 from openrlhf_sgpo.run_folder import CARD, TABLE, RunFolder, write_text
 
@@ -68,8 +67,7 @@ def push_policy(settings: PushSettings) -> str:
     run = RunFolder(settings.run, "run")
     number = _check(run, settings)
     folder = run.round(number) / settings.role
-    if not (folder / CARD).exists():
-        write_text(folder / CARD, f"{model_card(run, number, settings.role, read_moments(run.path))}")
+    write_cards(run, number, {})  # of a run that was written before there were cards
     api = HfApi(token=keys.read_key("env", KEY))
     try:
         api.create_repo(settings.to, private=not settings.public, exist_ok=True)

@@ -25,7 +25,7 @@ from openrlhf_sgpo.benchmarks.task import Responses, Result, Task
 from openrlhf_sgpo.config import ModelSettings
 from openrlhf_sgpo.data.template import refuse_unread_variables
 from openrlhf_sgpo.integrity import hash_of
-from openrlhf_sgpo.ledger import Ledger
+from openrlhf_sgpo.ledger import Ledger, increase
 from openrlhf_sgpo.output import log_to, say
 from openrlhf_sgpo.rollout import check_rollout
 from openrlhf_sgpo.run_folder import LOCK, MOMENT, RunFolder, read_json, write_json, write_jsonl
@@ -169,7 +169,7 @@ class Evaluation:
             try:
                 result = task.evaluate(contestant.name, answered, responses, judge if task.judged else None, folder)
             finally:
-                cost |= {key: total - before[key] for key, total in judge.usage().items()} if judge else {}
+                cost |= increase(before, judge.usage()) if judge else {}
         decoding = {"answers": contestant.file} if contestant.file else self.answerer.decoding()
         if contestant.published:
             decoding["answers"] = "published"

@@ -19,6 +19,7 @@ from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.judge.client import ChatClient, JudgeError, Request, Unanswered, server_problems
 from openrlhf_sgpo.judge.reply import Reply
 from openrlhf_sgpo.judge.server import KEY, LocalServer
+from openrlhf_sgpo.ledger import increase
 
 Value = TypeVar("Value")
 
@@ -253,7 +254,7 @@ class EvaluationJudge:
         return f"{tokens}, up to {price:.2f} USD"
 
     def _spent_since(self, before: Mapping[str, float]) -> str:
-        cost = {name.removeprefix("judge_"): total - before[name] for name, total in self.usage().items()}
+        cost = {name.removeprefix("judge_"): spent for name, spent in increase(before, self.usage()).items()}
         price = f", {cost['usd']:.2f} USD" if "usd" in cost else ""
         return (
             f"{cost['calls']} answers, {cost['failures']} failed attempts, {cost['prompt_tokens']} prompt and "

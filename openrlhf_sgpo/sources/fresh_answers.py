@@ -26,7 +26,7 @@ from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Role
 from openrlhf_sgpo.data.inspection import prompt_key
 from openrlhf_sgpo.data.records import Prompt
 from openrlhf_sgpo.finite import NotFiniteError, in_training
-from openrlhf_sgpo.ledger import Stopwatch
+from openrlhf_sgpo.ledger import Stopwatch, increase
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, PolicyWeights, aside
 from openrlhf_sgpo.oracle import Question, RewardOracle
 from openrlhf_sgpo.oracle.base import win_probabilities
@@ -179,7 +179,7 @@ class FreshAnswers(Source):
             "samples": sum(len(play.answers) for play in self.plays),
             "tokens_generated": sum(sample.tokens for play in self.plays for _, sample in play.answers),
             "tokens_scored": sum(self.trainer.forward.tokens(self.plays)) * len(self.play.models),
-            **{name: total - before[name] for name, total in oracle.usage().items()},
+            **increase(before, oracle.usage()),
         }.items():
             cost[name] = cost.get(name, 0) + amount
         share = len(self.plays) // self.run.strategy.world_size

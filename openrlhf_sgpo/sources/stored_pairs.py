@@ -28,7 +28,7 @@ from openrlhf_sgpo.data.records import LABEL_COLUMNS, Pair, Prompt, load_run_pai
 from openrlhf_sgpo.data.seed import flip_labels, select_seed
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.dro.curve import certified_curve
-from openrlhf_sgpo.ledger import Stopwatch
+from openrlhf_sgpo.ledger import Stopwatch, increase
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.oracle.base import agreement, rank
@@ -157,7 +157,7 @@ class StoredPairs(Source):
         before = oracle.usage()
         with self.run.stage(f"round_{number}/annotate") as cost:
             rewards = oracle.rewards([*questions, *gold], f"round {number}: score")
-            cost |= {name: total - before[name] for name, total in oracle.usage().items()}
+            cost |= increase(before, oracle.usage())
         # Equal rewards are no preference; a label would only say which answer came first.
         ranked = [row for row in zip(questions, rewards, strict=False) if max(row[1]) > min(row[1])]
         if not ranked:

@@ -60,7 +60,7 @@ class Scorer:
         self.strategy = strategy
         self.pad_token_id = pad_token_id
         self.folder = folder
-        self.stays = self.resident = resident
+        self.resident = resident
         self.tokens_scored = 0
         self.responses_scored = 0
         self._known: dict[str, dict[str, float]] = {}
@@ -200,7 +200,7 @@ class Scorer:
     def _prepared(self, model: str) -> Any:
         """The model, whole on every rank if there is room: at ZeRO 3 every forward pass would gather all its weights. A model
         that stays in memory has to leave room for the others."""
-        whole = self.config.ds.zero_stage == 3 and not self.stays and fits_whole(model, self.config)
+        whole = self.config.ds.zero_stage == 3 and not self.resident and fits_whole(model, self.config)
         with self.strategy.unsharded(whole):
             return self.strategy.prepare(self._load(model))
 

@@ -13,17 +13,18 @@ from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf import build_strategy, destroy
+from openrlhf_sgpo.training import scoring
 from openrlhf_sgpo.training.policies import load_trained
 from openrlhf_sgpo.training.scoring import Scorer
 
+scoring.fits_whole = lambda *_: False
 ROWS = torch.arange(40).view(2, 20) + 3
 
 
 class Watched(Scorer):
-    """A scorer that remembers its models, weakly. Whole models on every rank are freed otherwise, so they stay in shards."""
+    """A scorer that remembers its models, weakly. They are in shards, because whole ones are freed in another way."""
 
     def _prepared(self, model):
-        self.stays = True
         actor = super()._prepared(model)
         self.models = [*getattr(self, "models", []), weakref.ref(actor.model.module)]
         return actor
