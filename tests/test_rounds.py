@@ -157,6 +157,17 @@ def test_a_certificate_has_the_margins_after_the_round_and_v_before_and_after(ru
         worst = solve_worst_case(held_out, figures["radius"], window=tuple(figures["window"]))
         assert figures[name] == pytest.approx(worst.value, abs=1e-6)
 
+    # The model card says the same in words, with what is saved.
+    card = " ".join((folder / "round_1/policy/README.md").read_text().split())
+    stated = re.findall(r"is (\S+) under this policy and (\S+) under DPO, (\S+) \S+ (\S+) (less|more)", card)
+    for (policy, dpo, saved, half, sign), name in zip(stated, ("loss", "value"), strict=True):
+        assert (policy, dpo) == (f"{figures[name]:.4f}", f"{figures[f'dpo_{name}']:.4f}")
+        difference = figures[f"dpo_{name}"] - figures[name]
+        assert float(saved) == pytest.approx(abs(difference), abs=6e-5) and sign == ("less" if difference >= 0 else "more")
+        assert float(half) == pytest.approx(1.96 * figures[f"{name}_saved_error"], abs=6e-5)
+    assert f"by {figures['radius']:g} on average" in card
+    assert "Worst-case loss" not in (folder / "round_0/policy/README.md").read_text()
+
 
 @pytest.mark.slow
 def test_what_an_engine_drew_is_what_is_scored_and_trained(run, tiny_model):

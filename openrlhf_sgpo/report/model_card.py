@@ -73,6 +73,7 @@ def model_card(run: RunFolder, number: int, role: str, moments: Sequence[Moment]
         "Training": _training(settings, algorithm),
         "Certificate of the follower": _certificate(so_far[-1].certificate),
         "Evaluation": _evaluation(so_far),
+        "Worst-case loss": _worst_case(so_far[-1].row.get("worst_case", {})),
         "Cost": _cost(run, number),
         "Versions": _versions(run, number),
     }
@@ -210,6 +211,27 @@ def _evaluation(moments: Sequence[Moment]) -> str:
     different = measured_differently([moment.row for moment in moments])
     parts = [*verdict(moments), *([f"{different[0].upper()}{different[1:]}."] if different else [])]
     return "\n\n".join([*parts, _table(["", *(title for title, _, _ in shown)], rows), note])
+
+
+def _worst_case(figures: Mapping[str, Any]) -> str:
+    """V of the policy and of DPO on the human pairs, in words. figures: of ``evaluator.worst_case``; empty without them."""
+    if not figures:
+        return ""
+    what = f"of {figures['pieces']} tangents of DPO's loss" if figures["pieces"] else "of DPO's loss"
+    unit = "win probabilities" if figures["space"] == "probability" else "margins"
+    text = f"On the {figures['pairs']:,} held-out pairs the mean {what} is {_beside_dpo(figures, 'loss')}."
+    if figures["radius"]:
+        text += (
+            f" If a follower may move their {unit} by {figures['radius']:g} on average, the radius of the run, it is "
+            f"{_beside_dpo(figures, 'value')}."
+        )
+    return f"{text} DPO is the policy after round 0, which was trained on the human pairs alone. {PLUS_MINUS}."
+
+
+def _beside_dpo(figures: Mapping[str, Any], key: str) -> str:
+    saved, half = figures[f"{key}_saved"], half_of(figures, f"{key}_saved")
+    difference = f"{plus_minus(abs(saved), half, 4)} {'less' if saved >= 0 else 'more'}"
+    return f"{figures[key]:.4f} under this policy and {figures[f'dpo_{key}']:.4f} under DPO, {difference}"
 
 
 def _cost(run: RunFolder, number: int) -> str:
