@@ -78,7 +78,7 @@ setup(
         "trl": ["trl>=1.16,<2"],
         "dev": [
             *("hypothesis", "matplotlib", "mypy", "playwright", "pre-commit"),
-            *("pytest", "pytest-timeout", "pytest-xdist", "ruff"),
+            *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "trackio"),
         ],
     },
     entry_points={

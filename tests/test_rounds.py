@@ -163,7 +163,9 @@ def test_a_certificate_has_the_margins_after_the_round_and_v_before_and_after(ru
     for (policy, dpo, saved, half, sign), name in zip(stated, ("loss", "value"), strict=True):
         assert (policy, dpo) == (f"{figures[name]:.4f}", f"{figures[f'dpo_{name}']:.4f}")
         difference = figures[f"dpo_{name}"] - figures[name]
-        assert float(saved) == pytest.approx(abs(difference), abs=6e-5) and sign == ("less" if difference >= 0 else "more")
+        assert float(saved) == pytest.approx(abs(difference), abs=6e-5) and sign == (
+            "less" if difference >= 0 else "more"
+        )
         assert float(half) == pytest.approx(1.96 * figures[f"{name}_saved_error"], abs=6e-5)
     assert f"by {figures['radius']:g} on average" in card
     assert "Worst-case loss" not in (folder / "round_0/policy/README.md").read_text()
