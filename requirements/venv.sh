@@ -5,9 +5,15 @@ fits='import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] 
 for python in ${PYTHON:-python3.11 python3.12 python3.13 python3.10 python3}; do
   if "$python" -c "$fits" 2>/dev/null; then exec "$python" -m venv "$1"; fi
 done
+why="${PYTHON:-python3} is none" otherwise="or uv, which then brings its own"
 if [ -z "$PYTHON" ] && command -v uv >/dev/null; then
-  exec uv venv --quiet --seed --allow-existing --python '>=3.10,<3.14' "$1"
+  said=$(uv venv --quiet --seed --allow-existing --python '>=3.10,<3.14' "$1" 2>&1) && exit
+  # Of uv's lines, the last cause is the reason.
+  reason=${said#error: } reason=${reason##*cause: }
+  reason=${reason%%
+*}
+  why="uv could not bring one ($reason)" otherwise="or let uv reach the network"
 fi
-echo "error: this needs a Python from 3.10 to 3.13 with venv, and ${PYTHON:-python3} is none: install one (on Debian and Ubuntu:" \
-  "apt-get install python3-venv), or uv, which then brings its own, and run make again" >&2
+echo "error: this needs a Python from 3.10 to 3.13 with venv, and $why: install one (on Debian and Ubuntu:" \
+  "apt-get install python3-venv), $otherwise, and run make again" >&2
 exit 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shlex
 import shutil
 import socket
 import subprocess
@@ -164,9 +165,32 @@ def test_the_first_python_that_fits_makes_the_environment(tmp_path):
 
 
 def test_uv_brings_a_python_where_none_fits(tmp_path):
-    path = programs(tmp_path, python3=NO_VENV, uv='echo "uv $*"')
+    path = programs(tmp_path, python3=NO_VENV, uv=f'echo "uv $*" > {tmp_path}/called')
     process = subprocess.run(VENV, env=path, capture_output=True, text=True)
-    assert process.stdout == "uv venv --quiet --seed --allow-existing --python >=3.10,<3.14 folder\n"
+    assert (process.returncode, process.stdout + process.stderr) == (0, "")
+    assert (tmp_path / "called").read_text() == "uv venv --quiet --seed --allow-existing --python >=3.10,<3.14 folder\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        # What uv 0.13.9 writes without a network, and where it may not download.
+        (
+            "error: Request failed after 3 retries in 7.3s\n  cause: Failed to download `https://a.tar.gz`\n"
+            "  cause: dns error\n  cause: failed to lookup address information: Name or service not known\n",
+            "(failed to lookup address information: Name or service not known)",
+        ),
+        (
+            "error: No interpreter found for Python >=3.10, <3.14\n\nhint: Python downloads are set to 'never'\n",
+            "(No interpreter found for Python >=3.10, <3.14)",
+        ),
+    ],
+)
+def test_where_uv_cannot_bring_a_python_one_sentence_says_why_and_what_to_do(said, reason, tmp_path):
+    path = programs(tmp_path, python3=NO_VENV, uv=f"printf '%s' {shlex.quote(said)} >&2; exit 2")
+    process = subprocess.run(VENV, env=path, capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr.count("\n")) == (2, "", 1)
+    assert reason in process.stderr and "python3-venv" in process.stderr and "reach the network" in process.stderr
 
 
 @pytest.mark.parametrize("chosen", ["", "python3.9"])
