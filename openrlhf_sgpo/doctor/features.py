@@ -51,16 +51,38 @@ FEATURES = (
     Feature("solver program", "import cvxpy", optional=True),
     Feature("games --out", "import matplotlib", optional=True),
     Feature("W&B", "import wandb", optional=True),
+    Feature("trackio", "import trackio", optional=True),
     Feature("TensorBoard", "from torch.utils.tensorboard import SummaryWriter", optional=True),
 )
 
 
+# Most of their time goes into packages that several features import.
+_TOGETHER = """
+answer["works"] = []
+for name, code in {codes!r}.items():
+    try:
+        exec(code, {{}})
+    except BaseException:
+        continue
+    answer["works"].append(name)
+"""
+
+
 def attempt_all(limit: float, features: Sequence[Feature] = FEATURES) -> tuple[Outcome, dict[str, Outcome]]:
-    """The answers to ``TORCH`` and to every feature by its name. As many processes at a time as there are cores, up to four."""
+    """The answers to ``TORCH`` and to every feature by its name: one process for all features, and then one for each that does
+    not work there, or for all if that process crashes or takes too long. As many processes at a time as there are cores, up to
+    four."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         torch = pool.submit(attempt, TORCH, limit)
-        answers = {feature.name: pool.submit(attempt, feature.code, limit) for feature in features}
-        return torch.result(), {name: answer.result() for name, answer in answers.items()}
+        together = attempt(_TOGETHER.format(codes={feature.name: feature.code for feature in features}), limit)
+        answers = {name: Outcome() for name in together.values.get("works", ())}
+        alone = {
+            feature.name: pool.submit(attempt, feature.code, limit)
+            for feature in features
+            if feature.name not in answers
+        }
+        answers |= {name: answer.result() for name, answer in alone.items()}
+        return torch.result(), answers
 
 
 def feature_checks(answers: dict[str, Outcome], extra: str, limit: float) -> list[Diagnosis]:

@@ -25,7 +25,7 @@ feature, with the command that mends what does not. No key is shown.
 
   --json             print JSON, for an issue report
   --offline          do not ask whether the hub answers
-  --timeout SECONDS  for each package to be imported (default: {LIMIT:g})
+  --timeout SECONDS  for each process that imports (default: {LIMIT:g})
 
 The exit code is 0 if training would start, and 1 if not.
 It needs nothing but Python, and this package.

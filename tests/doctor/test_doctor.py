@@ -16,7 +16,7 @@ import pytest
 from openrlhf_sgpo import extras
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.doctor.checks import Diagnosis
-from openrlhf_sgpo.doctor.features import FEATURES, feature_checks
+from openrlhf_sgpo.doctor.features import FEATURES, Feature, attempt_all, feature_checks
 from openrlhf_sgpo.doctor.machine import gpu_checks, network_checks
 from openrlhf_sgpo.doctor.packages import pinned_versions
 from openrlhf_sgpo.doctor.probes import Outcome, attempt
@@ -82,6 +82,20 @@ def test_an_answer_says_what_failed(monkeypatch):
     # In the packages' folder, not in Python's own.
     broken = attempt("import yaml; yaml.safe_load('a: [')", 20)
     assert broken.package == "yaml"
+
+
+@pytest.mark.parametrize("broken", ["import no_such_package", "raise SystemExit(3)", "import os; os.abort()"])
+def test_what_does_not_work_beside_the_others_is_tried_alone(broken, tmp_path, monkeypatch):
+    """One process for all that works, unless that process crashes."""
+    monkeypatch.setattr("openrlhf_sgpo.doctor.features.TORCH", "pass")
+    note = f"import os; open({str(tmp_path / 'who')!r}, 'a').write(f'{{os.getpid()}} ')"
+    features = [Feature("first", note), Feature("broken", broken), Feature("second", note)]
+    _, answers = attempt_all(20, features)
+    assert {name for name, answer in answers.items() if answer.problem} == {"broken"} and len(answers) == 3
+    assert answers["broken"] == attempt(broken, 20)
+    processes = (tmp_path / "who").read_text().split()
+    assert len(processes) == (3 if "abort" in broken else 2)
+    assert len(set(processes)) == (3 if "abort" in broken else 1)
 
 
 def test_the_command_that_mends_is_for_what_failed():
