@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from openrlhf_sgpo.packed.products import product
+
 # Logits in memory at a time. On a CPU they should stay in its caches.
 ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
@@ -95,16 +97,16 @@ class _LogProbs(torch.autograd.Function):
                 of_bias[start : start + len(tile)] = change.sum(0)
             change = change.to(states.dtype)
             if of_states.dtype == states.dtype:
-                of_states.addmm_(change, tile)
+                of_states = product(change, tile.T, of_states)
             else:
                 of_states += change @ tile
             if of_weight is not None:
-                torch.mm(change.T, states, out=of_weight[start : start + len(tile)])
+                of_weight[start : start + len(tile)] = product(change.T, states.T)
         return of_states.to(states.dtype), of_weight, of_bias, None, None, None
 
     @staticmethod
     def _logits(ctx: Any, states: Tensor, tile: Tensor, bias: Tensor | None) -> Tensor:
-        logits = states @ tile.T
+        logits = product(states, tile)
         if bias is not None:
             logits += bias
         logits = ctx.scaling.apply(logits.to(_accurate(states.dtype)))

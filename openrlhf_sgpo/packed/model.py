@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.packed.attention import Packing
+from openrlhf_sgpo.packed.products import use_products
 
 PADDED_BY_CHOICE = "--train.layout padded"
 
@@ -48,6 +49,7 @@ def accept_packings(model: Any) -> None:
 
     So this happens within the calls of DeepSpeed's engine and of PEFT's models.
     """
+    use_products(model.base_model)
     plain: Callable[..., Any] = model.forward
 
     @functools.wraps(plain)
