@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import ROOT, SCRIPT, arguments, launch, losses, read_jsonl
+from running import ROOT, SCRIPT, arguments, free_port, launch, losses, read_jsonl
 
 from openrlhf_sgpo.cli.cluster import JOB, ray_places
 from openrlhf_sgpo.cli.main import main
@@ -22,6 +23,7 @@ PATIENT = {  # on a busy machine, where Ray would give up workers that are slow 
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_worker_register_timeout_seconds": "300",
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300",
 }
 
 
@@ -96,24 +98,32 @@ def test_the_slurm_script_starts_a_cluster_on_all_nodes_and_trains_on_the_first(
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two raylets with a GPU each in their books, and two CPUs."""
+    """Two raylets with a GPU each in their books, and two CPUs; with the dashboard, which takes jobs."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in PATIENT.items():
             patch.setenv(name, value)
         resources = {"num_cpus": 2, "num_gpus": 1}
-        started = Cluster(initialize_head=True, head_node_args={**resources, "include_dashboard": False})
+        dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(free_port())}
+        started = Cluster(initialize_head=True, head_node_args={**resources, **dashboard})
         started.add_node(**resources)
         yield started
         started.shutdown()
 
 
-def start(cluster, folder: Path, *argv: str) -> subprocess.Popen:
+def start(cluster, folder: Path, *argv: str, as_job: bool = False) -> subprocess.Popen:
+    """The command, which is on this machine, or a job of Ray with it, which takes its variables from the cluster."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     inherited = {name: value for name, value in os.environ.items() if name not in names}
     environment = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv, "--launcher", "ray"]
+    command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv]
+    if as_job:
+        there = {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}}
+        submit = [*RAY, "job", "submit", "--address", f"http://{cluster.head_node.webui_url}"]
+        command = [*submit, "--runtime-env-json", json.dumps(there), "--", *command]
+    else:
+        command += ["--launcher", "ray"]
     with open(f"{folder}.stderr", "w") as errors:
         return subprocess.Popen(
             command, cwd=ROOT, env=inherited | environment, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -135,6 +145,7 @@ def wait_for(condition, what: str, seconds: float) -> None:
         time.sleep(0.2)
 
 
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 ENGINES = {"--rollout.engine": "vllm", "--rounds.count": "1"}
 PLAYS = {"--data.dataset": None, "--rounds.steps": "2", "--oracle": "toy_oracles:Letters", "--data.max_len": "256"}
 
@@ -149,19 +160,19 @@ def flags(argv: list[str], changes: dict[str, str | None]) -> list[str]:
 @pytest.mark.parametrize(("algo", "file"), [("sgpo", "pairs.jsonl"), ("slhf", "plays.jsonl")])
 def test_a_run_on_two_nodes_is_that_of_the_launcher(algo, file, cluster, tiny_model, tiny_data, tmp_path):
     """Two ranks and two engines, one of each per node: the same pairs or plays, and losses. An engine that is killed while the
-    first round is sampled is started again and asked again."""
+    first round is sampled is started again and asked again. One of the runs is a job of Ray."""
     folders = {name: tmp_path / name for name in ("ray", "launcher")}
     argv = arguments(tiny_model, tiny_data, folders["ray"], algo=algo)
     argv = flags(argv, ENGINES | (PLAYS if algo == "slhf" else {}))
-    process = start(cluster, folders["ray"], *argv, "--ray.ranks", "2")
+    process = start(cluster, folders["ray"], *argv, "--ray.ranks", "2", as_job=algo == "slhf")
     assert process.stdout
     said = []
     for line in process.stdout:
         said.append(line)
         if algo == "sgpo" and "round 1: generate" in line:
             actors(cluster, "Rollout")[0].kill()
-    assert process.wait(600) == 0, Path(f"{folders['ray']}.stderr").read_text()[-3000:]
-    assert "2 ranks on Ray" in said[0]
+    assert process.wait(600) == 0, "".join(said)[-3000:] + Path(f"{folders['ray']}.stderr").read_text()[-3000:]
+    assert any(line.startswith("2 ranks on Ray, the run folder is") for line in said)
     assert any(re.match(r"vLLM engine \d died; restarting it", line) for line in said) == (algo == "sgpo")
     assert not actors(cluster, "_Rank") and not actors(cluster, "Rollout")
     done = launch(

@@ -123,8 +123,9 @@ def _placed(settings: Config, with_engines: bool) -> Iterator[tuple[int, ray_ses
     unit = "GPU" if gpus else "CPU"
     there = int(ray.cluster_resources().get(unit, 0))
     if bundles > there:
+        with_these = f" and {engines} engines (of {parallel} {unit}s each)" if engines else ""
         raise ValueError(
-            f"{count} ranks and {engines} engines (of {parallel} {unit}s each) need {bundles} {unit}s, but the cluster has "
+            f"{count} ranks{with_these} need {bundles} {unit}s, but the cluster has "
             f"{there}: lower --ray.ranks, --vllm.num_engines or --vllm.tensor_parallel_size, or add nodes"
         )
     needs: list[dict[str, float]] = [{"CPU": 1.0} | ({"GPU": 1.0} if gpus else {}) for _ in range(bundles)]
@@ -163,7 +164,8 @@ def _train(command: _Command) -> int:
     sys.stdout, sys.stderr = _Lines(command.lines, 1), _Lines(command.lines, 2)
     if os.environ["RANK"] == "0":
         place = f"{socket.gethostname()}:{os.path.abspath(command.settings.ckpt.output_dir)}"
-        say(f"{os.environ['WORLD_SIZE']} ranks on Ray, the run folder is {place}")
+        ranks = "1 rank" if os.environ["WORLD_SIZE"] == "1" else f"{os.environ['WORLD_SIZE']} ranks"
+        say(f"{ranks} on Ray, the run folder is {place}")
     try:
         with other_packages_apart():
             command.run(command.settings, algorithms.get(command.settings.algo), command.options)
