@@ -72,7 +72,7 @@ class Run:
         config = self.config
         records = load_run(config, with_prompts=config.rounds.count > 0)
         if self.samples:
-            check_rollout(config)
+            check_rollout(config, self.mixed_reference)
         if self.has_oracle:
             oracle.get(config.oracle).check(config)
         chat, model = load_policy_chat(config, self.folder.moment(self._source()))
@@ -112,12 +112,18 @@ class Run:
     def start_engines(self) -> None:
         """Start vLLM's engines, on a CPU in the background, if the run is going to ask them. Collective."""
         if self.samples and self.config.rollout.engine == "vllm" and not self.finished(self.numbers[-1], "evaluate"):
-            self._rollout = start_rollout(self.config, self.chat, self.config.model.model_name_or_path)
+            start = self.config.model.model_name_or_path
+            self._rollout = start_rollout(self.config, self.chat, start, self.mixed_reference)
+
+    @property
+    def mixed_reference(self) -> str:
+        """The reference, if some answers are sampled from its mixture with the policy."""
+        return self.config.ref.model_name_or_path if self.algorithm(self.options, self.config.model.beta).shares else ""
 
     def engine(self, policy: str) -> Rollout:
         """The rollout engines, which hold this policy from now on. Collective."""
         if self._rollout is None:
-            self._rollout = start_rollout(self.config, self.chat, policy)
+            self._rollout = start_rollout(self.config, self.chat, policy, self.mixed_reference)
         self._rollout.load(policy)
         return self._rollout
 

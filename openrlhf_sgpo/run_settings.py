@@ -271,8 +271,7 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
         )
         add(_SAMPLES_ONLY, f"--algo {algorithm.name} with --rounds.count 0 {without}")
         return unread
-    # Mixtures are sampled with transformers, whatever the engine.
-    engine = {"hf": ("vllm.",), "vllm": () if algorithm.mixes else ("rollout.batch_size",)}
+    engine = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}
     add(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is selected")
     try:
         itself = oracle.judges_itself(config, algorithm)

@@ -330,15 +330,16 @@ def test_self_play_reaches_the_regularised_nash_equilibrium(tiny_model, tiny_dat
 
 
 def test_vllm_engines_follow_every_step(tiny_model, tiny_data, tmp_path):
-    """Answers are drawn from the policy as it is: for those the mean log-ratio to the reference is a divergence, above 0;
-    for answers of the start it would be below."""
+    """Answers are drawn from the policy as it is: for those the mean log-ratio to the reference is a divergence, above 0; for
+    answers of the start it would be below, as it is for a mixture that is all reference."""
     more = ["--rollout.engine", "vllm", "--adam.lr", "3e-2", "--rounds.count", "1", "--rounds.steps", "4"]
-    argv = flags(tiny_model, tiny_data, tmp_path / "run", "slhf", *more, "--lr_scheduler", "constant")
+    more += ["--lr_scheduler", "constant", "--nash_md.mixture", "1"]
+    argv = flags(tiny_model, tiny_data, tmp_path / "run", "nash_md", *more)
     process = train(*argv, PYTHONPATH=str(ROOT / "tests"))
     assert process.returncode == 0, process.stderr[-3000:]
     rows = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert rows[0]["train/policy/kl"] == pytest.approx(0, abs=1e-3)
-    assert rows[-1]["train/policy/kl"] > 1 and rows[-1]["train/follower/kl"] > 1
+    assert rows[-1]["train/policy/kl"] > 1 and rows[-1]["train/mixture/kl"] < -1
 
 
 def test_two_ranks_do_what_one_does(tiny_model, tiny_data, tmp_path):
@@ -368,8 +369,8 @@ def written(folder: Path | None) -> int:
     return sum(process.io_counters().write_chars for process in processes)
 
 
-@pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_a_step_writes_no_weights(engine, tiny_model, tiny_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("engine", "algo"), [("hf", "slhf"), ("vllm", "ipo_md")])
+def test_a_step_writes_no_weights(engine, algo, tiny_model, tiny_data, tmp_path, monkeypatch):
     """From one batch to the next: rows of files and messages, but far less than a model; only a checkpoint is as large."""
     from openrlhf_sgpo import ray_session
     from openrlhf_sgpo.sources.fresh_answers import FreshAnswers
@@ -383,7 +384,7 @@ def test_a_step_writes_no_weights(engine, tiny_model, tiny_data, tmp_path, monke
 
     monkeypatch.setattr(FreshAnswers, "batch", counted)
     more = ["--rollout.engine", engine, "--rounds.count", "1", "--rounds.steps", "6", "--ckpt.save_steps", "4"]
-    play(*flags(tiny_model, tiny_data, tmp_path / "run", "slhf", *more, "--oracle", "toy_oracles:Letters"))
+    play(*flags(tiny_model, tiny_data, tmp_path / "run", algo, *more, "--oracle", "toy_oracles:Letters"))
     model = (tiny_model / "model.safetensors").stat().st_size
     steps = [after - before for before, after in pairwise(totals)]
     assert max(steps[1:3]) < model / 8, steps

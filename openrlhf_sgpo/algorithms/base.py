@@ -108,10 +108,9 @@ class Algorithm(Generic[Batch]):
 
     Class attributes: ``name`` (flag value and flag group), ``paper``, ``summary``, ``settings`` (a dataclass type),
     ``needs``, ``defaults`` (defaults of shared settings for this algorithm, by flag name), ``fresh_answers`` (whether answers
-    are sampled and judged in every step, so there are no stored pairs and no seed stage), ``mixes`` (whether some answers come
-    from the reference or its mixture with the policy, which are always sampled with transformers), ``extragradient`` (whether
-    steps come in pairs: the first only finds the point at which the second takes its gradient, and the second begins where the
-    first began).
+    are sampled and judged in every step, so there are no stored pairs and no seed stage), ``extragradient`` (whether steps come
+    in pairs: the first only finds the point at which the second takes its gradient, and the second begins where the first
+    began).
     """
 
     name: ClassVar[str]
@@ -121,7 +120,6 @@ class Algorithm(Generic[Batch]):
     needs: ClassVar[Needs] = Needs()
     defaults: ClassVar[dict[str, Any]] = {}
     fresh_answers: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
     extragradient: ClassVar[bool] = False
 
     def __init__(self, options: Any, beta: float):
@@ -132,6 +130,11 @@ class Algorithm(Generic[Batch]):
     def roles(self) -> tuple[str, ...]:
         """The role that gives each answer of a step, in order; none if the algorithm learns from stored pairs."""
         return ()
+
+    @property
+    def shares(self) -> dict[Any, float]:
+        """The reference's share in the mixture that answers, by role; without roles whose answers are the policy's own."""
+        return {}
 
     @property
     def follower_prompt(self) -> str:

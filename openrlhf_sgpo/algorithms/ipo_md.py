@@ -25,7 +25,6 @@ class IPOMD(OnlineIPO):
     name = "ipo_md"
     summary = "IPO-MD: online IPO on answers from a mixture of policy and reference"
     settings = IPOMDSettings
-    mixes = True
 
     @property
     def roles(self) -> tuple[Role, ...]:

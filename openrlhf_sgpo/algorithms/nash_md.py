@@ -39,7 +39,6 @@ class NashMD(PlayAlgorithm):
     paper = "arXiv 2312.00886"
     summary = "Nash-MD-PG: policy gradient against a mixture of policy and reference"
     settings = NashMDSettings
-    mixes = True
     defaults: ClassVar[dict[str, Any]] = {"model.beta": 0.008}
 
     @property

@@ -74,6 +74,11 @@ class PlayAlgorithm(Algorithm[Plays]):
         if self.adapters and config.ds.lora.rank == 0:
             names = " and ".join(self.adapters.values())
             problems.append(f"--ds.lora.rank: 0, but --algo {self.name} trains the adapters {names}; use at least 1")
+        if self.shares and self.reference_rounds:
+            problems.append(
+                f"--algo {self.name}: the role {' and '.join(self.shares)} answers with the first reference, but the reference "
+                "moves after every reference_rounds; use 0"
+            )
         if "follower" in self.roles and 2 * config.rollout.max_new_tokens >= config.data.max_len:
             problems.append(
                 f"--data.max_len: {config.data.max_len} leaves no room for a prompt, a draft and the follower's answer of "
@@ -90,6 +95,11 @@ class PlayAlgorithm(Algorithm[Plays]):
     def mixture(self) -> float:
         """The reference's share in the role ``mixture``: token by token, logits (1 - mixture) policy + mixture reference."""
         return 0.0
+
+    @property
+    def shares(self) -> dict[Role, float]:
+        shares: dict[Role, float] = {"mixture": self.mixture, "reference": 1.0}
+        return {role: share for role, share in shares.items() if share and role in self.roles}
 
     @property
     def adapters(self) -> dict[Role, str]:

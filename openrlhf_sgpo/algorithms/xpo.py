@@ -33,7 +33,6 @@ class XPO(OnlineDPO):
     paper = "arXiv 2405.21046"
     summary = "XPO: online DPO with an optimist's bonus for leaving the reference"
     settings = XPOSettings
-    mixes = True
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -64,12 +64,13 @@ def loads(config: Config, algorithm: Any, options: Any, settings: EstimateSettin
     instance = algorithm(options, config.model.beta)
     if isinstance(instance, PlayAlgorithm):
         plays, count = rounds.steps * train.batch_size, len(instance.roles)
+        mixed = sum(role in instance.shares for role in instance.roles)  # pass through the reference too
         contexts = prompt + (prompt + response) * ("follower" in instance.roles)
         listed = []
         for number in range(1, 1 + rounds.count):
             tokens = plays * (contexts + count * response)
             listed += [
-                Load(f"round {number}", SAMPLE, plays * count * response),
+                Load(f"round {number}", SAMPLE, plays * (count + mixed) * response),
                 Load(f"round {number}", SCORE, tokens, len(instance.models)),
                 Load(f"round {number}", TRAIN, tokens),
             ]

@@ -47,14 +47,14 @@ class Work:
 
     tokens: of a micro-batch in training, padding included. predicted: of these, before a token of a response.
     micro_batches: that a rank adds up before an optimiser step. frozen: models in memory beside the policy in training.
-    resident: further models of the transformers engine, which samples from mixtures.
+    mixed: models that an engine holds beside the policy, to sample from their mixture.
     """
 
     tokens: int
     predicted: int
     micro_batches: int
     frozen: int = 0
-    resident: int = 0
+    mixed: int = 0
 
 
 def work_of(config: Config, algorithm: Any, options: Any, ranks: int) -> Work:
@@ -66,13 +66,12 @@ def work_of(config: Config, algorithm: Any, options: Any, ranks: int) -> Work:
     tokens = max(budget, 2 * config.data.max_len) if train.layout == "auto" else budget
     micro_batches = -(-share * 2 * config.data.max_len // tokens)
     instance = algorithm(options, config.model.beta)
-    frozen, resident = 0, 0
+    frozen = 0
     if isinstance(instance, PlayAlgorithm):
         frozen = len(instance.models)
-        resident = 2 * ("mixture" in instance.roles) + ("reference" in instance.roles)
     elif any(getattr(options, "extrapolation", ())):
         frozen = 1
-    return Work(tokens, tokens, micro_batches, frozen, resident)
+    return Work(tokens, tokens, micro_batches, frozen, 1 if instance.shares else 0)
 
 
 class Memory:
@@ -180,11 +179,8 @@ class Memory:
             parts["engine's keys and values"] = max(0.0, self.cache_bytes())
         else:
             rows = self.config.rollout.batch_size * self.config.rollout.n_samples_per_prompt
-            cache = self.shape.kv_elements * self.shape.element * self.config.data.max_len * rows
-            parts |= {
-                "engine's weights": float(self.shape.element * self.shape.parameters),
-                "engine's keys and values": float(cache),
-            }
+            cache = self._per_token() * self.config.data.max_len * rows
+            parts |= {"engine's weights": self._engine_weights(), "engine's keys and values": float(cache)}
         return self._with_overhead(parts)
 
     def cache_bytes(self) -> float:
@@ -203,7 +199,7 @@ class Memory:
         if not self.device.on_gpu:
             return 0.0
         offloaded = 16.0 * self.shape.trained if self.config.ds.adam_offload else 0.0
-        asleep = self.shape.element * self.shape.parameters * self.config.vllm.num_engines
+        asleep = self.shape.element * self.shape.parameters * self.config.vllm.num_engines * (1 + self.work.mixed)
         return offloaded + (asleep if self.engines and self.config.vllm.enable_sleep else 0.0)
 
     @property
@@ -223,14 +219,14 @@ class Memory:
         return {
             "weights": self._weights(),
             "optimiser": 0.0 if self.config.ds.adam_offload else optimiser,
-            "other models": copies + self.shape.element * self.shape.parameters * self.work.resident,
+            "other models": copies,
             "engine": self._engine_beside(),
         }
 
     def _engine_beside(self) -> float:
         """What an engine holds while others compute."""
-        if not self.engines:
-            return 0.0
+        if not self.engines:  # transformers' models stay where they are
+            return self._engine_weights() if samples(self.config, self.algorithm) else 0.0
         if not self.device.on_gpu:
             return (self._engine_weights() + self._workspace() + CPU_CACHE) * self.config.vllm.num_engines / self.ranks
         if self.config.vllm.enable_sleep:
@@ -238,13 +234,14 @@ class Memory:
         return self.config.vllm.gpu_memory_utilization * self.device.memory
 
     def _engine_weights(self) -> float:
-        return self.shape.element * self.shape.parameters / self.config.vllm.tensor_parallel_size
+        workers = self.config.vllm.tensor_parallel_size if self.engines else 1
+        return self.shape.element * self.shape.parameters * (1 + self.work.mixed) / workers
 
     def _workspace(self) -> float:
         return WORKSPACE if self.device.on_gpu else GIB
 
     def _per_token(self) -> int:
-        return self.shape.kv_elements * self.shape.element
+        return self.shape.kv_elements * self.shape.element * (1 + self.work.mixed)
 
     def _activations(self) -> float:
         """Kept of a micro-batch until its backward pass begins."""

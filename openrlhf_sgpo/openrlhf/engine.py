@@ -20,8 +20,13 @@ import torch
 from openrlhf.trainer.ray.utils import ray_noset_visible_devices
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
+from vllm import ModelRegistry
 
 from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices, second_names
+from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE, PolicyAndReferenceForCausalLM
+
+# Every process of an engine imports this module before it makes a model.
+ModelRegistry.register_model(ARCHITECTURE, PolicyAndReferenceForCausalLM)
 
 
 class PolicyLoader(WorkerWrap):
@@ -38,7 +43,7 @@ class PolicyLoader(WorkerWrap):
         files = sorted(glob(os.path.join(folder, "*.safetensors")))
         if not files:
             raise FileNotFoundError(f"{folder} has no *.safetensors files")
-        model = self.model_runner.model
+        model = self.mixed_policy()
         shapes, sums, copies = [], {}, second_names(model)
 
         def read() -> Iterator[tuple[str, torch.Tensor]]:
@@ -55,7 +60,15 @@ class PolicyLoader(WorkerWrap):
 
     def held(self, shapes: list[Shape]) -> list[Slice]:
         """What this worker holds of tensors that were sent, see ``held_slices``."""
-        return held_slices(self.model_runner.model, shapes)
+        return held_slices(self.mixed_policy(), shapes)
+
+    def mixed_policy(self) -> Any:
+        """The policy, which is a part of the model if the engine has a reference."""
+        model = self.model_runner.get_model()
+        return model.policy if isinstance(model, PolicyAndReferenceForCausalLM) else model
+
+    def mix(self, share: float) -> None:
+        self.model_runner.get_model().share = share
 
     def take_packed(self, shapes: list[Shape], packed: bytes) -> None:
         """Take over tensors whose bytes lie one after the other."""
@@ -64,9 +77,7 @@ class PolicyLoader(WorkerWrap):
             data = torch.frombuffer(packed, dtype=torch.uint8)
         sizes = [prod(shape) * dtype.itemsize for _, dtype, shape in shapes]
         parts = zip(shapes, data.split(sizes), strict=True)
-        self.model_runner.model.load_weights(
-            (name, part.view(dtype).view(shape)) for (name, dtype, shape), part in parts
-        )
+        self.mixed_policy().load_weights((name, part.view(dtype).view(shape)) for (name, dtype, shape), part in parts)
 
     def gpu(self) -> str:
         """The identity of the worker's GPU, whatever its number is called in this process."""
@@ -78,7 +89,7 @@ class PolicyLoader(WorkerWrap):
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
         self.transfer = WeightTransferEngineFactory.create_engine(
-            WeightTransferConfig(backend=backend), self.vllm_config, self.device, self.model_runner.model
+            WeightTransferConfig(backend=backend), self.vllm_config, self.device, self.mixed_policy()
         )
         self.transfer.init_transfer_engine(self.transfer.parse_init_info(settings))
 
@@ -104,6 +115,20 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
         # Between its processes vLLM carries bytes as they are, but makes lists of arrays.
         carried = [given.data if isinstance(given, numpy.ndarray) else given for given in arguments]
         return await self.llm.collective_rpc(method, args=tuple(carried))
+
+    async def mix(self, share: float) -> None:
+        """Sample from the mixture with this share of the reference from now on, see ``mixture.py``. What is cached may lack
+        keys and values of the reference."""
+        await self.llm.collective_rpc("mix", args=(share,))
+        await self.reset_prefix_cache()
+
+    async def reset_prefix_cache(self) -> None:
+        """vLLM refuses while the blocks of answers are taken, and some are freed a moment after their answers have ended."""
+        for _ in range(1000):
+            if await self.llm.reset_prefix_cache():
+                return
+            await asyncio.sleep(0.01)
+        raise RuntimeError("vLLM does not forget cached keys and values: requests are running")
 
     async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[list[int]]:
         """Tokens of n samples for one prompt in a single request, so the prompt is computed once."""

@@ -10,11 +10,16 @@ from openrlhf_sgpo.rollout.base import Rollout, Sampling, engine_count, sampling
 __all__ = ["Rollout", "Sampling", "check_rollout", "engine_count", "sampling_of", "start_rollout"]
 
 
-def check_rollout(config: Inference) -> None:
-    """Raises ValueError if an engine's packages are missing, or if the engines need more GPUs than are visible, for which Ray
-    would wait forever."""
+def check_rollout(config: Inference, reference: str = "") -> None:
+    """Raises ValueError if an engine's packages are missing, if the engines need more GPUs than are visible, for which Ray
+    would wait forever, or if they cannot mix the policy with this reference."""
     if config.rollout.engine == "vllm" and (problem := extras.missing("ray", "vllm")):
         raise ValueError(f"--rollout.engine vllm: {problem}, or use --rollout.engine hf")
+    if config.rollout.engine == "vllm" and reference:
+        from openrlhf_sgpo.openrlhf.mixture import check_mixed
+
+        for model in (config.model.model_name_or_path, reference):
+            check_mixed(model, config.model.trust_remote_code)
     import torch
 
     if ray_session.placement:
@@ -28,12 +33,13 @@ def check_rollout(config: Inference) -> None:
         )
 
 
-def start_rollout(config: Inference, chat: ChatFormat, folder: str) -> Rollout:
-    """The engine that ``--rollout.engine`` names, with the policy in ``folder``. Collective."""
+def start_rollout(config: Inference, chat: ChatFormat, folder: str, reference: str = "") -> Rollout:
+    """The engine that ``--rollout.engine`` names, with the policy in ``folder``. reference: the model that is mixed with it, if
+    one is (see ``Sampling.share``). Collective."""
     if config.rollout.engine == "hf":
         from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 
-        return HuggingFaceRollout(config, chat, folder)
+        return HuggingFaceRollout(config, chat, folder, reference)
     from openrlhf_sgpo.rollout.vllm import VllmRollout
 
-    return VllmRollout(config, chat, folder)
+    return VllmRollout(config, chat, folder, reference)

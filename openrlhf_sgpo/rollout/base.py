@@ -20,18 +20,21 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Sampling:
     """How responses are sampled. temperature: 0 always takes the likeliest token. top_p: nucleus sampling mass.
-    max_new_tokens: length limit of a response. seed: determines, with the prompt's tokens, the samples. n: per prompt."""
+    max_new_tokens: length limit of a response. seed: determines, with the prompt's tokens, the samples. n: per prompt. share:
+    b of the geometric mixture policy^(1 - b) reference^b that is sampled token by token, from logits (1 - b) policy +
+    b reference (Munos et al., arXiv 2312.00886); 0 is the policy."""
 
     temperature: float
     top_p: float
     max_new_tokens: int
     seed: int
     n: int = 1
+    share: float = 0.0
 
 
-def sampling_of(settings: RolloutSettings, seed: int, n: int = 1) -> Sampling:
+def sampling_of(settings: RolloutSettings, seed: int, n: int = 1, share: float = 0.0) -> Sampling:
     """The sampling that the --rollout flags describe."""
-    return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, seed, n)
+    return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, seed, n, share)
 
 
 def engine_count(config: Inference, gpus: int) -> int:

@@ -1,5 +1,5 @@
-"""Rollouts with transformers and its key-value cache, for machines without vLLM and for mixtures of two models. Every rank
-samples its share of the prompts."""
+"""Rollouts with transformers and its key-value cache, for machines without vLLM. Every rank samples its part of the
+prompts."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from openrlhf_sgpo.shared_files import local
 
 
 class Mixture(LogitsProcessor):
-    """The next token from the geometric mixture policy^(1 - b) reference^b, b = ``share``: logits
-    (1 - b) policy + b reference (Munos et al., arXiv 2312.00886). The reference has its own key-value cache.
+    """The next token from the mixture of ``Sampling.share``. The reference has its own key-value cache.
 
     attention: mask of the left-padded prompts, shape (rows, length).
     """
@@ -79,18 +78,17 @@ class Finite(LogitsProcessor):
 
 
 class HuggingFaceRollout:
-    """One copy of the policy per rank, on the rank's device. share: weight of the initial reference in the mixture that is
-    sampled (see ``Mixture``); 0 is the policy itself, and then the reference is not loaded."""
+    """One copy of the policy per rank, on the rank's device. reference: the folder of a model that is mixed with it; empty if
+    none is."""
 
-    def __init__(self, config: Inference, chat: ChatFormat, folder: str, share: float = 0.0):
+    def __init__(self, config: Inference, chat: ChatFormat, folder: str, reference: str = ""):
         self.config = config
         self.tokenizer = chat.tokenizer
         self.stop = Stop(chat)
-        self.share = share
         self.weights: str | PolicyWeights = ""
         self.model: Any = None
         self.load(folder)
-        self.reference = self._load(config.ref.model_name_or_path) if share else None
+        self.reference = self._load(reference) if reference else None
 
     def load(self, weights: str | PolicyWeights) -> None:
         if weights == self.weights:
@@ -169,7 +167,7 @@ class HuggingFaceRollout:
         attention = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         device = self.model.device
         rows = attention.repeat_interleave(sampling.n, dim=0).to(device)
-        processors = [Mixture(self.reference, self.share, rows), finite] if self.share else [finite]
+        processors = [Mixture(self.reference, sampling.share, rows), finite] if sampling.share else [finite]
         strategy: dict[str, Any] = {"do_sample": False}  # at temperature 0, as in vLLM
         if sampling.temperature > 0:
             strategy = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}

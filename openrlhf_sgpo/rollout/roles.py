@@ -68,15 +68,14 @@ def prompt_room(algorithm: type[Algorithm[Any]], options: Any, config: Config, c
 
 
 class Roles:
-    """Samples the answers of plays. engine: for all roles but those of ``others``. weights: of each role, taken over before it
-    answers. longest: of an answer's context, in tokens. clock: times that as ``sync``."""
+    """Samples the answers of plays. engine: has the reference if a role has a share of it. weights: of each role's policy,
+    taken over before it answers. longest: of an answer's context, in tokens. clock: times that as ``sync``."""
 
     def __init__(
         self,
         algorithm: PlayAlgorithm,
         chat: ChatFormat,
         engine: Rollout,
-        others: Mapping[Role, Rollout],
         weights: Mapping[Role, str | PolicyWeights],
         longest: int,
         settings: RolloutSettings,
@@ -86,7 +85,7 @@ class Roles:
         self.instruction = algorithm.follower_prompt
         self.chat = chat
         self.engine = engine
-        self.others = others
+        self.shares = algorithm.shares
         self.weights = weights
         self.settings = settings
         self.longest = longest
@@ -105,12 +104,12 @@ class Roles:
                         follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)[0]
                         for prompt, play in zip(prompts, answers, strict=True)
                     ]
-                rollout = self.others.get(role, self.engine)
                 with self.clock("sync"):
-                    rollout.load(self.weights[role])  # does nothing if it has these weights
-                sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count)
+                    self.engine.load(self.weights[role])  # does nothing if it has these weights
+                share = self.shares.get(role, 0.0)
+                sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count, share)
                 for play, context, samples in zip(
-                    answers, contexts, rollout.generate(contexts, sampling, ""), strict=True
+                    answers, contexts, self.engine.generate(contexts, sampling, ""), strict=True
                 ):
                     play += [(context, sample) for sample in samples]
         return answers

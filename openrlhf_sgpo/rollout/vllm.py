@@ -41,19 +41,23 @@ class VllmRollout:
 
     Where they share GPUs with the trainer they sleep outside ``awake``. New weights are taken over in this order: the engines'
     memory for weights wakes, weights arrive, engines prove which they hold, forget cached keys and values, and the memory for
-    those wakes last. compared: share of the weights that was proved. sent: bytes that left the trainer's memory.
+    those wakes last. compared: share of the weights that was proved. sent: bytes that left the trainer's memory. reference: the
+    folder of a model that the engines hold beside the policy (see ``openrlhf/mixture.py``); empty if there is none.
     """
 
-    def __init__(self, config: Inference, chat: ChatFormat, folder: str):
+    def __init__(self, config: Inference, chat: ChatFormat, folder: str, reference: str = ""):
         self.config = config
         self.stop = Stop(chat)
-        self.stop.add_ends_of(folder, config.model.trust_remote_code)
+        for model in filter(None, (folder, reference)):
+            self.stop.add_ends_of(model, config.model.trust_remote_code)
+        self.reference = reference
         self.weights: str | PolicyWeights = folder
         self.engines: list[Any] = []
         self.compared = 0.0
         self.sent = 0
         self._said = False
         self._transfer: Transfer | None = None
+        self._share: float | None = None  # of the reference in what the engines sample from, if all have been told
         self._uses = 0  # blocks in which the engines stay awake
         self._holds = True  # the engines have ``weights`` in memory, or will when they wake
         self.sleeps = config.vllm.enable_sleep and torch.cuda.is_available()
@@ -90,6 +94,11 @@ class VllmRollout:
             "trust_remote_code": self.config.model.trust_remote_code,
             "num_gpus": placement.share if placement else settings.tensor_parallel_size if on_gpu else 0,
         }
+        if self.reference:
+            from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE
+
+            mixed = {"architectures": [ARCHITECTURE], "reference": local_folder(self.reference)}
+            self.arguments["hf_overrides"] = mixed
         if on_gpu:
             self.arguments |= {
                 "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -141,12 +150,13 @@ class VllmRollout:
                 self.engines[number] = self._engine(number)
             self._wait_for(numbers)
             if self.sleeps:  # as the others are
-                calls = [("sleep", 2), *(("wake_up", [tag]) for tag in self._awake)]
+                calls = [("sleep", 1 if self.reference else 2), *(("wake_up", [tag]) for tag in self._awake)]
                 for method, argument in calls:
                     ray.get([getattr(self.engines[number], method).remote(argument) for number in numbers])
 
         ranks.on_rank_0(replace)
         self._transfer = None  # the groups of NCCL have lost a member
+        self._share = None
         if self.weights != self.started_with or self.sleeps:
             self._fill()
 
@@ -211,8 +221,8 @@ class VllmRollout:
         finally:
             self._uses -= 1
         if self.sleeps and not self._uses:
-            # Weights of the trainer's memory are other ones when the engines wake, so nobody keeps them.
-            level = 1 if isinstance(self.weights, str) else 2
+            # Weights of the trainer's memory are other ones when the engines wake, so nobody keeps them without a reference.
+            level = 1 if isinstance(self.weights, str) or self.reference else 2
             ranks.on_rank_0(lambda: self._all("sleep", level))
             self._awake, self._holds = [], level == 1
 
@@ -262,10 +272,14 @@ class VllmRollout:
         held = self._ask_workers("held", [(passing.shapes,)] * len(self.engines))
         return min(compared_share(passing.shapes, passing.sums, workers) for workers in held)
 
-    def _ready(self) -> None:
+    def _ready(self, share: float = 0.0) -> None:
         if not self._holds:
             self._fill()
         self._wake("kv_cache")
+        assert self.reference or not share, "the engines have no reference to mix with the policy"
+        if self.reference and share != self._share:
+            ranks.on_rank_0(lambda: self._all("mix", share))
+            self._share = share
 
     def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
         parameters = {
@@ -289,7 +303,7 @@ class VllmRollout:
             return self._ask(calls, label, results)
 
         def work() -> list[list[Answer]]:
-            self._ready()
+            self._ready(sampling.share)
             return [[self.stop.sample(ids) for ids in answer] for answer in ranks.on_rank_0(ask)]
 
         with self.awake():

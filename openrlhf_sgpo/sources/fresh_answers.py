@@ -31,7 +31,6 @@ from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, PolicyWeights, aside
 from openrlhf_sgpo.oracle import Question, RewardOracle
 from openrlhf_sgpo.oracle.base import win_probabilities
 from openrlhf_sgpo.rollout.base import prompt_seed
-from openrlhf_sgpo.rollout.hf import HuggingFaceRollout
 from openrlhf_sgpo.rollout.roles import Roles
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_folder import json_text, keep_rows, read_jsonl
@@ -56,7 +55,6 @@ class FreshAnswers(Source):
         taken = run.data.held_out_prompts
         self.prompts = [prompt for prompt in run.data.prompts.prompts if prompt_key(prompt.messages) not in taken]
         check_sizes(self.config, algorithm, None, len(self.prompts), int(os.environ.get("WORLD_SIZE", "1")))
-        self._others: dict[Role, HuggingFaceRollout] = {}
 
     def _check_scores(self) -> None:
         """Raises ValueError if the algorithm reads scores of answers and the oracle has none."""
@@ -142,9 +140,8 @@ class FreshAnswers(Source):
         self.number = stage.number
         self._rewind(step)
         longest = self.config.data.max_len - self.config.rollout.max_new_tokens
-        others = self._other_rollouts(self.run.policy_before(self.number))
         self.roles = Roles(
-            self.play, self.run.chat, self.engine, others, self._folders(), longest, self.config.rollout, stage.clock
+            self.play, self.run.chat, self.engine, self._folders(), longest, self.config.rollout, stage.clock
         )
         self.follows_policy = self.play.steps_per_sync > 0
         if step > stage.first and self.follows_policy:
@@ -207,8 +204,7 @@ class FreshAnswers(Source):
 
     def sync(self) -> None:
         """The roles answer with the weights that were just trained, out of the trainer's memory."""
-        trained = [role for role in self.play.roles if role != "reference"]
-        adapters = {role: self.play.adapters.get(role, DEFAULT_ADAPTER) for role in trained}
+        adapters = {role: self.play.adapters.get(role, DEFAULT_ADAPTER) for role in self.play.roles}
         latest = {name: PolicyWeights(self.trainer.actor, name) for name in adapters.values()}
         self.roles.weights = {**self.roles.weights, **{role: latest[name] for role, name in adapters.items()}}
 
@@ -264,23 +260,10 @@ class FreshAnswers(Source):
     def _folders(self) -> dict[Role, str | PolicyWeights]:
         """Folders with the weights of each role when the round begins."""
         folders: dict[Role, str | PolicyWeights] = dict.fromkeys(self.play.roles, self.run.policy_before(self.number))
-        folders["reference"] = self.reference
         if self.number > 1:
             before = self.folder.round(self.number - 1)
             folders |= {role: str(before / role) for role in self.play.adapters}
         return folders
-
-    def _other_rollouts(self, policy: str) -> dict[Role, HuggingFaceRollout]:
-        """The rollouts of the reference and of its mixture with this policy, if they answer. They stay in memory."""
-        others: dict[Role, tuple[str, float]] = {"reference": (self.reference, 0.0)}
-        if self.play.mixture:
-            others["mixture"] = policy, self.play.mixture
-        for role, (folder, share) in others.items():
-            if role in self.play.roles:
-                if role not in self._others:
-                    self._others[role] = HuggingFaceRollout(self.config, self.run.chat, folder, share)
-                self._others[role].load(folder)
-        return self._others
 
 
 @lru_cache(maxsize=1)

@@ -83,6 +83,17 @@ def test_an_engine_has_what_its_share_of_the_gpu_leaves(shape):
     assert awake.backward()["engine"] == 0.5 * 79.6 * GIB
 
 
+def test_an_engine_that_mixes_holds_two_models(shape):
+    """Of a reference weights, keys and values; with transformers they stay on the device while the policy trains."""
+    mixed, alone = (memory(shape, rounds__count=1, work=Work(4096, 4096, 2, mixed=mixed)) for mixed in (1, 0))
+    assert mixed.sampling()["engine's weights"] == 2 * alone.sampling()["engine's weights"] == 4 * shape.parameters
+    more = alone.cache_bytes() - mixed.cache_bytes()
+    assert more == 2 * shape.parameters
+    assert mixed.cached_tokens() == int(mixed.cache_bytes() // (4 * shape.kv_elements))
+    held = memory(shape, rounds__count=1, rollout__engine="hf", work=Work(4096, 4096, 2, mixed=1)).backward()
+    assert held["engine"] == 4 * shape.parameters
+
+
 def test_a_model_is_scored_whole_where_it_takes_half_of_what_is_free(shape):
     """As ``fits_whole`` decides it: 7 billion parameters on a GPU of 80 GiB, but not 25 billion."""
     assert memory(shape, 4, stage=3).scoring()["weights"] == 2 * shape.parameters

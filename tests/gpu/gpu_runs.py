@@ -23,8 +23,8 @@ BRANCHES = {
     "packed/attention.py:packed_attention": "test_packed_rows_are_padded_rows",
     "packed/head.py:": "test_packed_rows_are_padded_rows",
     "rollout/__init__.py:check_rollout": "test_a_round_of_ssapo",
-    "rollout/hf.py:_load": "test_three_steps_of_nash_md",
-    "rollout/hf.py:_sample": "test_three_steps_of_nash_md",
+    "rollout/hf.py:_load": "test_both_engines_take_the_likeliest_answers_of_the_mixture",
+    "rollout/hf.py:_sample": "test_both_engines_take_the_likeliest_answers_of_the_mixture",
     "rollout/vllm.py:__init__": "test_engines_sleep_and_wake",
     "rollout/transfer.py:open_transfer": "test_three_steps_of_slhf",
     "rollout/vllm.py:_restart": "",  # as `_start`; no test kills an engine on a GPU
@@ -61,13 +61,13 @@ def measured(what: str, figure: float, unit: str) -> None:
     MEASURED.append((what, f"{figure:.4g}", unit))
 
 
-def model_of(size: str, tiny_model: Path, folder: Path) -> Path:
+def model_of(size: str, tiny_model: Path, folder: Path, seed: int = 0) -> Path:
     """A Llama of this size in bf16, with the tokenizer of the tiny model."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(**SIZES[size], **tokens, max_position_embeddings=2048)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)

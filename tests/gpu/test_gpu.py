@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from gpu_runs import measured, run_flags
+from gpu_runs import measured, model_of, run_flags
 from running import ROOT
 
 pytestmark = pytest.mark.gpu
@@ -179,11 +179,49 @@ def test_three_steps_of_slhf(gpu, sized_model, tiny_data, tmp_path):
 
 
 def test_three_steps_of_nash_md(gpu, sized_model, tiny_data, tmp_path):
-    """The engine of transformers on the GPU."""
+    """The engine has the reference too, and keeps it while it sleeps."""
     size, model = sized_model
     if size != "135M":
         pytest.skip("one size is enough")
     train(run_flags(model, tiny_data, tmp_path / "run", "nash_md", ds__zero_stage="0"), tmp_path / "run")
+
+
+def test_both_engines_take_the_likeliest_answers_of_the_mixture(gpu, sized_model, tiny_model, tmp_path):
+    """In fp32, and again after a sleep; the policy answers in between."""
+    from openrlhf_sgpo.config import Config
+    from openrlhf_sgpo.data.tokens import load_chat
+    from openrlhf_sgpo.openrlhf import build_strategy
+    from openrlhf_sgpo.rollout import Sampling, start_rollout
+
+    size, model = sized_model
+    if size != "135M":
+        pytest.skip("one size is enough")
+    other = model_of(size, tiny_model, tmp_path / "other", seed=1)
+    config = Config()
+    config.ds.param_dtype, config.data.max_len = "fp32", 256
+    config.vllm.gpu_memory_utilization, config.vllm.num_engines = 0.3, 1
+    config.train.batch_size = config.train.micro_batch_size = 1
+    build_strategy(config)
+    chat, _ = load_chat(str(model), False, "model", 256)
+    prompts = [(1, 10 + number, 20, 30) + (40,) * number for number in range(16)]
+
+    def likeliest(engine: str) -> list:
+        config.rollout.engine = engine
+        rollout = start_rollout(config, chat, str(model), str(other))
+        try:
+            return [
+                rollout.generate(prompts, Sampling(0.0, 1.0, 8, seed=5, share=share), label="")
+                for share in (0.5, 0.0, 0.5, 1.0)
+            ]
+        finally:
+            rollout.close()
+
+    of_transformers = likeliest("hf")
+    first, policy, again, reference = of_vllm = likeliest("vllm")
+    assert first == again and policy != first != reference
+    for shares, others in zip(of_transformers, of_vllm, strict=True):
+        equal = [a == b for a, b in zip(shares, others, strict=True)]
+        assert sum(equal) >= 0.9 * len(equal), "but for tokens that are nearly as likely"
 
 
 def test_packing_with_flash_attention(gpu, sized_model, tiny_data, tmp_path):

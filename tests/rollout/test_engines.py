@@ -21,17 +21,31 @@ def configuration(engine: str) -> Config:
     return config
 
 
+# So that three of these prompts are in a batch, a long one is read in chunks, and two long answers crowd a third out.
+CROWDED = {
+    "enable_chunked_prefill": True,
+    "max_num_batched_tokens": 32,
+    "max_num_seqs": 3,
+    "block_size": 32,
+    "num_gpu_blocks_override": 5,
+}
+
+
 @pytest.fixture(scope="module", params=[pytest.param("vllm", marks=pytest.mark.slow), "hf"])
-def rollout(request, tiny_model):
-    """One rollout for the module: engines take their time to start. Two engines for vLLM."""
+def rollout(request, tiny_model, other_tiny_model):
+    """One rollout for the module, of the tiny model and the other one as its reference: engines take their time to start. Two
+    engines for vLLM."""
     from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
     from openrlhf_sgpo.openrlhf import build_strategy
-    from openrlhf_sgpo.rollout import start_rollout
+    from openrlhf_sgpo.rollout import start_rollout, vllm_on_cpu
 
     config = configuration(request.param)
     build_strategy(config)
     chat = ChatFormat(load_tokenizer(str(tiny_model), False, "model.model_name_or_path"), 64)
-    engine = start_rollout(config, chat, str(tiny_model))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CROWDED.items():
+            patch.setitem(vllm_on_cpu.CPU_ENGINE_ARGUMENTS, name, value)
+        engine = start_rollout(config, chat, str(tiny_model), str(other_tiny_model))
     yield engine
     engine.close()
 
@@ -102,3 +116,64 @@ def test_the_probe_accepts_the_new_policy_and_rejects_the_old_one(rollout, tiny_
     rollout.load(str(other_tiny_model))
     figures = check_weights_arrived(rollout, probes, new, old, "fp32", noise=1e-5)
     assert figures["engine_to_trainer"] < 1e-4 < figures["moved_by_training"]
+
+
+def test_the_ends_of_the_mixture_are_reference_and_policy(rollout, other_tiny_model):
+    """Token for token, temperature and top_p included."""
+
+    def sampled(share):
+        return rollout.generate(PROMPTS, Sampling(0.7, 0.9, 8, seed=5, n=2, share=share), label="")
+
+    policy, reference, middle = sampled(0.0), sampled(1.0), sampled(0.5)
+    assert policy != reference and middle not in (policy, reference)
+    rollout.load(str(other_tiny_model))
+    assert sampled(0.0) == sampled(0.5) == reference
+
+
+LONG = [tuple(3 + (7 * place + place * place) % 250 for place in range(length)) for length in (40, 20, 50, 3)]
+MANY = [*PROMPTS, *LONG, LONG[0][:34] + (9, 8), *TEXTS]
+
+
+def mixture_log_probs(folders, share, tokens):
+    """Of the next token at each place, by the two models in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        policy, reference = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([tokens])).logits[0]
+            for folder in folders
+        )
+    return ((1 - share) * policy + share * reference).log_softmax(-1)
+
+
+@pytest.mark.parametrize("share", [0.125, 0.5])
+def test_the_likeliest_answers_of_the_mixture(rollout, share, tiny_model, other_tiny_model):
+    """Taken by the policy alone before: its cached keys and values are no use to the mixture."""
+    alone, mixed = (
+        rollout.generate(MANY, Sampling(0.0, 1.0, 12, seed=5, share=share), label="") for share in (0.0, share)
+    )
+    for prompt, (answer,) in zip(MANY, mixed, strict=True):
+        log_probs = mixture_log_probs((tiny_model, other_tiny_model), share, prompt + answer.token_ids)
+        taken = log_probs[len(prompt) - 1 : -1]
+        best = taken.max(-1).values - taken.gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        assert best.max() < 1e-4
+    assert alone != mixed
+
+
+@pytest.mark.parametrize("rollout", [pytest.param("vllm", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 1.0])
+def test_an_engine_draws_from_the_mixture_of_transformers(rollout, share, tiny_model, other_tiny_model):
+    """The probabilities with which it drew its tokens are those of the two models without an engine, for prompts of any length,
+    more of them than a batch holds, and answers that are taken out of the batch and begun again."""
+    import ray
+    from vllm import SamplingParams
+
+    rollout.generate(PROMPTS, Sampling(1.0, 1.0, 1, seed=5, share=share), label="")
+    parameters = SamplingParams(temperature=1.0, max_tokens=14, logprobs=0, ignore_eos=True, detokenize=False)
+    outputs = ray.get([rollout.engines[0].generate.remote(list(prompt), parameters) for prompt in 2 * MANY])
+    for prompt, output in zip(2 * MANY, outputs, strict=True):
+        (answer,) = output.outputs
+        log_probs = mixture_log_probs((tiny_model, other_tiny_model), share, prompt + tuple(answer.token_ids))
+        exact = log_probs[len(prompt) - 1 : -1].gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0].tolist()
+        drawn = [row[token].logprob for token, row in zip(answer.token_ids, answer.logprobs, strict=True)]
+        assert len(drawn) == 14 and drawn == pytest.approx(exact, abs=1e-4)

@@ -62,9 +62,8 @@ def test_every_engine_stops_at_the_end_that_training_appends(engine, speakers):
     rollout = None
     for end, model in speakers.items():
         chat = ChatFormat(load_tokenizer(model, False, "model.model_name_or_path"), 64)
-        config.ref.model_name_or_path = model
         if engine == "mixture":
-            rollout = HuggingFaceRollout(config, chat, model, share=0.5)
+            rollout = HuggingFaceRollout(config, chat, model, model)
         elif rollout is None:
             rollout = start_rollout(config, chat, model)
         else:  # an engine takes its time to start, and its stop is this package's
@@ -73,9 +72,8 @@ def test_every_engine_stops_at_the_end_that_training_appends(engine, speakers):
             rollout.stop.add_ends_of(model, False)
         other = [{"role": "user", "content": "Another, longer question?"}]
         prompts = [chat.prompt(QUESTION), chat.prompt(other)]
-        for sample in (
-            answer for row in rollout.generate(prompts, Sampling(1.0, 1.0, LIMIT, 1, 2), label="") for answer in row
-        ):
+        sampling = Sampling(1.0, 1.0, LIMIT, 1, 2, share=0.5 if engine == "mixture" else 0.0)
+        for sample in (answer for row in rollout.generate(prompts, sampling, label="") for answer in row):
             assert (sample.text, sample.truncated) == ("Hi", False)
             assert sample.token_ids == chat.response("Hi", False, LIMIT)
             assert chat.tokenizer.decode(sample.token_ids) == f"Hi{end}"

@@ -207,6 +207,20 @@ def test_the_order_of_a_sync(recorded, monkeypatch):
     assert rollout.compared == 1 and rollout.sent == sum(tensor.nbytes for _, tensor in policy())
 
 
+def test_a_reference_stays_in_memory_asleep(recorded):
+    """It would not come again. The engines are told once which share it has."""
+    from openrlhf_sgpo.rollout import Sampling
+
+    rollout, _, policy, events = recorded
+    rollout.reference = "reference"
+    rollout.load(policy())
+    events.clear()
+    for share in (0.5, 0.5, 0.0):
+        rollout.generate([(1, 2)], Sampling(1.0, 1.0, 4, seed=1, share=share), "")
+    assert "take_packed" not in events and events[-1] == "sleep 1"
+    assert events.count("mix") == 2 * len(rollout.engines)
+
+
 def test_weights_lost_in_sleep_are_sent_again(recorded):
     """Not those of a folder, which the engines keep aside."""
     from openrlhf_sgpo.rollout import Sampling
