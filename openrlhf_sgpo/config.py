@@ -106,7 +106,7 @@ class RoundsSettings:
 @dataclass
 class RewardSettings:
     model_name_or_path: str = setting(
-        "", "model of --oracle reward_model or preference_model; with an on-policy algorithm also of implicit"
+        "", "model of --oracle reward_model or preference_model; in runs that sample in every step also of implicit"
     )
     heads: list[str] = setting([], "reward models of --oracle reward_heads, each with a vote")
     max_len: int = setting(0, "longest prompt plus response for such a model, in its tokens (0: --data.max_len)", low=0)
@@ -124,7 +124,7 @@ class ServerSettings:
         secret=True,
     )
     concurrency: int = setting(16, "requests at a time", low=1)
-    max_retries: int = setting(6, "how often a request that failed is sent again, each time later", low=0)
+    max_retries: int = setting(6, "how often a failed request is sent again, each time after a longer wait", low=0)
     timeout: float = setting(
         60.0, "seconds that a request may take from beginning to end; after that it has failed", above=0
     )
@@ -135,7 +135,7 @@ class JudgeSettings(ServerSettings):
     swap: Literal["both", "random"] = setting(
         "both", "show two answers in both orders, or in one that the seed decides, which costs half"
     )
-    logprobs: bool = setting(True, "read probabilities of the letters A and B; off: the letter that was written")
+    logprobs: bool = setting(True, "read probabilities of the letters A and B; false: the letter that was written")
     temperature: float = setting(1.0, "temperature of the softmax over the letters' log-probabilities", above=0)
 
 
@@ -160,7 +160,7 @@ class TrainSettings:
     full_determinism_enable: bool = setting(False, "ask torch for deterministic kernels")
     layout: Literal["auto", "padded"] = setting(
         "auto",
-        "auto: prompts once with their responses behind them, without padding, where the model's attention allows it; padded: "
+        "auto: each prompt once, followed by its responses, without padding, where the model's attention allows it; padded: "
         "OpenRLHF's forward, a row per response",
     )
     max_tokens: int = setting(
@@ -171,7 +171,7 @@ class TrainSettings:
     )
     score_tokens: int = setting(
         0,
-        "tokens per forward pass and rank where responses are only scored, which keeps nothing for a backward pass (0: twice "
+        "tokens per forward pass and rank where responses are only scored and nothing is kept for a backward pass (0: twice "
         "those of training)",
         low=0,
     )
@@ -263,7 +263,7 @@ class RaySettings:
         0, "training ranks of --launcher ray (0: one per GPU of the cluster that is not an engine's alone)", low=0
     )
     colocate: bool = setting(
-        True, "engines on the GPUs of the ranks, which take turns in their memory; off: engines have GPUs of their own"
+        True, "ranks and engines take turns on the same GPUs; false: engines have GPUs of their own"
     )
 
 

@@ -32,7 +32,9 @@ class EvaluationJudgeSettings(ServerSettings):
     """Without --judge.base_url, the model is served locally."""
 
     preset: str = setting("", "a preset of this package by name, or a file; the group's other flags override it")
-    logprobs: bool = setting(True, "read probabilities where a benchmark does; off: read the verdict the judge writes")
+    logprobs: bool = setting(
+        True, "read probabilities where a benchmark does; false: read the verdict the judge writes"
+    )
     api_version: str = setting(
         "", "version of Azure's API, such as 2024-10-21; --judge.base_url is then the resource's endpoint"
     )

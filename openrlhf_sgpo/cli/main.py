@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import textwrap
 from dataclasses import replace
@@ -21,7 +22,7 @@ from openrlhf_sgpo.run_folder import release_locks
 
 USAGE = """usage: openrlhf-sgpo COMMAND [flags]
 
-  train        train a policy: --algo NAME, see `openrlhf-sgpo train --help --algo NAME`
+  train        train a policy: --algo NAME, whose own flags `train --help --algo NAME` lists too
   doctor       check this machine: what works, what does not, and the command that mends it
   estimate     memory, time and disk of a training: the flags of train, and --estimate.gpu NAME --estimate.gpus N
   data         report on the data that these flags would train on, without a model
@@ -310,7 +311,8 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     code = COMMANDS[command](arguments)
                 except flags.HelpAsked as asked:
-                    print(asked)
+                    (about,) = re.findall(rf"^  {command} +(.+)$", USAGE, re.MULTILINE)
+                    print(f"openrlhf-sgpo {command}: {about}\n\n{asked}")
                     code = 0
                 ending.part_from_other_ranks()
                 sys.stdout.flush()
