@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import torch
@@ -61,7 +62,14 @@ def token_budget(config: Inference) -> int:
 
 
 def filled(sizes: Sequence[int], budget: int) -> list[slice]:
-    """Consecutive samples as micro-batches of at most so many tokens, or of a single sample with more. sizes: their tokens."""
+    """Consecutive samples as micro-batches of at most so many tokens, or of a single sample with more: as few as there can be,
+    and of these the most even, whose largest needs least memory. sizes: their tokens."""
+    fewest = len(_greedy(sizes, budget))
+    smallest = bisect_left(range(budget), True, key=lambda tokens: len(_greedy(sizes, tokens)) == fewest)
+    return _greedy(sizes, smallest)
+
+
+def _greedy(sizes: Sequence[int], budget: int) -> list[slice]:
     starts, total = [0], 0
     for number, size in enumerate(sizes):
         if total and total + size > budget:

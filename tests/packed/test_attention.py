@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from types import SimpleNamespace
 
 import pytest
@@ -165,12 +165,28 @@ def test_settings_that_are_not():
     assert why_padded(settings, config) == "--train.layout padded"
 
 
-def test_micro_batches_are_filled_in_order():
+def test_micro_batches_are_few_and_even():
     sizes = [3, 4, 2, 9, 1, 1, 5]
     parts = filled(sizes, 7)
     assert [sizes[part] for part in parts] == [[3, 4], [2], [9], [1, 1, 5]]
     assert [sizes[part] for part in filled(sizes, 1)] == [[size] for size in sizes]
     assert filled(sizes, 100) == [slice(0, 7)]
+    assert filled([5, 5, 5, 5], 15) == filled([5, 5, 5, 5], 10) == [slice(0, 2), slice(2, 4)]
+    for budget in range(1, 26):  # against all ways to cut
+        ways = []
+        for cuts in product([False, True], repeat=len(sizes) - 1):
+            places = [0, *(place for place, cut in enumerate(cuts, start=1) if cut), len(sizes)]
+            parts_there = [sizes[start:end] for start, end in pairwise(places)]
+            if all(sum(part) <= budget or len(part) == 1 for part in parts_there):
+                ways.append((len(parts_there), max(map(sum, parts_there))))
+        chosen = [sizes[part] for part in filled(sizes, budget)]
+        assert [size for part in chosen for size in part] == sizes
+        assert (len(chosen), max(map(sum, chosen))) == min(ways)
+
+
+def test_micro_batches_are_split_where_most_samples_are():
+    sizes = [3, 4, 2, 9, 1, 1, 5]
+    parts = filled(sizes, 7)
     assert [sizes[part] for part in split_into(parts, 6)] == [[3], [4], [2], [9], [1], [1, 5]]
     assert [sizes[part] for part in split_into(parts, 7)] == [[size] for size in sizes]
     assert split_into(parts, 2) == parts
