@@ -7,6 +7,7 @@ import json
 import sys
 import weakref
 
+import deepspeed  # noqa: F401 - before what is loaded is counted as there for good
 import torch
 
 from openrlhf_sgpo.config import Config
@@ -74,4 +75,5 @@ def main(folder: str) -> None:
         print(json.dumps(report), flush=True)
 
 
+gc.freeze()  # nor searched, again and again
 main(sys.argv[1])
