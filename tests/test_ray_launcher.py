@@ -211,6 +211,8 @@ def test_a_rank_or_a_node_that_is_lost_ends_the_run_within_a_minute(cluster, tin
         )
         errors = Path(f"{folder}.stderr")
         assert process.poll() is None, errors.read_text()[-3000:]
+        (queue,), head = actors(cluster, "Queue"), cluster.head_node.all_processes["raylet"][0].process.pid
+        assert queue.ppid() == head, "what is printed must not pass through a node that may end before the command"
         began = time.monotonic()
         if lost == "rank":
             actors(cluster, "_Rank")[-1].send_signal(signal.SIGKILL)

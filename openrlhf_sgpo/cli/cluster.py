@@ -84,10 +84,13 @@ def train_on_ray(
         engines = settings.rollout.engine == "vllm" and samples(settings, algorithm)
         with _placed(settings, engines) as (count, placement):
             from ray.util.queue import Queue
+            from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
             from openrlhf_sgpo.openrlhf.ray_ranks import start_ranks
 
-            lines = Queue(actor_options={"num_cpus": 0})
+            # On the node of this command: the end of another node must not take away what is printed.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            lines = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
             inherited = keys.without_keys(os.environ)
             environment = {name: value for name, value in os.environ.items() if name not in inherited}
             environment.pop("RAY_AUTH_TOKEN", None)  # Ray's own processes have it
