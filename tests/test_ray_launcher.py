@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -139,6 +140,19 @@ def actors(cluster, kind: str) -> list[psutil.Process]:
     return [child for child in children if kind in child.name()]
 
 
+def engine_processes(cluster) -> list[psutil.Process]:
+    """Of vLLM, which its actors start."""
+    port = cluster.address.rpartition(":")[-1]
+    processes = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "EngineCore" in " ".join(process.cmdline()) and process.environ().get("RAY_ADDRESS", "").endswith(
+                f":{port}"
+            ):
+                processes.append(process)
+    return processes
+
+
 def wait_for(condition, what: str, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -174,15 +188,18 @@ def test_a_run_on_two_nodes_is_that_of_one_process(algo, file, cluster, tiny_mod
     argv = flags(argv, ENGINES | (PLAYS if algo == "slhf" else {}))
     process = start(cluster, folders["ray"], *argv, "--ray.ranks", "2", as_job=algo == "slhf")
     assert process.stdout
-    said = []
+    said, seen = [], False
     for line in process.stdout:
         said.append(line)
+        seen = seen or bool(engine_processes(cluster))  # a job passes its lines on when it has ended
         if algo == "sgpo" and "round 1: generate" in line:
             actors(cluster, "Rollout")[0].kill()
     assert process.wait(600) == 0, "".join(said)[-3000:] + Path(f"{folders['ray']}.stderr").read_text()[-3000:]
     assert any(line.startswith("2 ranks on Ray, the run folder is") for line in said)
     assert any(re.match(r"vLLM engine \d died; restarting it", line) for line in said) == (algo == "sgpo")
     assert not actors(cluster, "_Rank") and not actors(cluster, "Rollout")
+    assert seen or algo == "slhf"
+    wait_for(lambda: not engine_processes(cluster), "engines are left, also of the actor that was killed", 20)
     # One rank and one engine, which start sooner than two. What two ranks of a launcher do is what one does: test_rounds.py.
     done = train(*flags(argv, {"--ckpt.output_dir": str(folders["alone"])}), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,11 +7,15 @@ through Ray's object store, which is shared memory.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from glob import glob
 from math import prod
+from multiprocessing.connection import wait
 from typing import Any
 
 import numpy
@@ -25,8 +29,18 @@ from vllm import ModelRegistry
 from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices, second_names
 from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE, PolicyAndReferenceForCausalLM
 
+
+def _end_after(parent: Any) -> None:
+    """Ends this process when its parent has ended."""
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 # Every process of an engine imports this module before it makes a model.
 ModelRegistry.register_model(ARCHITECTURE, PolicyAndReferenceForCausalLM)
+# Ray ends actors by force, and on a cluster that stays, vLLM's process of the engine would remain.
+if actor := multiprocessing.parent_process():
+    threading.Thread(target=_end_after, args=(actor,), daemon=True).start()
 
 
 class PolicyLoader(WorkerWrap):
