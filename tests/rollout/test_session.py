@@ -120,6 +120,7 @@ def test_an_engine_that_dies_is_started_again_and_asked_again(session, capsys):
     rollout, folder = session
     undisturbed = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
     (engine,) = [process for process in ray_session._processes(folder) if "RolloutEngine" in process.name()]
+    engine.suspend()  # so that it has not answered when it dies
     threading.Timer(0.1, engine.kill).start()
     assert rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test") == undisturbed
     assert "vLLM engine 0 died; restarting it" in capsys.readouterr().out
