@@ -2,12 +2,12 @@
 
     python measurements/steps.py [--model FOLDER] [--repeats 5] [--shapes 128,256 512,128 mixed] [--out steps.json]
 
-Steps of DPO on 4 pairs in float32 on one thread: this package in both layouts, OpenRLHF's ``DPOTrainer``, and TRL's where it
-is installed (``make benchmark`` puts it into build/peers), with the reference's log-probabilities computed before, as this
-package does; OpenRLHF computes them in every step. The model is a replica of the one in FOLDER with --layers of its layers
-and the same share of its vocabulary, so that its parts keep their proportions. All take turns; losses and gradients must agree
-to 1e-4 before anything is timed. Times are CPU seconds. Memory is the peak of a step of the first shape above what is held
-between steps, from a process for each method.
+Steps of DPO on 4 pairs in float32 on one thread: this package in both layouts, and packed with torch's matrix products or
+without ZeRO; OpenRLHF's ``DPOTrainer``; and TRL's where it is installed (``make benchmark`` puts it into build/peers), with the
+reference's log-probabilities computed before, as this package does. OpenRLHF computes them in every step. The model is a
+replica of the one in FOLDER with --layers of its layers and the same share of its vocabulary, so that its parts keep their
+proportions. All take turns; losses and gradients must agree to 1e-4 before anything is timed. Times are CPU seconds. Memory is
+the peak of a step of the first shape above what is held between steps, from a process for each method.
 """
 
 from __future__ import annotations
@@ -79,13 +79,14 @@ def make_pairs(shape: str) -> list[Group]:
     return [Group(draw(prompt), (draw(chosen), draw(rejected))) for prompt, chosen, rejected in lengths]
 
 
-def settings(policy: str, reference: str, groups: list[Group], layout: str) -> Config:
+def settings(policy: str, reference: str, groups: list[Group], layout: str, zero_stage: int = 2) -> Config:
     config = Config()
     config.model.model_name_or_path, config.ref.model_name_or_path = policy, reference
     config.train.batch_size, config.train.micro_batch_size = PAIRS, MICRO_BATCH
     config.train.layout = layout  # type: ignore[assignment]
     config.data.max_len = max(len(group.prompt) + max(map(len, group.responses)) for group in groups)
     config.ds.param_dtype, config.lr_scheduler, config.lr_warmup_ratio = "fp32", "constant", 0.0
+    config.ds.zero_stage = zero_stage  # type: ignore[assignment]
     config.adam.lr = 1e-9  # so that every step is the first one again
     return config
 
@@ -112,9 +113,9 @@ class Method:
 
 
 class ThisPackage(Method):
-    def __init__(self, layout: str, policy: str, reference: str, groups: list[Group]):
+    def __init__(self, layout: str, policy: str, reference: str, groups: list[Group], zero_stage: int = 2):
         super().__init__()
-        config = settings(policy, reference, groups, layout)
+        config = settings(policy, reference, groups, layout, zero_stage)
         strategy = build_strategy(config)
         self.watch(strategy)
         frozen = strategy.prepare(load_actor(reference, config, strategy, trainable=False))
@@ -141,9 +142,9 @@ class ThisPackage(Method):
 
 
 class OpenRLHF(Method):
-    def __init__(self, policy: str, reference: str, groups: list[Group]):
+    def __init__(self, policy: str, reference: str, groups: list[Group], zero_stage: int = 2):
         super().__init__()
-        config = settings(policy, reference, groups, "padded")
+        config = settings(policy, reference, groups, "padded", zero_stage)
         strategy = build_strategy(config)
         self.watch(strategy)
         strategy.args.eval.steps = strategy.args.ckpt.save_steps = 10**9
@@ -235,10 +236,26 @@ class TRL(Method):
         self.step = step
 
 
+def without_onednn(*arguments: Any) -> Method:
+    """This package with torch's own matrix products, as the others have them."""
+    method = ThisPackage("auto", *arguments)
+    step = method.step
+
+    def plain() -> float:
+        with torch.backends.mkldnn.flags(enabled=False):
+            return step()
+
+    method.step = plain
+    return method
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "packed": partial(ThisPackage, "auto"),
+    "packed, torch's products": without_onednn,
+    "packed, ZeRO 0": partial(ThisPackage, "auto", zero_stage=0),
     "padded": partial(ThisPackage, "padded"),
     "openrlhf": OpenRLHF,
+    "openrlhf, ZeRO 0": partial(OpenRLHF, zero_stage=0),
     "trl": TRL,
 }
 
@@ -383,6 +400,10 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine, "steps": [], "scoring": [], "memory": []}
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(Path(folder), arguments.model, arguments.layers)
+        for name in names:  # first, because later this process holds many models
+            gib = measured_apart(name, arguments.shapes[0], folder)
+            result["memory"].append({"shape": arguments.shapes[0], "method": name, "peak_gib": gib})
+        print_table(result["memory"])
         for shape in arguments.shapes:
             rows = time_steps(shape, models, arguments.repeats, names)
             print_table(rows)
@@ -390,11 +411,6 @@ def main() -> None:
             write(Path(arguments.out), result)
         result["scoring"] = time_scoring(models, arguments.repeats)
         print_table(result["scoring"])
-        write(Path(arguments.out), result)
-        for name in names:
-            gib = measured_apart(name, arguments.shapes[0], folder)
-            result["memory"].append({"shape": arguments.shapes[0], "method": name, "peak_gib": gib})
-        print_table(result["memory"])
     write(Path(arguments.out), result)
     print(f"written: {arguments.out}")
 
