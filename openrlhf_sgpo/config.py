@@ -245,6 +245,17 @@ class RolloutSettings:
     top_p: float = setting(1.0, "nucleus sampling mass", above=0, high=1)
     max_new_tokens: int = setting(300, "longest sampled response, in tokens", low=1)
     batch_size: int = setting(16, "prompts per generate call of --rollout.engine hf", low=1)
+    steps_behind: Literal[0, 1] = setting(
+        0,
+        "1: engines sample the answers of the next step while the policy trains, with the weights of one step ago, for "
+        "algorithms that sample in every step; 0: they take turns",
+    )
+    importance_cap: float = setting(
+        0.0,
+        "weigh the loss of each play by how much likelier its answers are under the policy than they were when they were "
+        "sampled, at most by this (0: off)",
+        low=0,
+    )
 
 
 @dataclass

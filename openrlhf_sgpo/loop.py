@@ -85,7 +85,7 @@ def train_round(run: Run, source: Source, number: int) -> None:
             run.metrics.log(stage.label, step, metrics)
             if source.follows_policy and step < stage.last:
                 source.sync()
-            trainer.end_step(step)
+            trainer.end_step(step, source.ahead)
             shown = {name: metrics[f"train/{key}"] for key, name in source.shown.items()}
             progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
             progress.update()

@@ -36,12 +36,14 @@ class Placement:
     """Where the engines of a run stand whose ranks are actors on a cluster.
 
     group: Ray's placement group, of a bundle per GPU. bundles: those of each engine, which are on one machine where they can
-    be. share: of a GPU that an engine or a rank takes in Ray's books; 0 on a cluster without GPUs.
+    be. share: of a GPU that an engine or a rank takes in Ray's books; 0 on a cluster without GPUs. apart: no engine is on the
+    GPU of a rank.
     """
 
     group: Any
     bundles: list[list[int]]
     share: float
+    apart: bool
 
     def options(self, engine: int) -> dict[str, Any]:
         """Of the Ray actor of an engine. Workers of an engine on several GPUs are actors of their own, which have the GPUs."""

@@ -39,7 +39,8 @@ _PAIRS_ONLY = (
     ),
     *("rollout.n_samples_per_prompt", "rounds.prompts", "rounds.data", "rounds.loss_reference"),
 )
-_PLAYS_ONLY = ("rounds.steps",)
+_BEHIND = ("rollout.steps_behind", "rollout.importance_cap")
+_PLAYS_ONLY = ("rounds.steps", *_BEHIND)
 
 # Read only by oracles, each of which says which.
 _ORACLES_ONLY = ("reward.", "judge.", "rounds.judge_reference")
@@ -271,7 +272,7 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
         )
         add(_SAMPLES_ONLY, f"--algo {algorithm.name} with --rounds.count 0 {without}")
         return unread
-    engine = {"hf": ("vllm.",), "vllm": ("rollout.batch_size",)}
+    engine = {"hf": ("vllm.", *_BEHIND), "vllm": ("rollout.batch_size",)}
     add(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is selected")
     try:
         itself = oracle.judges_itself(config, algorithm)

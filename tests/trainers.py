@@ -20,7 +20,7 @@ def make_trainer(algorithm, config, strategy, tokenizer, folder: Path, steps: in
     more: dict[str, Any] = {}
     forward = partial(PairForward, algorithm, pad, nll_coef=config.train.nll_coef)
     if algorithm.fresh_answers:
-        forward = partial(PlayForward, algorithm, pad, config.rollout.temperature, Stopwatch())
+        forward = partial(PlayForward, algorithm, pad, config.rollout, Stopwatch())
         more = {"frozen": {"reference": reference}, "adapters": algorithm.learning_rates}
     stage = TrainingStage(
         1,

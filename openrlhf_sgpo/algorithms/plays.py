@@ -6,6 +6,7 @@ In a play, several roles answer one prompt, and an oracle gives the probability 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from openrlhf_sgpo.algorithms.base import Algorithm, Needs
@@ -36,7 +37,9 @@ class Plays:
     probability that answer i is preferred to answer j; 1/2 on the diagonal, and [b, i, j] + [b, j, i] = 1. divergence:
     KL(policy || reference) of the next-token distributions at each token, over the whole vocabulary, with gradient; None
     unless the algorithm sets ``full_vocabulary``. step: of training, from 1. rewards: (batch, k), the oracle's scores of the
-    answers; None unless the algorithm is ``scored``.
+    answers; None unless the algorithm is ``scored``. drift: log pi / mu of each token, (batch, k, T) without gradient; mu has
+    sampled it, and the engine has reported its probability; pi should have, which for policy and follower is the policy that
+    is trained, for previous and reference they themselves. NaN after an answer's end, and where mu or pi is not known.
     """
 
     log_probs: Tensor
@@ -46,6 +49,7 @@ class Plays:
     divergence: Tensor | None = None
     step: int = 1
     rewards: Tensor | None = None
+    drift: Tensor | None = None
 
     def log_ratios(self) -> Tensor:
         """s = log pi(y|x) - log pi_ref(y|x) of whole answers, shape (batch, k), with gradient."""
@@ -83,6 +87,12 @@ class PlayAlgorithm(Algorithm[Plays]):
             problems.append(
                 f"--data.max_len: {config.data.max_len} leaves no room for a prompt, a draft and the follower's answer of "
                 f"--rollout.max_new_tokens {config.rollout.max_new_tokens} each; raise the former or lower the latter"
+            )
+        if config.rollout.steps_behind and self.adapters:
+            names = " and ".join(self.adapters.values())
+            problems.append(
+                f"--rollout.steps_behind: 1, but --algo {self.name} samples from the adapters {names}, and engines that sample "
+                "while the policy trains cannot change from one to the other; use 0"
             )
         return problems
 
@@ -159,9 +169,32 @@ def policy_gradient_loss(
     return loss if level != "full_vocabulary" or divergence is None else loss + beta * divergence.sum(-1)
 
 
+def importance_weights(drift: Tensor, cap: float) -> Tensor:
+    """Truncated importance weights, shape (batch,), without gradient, from ``Plays.drift`` (batch, k, T):
+
+        w = min( cap, prod_i pi(y_i|..) / mu(y_i|..) ).
+
+    The answers of a play are sampled from mu one after the other, so mu's probability of all of them is a product, and without
+    truncation E_mu[w * loss] = E_pi[loss], whatever the loss makes of them. Truncation bounds the variance, and pulls what is
+    learned towards what would be learned if mu were the policy (rho-bar of Espeholt et al., arXiv 1802.01561; for engines whose
+    probabilities differ from the trainer's: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+    training"). Tokens whose pi or mu is not known count as 1.
+    """
+    return drift.detach().nansum((1, 2)).clamp(max=log(cap)).exp()
+
+
 def _sum_to_go(values: Tensor) -> Tensor:
     """sum_{u >= t} of values (batch, T)."""
     return values.flip(-1).cumsum(-1).flip(-1)
 
 
-__all__ = ["LEVEL_HELP", "Level", "Model", "PlayAlgorithm", "Plays", "Role", "policy_gradient_loss"]
+__all__ = [
+    "LEVEL_HELP",
+    "Level",
+    "Model",
+    "PlayAlgorithm",
+    "Plays",
+    "Role",
+    "importance_weights",
+    "policy_gradient_loss",
+]

@@ -152,7 +152,7 @@ def _placed(settings: Config, with_engines: bool) -> Iterator[tuple[int, ray_ses
             range(count, bundles) if separate else range(bundles), key=lambda bundle: (nodes[bundle], bundle)
         )
         parts = [ordered[number * parallel :][:parallel] for number in range(engines)]
-        yield count, ray_session.Placement(group, parts, SHARE if gpus else 0)
+        yield count, ray_session.Placement(group, parts, SHARE if gpus else 0, separate > 0)
     finally:
         remove_placement_group(group)
 

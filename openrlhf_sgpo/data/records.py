@@ -89,11 +89,13 @@ class Pair:
 @dataclass(frozen=True)
 class Answer:
     """A response to a prompt. truncated: cut off by the length limit, so no end of turn follows. token_ids: as sampled by an
-    engine with the policy's tokenizer, including those that ended the response; empty for text written by people."""
+    engine with the policy's tokenizer, including those that ended the response; empty for text written by people. log_probs: of
+    these tokens, under the weights and at the temperature with which they were sampled; empty unless an engine was asked."""
 
     text: str
     truncated: bool = False
     token_ids: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -163,7 +163,9 @@ def measured(folder: str) -> Speeds:
         for kind, parts in _BOOKED.items():
             stage = name.partition("/")[2]
             if stage == "play":
-                seconds[kind] += sum(entry.get(f"seconds_{part}", 0.0) for part in parts)
+                booked = sum(entry.get(f"seconds_{part}", 0.0) for part in parts)
+                # Of engines that sample while the policy trains, ``seconds_generate`` is what training waits for.
+                seconds[kind] += entry.get("engine_seconds", booked) if kind == SAMPLE else booked
             elif stage in parts:
                 seconds[kind] += entry.get(f"seconds_{stage}", entry["seconds"])
             if stage in ("play", *parts):

@@ -48,8 +48,9 @@ class CheckResult:
         return self.error <= self.check.tolerance
 
 
-def play(check: Check) -> CheckResult:
-    """Runs the algorithm from the check's initial policy and compares the policy it reaches with the target."""
+def play(check: Check, behind: bool = False) -> CheckResult:
+    """Runs the algorithm from the check's initial policy and compares the policy it reaches with the target. behind: see
+    ``drive``."""
     game = GAMES[check.game]()
     driven = drive(
         game,
@@ -59,6 +60,7 @@ def play(check: Check) -> CheckResult:
         rounds=check.rounds,
         policies=start(game, check.begin),
         settled=SETTLED,
+        behind=behind,
     )
     # Of a pair of extragradient steps, the first ends nowhere.
     path = driven.rounds if check.rounds > 1 else driven.policies[:: 2 if check.algorithm.extragradient else 1]

@@ -27,19 +27,24 @@ class Policies:
     """Softmax policies as float64 logits: policy (n,), the only policy or the leader, and follower (n, n), row y for draft y.
 
     reference: log-probabilities of the game's reference, or of what has become it. previous: those of the policy at the start
-    of the round.
+    of the round. answering: logits of policy and follower that give the answers; None if it is those that are trained.
     """
 
     policy: Tensor
     follower: Tensor
     reference: Tensor
     previous: Tensor = field(init=False)
+    answering: tuple[Tensor, Tensor] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.new_round()
 
     def new_round(self) -> None:
         self.previous = self.policy.detach().log_softmax(-1)
+
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Those of policy and follower, as they are now."""
+        return self.policy.detach().clone(), self.follower.detach().clone()
 
 
 @dataclass(frozen=True)
@@ -136,29 +141,29 @@ def _all_plays(
     preferences, _, follower_reference = _tensors(game)
     reference = policies.reference
     policy, follower = policies.policy.log_softmax(-1), policies.follower.log_softmax(-1)
-    by_role = {"policy": policy, "reference": reference, "previous": policies.previous}
-    if algorithm.mixture:
-        by_role["mixture"] = ((1 - algorithm.mixture) * policy + algorithm.mixture * reference).log_softmax(-1)
-    else:
-        by_role["mixture"] = policy
+    drafting, improving = (logits.log_softmax(-1) for logits in policies.answering or policies.logits())
+    mixed = ((1 - algorithm.mixture) * drafting + algorithm.mixture * reference).log_softmax(-1)
+    by_role = {"policy": drafting, "reference": reference, "previous": policies.previous, "mixture": mixed}
     answers = _combinations(game.size, len(algorithm.roles))
     log_weights = torch.zeros(len(answers), dtype=torch.float64)
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    columns: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     divergence = torch.zeros(len(answers), dtype=torch.float64)  # computed only where the loss reads it
     for column, role in enumerate(algorithm.roles):
         answer = answers[:, column]
         if role == "follower":
             draft = answers[:, 0]
             log_probs, base = follower[draft, answer], follower_reference[draft, answer]
-            log_weights = log_weights + log_probs.detach()
+            sampled = improving[draft, answer]
             if algorithm.full_vocabulary:  # every draft has its own row of the follower, and so its own divergence
                 divergence = (follower.exp() * (follower - follower_reference)).sum(-1)[draft]
-            columns.append((log_probs, base, base, divergence))
+            columns.append((log_probs, base, base, divergence, log_probs.detach() - sampled))
         else:
-            log_weights = log_weights + by_role[role].detach()[answer]
+            sampled = by_role[role][answer]
             if algorithm.full_vocabulary:
                 divergence = (policy.exp() * (policy - reference)).sum(-1).expand(len(answer))
-            columns.append((policy[answer], reference[answer], policies.previous[answer], divergence))
+            drift = policy.detach()[answer] - sampled if role == "policy" else torch.zeros_like(sampled)
+            columns.append((policy[answer], reference[answer], policies.previous[answer], divergence, drift))
+        log_weights = log_weights + sampled
     matrices = preferences[answers[:, :, None], answers[:, None, :]]
     scores = _scores(game)[answers] if algorithm.scored else None
     weights = log_weights.exp()
@@ -169,10 +174,9 @@ def _all_plays(
         weights = torch.full((samples,), 1 / samples, dtype=torch.float64)
         tokens, matrices = [token[drawn] for token in tokens], _votes(matrices[drawn], generator)
         scores = None if scores is None else scores[drawn]
-    log_probs, base, previous, exact = tokens
-    return Plays(
-        log_probs, base, previous, matrices, exact if algorithm.full_vocabulary else None, rewards=scores
-    ), weights
+    log_probs, base, previous, exact, drifts = tokens
+    divergences = exact if algorithm.full_vocabulary else None
+    return Plays(log_probs, base, previous, matrices, divergences, rewards=scores, drift=drifts), weights
 
 
 @lru_cache
@@ -207,10 +211,12 @@ def drive(
     samples: int = 0,
     seed: int = 0,
     settled: float = 0.0,
+    behind: bool = False,
 ) -> Path:
     """Gradient descent on the expected loss, ``rounds`` rounds of up to ``steps`` steps each; the path has a point per step.
 
-    settled: a round ends early once a step moves no logit by more than this. Raises ValueError if a policy stops being
+    settled: a round ends early once a step moves no logit by more than this. behind: answers are those of the policies one step
+    ago, as with ``--rollout.steps_behind 1``. Raises ValueError if a policy stops being
     finite, because the learning rate is too large.
     """
     import torch
@@ -236,7 +242,10 @@ def drive(
             policies.reference = policies.previous
         margins = None if algorithm.fresh_answers else watched()
         algorithm.begin_stage(Stage(margins, number + 1, steps, seed))
+        latest = policies.logits()
         for step in range(steps):
+            if behind:
+                policies.answering, latest = latest, policies.logits()
             loss = expected_loss(game, algorithm, policies, samples, generator)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             half = algorithm.extragradient and step % 2 == 0

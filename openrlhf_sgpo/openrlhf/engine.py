@@ -144,15 +144,25 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
             await asyncio.sleep(0.01)
         raise RuntimeError("vLLM does not forget cached keys and values: requests are running")
 
-    async def sample(self, prompt_token_ids: list[int], sampling: dict[str, Any]) -> list[list[int]]:
-        """Tokens of n samples for one prompt in a single request, so the prompt is computed once."""
+    async def sample(
+        self, prompt_token_ids: list[int], sampling: dict[str, Any]
+    ) -> list[tuple[list[int], list[float]]]:
+        """Tokens of n samples for one prompt in a single request, so the prompt is computed once; with their log-probabilities
+        if ``sampling`` asks for any."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         # Without FINAL_ONLY the stream yields the n samples one by one, and only the last would be returned.
         params = SamplingParams(**sampling, output_kind=RequestOutputKind.FINAL_ONLY)
         output = await self.generate(prompt_token_ids, params)
-        return [list(sample.token_ids) for sample in sorted(output.outputs, key=lambda sample: sample.index)]
+        samples = sorted(output.outputs, key=lambda sample: sample.index)
+        return [
+            (
+                list(sample.token_ids),
+                [row[token].logprob for token, row in zip(sample.token_ids, sample.logprobs or (), strict=False)],
+            )
+            for sample in samples
+        ]
 
     async def log_probs(self, sequences: list[list[int]]) -> list[list[float]]:
         """Per sequence the log-probability of each token after the first, given those before it."""

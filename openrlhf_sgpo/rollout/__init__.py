@@ -5,14 +5,15 @@ from __future__ import annotations
 from openrlhf_sgpo import extras, ray_session
 from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.data.tokens import ChatFormat
-from openrlhf_sgpo.rollout.base import Rollout, Sampling, engine_count, sampling_of
+from openrlhf_sgpo.rollout.base import Rollout, Sampling, engine_count, sampling_of, sleeping
 
 __all__ = ["Rollout", "Sampling", "check_rollout", "engine_count", "sampling_of", "start_rollout"]
 
 
 def check_rollout(config: Inference, reference: str = "") -> None:
     """Raises ValueError if an engine's packages are missing, if the engines need more GPUs than are visible, for which Ray
-    would wait forever, or if they cannot mix the policy with this reference."""
+    would wait forever, if they cannot mix the policy with this reference, or if they are to sample and to sleep at the same
+    time."""
     if config.rollout.engine == "vllm" and (problem := extras.missing("ray", "vllm")):
         raise ValueError(f"--rollout.engine vllm: {problem}, or use --rollout.engine hf")
     if config.rollout.engine == "vllm" and reference:
@@ -20,6 +21,11 @@ def check_rollout(config: Inference, reference: str = "") -> None:
 
         for model in (config.model.model_name_or_path, reference):
             check_mixed(model, config.model.trust_remote_code)
+    if config.rollout.steps_behind and sleeping(config):
+        raise ValueError(
+            "--rollout.steps_behind 1: the engines share GPUs with the trainer, and sleep while it trains; give them GPUs of "
+            "their own (--launcher ray --ray.colocate false --vllm.num_engines N), or --vllm.enable_sleep false where both fit"
+        )
     import torch
 
     if ray_session.placement:

@@ -6,9 +6,10 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from openrlhf_sgpo import ray_session
 from openrlhf_sgpo.config import Inference, RolloutSettings
 from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
@@ -22,7 +23,8 @@ class Sampling:
     """How responses are sampled. temperature: 0 always takes the likeliest token. top_p: nucleus sampling mass.
     max_new_tokens: length limit of a response. seed: determines, with the prompt's tokens, the samples. n: per prompt. share:
     b of the geometric mixture policy^(1 - b) reference^b that is sampled token by token, from logits (1 - b) policy +
-    b reference (Munos et al., arXiv 2312.00886); 0 is the policy."""
+    b reference (Munos et al., arXiv 2312.00886); 0 is the policy. log_probs: whether answers have those of their tokens, which
+    vLLM's engines report."""
 
     temperature: float
     top_p: float
@@ -30,16 +32,27 @@ class Sampling:
     seed: int
     n: int = 1
     share: float = 0.0
+    log_probs: bool = False
 
 
-def sampling_of(settings: RolloutSettings, seed: int, n: int = 1, share: float = 0.0) -> Sampling:
+def sampling_of(
+    settings: RolloutSettings, seed: int, n: int = 1, share: float = 0.0, log_probs: bool = False
+) -> Sampling:
     """The sampling that the --rollout flags describe."""
-    return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, seed, n, share)
+    return Sampling(settings.temperature, settings.top_p, settings.max_new_tokens, seed, n, share, log_probs)
 
 
 def engine_count(config: Inference, gpus: int) -> int:
     """``--vllm.num_engines``, by default all that so many GPUs can hold, and one without a GPU."""
     return config.vllm.num_engines or max(1, gpus // config.vllm.tensor_parallel_size)
+
+
+def sleeping(config: Inference) -> bool:
+    """Whether engines leave their GPU memory to the trainer while it trains. Those with GPUs of their own need not."""
+    import torch
+
+    apart = ray_session.placement is not None and ray_session.placement.apart
+    return config.vllm.enable_sleep and torch.cuda.is_available() and not apart
 
 
 class Stop:
@@ -76,11 +89,17 @@ class Stop:
         window = len(self.text.encode())  # no token stands for less than a byte
         return self.text in self._decode(ids[-window:], special=True)
 
-    def sample(self, ids: Sequence[int]) -> Answer:
-        """The response in the tokens sampled by an engine, which may continue past its end.
+    def sample(self, ids: Sequence[int], log_probs: Sequence[float] = ()) -> Answer:
+        """The response in the tokens sampled by an engine, which may continue past its end. log_probs: of the tokens, if known.
 
-        If the end of turn was sampled in other tokens than training uses, the response gets those of training.
+        If the end of turn was sampled in other tokens than training uses, the response gets those of training, whose
+        log-probabilities nobody knows.
         """
+        answer = self._response(ids)
+        sampled = tuple(ids[: answer.tokens]) == answer.token_ids
+        return replace(answer, log_probs=tuple(log_probs[: answer.tokens])) if sampled else answer
+
+    def _response(self, ids: Sequence[int]) -> Answer:
         end = next((index for index, token in enumerate(ids) if token in self.tokens), None)
         kept = tuple(ids if end is None else ids[:end])
         if self.text and self.text in (text := self._decode(kept, special=True)):

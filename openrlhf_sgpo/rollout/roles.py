@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
+from time import perf_counter
 from typing import Any
 
 from openrlhf_sgpo.algorithms import Algorithm
@@ -13,9 +14,10 @@ from openrlhf_sgpo.data.records import Answer, Messages, Prompt
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
-from openrlhf_sgpo.rollout.base import Rollout, prompt_seed, sampling_of
+from openrlhf_sgpo.rollout.base import Rollout, Sampling, prompt_seed, sampling_of
 
 Tokens = tuple[int, ...]
+Answers = list[list[tuple[Tokens, Answer]]]  # to each prompt, with their contexts
 
 
 def follower_messages(prompt: Messages, draft: str, instruction: str) -> Messages:
@@ -91,25 +93,51 @@ class Roles:
         self.longest = longest
         self.clock = clock
 
-    def answer(
-        self, prompts: Sequence[Prompt], tokens: Sequence[Tokens], seed: int
-    ) -> list[list[tuple[Tokens, Answer]]]:
+    def answer(self, prompts: Sequence[Prompt], tokens: Sequence[Tokens], seed: int) -> Answers:
         """Answers to each prompt with their contexts, in the order of the roles. tokens: of the prompts. Collective."""
-        answers: list[list[tuple[Tokens, Answer]]] = [[] for _ in prompts]
+
+        def draw(role: Role, contexts: list[Tokens], sampling: Sampling) -> list[list[Answer]]:
+            with self.clock("sync"):
+                self.engine.load(self.weights[role])  # does nothing if it has these weights
+            return self.engine.generate(contexts, sampling, "")
+
         with self.engine.awake():
-            for number, (role, count) in enumerate(self.runs):
-                contexts = list(tokens)
-                if role == "follower":
-                    contexts = [
-                        follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)[0]
-                        for prompt, play in zip(prompts, answers, strict=True)
-                    ]
-                with self.clock("sync"):
-                    self.engine.load(self.weights[role])  # does nothing if it has these weights
-                share = self.shares.get(role, 0.0)
-                sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count, share)
-                for play, context, samples in zip(
-                    answers, contexts, self.engine.generate(contexts, sampling, ""), strict=True
-                ):
-                    play += [(context, sample) for sample in samples]
+            return self._answer(prompts, tokens, seed, draw)
+
+    def begin(
+        self, prompts: Sequence[Prompt], tokens: Sequence[Tokens], seed: int
+    ) -> Callable[[], tuple[Answers, tuple[float, float]]]:
+        """The same beside the caller, by vLLM's engines with the weights that the roles have now, which are the same ones. The
+        function that is returned waits for the answers, and tells from when to when engines were at work. Both are
+        collective."""
+        engine: Any = self.engine
+        with self.clock("sync"):
+            engine.load(self.weights[self.runs[0][0]])
+
+        def work(ask: Any) -> tuple[Answers, tuple[float, float]]:
+            start = perf_counter()
+            answers = self._answer(prompts, tokens, seed, lambda _, contexts, sampling: ask(contexts, sampling))
+            return answers, (start, perf_counter())
+
+        return engine.begin(work)
+
+    def _answer(
+        self,
+        prompts: Sequence[Prompt],
+        tokens: Sequence[Tokens],
+        seed: int,
+        draw: Callable[[Role, list[Tokens], Sampling], list[list[Answer]]],
+    ) -> Answers:
+        answers: Answers = [[] for _ in prompts]
+        for number, (role, count) in enumerate(self.runs):
+            contexts = list(tokens)
+            if role == "follower":
+                contexts = [
+                    follower_context(self.chat, prompt, play[0][1], self.instruction, self.longest)[0]
+                    for prompt, play in zip(prompts, answers, strict=True)
+                ]
+            share = self.shares.get(role, 0.0)
+            sampling = sampling_of(self.settings, prompt_seed(seed, (number,)), count, share, log_probs=True)
+            for play, context, samples in zip(answers, contexts, draw(role, contexts, sampling), strict=True):
+                play += [(context, sample) for sample in samples]
         return answers

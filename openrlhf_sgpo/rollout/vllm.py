@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,11 +17,12 @@ from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.openrlhf.checksums import compared_share
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress, say
-from openrlhf_sgpo.rollout.base import Sampling, Stop, engine_count, prompt_seed
+from openrlhf_sgpo.rollout.base import Sampling, Stop, engine_count, prompt_seed, sleeping
 from openrlhf_sgpo.rollout.transfer import Passing, Transfer, open_transfer
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT, threads_of
 
 Value = TypeVar("Value")
+Ask = Callable[[list[tuple[int, ...]], Sampling], list[list[Answer]]]
 COMPARED = 0.95  # share of the weights whose proof is expected
 
 
@@ -59,8 +61,10 @@ class VllmRollout:
         self._transfer: Transfer | None = None
         self._share: float | None = None  # of the reference in what the engines sample from, if all have been told
         self._uses = 0  # blocks in which the engines stay awake
+        self._thread = ThreadPoolExecutor(1)
+        self._begun = False  # the thread is at work
         self._holds = True  # the engines have ``weights`` in memory, or will when they wake
-        self.sleeps = config.vllm.enable_sleep and torch.cuda.is_available()
+        self.sleeps = sleeping(config)
         self._awake: list[str] = [] if self.sleeps else ["weights", "kv_cache"]  # parts of the engines' memory
         self.started_with = folder
         ranks.barrier()  # every rank has freed the memory of its GPU, on which an engine may start
@@ -92,6 +96,7 @@ class VllmRollout:
             "enable_prefix_caching": settings.enable_prefix_caching,
             "enforce_eager": settings.enforce_eager,
             "trust_remote_code": self.config.model.trust_remote_code,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled, at its temperature
             "num_gpus": placement.share if placement else settings.tensor_parallel_size if on_gpu else 0,
         }
         if self.reference:
@@ -234,6 +239,7 @@ class VllmRollout:
     def load(self, weights: str | PolicyWeights) -> None:
         if weights == self.weights:
             return
+        assert not self._begun, "the engines still answer with the weights that they have"
         self.weights = weights
         with self.awake():
             self._surviving(self._fill)
@@ -272,16 +278,60 @@ class VllmRollout:
         held = self._ask_workers("held", [(passing.shapes,)] * len(self.engines))
         return min(compared_share(passing.shapes, passing.sums, workers) for workers in held)
 
-    def _ready(self, share: float = 0.0) -> None:
+    def _ready(self) -> None:
         if not self._holds:
             self._fill()
         self._wake("kv_cache")
+
+    def _mix(self, share: float) -> None:
+        """On rank 0: the engines sample from the mixture with this share of the reference from now on."""
         assert self.reference or not share, "the engines have no reference to mix with the policy"
         if self.reference and share != self._share:
-            ranks.on_rank_0(lambda: self._all("mix", share))
+            self._all("mix", share)
             self._share = share
 
     def generate(self, prompts: list[tuple[int, ...]], sampling: Sampling, label: str) -> list[list[Answer]]:
+        results: dict[int, Any] = {}
+
+        def work() -> list[list[Answer]]:
+            self._ready()
+            return ranks.on_rank_0(lambda: self._sample(prompts, sampling, label, results))
+
+        with self.awake():
+            return self._surviving(work)
+
+    def begin(self, work: Callable[[Ask], Value]) -> Callable[[], Value]:
+        """Start ``work`` in a thread of rank 0, where it asks the engines, which keep their weights meanwhile. Returns a
+        function that waits for the result. Both are collective, ``work`` is not. For engines that do not sleep.
+
+        The function raises RuntimeError if an engine dies, because the weights that it had may be gone.
+        """
+        self._ready()
+        self._begun = True
+        future = self._thread.submit(work, self._sample) if self.engines else None
+
+        def wait() -> Value:
+            try:
+                return ranks.on_rank_0(lambda: future.result())  # type: ignore[union-attr]
+            except EngineDied as death:
+                number, *_ = death.numbers
+                raise RuntimeError(
+                    f"vLLM engine {number} died while the policy trained ({death.reason}), and the weights of one step ago "
+                    "with it; --resume goes on from the last checkpoint"
+                ) from death
+            finally:
+                self._begun = False
+
+        return wait
+
+    def _sample(
+        self,
+        prompts: list[tuple[int, ...]],
+        sampling: Sampling,
+        label: str = "",
+        results: dict[int, Any] | None = None,
+    ) -> list[list[Answer]]:
+        """On rank 0, which has the engines. results: see ``_ask``."""
         parameters = {
             "n": sampling.n,
             "temperature": sampling.temperature,
@@ -292,29 +342,25 @@ class VllmRollout:
             "stop": [self.stop.text] if self.stop.text else None,
             "detokenize": bool(self.stop.text),
             "skip_special_tokens": False,
+            "logprobs": 0 if sampling.log_probs else None,
         }
-        results: dict[int, Any] = {}
-
-        def ask() -> list[Any]:  # on rank 0, which has the engines
-            calls = []
-            for number, prompt in enumerate(prompts):
-                arguments = list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}
-                calls.append((number % len(self.engines), "sample", arguments))
-            return self._ask(calls, label, results)
-
-        def work() -> list[list[Answer]]:
-            self._ready(sampling.share)
-            return [[self.stop.sample(ids) for ids in answer] for answer in ranks.on_rank_0(ask)]
-
-        with self.awake():
-            return self._surviving(work)
+        self._mix(sampling.share)
+        calls = []
+        for number, prompt in enumerate(prompts):
+            arguments = list(prompt), {**parameters, "seed": prompt_seed(sampling.seed, prompt)}
+            calls.append((number % len(self.engines), "sample", arguments))
+        return [[self.stop.sample(*drawn) for drawn in answer] for answer in self._ask(calls, label, results)]
 
     def log_probs(self, sequences: list[tuple[int, ...]]) -> list[list[float]]:
         """Those of the first engine; raises RuntimeError if another one differs by more than 0.1 nats per token."""
 
+        def ask() -> list[list[list[float]]]:
+            self._mix(0.0)
+            return self._all("log_probs", list(map(list, sequences)))
+
         def work() -> list[list[list[float]]]:
             self._ready()
-            return ranks.on_rank_0(lambda: self._all("log_probs", list(map(list, sequences))))
+            return ranks.on_rank_0(ask)
 
         with self.awake():
             by_engine = self._surviving(work)
@@ -330,6 +376,7 @@ class VllmRollout:
 
             for engine in self.engines:
                 ray.kill(engine)
+            self._thread.shutdown()
             self.engines = []
             ray_session.end_ray()
 

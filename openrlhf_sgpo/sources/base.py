@@ -18,8 +18,7 @@ class Source:
 
     Class attributes: ``training``, the name of the stage in which steps are taken; ``shown``, metrics beside the progress bar
     by their short names; ``trains_first``, whether the first round is trained before the start is evaluated, since it needs no
-    engine, and engines start meanwhile; ``follows_policy``, whether each batch is sampled from the policy that the last step
-    left.
+    engine, and engines start meanwhile; ``follows_policy``, whether batches are sampled from the policy that steps leave.
     """
 
     training: ClassVar[str]
@@ -64,7 +63,10 @@ class Source:
         return {}
 
     def sync(self) -> None:
-        """The next batch is sampled from the weights that were just trained."""
+        """The next batch to begin with is sampled from the weights that were just trained."""
+
+    def ahead(self) -> Any:
+        """What there is already of the next step's batch, for a checkpoint."""
 
     def measure(self, stage: TrainingStage, trainer: Trainer) -> None:
         """All steps are taken: measure what needs the policy while it is in memory."""

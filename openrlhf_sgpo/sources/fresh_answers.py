@@ -2,6 +2,9 @@
 
     prompts -> answers by role -> preferences -> log-probabilities -> loss -> optimiser step -> weights to the engines
 
+With ``--rollout.steps_behind`` 1 the engines answer the prompts of step t + 1, with the weights that step t - 1 has left, while
+step t judges and trains. The second step of a round has answers of the weights with which the round begins, as the first does.
+
 A round is ``--rounds.steps`` steps; at its end the policy is saved and evaluated. Each round takes up weights and optimiser
 from the checkpoint at which the one before ended, as a resumed run does, so that both do the same.
 """
@@ -11,10 +14,11 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean
+from time import perf_counter
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -31,7 +35,7 @@ from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER, PolicyWeights, aside
 from openrlhf_sgpo.oracle import Question, RewardOracle
 from openrlhf_sgpo.oracle.base import win_probabilities
 from openrlhf_sgpo.rollout.base import prompt_seed
-from openrlhf_sgpo.rollout.roles import Roles
+from openrlhf_sgpo.rollout.roles import Answers, Roles
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_folder import json_text, keep_rows, read_jsonl
 from openrlhf_sgpo.sources.base import Source
@@ -114,7 +118,7 @@ class FreshAnswers(Source):
                 PlayForward,
                 algorithm,
                 run.tokenizer.pad_token_id,
-                config.rollout.temperature,
+                config.rollout,
                 clock,
             ),
             config.model.model_name_or_path,
@@ -143,6 +147,8 @@ class FreshAnswers(Source):
         self.roles = Roles(
             self.play, self.run.chat, self.engine, self._folders(), longest, self.config.rollout, stage.clock
         )
+        self._next: Answers | Callable[[], tuple[Answers, tuple[float, float]]] | None = trainer.ahead
+        self._trains = self._trained = 0.0  # when the latest step of the trainer began and ended
         self.follows_policy = self.play.steps_per_sync > 0
         if step > stage.first and self.follows_policy:
             self.sync()
@@ -151,10 +157,8 @@ class FreshAnswers(Source):
         """Draw the step's plays. They are the same on every rank, and each rank trains on its share."""
         config, cost, oracle = self.config, self.trainer.stage.clock.cost, self.run.frozen_oracle()
         prompts = self._prompts_of(step)
-        tokens = [self.run.data.prompts.tokens_of(prompt) for prompt in prompts]
         try:
-            with self.trainer.stage.clock("generate"), aside(self.trainer.actor):
-                answers = self.roles.answer(prompts, tokens, prompt_seed(config.train.seed, (step,)))
+            answers = self._answers(step)
         except NotFiniteError as error:
             place = f"{self.trainer.stage.label}, step {step}"
             raise in_training(place, str(error), config.ds.param_dtype) from error
@@ -181,11 +185,13 @@ class FreshAnswers(Source):
             cost[name] = cost.get(name, 0) + amount
         share = len(self.plays) // self.run.strategy.world_size
         first = self.run.strategy.get_rank() * share
+        self._trains = perf_counter()
         return self.plays[first : first + share]
 
     def record(self, step: int, recorded: Tensor) -> dict[str, float]:
         """Append a line to plays.jsonl for each play. Metrics: wins, the mean preference for the first answer over the others;
         and for each role the tokens per answer and the share of answers that the length limit cut."""
+        self._trained = perf_counter()
         if self.run.writes:
             with open(self._file(self.number), "a", encoding="utf-8") as file:
                 for play, log_probs in zip(self.plays, recorded.tolist(), strict=True):
@@ -202,6 +208,34 @@ class FreshAnswers(Source):
             metrics[f"train/{role}/truncated"] = mean(sample.truncated for sample in samples)
         return metrics
 
+    def _answers(self, step: int) -> Answers:
+        if not self.config.rollout.steps_behind:
+            with self.trainer.stage.clock("generate"), aside(self.trainer.actor):
+                return self.roles.answer(*self._asked(step))
+        if self._next is None:
+            self._next = self.roles.begin(*self._asked(step))
+        answers = self.ahead()
+        assert answers is not None
+        self._next = self.roles.begin(*self._asked(step + 1)) if step < self.trainer.stage.last else None
+        return answers
+
+    def ahead(self) -> Answers | None:
+        """The answers for the next step, once engines have given them; None if they have not begun with any."""
+        if callable(self._next):
+            with self.trainer.stage.clock("generate"):
+                self._next, (began, ended) = self._next()
+            both = min(ended, self._trained) - max(began, self._trains)
+            cost = self.trainer.stage.clock.cost
+            for name, seconds in (("engine_seconds", ended - began), ("overlapped_seconds", max(0.0, both))):
+                cost[name] = cost.get(name, 0.0) + seconds
+        return self._next
+
+    def _asked(self, step: int) -> tuple[list[Prompt], list[tuple[int, ...]], int]:
+        """The prompts of a step, their tokens, and its seed."""
+        prompts = self._prompts_of(step)
+        tokens = [self.run.data.prompts.tokens_of(prompt) for prompt in prompts]
+        return prompts, tokens, prompt_seed(self.config.train.seed, (step,))
+
     def sync(self) -> None:
         """The roles answer with the weights that were just trained, out of the trainer's memory."""
         adapters = {role: self.play.adapters.get(role, DEFAULT_ADAPTER) for role in self.play.roles}
@@ -216,9 +250,9 @@ class FreshAnswers(Source):
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def _row(self, step: int, play: Play, log_probs: list[float]) -> dict[str, Any]:
-        """A line of plays.jsonl. log_probs: of the answers under the policy, then under the first frozen model."""
+        """A line of plays.jsonl. log_probs: what ``PlayForward.recorded`` says of the play."""
         count, anchor = len(play.answers), self.play.models[0]
-        columns = zip(self.play.roles, play.answers, log_probs[:count], log_probs[count:], strict=True)
+        columns = zip(self.play.roles, play.answers, log_probs[:count], log_probs[count : 2 * count], strict=True)
         answers = [
             {
                 "role": role,

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import log
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays
+from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Plays, importance_weights
+from openrlhf_sgpo.config import RolloutSettings
 from openrlhf_sgpo.data.records import Answer, Prompt
 from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.ledger import Stopwatch
@@ -20,6 +22,9 @@ from openrlhf_sgpo.training.log_probs import Predictions, figures_of, prediction
 
 if TYPE_CHECKING:
     from openrlhf_sgpo.openrlhf import Actor
+
+
+LARGEST = 80.0  # log-ratio whose exponential a float32 holds
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Play:
 
 
 class PlayForward:
-    """Forward passes over micro-batches of plays. frozen: the models that the algorithm names in ``models``. clock: times
-    their forward passes as the part ``log_probs``.
+    """Forward passes over micro-batches of plays. rollout: how answers were sampled. frozen: the models that the algorithm
+    names in ``models``. clock: times their forward passes as the part ``log_probs``.
 
     Log-probabilities are taken at the temperature at which the answers were drawn, because a policy gradient is that of the
     distribution that was sampled.
@@ -55,13 +60,14 @@ class PlayForward:
         self,
         algorithm: PlayAlgorithm,
         pad_token_id: int,
-        temperature: float,
+        rollout: RolloutSettings,
         clock: Stopwatch,
         frozen: Mapping[str, Actor],
     ):
         self.algorithm = algorithm
         self.pad_token_id = pad_token_id
-        self.temperature = temperature
+        self.temperature = rollout.temperature
+        self.cap = rollout.importance_cap
         self.clock = clock
         self.frozen = frozen
         self.places: dict[str, list[int]] = {}  # of the answers, by the adapter that gives them
@@ -83,10 +89,13 @@ class PlayForward:
             tokens.get("divergence"),
             step,
             judged([play.rewards for play in samples]) if self.algorithm.scored else None,
+            self._drift(samples, tokens),
         )
 
     def losses(self, batch: Plays) -> Tensor:
-        return self.algorithm.loss(batch)
+        losses = self.algorithm.loss(batch)
+        assert batch.drift is not None
+        return losses * importance_weights(batch.drift, self.cap) if self.cap else losses
 
     def log_probs(self, model: Actor, samples: list[Play]) -> Tensor:
         """Of all answers under the policy, shape (plays * k,)."""
@@ -98,10 +107,14 @@ class PlayForward:
         return torch.cat(sums)
 
     def recorded(self, batch: Plays) -> Tensor:
-        """Log-probabilities of the answers under the policy before the step, and under the first of the frozen models, shape
-        (plays, 2k)."""
-        anchor = getattr(batch, self.algorithm.models[0])
-        return torch.cat([batch.log_probs.sum(-1), anchor.sum(-1)], dim=1)
+        """Log-probabilities of the answers under the policy before the step, and under the first of the frozen models; the sum
+        of their drift, and mean and maximum of its exponential over tokens. Shape (plays, 5k)."""
+        anchor, drift = getattr(batch, self.algorithm.models[0]), batch.drift
+        assert drift is not None
+        ratios = drift.clamp(max=LARGEST).exp()
+        means = ratios.nanmean(-1)
+        most = ratios.nan_to_num(0.0).amax(-1)
+        return torch.cat([batch.log_probs.sum(-1), anchor.sum(-1), drift.nansum(-1), means, most], dim=1)
 
     def tokens(self, samples: list[Play]) -> list[int]:
         """Of each play, every context once."""
@@ -109,8 +122,10 @@ class PlayForward:
 
     def summary(self, recorded: Tensor) -> tuple[dict[str, float], dict[str, float]]:
         """Figures that must be finite, causes before their effects; and metrics of a step. For each role: kl, the mean
-        log-ratio to the first frozen model, and entropy, minus the mean log-probability, in nats per answer."""
-        policy, anchor = recorded.tensor_split(2, dim=1)
+        log-ratio to the first frozen model, and entropy, minus the mean log-probability, in nats per answer. ratio: mean and
+        maximum of pi / mu over answers and over tokens, see ``Plays.drift``, if any is known; and with ``cap`` the share of
+        plays whose weight was cut."""
+        policy, anchor, drift, means, most = recorded.tensor_split(5, dim=1)
         causes = {
             "mean log-probability of the answers": policy.mean().item(),
             f"mean log-probability of the answers under the {self.algorithm.models[0]} model": anchor.mean().item(),
@@ -120,7 +135,29 @@ class PlayForward:
             places = [place for place, other in enumerate(self.algorithm.roles) if other == role]
             metrics[f"{role}/kl"] = (policy - anchor)[:, places].mean().item()
             metrics[f"{role}/entropy"] = -policy[:, places].mean().item()
+        if (known := means.isfinite()).any():
+            ratios = drift[known].clamp(max=LARGEST).exp()
+            # An engine's log-probabilities depend in their last digits on which requests it happens to compute together.
+            metrics["ratio/mean"] = _rounded(ratios.mean())
+            metrics["ratio/max"] = _rounded(ratios.max())
+            metrics["ratio/token_mean"] = _rounded(means[known].mean())
+            metrics["ratio/token_max"] = _rounded(most[known].max())
+            if self.cap:
+                metrics["ratio/capped"] = (drift.sum(1) > log(self.cap)).float().mean().item()
         return causes, metrics
+
+    def _drift(self, samples: list[Play], tokens: Mapping[str, Tensor]) -> Tensor:
+        """See ``Plays.drift``. tokens: the other token tensors by their names."""
+        policy = tokens["log_probs"].detach()
+        by_role = {"policy": policy, "follower": policy} | {name: tokens[name] for name in self.frozen}
+        unknown = torch.full_like(policy, torch.nan)
+        intended = [by_role.get(role, unknown)[:, place] for place, role in enumerate(self.algorithm.roles)]
+        longest = policy.shape[-1]
+        sampled = [
+            [[*sample.log_probs, *[torch.nan] * (longest - len(sample.log_probs))] for _, sample in play.answers]
+            for play in samples
+        ]
+        return torch.stack(intended, dim=1) - policy.new_tensor(sampled)
 
     def _tokens(self, model: Actor, samples: list[Play], adapter: str, places: list[int]) -> dict[str, Tensor]:
         """The token tensors of ``Plays`` by their names, (plays, places, T), for the answers that one adapter has given."""
@@ -146,3 +183,8 @@ class PlayForward:
         joined = torch.cat([pad(part, (0, longest - part.shape[-1])) for part in parts], dim=1)
         places = torch.tensor([place for places in self.places.values() for place in places], device=joined.device)
         return joined[:, places.argsort()]
+
+
+def _rounded(figure: Tensor) -> float:
+    """To four digits."""
+    return float(f"{figure.item():.4g}")

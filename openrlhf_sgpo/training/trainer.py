@@ -100,6 +100,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.algorithm = stage.algorithm
         self.checkpoints = Checkpoints(stage.checkpoints, strategy)
+        self.ahead: Any = None  # of the source, from the checkpoint that was taken up
         self._latest: Any = None  # micro-batch
 
     def __enter__(self) -> Trainer:
@@ -128,6 +129,7 @@ class Trainer:
             return self.stage.first
         if state["step"] > self.stage.first:  # otherwise it is the end of the stage before
             self.algorithm.load_state_dict(state["algorithm"])
+            self.ahead = state.get("ahead")  # not in checkpoints of earlier versions
             self.stage.clock.cost.update(state["cost"])
         return state["step"]
 
@@ -168,10 +170,10 @@ class Trainer:
         batches = (self.forward.batch(self.actor, samples[part], number) for part in self._micro_batches(samples))
         return torch.cat([self.algorithm.watched(batch) for batch in batches]).cpu()
 
-    def end_step(self, number: int) -> None:
-        """Check the policy and save a checkpoint where one is due, or the stage ends. Raises NotFiniteError on every rank if a
-        weight of the policy, or a log-probability of its latest responses, is not finite: a step may be finite and lead out of
-        the range."""
+    def end_step(self, number: int, ahead: Callable[[], Any] = lambda: None) -> None:
+        """Check the policy and save a checkpoint where one is due, or the stage ends, with what the source has ``ahead``.
+        Raises NotFiniteError on every rank if a weight of the policy, or a log-probability of its latest responses, is not
+        finite: a step may be finite and lead out of the range."""
         every, last = self.config.ckpt.save_steps, number == self.stage.last
         due = (every > 0 and number % every == 0) or (last and self.stage.keeps_optimizer)
         if due or last:
@@ -182,7 +184,8 @@ class Trainer:
             place = f"{self.stage.label}, after step {number}"
             check_trained(self.actor, log_probs, place, self.config.ds.param_dtype)
         if due:
-            state = {"step": number, "algorithm": self.algorithm.state_dict(), "cost": self.stage.clock.cost}
+            cost = self.stage.clock.cost
+            state = {"step": number, "algorithm": self.algorithm.state_dict(), "ahead": ahead(), "cost": cost}
             self.checkpoints.save(self.actor.model, number, state)
 
     def write_policies(self) -> None:

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from openrlhf_sgpo import algorithms
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.games import GAMES, gate, last_iterates, regularised_nash
+from openrlhf_sgpo.games.drive import drive, expected_loss, start
 
 
 @pytest.mark.slow
@@ -29,6 +31,31 @@ def test_last_iterates_arrive_or_circle():
     errors = {check.algorithm.name: gate.play(check).error for check in last_iterates.RUNS}
     assert errors["egpo"] < 1e-6 and errors["comal"] < 1e-3
     assert errors["nash_md"] > 0.1 and errors["inpo"] > 0.1
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check for check in gate.CHECKS if getattr(check.algorithm, "steps_per_sync", 0)],
+    ids=lambda check: check.title,
+)
+def test_answers_of_one_step_ago_lead_to_the_same_solution(check):
+    """Where the gate's steps are long, a delay makes the path swing around the solution: it takes shorter ones."""
+    shorter = 0.5 if check.algorithm.name == "online_dpo" else 1.0
+    assert gate.play(replace(check, learning_rate=shorter * check.learning_rate), behind=True).passed
+
+
+def test_answers_that_are_behind_are_one_step_old():
+    """By hand: gradient steps on the expected loss, whose answers are those of the start twice, then of the first step."""
+    game, algorithm = GAMES["condorcet"](), _check("rloo").algorithm
+    path = drive(game, algorithm, steps=3, learning_rate=1.0, policies=start(game, gate.SKEWED), behind=True).policies
+    policies = start(game, gate.SKEWED)
+    logits = [policies.policy.detach()]
+    for answering in (0, 0, 1):
+        policies.answering = logits[answering], policies.follower.detach()
+        (gradient,) = torch.autograd.grad(expected_loss(game, algorithm, policies), policies.policy)
+        logits.append(logits[-1] - gradient)
+        policies.policy = logits[-1].clone().requires_grad_()
+    assert np.allclose(path, torch.stack(logits).softmax(-1), rtol=0, atol=1e-12)
 
 
 def test_every_algorithm_that_minimises_a_value_has_a_row():

@@ -23,6 +23,7 @@ BRANCHES = {
     "packed/attention.py:packed_attention": "test_packed_rows_are_padded_rows",
     "packed/head.py:": "test_packed_rows_are_padded_rows",
     "rollout/__init__.py:check_rollout": "test_a_round_of_ssapo",
+    "rollout/base.py:sleeping": "test_engines_sleep_and_wake",
     "rollout/hf.py:_load": "test_both_engines_take_the_likeliest_answers_of_the_mixture",
     "rollout/hf.py:_sample": "test_both_engines_take_the_likeliest_answers_of_the_mixture",
     "rollout/vllm.py:__init__": "test_engines_sleep_and_wake",

@@ -136,7 +136,7 @@ class RecordingEngine:
     def asked(self, name, *arguments):
         if name != "ask_workers":
             self.events.append(f"{name} {arguments[0]}" if name in ("sleep", "wake_up") else name)
-            return [[3, 4]] if name == "sample" else None
+            return [([3, 4], [])] if name == "sample" else None
         method, *given = arguments
         self.events.append(method)
         if method == "take_packed":
@@ -230,6 +230,29 @@ def test_weights_lost_in_sleep_are_sent_again(recorded):
     events.clear()
     rollout.generate([(1, 2)], Sampling(1.0, 1.0, 4, seed=1), "")
     assert "take_packed" in events and events[-1] == "sleep 2"
+
+
+def test_engines_keep_their_weights_while_they_sample_in_the_background(recorded, monkeypatch):
+    from openrlhf_sgpo.rollout import Sampling
+    from openrlhf_sgpo.rollout.vllm import EngineDied
+
+    rollout, _, policy, events = recorded
+    rollout.load(policy())
+    events.clear()
+    wait = rollout.begin(lambda ask: ask([(1, 2), (3, 4)], Sampling(1.0, 1.0, 4, seed=1)))
+    with pytest.raises(AssertionError, match="still answer"):
+        rollout.load(policy())
+    assert [[answer.token_ids for answer in answers] for answers in wait()] == [[(3, 4)], [(3, 4)]]
+    assert events.count("sample") == 2
+    rollout.load(policy())
+
+    def die(*_):
+        raise EngineDied([1], "killed")
+
+    monkeypatch.setattr(rollout, "_sample", die)
+    wait = rollout.begin(lambda ask: ask([(1, 2)], Sampling(1.0, 1.0, 4, seed=1)))
+    with pytest.raises(RuntimeError, match="vLLM engine 1 died while the policy trained .killed.*--resume goes on"):
+        wait()
 
 
 def test_other_weights_than_were_sent_end_the_run(recorded):
