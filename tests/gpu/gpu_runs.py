@@ -19,7 +19,6 @@ BRANCHES = {
     "openrlhf/weights.py:aside": "test_three_steps_of_slhf",
     "openrlhf/strategy.py:build_strategy": "test_a_round_of_ssapo",
     "openrlhf/strategy.py:check_cuda": "test_installation",
-    "openrlhf/strategy.py:get_ds_train_config": "test_models_give_their_memory_back",
     "packed/attention.py:packed_attention": "test_packed_rows_are_padded_rows",
     "packed/head.py:": "test_packed_rows_are_padded_rows",
     "rollout/__init__.py:check_rollout": "test_a_round_of_ssapo",
