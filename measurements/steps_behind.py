@@ -2,9 +2,10 @@
 
     python measurements/steps_behind.py MODEL [STEPS]
 
-RLOO with four answers of up to 48 tokens to each of 8 prompts, on the prompts of the quickstart, in float32; short answers are
-better. For each run it prints the seconds of a step, how long an engine sampled, how long the policy trained, in which share of
-the time both did, and the mean ratio of training to sampling probabilities. On a CPU, give each its core: OMP_NUM_THREADS=1.
+RLOO with four answers of up to 32 tokens to each of 4 prompts, on the prompts of the quickstart, with LoRA in float32; short
+answers are better. For each run it prints the seconds of a step, how long an engine sampled, how long the policy trained, in
+which share of the time both did, and the mean ratio of training to sampling probabilities. On a CPU, give each its core:
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def main(model: str, steps: str = "8") -> None:
             flags = {
                 "algo": "rloo", "rloo.answers": "4", "oracle": "steps_behind:Short", "model.model_name_or_path": model,
                 "data.prompt_dataset": str(HERE.parent / "examples/quickstart/prompts.jsonl"), "data.max_len": "256",
-                "rollout.max_new_tokens": "48", "rollout.steps_behind": behind, "rollout.temperature": "1",
-                "rounds.count": "1", "rounds.steps": steps, "train.batch_size": "8", "adam.lr": "1e-5",
-                "ds.param_dtype": "fp32", "vllm.num_engines": "1", "ckpt.output_dir": str(run),
+                "rollout.max_new_tokens": "32", "rollout.steps_behind": behind, "rollout.temperature": "1",
+                "rounds.count": "1", "rounds.steps": steps, "train.batch_size": "4", "adam.lr": "1e-4",
+                "ds.param_dtype": "fp32", "ds.lora.rank": "16", "vllm.num_engines": "1", "ckpt.output_dir": str(run),
             }  # fmt: skip
             argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
             command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv]
