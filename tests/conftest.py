@@ -4,6 +4,7 @@ gets one of them."""
 from __future__ import annotations
 
 import gc
+import os
 import signal
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import openrlhf_sgpo  # noqa: F401 - before torch, because it says how OpenMP wa
 
 # A shell starts jobs in the background with SIGINT ignored, and their children inherit that. Some tests interrupt children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Ray ends engines when the machine's memory is nearly full, whoever fills it.
+os.environ.update(RAY_memory_monitor_refresh_ms="0")
 
 gc.disable()  # until everything is imported
 

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# Tests that build a strategy in this process leave its rank and port in the environment.
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TESTS = str(ROOT / "tests")
 SCRIPT = ROOT / "examples" / "train_ssapo.sh"
 
@@ -43,9 +45,7 @@ def free_port() -> str:
 
 def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     folder = os.path.dirname(sys.executable)
-    # Tests that build a strategy in this process leave its rank and port in the environment.
-    of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in of_ranks}
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     return subprocess.run(
         command,
         cwd=ROOT,
@@ -83,7 +83,7 @@ def forked(script: Path | None, *argv: str, **environment: str) -> subprocess.Co
             "stdout": f"{folder}/stdout",
             "stderr": f"{folder}/stderr",
         }
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in OF_RANKS:
             request["environment"].pop(name, None)
         assert zygote.stdin and zygote.stdout
         zygote.stdin.write(json.dumps(request) + "\n")

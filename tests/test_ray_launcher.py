@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import ROOT, arguments, free_port, losses, read_jsonl, train
+from running import OF_RANKS, ROOT, arguments, free_port, losses, read_jsonl, train
 
 from openrlhf_sgpo.cli.cluster import JOB, ray_places
 from openrlhf_sgpo.cli.main import main
@@ -25,7 +25,6 @@ PATIENT = {  # on a busy machine, where Ray would give up workers that are slow 
     "RAY_agent_register_timeout_ms": "300000",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300",
-    "RAY_memory_monitor_refresh_ms": "0",  # other tests take memory too
 }
 
 
@@ -106,6 +105,8 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in PATIENT.items():
             patch.setenv(name, value)
+        for name in OF_RANKS:  # jobs take their variables from the cluster
+            patch.delenv(name, raising=False)
         resources = {"num_cpus": 2, "num_gpus": 1}
         dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(free_port())}
         started = Cluster(initialize_head=True, head_node_args={**resources, **dashboard})
@@ -116,8 +117,7 @@ def cluster():
 
 def start(cluster, folder: Path, *argv: str, as_job: bool = False) -> subprocess.Popen:
     """The command, which is on this machine, or a job of Ray with it, which takes its variables from the cluster."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in names}
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     environment = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv]
     if as_job:
