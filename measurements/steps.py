@@ -2,12 +2,12 @@
 
     python measurements/steps.py [--model FOLDER] [--repeats 5] [--shapes 128,256 512,128 mixed] [--out steps.json]
 
-Steps of DPO on 4 pairs in float32 on one thread: this package in both layouts, and packed with torch's matrix products or
-without ZeRO; OpenRLHF's ``DPOTrainer``; and TRL's where it is installed (``make benchmark`` puts it into build/peers), with the
-reference's log-probabilities computed before, as this package does. OpenRLHF computes them in every step. The model is a
-replica of the one in FOLDER with --layers of its layers and the same share of its vocabulary, so that its parts keep their
-proportions. All take turns; losses and gradients must agree to 1e-4 before anything is timed. Times are CPU seconds. Memory is
-the peak of a step of the first shape above what is held between steps, from a process for each method.
+Steps of DPO on 4 pairs in float32 on one thread: this package in both layouts, and packed with torch's matrix products,
+without ZeRO, or one pair at a time; OpenRLHF's ``DPOTrainer``; and TRL's where it is installed (``make benchmark`` puts it into
+build/peers), with the reference's log-probabilities computed before, as this package does. OpenRLHF computes them in every
+step. The model is a replica of the one in FOLDER with --layers of its layers and the same share of its vocabulary, so that its
+parts keep their proportions. All take turns; losses and gradients must agree to 1e-4 before anything is timed. Times are CPU
+seconds. Memory is the peak of a step of the first shape above what is held between steps, from a process for each method.
 """
 
 from __future__ import annotations
@@ -113,9 +113,12 @@ class Method:
 
 
 class ThisPackage(Method):
-    def __init__(self, layout: str, policy: str, reference: str, groups: list[Group], zero_stage: int = 2):
+    def __init__(
+        self, layout: str, policy: str, reference: str, groups: list[Group], zero_stage: int = 2, max_tokens: int = 0
+    ):
         super().__init__()
         config = settings(policy, reference, groups, layout, zero_stage)
+        config.train.max_tokens = max_tokens
         strategy = build_strategy(config)
         self.watch(strategy)
         frozen = strategy.prepare(load_actor(reference, config, strategy, trainable=False))
@@ -253,6 +256,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "packed": partial(ThisPackage, "auto"),
     "packed, torch's products": without_onednn,
     "packed, ZeRO 0": partial(ThisPackage, "auto", zero_stage=0),
+    "packed, single pairs": partial(ThisPackage, "auto", max_tokens=1),
     "padded": partial(ThisPackage, "padded"),
     "openrlhf": OpenRLHF,
     "openrlhf, ZeRO 0": partial(OpenRLHF, zero_stage=0),
