@@ -61,6 +61,7 @@ def test_killed_while_vllm_engines_generate(tiny_model, tiny_data, tmp_path):
     def argv(folder: Path) -> list[str]:
         given = dict(zip(*[iter(flags(tiny_model, tiny_data, folder))] * 2, strict=True))
         given |= {"--rollout.engine": "vllm", "--rollout.max_new_tokens": "32", "--adam.lr": "1e-2"}
+        given["--rollout.n_samples_per_prompt"] = "32"  # there is time to kill the run before they are drawn
         del given["--rollout.batch_size"]
         return [word for pair in given.items() for word in pair]
 
@@ -75,7 +76,7 @@ def test_killed_while_vllm_engines_generate(tiny_model, tiny_data, tmp_path):
     environment = os.environ | dict([mark.split("=")])
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and any("round 1: generate" in line for line in process.stdout), "it ended before"
-        time.sleep(0.2)
+        time.sleep(0.1)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     deadline = time.monotonic() + 120  # agents of Ray look for its head from time to time only
