@@ -25,7 +25,7 @@ _copies: OrderedDict[str, tuple[Stamps, str, tempfile.TemporaryDirectory[str] | 
 
 def seen(path: str | Path) -> list[bool]:
     """By rank, whether it sees this file or folder of rank 0 as rank 0 does. Collective."""
-    return ranks.gather(_stamps(path) == ranks.from_rank_0(_stamps(path) if distributed.get_rank() == 0 else None))
+    return ranks.gather(stamps_of(path) == ranks.from_rank_0(stamps_of(path) if distributed.get_rank() == 0 else None))
 
 
 def local(folder: str) -> str:
@@ -33,8 +33,8 @@ def local(folder: str) -> str:
     needed. What is no folder, like a name of the hub, stays as it is. Collective; alone without a process group."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return folder
-    expected = ranks.from_rank_0(_stamps(folder) if distributed.get_rank() == 0 else None)
-    if expected is None or all(sees := ranks.gather(_stamps(folder) == expected)):
+    expected = ranks.from_rank_0(stamps_of(folder) if distributed.get_rank() == 0 else None)
+    if expected is None or all(sees := ranks.gather(stamps_of(folder) == expected)):
         return folder
     kept = _copies.get(folder)
     has_it = sees[distributed.get_rank()] or (kept is not None and kept[0] == expected)
@@ -64,19 +64,19 @@ def bring(written: Path, destination: Path, by: list[int]) -> None:
     """Send the files that some ranks have ``written`` in a folder of their own to ``destination`` at rank 0. Collective."""
     this = distributed.get_rank()
     for source in by:
-        for name, (size, _) in ranks.gather(_stamps(written) or {} if this == source else {})[source].items():
+        for name, (size, _) in ranks.gather(stamps_of(written) or {} if this == source else {})[source].items():
             if this == source:
                 with open(written / name, "rb") as file:
-                    for part in _parts(size):
-                        ranks.send(_read(file, part), 0)
+                    for part in parts_of(size):
+                        ranks.send(read_part(file, part), 0)
             elif this == 0:
                 (destination / name).parent.mkdir(parents=True, exist_ok=True)
                 with open(destination / name, "wb") as file:
-                    for part in _parts(size):
+                    for part in parts_of(size):
                         file.write(ranks.receive(part, source).numpy().tobytes())
 
 
-def _stamps(path: str | Path) -> Stamps | None:
+def stamps_of(path: str | Path) -> Stamps | None:
     """None if there is no such file or folder, or it cannot be read."""
     path = Path(path)
     try:
@@ -95,8 +95,8 @@ def _send(folder: str, files: Stamps, place: str | None) -> None:
         if place is not None:
             os.makedirs(os.path.dirname(os.path.join(place, name)), exist_ok=True)
             target = open(os.path.join(place, name), "wb")  # noqa: SIM115
-        for part in _parts(size):
-            content = _read(source, part) if source else torch.empty(part, dtype=torch.uint8)
+        for part in parts_of(size):
+            content = read_part(source, part) if source else torch.empty(part, dtype=torch.uint8)
             ranks.broadcast(content)
             if target:
                 target.write(content.numpy().tobytes())
@@ -104,12 +104,14 @@ def _send(folder: str, files: Stamps, place: str | None) -> None:
             file.close()
 
 
-def _parts(size: int) -> list[int]:
+def parts_of(size: int) -> list[int]:
+    """Sizes of the parts in which a file is sent."""
     return [min(PART, size - start) for start in range(0, size, PART)]
 
 
-def _read(file: BinaryIO, size: int) -> torch.Tensor:
+def read_part(file: BinaryIO, size: int) -> torch.Tensor:
+    """The next bytes of a file. Raises RuntimeError if it has fewer."""
     content = file.read(size)
     if len(content) < size:
-        raise RuntimeError(f"{file.name} became shorter while it was sent to other ranks")
+        raise RuntimeError(f"{file.name} became shorter while it was sent")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)

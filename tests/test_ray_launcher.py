@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from glob import glob
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,7 @@ from running import OF_RANKS, ROOT, arguments, free_port, losses, read_jsonl, tr
 from openrlhf_sgpo.cli.cluster import JOB, ray_places
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.config import Config
+from openrlhf_sgpo.rollout.folders import PREFIX
 
 PATIENT = {  # on a busy machine, where Ray would give up workers that are slow to start
     "RAY_raylet_start_wait_time_s": "300",
@@ -115,8 +118,8 @@ def cluster():
         started.shutdown()
 
 
-def start(cluster, folder: Path, *argv: str, as_job: bool = False) -> subprocess.Popen:
-    """The command, which is on this machine, or a job of Ray with it, which takes its variables from the cluster."""
+def start(cluster, folder: Path, *argv: str, as_job: bool = False, place: Path = ROOT) -> subprocess.Popen:
+    """The command, in a place on this machine, or a job of Ray with it, which takes its variables from the cluster."""
     inherited = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     environment = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv]
@@ -128,7 +131,7 @@ def start(cluster, folder: Path, *argv: str, as_job: bool = False) -> subprocess
         command += ["--launcher", "ray"]
     with open(f"{folder}.stderr", "w") as errors:
         return subprocess.Popen(
-            command, cwd=ROOT, env=inherited | environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            command, cwd=place, env=inherited | environment, stdout=subprocess.PIPE, stderr=errors, text=True
         )
 
 
@@ -182,11 +185,17 @@ def answers(row: dict) -> list:
 @pytest.mark.parametrize(("algo", "file"), [("sgpo", "pairs.jsonl"), ("slhf", "plays.jsonl")])
 def test_a_run_on_two_nodes_is_that_of_one_process(algo, file, cluster, tiny_model, tiny_data, tmp_path):
     """Two ranks and two engines, one of each per node: the same pairs or plays, and losses. An engine that is killed while the
-    first round is sampled is started again and asked again. One of the runs is a job of Ray."""
+    first round is sampled is started again and asked again. One of the runs is a job of Ray. Engines of the other see neither
+    the model nor the run folder: paths begin with /proc/self/cwd, which is another folder in each process."""
     folders = {name: tmp_path / name for name in ("ray", "alone")}
     argv = arguments(tiny_model, tiny_data, folders["ray"], algo=algo)
     argv = flags(argv, ENGINES | (PLAYS if algo == "slhf" else {}))
-    process = start(cluster, folders["ray"], *argv, "--ray.ranks", "2", as_job=algo == "slhf")
+    there: dict[str, str | None] = {}
+    if algo == "sgpo":
+        shutil.copytree(tiny_model, tmp_path / "model")
+        there = {"--model.model_name_or_path": "/proc/self/cwd/model", "--ckpt.output_dir": "/proc/self/cwd/ray"}
+    more = ("--ray.ranks", "2")
+    process = start(cluster, folders["ray"], *flags(argv, there), *more, as_job=algo == "slhf", place=tmp_path)
     assert process.stdout
     said, seen = [], False
     for line in process.stdout:
@@ -200,6 +209,8 @@ def test_a_run_on_two_nodes_is_that_of_one_process(algo, file, cluster, tiny_mod
     assert not actors(cluster, "_Rank") and not actors(cluster, "Rollout")
     assert seen or algo == "slhf"
     wait_for(lambda: not engine_processes(cluster), "engines are left, also of the actor that was killed", 20)
+    copies = [int(path.removeprefix(PREFIX)) for path in glob(f"{PREFIX}*")]
+    assert not [number for number in copies if not psutil.pid_exists(number)], "copies of folders are left"
     # One rank and one engine, which start sooner than two. What two ranks of a launcher do is what one does: test_rounds.py.
     done = train(*flags(argv, {"--ckpt.output_dir": str(folders["alone"])}), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -18,6 +18,7 @@ from openrlhf_sgpo.openrlhf.checksums import compared_share
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress, say
 from openrlhf_sgpo.rollout.base import Sampling, Stop, engine_count, prompt_seed, sleeping
+from openrlhf_sgpo.rollout.folders import EngineFolders
 from openrlhf_sgpo.rollout.transfer import Passing, Transfer, open_transfer
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT, threads_of
 
@@ -84,10 +85,9 @@ class VllmRollout:
             ray_session.start_ray(self.environment)
         elif ray.util.get_node_ip_address().startswith("127."):
             self.environment |= ray_session.LOOPBACK
+        self.folders = EngineFolders(placement)
         several = "ray" if placement else "mp"  # only Ray's workers can be on several machines
         self.arguments: dict[str, Any] = {
-            # A folder, because engines get no access token for the hub.
-            "model": local_folder(self.started_with),
             "worker_extension_cls": "openrlhf_sgpo.openrlhf.engine.PolicyLoader",
             "dtype": DTYPES[self.config.ds.param_dtype],
             "max_model_len": self.config.data.max_len,
@@ -102,8 +102,7 @@ class VllmRollout:
         if self.reference:
             from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE
 
-            mixed = {"architectures": [ARCHITECTURE], "reference": local_folder(self.reference)}
-            self.arguments["hf_overrides"] = mixed
+            self.arguments["hf_overrides"] = {"architectures": [ARCHITECTURE]}
         if on_gpu:
             self.arguments |= {
                 "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -121,7 +120,12 @@ class VllmRollout:
     def _engine(self, number: int) -> Any:
         from openrlhf_sgpo.openrlhf.engine import RolloutEngine
 
-        placement, arguments = ray_session.placement, self.arguments
+        # Folders, because engines get no access token for the hub.
+        placement, model = ray_session.placement, self.folders.place(local_folder(self.started_with), number)
+        arguments = self.arguments | {"model": model}
+        if self.reference:
+            reference = self.folders.place(local_folder(self.reference), number)
+            arguments["hf_overrides"] = arguments["hf_overrides"] | {"reference": reference}
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": arguments["num_gpus"]}
         if placement:
             options = placement.options(number) | {"runtime_env": {"env_vars": self.environment}}
@@ -269,7 +273,8 @@ class VllmRollout:
 
     def _fill_from(self, folder: str) -> float:
         shares = []
-        for workers in self._ask_workers("load_folder", [(folder,)] * len(self.engines)):
+        places = [(self.folders.place(folder, number),) for number in range(len(self.engines))]
+        for workers in self._ask_workers("load_folder", places):
             (shapes, sums, _), *_ = workers
             shares.append(compared_share(shapes, sums, [held for _, _, held in workers]))
         return min(shares)
@@ -377,6 +382,7 @@ class VllmRollout:
             for engine in self.engines:
                 ray.kill(engine)
             self._thread.shutdown()
+            self.folders.close()
             self.engines = []
             ray_session.end_ray()
 

@@ -1,0 +1,110 @@
+"""Folders of rank 0 on the machines of a cluster: vLLM's engines read models from folders, and need not share a file system."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from contextlib import suppress
+from glob import glob
+from typing import Any
+
+import numpy
+import psutil
+
+from openrlhf_sgpo.ray_session import Placement
+from openrlhf_sgpo.shared_files import KEPT, Stamps, parts_of, read_part, stamps_of
+
+PREFIX = os.path.join(tempfile.gettempdir(), "sgpo-engine-")  # then the number of the process that keeps copies there
+
+
+class Copies:
+    """An actor on a machine with engines, which keeps copies of the folders that the machine does not see."""
+
+    def __init__(self) -> None:
+        # Ray ends actors by force, and what they keep would stay.
+        for left in glob(f"{PREFIX}*"):
+            if not psutil.pid_exists(int(left.removeprefix(PREFIX))):
+                shutil.rmtree(left, ignore_errors=True)
+        self.root = f"{PREFIX}{os.getpid()}"
+        self.kept: OrderedDict[str, tuple[Stamps, str]] = OrderedDict()
+        self.begun = 0
+
+    def place(self, folder: str, expected: Stamps) -> str | None:
+        """Where a folder with these files is on this machine; None if there is neither the folder nor a copy."""
+        if stamps_of(folder) == expected:
+            return folder
+        there, place = self.kept.get(folder, ({}, ""))
+        if there != expected:
+            return None
+        self.kept.move_to_end(folder)
+        return place
+
+    def begin(self, folder: str, expected: Stamps) -> None:
+        """Make room for a copy, with empty files."""
+        outdated = [folder] if folder in self.kept else []
+        outdated += [name for name in self.kept if name != folder][: max(0, len(self.kept) + 1 - KEPT - len(outdated))]
+        for name in outdated:
+            shutil.rmtree(self.kept.pop(name)[1], ignore_errors=True)
+        place = os.path.join(self.root, str(self.begun), os.path.basename(folder.rstrip("/")))
+        self.begun += 1
+        self.kept[folder] = expected, place
+        for name in expected:
+            os.makedirs(os.path.dirname(os.path.join(place, name)), exist_ok=True)
+            open(os.path.join(place, name), "wb").close()
+
+    def append(self, folder: str, name: str, content: numpy.ndarray) -> None:
+        with open(os.path.join(self.kept[folder][1], name), "ab") as file:
+            file.write(content.data)
+
+    def clear(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+class EngineFolders:
+    """Folders of rank 0, which asks, where each engine can read them. Engines of this machine's own session see them all."""
+
+    def __init__(self, placement: Placement | None):
+        self.nodes: list[str] = []
+        self.copies: dict[str, Any] = {}
+        if placement is None:
+            return
+        import ray
+        from ray.util.placement_group import placement_group_table
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = placement_group_table(placement.group)["bundles_to_node_id"]
+        self.nodes = [nodes[bundles[0]] for bundles in placement.bundles]
+        for node in sorted(set(self.nodes)):
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            self.copies[node] = ray.remote(Copies).options(num_cpus=0, scheduling_strategy=there).remote()
+
+    def place(self, folder: str, engine: int) -> str:
+        """Of a folder, for an engine."""
+        if not self.copies:
+            return folder
+        import ray
+
+        actor, expected = self.copies[self.nodes[engine]], stamps_of(folder)
+        if expected is None:
+            raise ValueError(f"{folder} has no files that engines could read")
+        if (place := ray.get(actor.place.remote(folder, expected))) is None:
+            requests = [actor.begin.remote(folder, expected)]
+            for name, (size, _) in expected.items():
+                with open(os.path.join(folder, name), "rb") as file:
+                    for part in parts_of(size):
+                        requests.append(actor.append.remote(folder, name, ray.put(read_part(file, part).numpy())))
+                        ray.get(requests.pop(0))  # one part is written while the next is read
+            ray.get(requests)
+            place = ray.get(actor.place.remote(folder, expected))
+        return str(place)
+
+    def close(self) -> None:
+        import ray
+
+        for actor in self.copies.values():
+            with suppress(ray.exceptions.RayError):  # its machine is lost
+                ray.get(actor.clear.remote())
+            ray.kill(actor)
+        self.copies = {}
