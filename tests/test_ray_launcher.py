@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.job_submission import JobSubmissionClient
 from running import OF_RANKS, ROOT, arguments, free_port, losses, read_jsonl, train
 
 from openrlhf_sgpo.cli.cluster import JOB, ray_places
@@ -112,8 +113,9 @@ def cluster():
             patch.delenv(name, raising=False)
         resources = {"num_cpus": 2, "num_gpus": 1}
         dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(free_port())}
-        started = Cluster(initialize_head=True, head_node_args={**resources, **dashboard})
-        started.add_node(**resources)
+        ports = [{"dashboard_agent_listen_port": int(free_port())} for _ in range(2)]  # the default serves one cluster
+        started = Cluster(initialize_head=True, head_node_args={**resources, **dashboard, **ports[0]})
+        started.add_node(**resources, **ports[1])
         yield started
         started.shutdown()
 
@@ -124,6 +126,8 @@ def start(cluster, folder: Path, *argv: str, as_job: bool = False, place: Path =
     environment = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv]
     if as_job:
+        client = JobSubmissionClient(f"http://{cluster.head_node.webui_url}")
+        wait_for(lambda: takes_jobs(client), "the cluster takes no jobs", 200)
         there = {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}}
         submit = [*RAY, "job", "submit", "--address", f"http://{cluster.head_node.webui_url}"]
         command = [*submit, "--runtime-env-json", json.dumps(there), "--", *command]
@@ -133,6 +137,14 @@ def start(cluster, folder: Path, *argv: str, as_job: bool = False, place: Path =
         return subprocess.Popen(
             command, cwd=place, env=inherited | environment, stdout=subprocess.PIPE, stderr=errors, text=True
         )
+
+
+def takes_jobs(client: JobSubmissionClient) -> bool:
+    """A cluster that has just started may have no agent yet that runs jobs."""
+    with contextlib.suppress(RuntimeError):
+        client.submit_job(entrypoint="true")
+        return True
+    return False
 
 
 def actors(cluster, kind: str) -> list[psutil.Process]:

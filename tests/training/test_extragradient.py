@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -82,10 +83,10 @@ def test_a_run_that_is_stopped_between_the_halves_goes_on(tiny_model, tiny_data,
     stopped = flags(tiny_model, tiny_data, tmp_path / "stopped", "egpo", *more)
     end_step = Trainer.end_step
 
-    def stop(trainer: Trainer, number: int) -> None:
+    def stop(trainer: Trainer, number: int, *more: Any) -> None:
         if number == 5:
             raise RuntimeError("stopped")
-        end_step(trainer, number)
+        end_step(trainer, number, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "end_step", stop)
