@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import compress, product
@@ -26,10 +26,18 @@ class Change:
     useful: Callable[[Memory], bool]
 
 
+def _together(changes: Sequence[Change]) -> dict[str, Any]:
+    """The settings of several changes. Earlier ones are kept: offloading needs a ZeRO stage, which may be 3 already."""
+    settings: dict[str, Any] = {}
+    for change in changes:
+        for name, value in change.settings.items():
+            settings.setdefault(name, value)
+    return settings
+
+
 def flags_of(*changes: Change) -> str:
     """What to add to the command line."""
-    settings = {name: value for change in changes for name, value in change.settings.items()}
-    return " ".join(f"--{name} {str(value).lower()}" for name, value in settings.items())
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in _together(changes).items())
 
 
 def _several_pairs(memory: Memory) -> bool:
@@ -92,10 +100,9 @@ def useful_changes(memory: Memory, could_pack: bool = True) -> list[Change]:
 
 def changed(config: Config, *changes: Change) -> Config:
     result = deepcopy(config)
-    for change in changes:
-        for name, value in change.settings.items():
-            group, _, field = name.rpartition(".")
-            setattr(attrgetter(group)(result), field, value)
+    for name, value in _together(changes).items():
+        group, _, field = name.rpartition(".")
+        setattr(attrgetter(group)(result), field, value)
     return result
 
 

@@ -43,10 +43,9 @@ class Copies:
 
     def begin(self, folder: str, expected: Stamps) -> None:
         """Make room for a copy, with empty files."""
-        outdated = [folder] if folder in self.kept else []
-        outdated += [name for name in self.kept if name != folder][: max(0, len(self.kept) + 1 - KEPT - len(outdated))]
-        for name in outdated:
-            shutil.rmtree(self.kept.pop(name)[1], ignore_errors=True)
+        while folder in self.kept or len(self.kept) >= KEPT:
+            _, outdated = self.kept.pop(folder if folder in self.kept else next(iter(self.kept)))
+            shutil.rmtree(outdated, ignore_errors=True)
         place = os.path.join(self.root, str(self.begun), os.path.basename(folder.rstrip("/")))
         self.begun += 1
         self.kept[folder] = expected, place

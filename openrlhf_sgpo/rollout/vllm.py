@@ -88,6 +88,8 @@ class VllmRollout:
         self.folders = EngineFolders(placement)
         several = "ray" if placement else "mp"  # only Ray's workers can be on several machines
         self.arguments: dict[str, Any] = {
+            # A folder, because engines get no access token for the hub.
+            "model": local_folder(self.started_with),
             "worker_extension_cls": "openrlhf_sgpo.openrlhf.engine.PolicyLoader",
             "dtype": DTYPES[self.config.ds.param_dtype],
             "max_model_len": self.config.data.max_len,
@@ -102,7 +104,8 @@ class VllmRollout:
         if self.reference:
             from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE
 
-            self.arguments["hf_overrides"] = {"architectures": [ARCHITECTURE]}
+            mixed = {"architectures": [ARCHITECTURE], "reference": local_folder(self.reference)}
+            self.arguments["hf_overrides"] = mixed
         if on_gpu:
             self.arguments |= {
                 "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -120,12 +123,11 @@ class VllmRollout:
     def _engine(self, number: int) -> Any:
         from openrlhf_sgpo.openrlhf.engine import RolloutEngine
 
-        # Folders, because engines get no access token for the hub.
-        placement, model = ray_session.placement, self.folders.place(local_folder(self.started_with), number)
-        arguments = self.arguments | {"model": model}
+        placement = ray_session.placement
+        arguments = self.arguments | {"model": self.folders.place(self.arguments["model"], number)}
         if self.reference:
-            reference = self.folders.place(local_folder(self.reference), number)
-            arguments["hf_overrides"] = arguments["hf_overrides"] | {"reference": reference}
+            mixed = arguments["hf_overrides"]
+            arguments["hf_overrides"] = mixed | {"reference": self.folders.place(mixed["reference"], number)}
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": arguments["num_gpus"]}
         if placement:
             options = placement.options(number) | {"runtime_env": {"env_vars": self.environment}}

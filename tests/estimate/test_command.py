@@ -69,6 +69,7 @@ def test_settings_that_two_changes_make_are_printed_once():
     """DeepSpeed offloads nothing at stage 0."""
     shards, offload = CHANGES[4], CHANGES[8]
     assert flags_of(shards, offload) == "--ds.zero_stage 2 --ds.adam_offload true"
+    assert flags_of(CHANGES[6], offload) == "--ds.zero_stage 3 --ds.adam_offload true"
 
 
 def test_a_flag_that_is_proposed_is_one_of_the_train_command(tiny_model):
