@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Tests that build a strategy in this process leave its rank and port in the environment.
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TESTS = str(ROOT / "tests")
 SCRIPT = ROOT / "examples" / "train_ssapo.sh"
@@ -43,13 +42,17 @@ def free_port() -> str:
         return str(server.getsockname()[1])
 
 
+def inherited() -> dict[str, str]:
+    """The environment, without the rank and port that tests leave in it when they build a strategy in this process."""
+    return {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+
+
 def launch(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     folder = os.path.dirname(sys.executable)
-    inherited = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**inherited, "PATH": f"{folder}:{os.environ['PATH']}", **environment},
+        env={**inherited(), "PATH": f"{folder}:{os.environ['PATH']}", **environment},
         capture_output=True,
         text=True,
         timeout=500,
@@ -78,13 +81,11 @@ def forked(script: Path | None, *argv: str, **environment: str) -> subprocess.Co
         request = {
             "script": None if script is None else str(script),
             "arguments": argv,
-            "environment": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            "environment": {**inherited(), "OMP_NUM_THREADS": "1", **environment},
             "folder": str(ROOT),
             "stdout": f"{folder}/stdout",
             "stderr": f"{folder}/stderr",
         }
-        for name in OF_RANKS:
-            request["environment"].pop(name, None)
         assert zygote.stdin and zygote.stdout
         zygote.stdin.write(json.dumps(request) + "\n")
         zygote.stdin.flush()

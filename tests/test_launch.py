@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import ROOT, SCRIPT, arguments
+from running import ROOT, SCRIPT, arguments, inherited
 
 RANK = """
 import os, sys, time
@@ -123,15 +123,13 @@ def test_sigterm_to_the_script_reaches_the_ranks(by, tiny_model, tiny_data, tmp_
         "bash": ["bash", str(SCRIPT), "--num_gpus", "2"],
         "deepspeed": ["deepspeed", "--num_gpus", "2", str(SCRIPT)],
     }
-    of_ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    inherited = {name: value for name, value in os.environ.items() if name not in of_ranks}
     process = subprocess.Popen(
         [*command[by], *argv],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**inherited, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={**inherited(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 300

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ray.job_submission import JobSubmissionClient
-from running import OF_RANKS, ROOT, arguments, free_port, losses, read_jsonl, train
+from running import OF_RANKS, ROOT, arguments, free_port, inherited, losses, read_jsonl, train
 
 from openrlhf_sgpo.cli.cluster import JOB, ray_places
 from openrlhf_sgpo.cli.main import main
@@ -122,7 +122,6 @@ def cluster():
 
 def start(cluster, folder: Path, *argv: str, as_job: bool = False, place: Path = ROOT) -> subprocess.Popen:
     """The command, in a place on this machine, or a job of Ray with it, which takes its variables from the cluster."""
-    inherited = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
     environment = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv]
     if as_job:
@@ -135,7 +134,7 @@ def start(cluster, folder: Path, *argv: str, as_job: bool = False, place: Path =
         command += ["--launcher", "ray"]
     with open(f"{folder}.stderr", "w") as errors:
         return subprocess.Popen(
-            command, cwd=place, env=inherited | environment, stdout=subprocess.PIPE, stderr=errors, text=True
+            command, cwd=place, env=inherited() | environment, stdout=subprocess.PIPE, stderr=errors, text=True
         )
 
 

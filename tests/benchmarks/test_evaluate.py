@@ -19,7 +19,7 @@ from statistics import fmean
 import pytest
 import toy_benchmarks
 from judge_server import JudgeServer, sigmoid
-from running import forked
+from running import forked, inherited
 from tiny import write_jsonl
 
 from openrlhf_sgpo import flags
@@ -54,11 +54,9 @@ def finished(argv):
 
 def killed_after(count: int, server: JudgeServer, argv) -> None:
     """``evaluate``, and SIGKILL once the judge was asked so many questions."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher} | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "openrlhf_sgpo.cli.main", "evaluate", *argv],
-        env=environment,
+        env=inherited() | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

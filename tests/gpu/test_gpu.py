@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,16 +11,14 @@ from pathlib import Path
 
 import pytest
 from gpu_runs import measured, model_of, run_flags
-from running import ROOT
+from running import ROOT, inherited
 
 pytestmark = pytest.mark.gpu
 
 
 def train(argv: list[str], folder: Path) -> dict:
     """A whole run in a process of its own; returns the costs of its stages."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    environment = inherited() | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     log = (folder / "log.txt").read_text()[-3000:] if (folder / "log.txt").exists() else ""
