@@ -93,7 +93,7 @@ class LocalServer:
         """The command that starts the server, and its environment."""
         import torch
 
-        from openrlhf_sgpo.rollout.vllm import local_folder
+        from openrlhf_sgpo.rollout.folders import local_folder
         from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENVIRONMENT, PLAIN_WEIGHTS
 
         arguments: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Folders of rank 0 on the machines of a cluster: vLLM's engines read models from folders, and need not share a file system."""
+"""vLLM's engines read models from folders: those of a model, and on the machines of a cluster copies of those of rank 0."""
 
 from __future__ import annotations
 
@@ -107,3 +107,13 @@ class EngineFolders:
                 ray.get(actor.clear.remote())
             ray.kill(actor)
         self.copies = {}
+
+
+def local_folder(model: str, revision: str | None = None) -> str:
+    """The folder of a model; a model of the hub is downloaded unless it is cached. revision: a commit; None: the newest."""
+    if os.path.isdir(model):
+        return model
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    return snapshot_download(model, revision=revision, allow_patterns=patterns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from openrlhf_sgpo.openrlhf.checksums import compared_share
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress, say
 from openrlhf_sgpo.rollout.base import Sampling, Stop, engine_count, prompt_seed, sleeping
-from openrlhf_sgpo.rollout.folders import EngineFolders
+from openrlhf_sgpo.rollout.folders import EngineFolders, local_folder
 from openrlhf_sgpo.rollout.transfer import Passing, Transfer, open_transfer
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT, threads_of
 
@@ -387,16 +386,6 @@ class VllmRollout:
             self.folders.close()
             self.engines = []
             ray_session.end_ray()
-
-
-def local_folder(model: str, revision: str | None = None) -> str:
-    """The folder of a model; a model of the hub is downloaded unless it is cached. revision: a commit; None: the newest."""
-    if os.path.isdir(model):
-        return model
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
-    return snapshot_download(model, revision=revision, allow_patterns=patterns)
 
 
 def _last_line(error: BaseException) -> str:
