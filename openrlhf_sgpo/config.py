@@ -256,6 +256,11 @@ class RolloutSettings:
         "sampled, at most by this (0: off)",
         low=0,
     )
+    reuse_log_probs: bool = setting(
+        False,
+        "in rounds of algorithms that train on pairs: take the policy's log-probabilities of its answers from the engine that "
+        "sampled them, if it agrees with the trainer, which computes them otherwise (vllm)",
+    )
 
 
 @dataclass

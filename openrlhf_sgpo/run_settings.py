@@ -21,6 +21,7 @@ from openrlhf_sgpo.data.template import argument_problems
 # Read only by runs with self-annotated rounds.
 _ROUNDS_ONLY = (
     *("rounds.", "rollout.n_samples_per_prompt", "data.prompt_dataset", "data.prompt_split", "ckpt.fork_from"),
+    "rollout.reuse_log_probs",
     *("seed.max_epochs", "seed.lr"),  # without rounds, --train and --adam describe the only stage
 )
 # Read only by runs that sample.
@@ -38,6 +39,7 @@ _PAIRS_ONLY = (
         "ckpt.fork_from",
     ),
     *("rollout.n_samples_per_prompt", "rounds.prompts", "rounds.data", "rounds.loss_reference"),
+    "rollout.reuse_log_probs",
 )
 _BEHIND = ("rollout.steps_behind", "rollout.importance_cap")
 _PLAYS_ONLY = ("rounds.steps", *_BEHIND)
@@ -210,6 +212,11 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
                 f"--rollout.n_samples_per_prompt: {rollout.n_samples_per_prompt} is too few for --algo "
                 f"{algorithm.name}, use at least {algorithm.needs.samples_per_prompt}"
             )
+    if rollout.reuse_log_probs and rounds.loss_reference == "previous":
+        problems.append(
+            "--rollout.reuse_log_probs: with --rounds.loss_reference previous the policy is the loss's reference too, and the "
+            "engine's noise would be all of its margins; use --rounds.loss_reference initial, or leave it out"
+        )
     if config.logger.wandb.key not in ("", "env"):
         problems += keys.key_problems("logger.wandb.key", config.logger.wandb.key, "WANDB_API_KEY")
     problems += (
@@ -272,7 +279,7 @@ def _unread(config: Config, algorithm: type[Algorithm], given: Mapping[str, str]
         )
         add(_SAMPLES_ONLY, f"--algo {algorithm.name} with --rounds.count 0 {without}")
         return unread
-    engine = {"hf": ("vllm.", *_BEHIND), "vllm": ("rollout.batch_size",)}
+    engine = {"hf": ("vllm.", *_BEHIND, "rollout.reuse_log_probs"), "vllm": ("rollout.batch_size",)}
     add(engine[config.rollout.engine], f"--rollout.engine {config.rollout.engine} is selected")
     try:
         itself = oracle.judges_itself(config, algorithm)

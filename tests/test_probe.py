@@ -50,6 +50,7 @@ def test_agreement_passes_with_its_figures(dtype, sign):
     assert figures == {
         "engine_to_trainer": pytest.approx(0.9 * tolerance),
         "noise": pytest.approx(0.9 * tolerance * TOKENS / 3**0.5),
+        "tokens": TOKENS / 3,
         "moved_by_training": pytest.approx(10 * tolerance),
         "followed": pytest.approx((10 + sign * 0.9) / 10),
         "noise_to_movement": pytest.approx(0.3 * tolerance * 3**0.5 / (10 * tolerance * TOKENS)),
@@ -65,7 +66,8 @@ def test_differences_of_opposite_sign_do_not_cancel():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_first_policy_has_nothing_to_be_stale_to(dtype):
     figures = check_weights_arrived(Engine(OLD), PROBES, OLD, None, dtype)
-    assert figures == {"engine_to_trainer": pytest.approx(0.0, abs=1e-12), "noise": pytest.approx(0.0, abs=1e-12)}
+    nothing = pytest.approx(0.0, abs=1e-12)
+    assert figures == {"engine_to_trainer": nothing, "noise": nothing, "tokens": TOKENS / 3}
     with pytest.raises(WeightSyncError):
         check_weights_arrived(Engine(shifted(OLD, 1.1 * TOLERANCE[dtype])), PROBES, OLD, None, dtype)
 

@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
-import torch
+from counting import counted
 from running import arguments
 
-from openrlhf_sgpo import algorithms, run_settings
 from openrlhf_sgpo.data.records import load_pairs
 from openrlhf_sgpo.data.tokens import ChatFormat, load_tokenizer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def count(monkeypatch):
-    """Runs in this process; returns the models loaded, by folder, and the tokens of each forward pass, with gradient (True)
-    and without."""
-    from transformers import AutoModelForCausalLM
-
-    from openrlhf_sgpo.loop import execute
-    from openrlhf_sgpo.training import log_probs
-
-    def run(argv):
-        loaded, tokens = Counter(), {True: [], False: []}
-        load, pack = AutoModelForCausalLM.from_pretrained, log_probs.pack
-
-        def counted_load(folder, *rest, **more):
-            loaded[str(folder)] += 1
-            return load(folder, *rest, **more)
-
-        def counted_pack(groups, device):
-            packing = pack(groups, device)
-            tokens[torch.is_grad_enabled()].append(packing.tokens.numel())
-            return packing
-
-        with monkeypatch.context() as patch:
-            patch.setattr(AutoModelForCausalLM, "from_pretrained", counted_load)
-            patch.setattr(log_probs, "pack", counted_pack)
-            config, options = run_settings.load(argv)
-            execute(config, algorithms.get(config.algo), options)
-        return loaded, tokens
-
-    return run
 
 
 def sizes(model, path):
@@ -56,9 +21,9 @@ def sizes(model, path):
 CHECK = 14  # tokens of the comparison with the padded layout, once per model in memory
 
 
-def test_work_of_a_stage_on_pairs(count, tiny_model, tiny_data, tmp_path):
+def test_work_of_a_stage_on_pairs(tiny_model, tiny_data, tmp_path):
     """24 pairs in 6 steps of 4, which fit into one forward pass each, and 8 held-out pairs before and after."""
-    loaded, tokens = count(arguments(tiny_model, tiny_data, tmp_path / "run", algo="dpo"))
+    loaded, tokens = counted(arguments(tiny_model, tiny_data, tmp_path / "run", algo="dpo"))
     pairs, held_out = (sizes(tiny_model, tiny_data[name]) for name in ("pairs", "held_out"))
     assert len(tokens[True]) == 6 and sum(tokens[True]) == sum(pairs)
     # The start as reference of the loss and of both evaluations, and to be trained; the policy for its evaluation.
@@ -69,10 +34,10 @@ def test_work_of_a_stage_on_pairs(count, tiny_model, tiny_data, tmp_path):
     assert len(tokens[False]) <= filled + 1 + loaded.total()
 
 
-def test_work_of_a_run_in_rounds(count, tiny_model, tiny_data, tmp_path):
+def test_work_of_a_run_in_rounds(tiny_model, tiny_data, tmp_path):
     """Every policy is loaded to be scored, by its evaluation and as it ranks answers, to be trained further, and by the sampler
     here, which has its own copy. The start stays in memory as the reference."""
-    loaded, tokens = count(arguments(tiny_model, tiny_data, tmp_path / "run"))
+    loaded, tokens = counted(arguments(tiny_model, tiny_data, tmp_path / "run"))
     policies = [loaded[str(tmp_path / f"run/round_{number}/policy")] for number in (0, 1, 2)]
     assert policies == [3, 3, 2] and loaded[str(tiny_model)] == 3, loaded
     assert len(tokens[True]) == 6 + 2 * 3, "one forward pass for each optimiser step"

@@ -90,7 +90,8 @@ class Pair:
 class Answer:
     """A response to a prompt. truncated: cut off by the length limit, so no end of turn follows. token_ids: as sampled by an
     engine with the policy's tokenizer, including those that ended the response; empty for text written by people. log_probs: of
-    these tokens, under the weights and at the temperature with which they were sampled; empty unless an engine was asked."""
+    these tokens, under the weights with which they were sampled and at their temperature, or with --rollout.reuse_log_probs at
+    temperature 1; empty unless an engine was asked. A row has their sum."""
 
     text: str
     truncated: bool = False
@@ -107,6 +108,7 @@ class Answer:
             "truncated": self.truncated,
             "tokens": self.tokens,
             "token_ids": list(self.token_ids),
+            **({"log_prob": math.fsum(self.log_probs)} if self.log_probs else {}),
         }
 
     @classmethod

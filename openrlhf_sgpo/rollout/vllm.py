@@ -97,7 +97,8 @@ class VllmRollout:
             "enable_prefix_caching": settings.enable_prefix_caching,
             "enforce_eager": settings.enforce_eager,
             "trust_remote_code": self.config.model.trust_remote_code,
-            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled, at its temperature
+            # Of the distribution that is sampled, at its temperature, or of the policy itself.
+            "logprobs_mode": "raw_logprobs" if self.config.rollout.reuse_log_probs else "processed_logprobs",
             "num_gpus": placement.share if placement else settings.tensor_parallel_size if on_gpu else 0,
         }
         if self.reference:

@@ -32,11 +32,12 @@ from openrlhf_sgpo.ledger import Stopwatch, increase
 from openrlhf_sgpo.openrlhf import DEFAULT_ADAPTER
 from openrlhf_sgpo.oracle import Answer, Oracle, Question
 from openrlhf_sgpo.oracle.base import agreement, rank
-from openrlhf_sgpo.oracle.implicit import ImplicitReward
+from openrlhf_sgpo.oracle.implicit import ImplicitReward, as_group
 from openrlhf_sgpo.rollout import sampling_of
 from openrlhf_sgpo.run import Run
 from openrlhf_sgpo.run_check import check_round
 from openrlhf_sgpo.run_folder import CERTIFICATE, read_json, read_jsonl, write_json, write_jsonl
+from openrlhf_sgpo.sources import engine_log_probs
 from openrlhf_sgpo.sources.base import Source
 from openrlhf_sgpo.training.embeddings import prompt_embeddings
 from openrlhf_sgpo.training.log_probs import implicit_margins
@@ -113,7 +114,12 @@ class StoredPairs(Source):
         with self.run.stage(f"round_{number}/generate") as cost:
             samples = self.run.engine(self.run.policy_before(number)).generate(
                 [self.data.prompts.tokens_of(prompt) for prompt in prompts],
-                sampling_of(rollout, self.config.train.seed + number, rollout.n_samples_per_prompt),
+                sampling_of(
+                    rollout,
+                    self.config.train.seed + number,
+                    rollout.n_samples_per_prompt,
+                    log_probs=rollout.reuse_log_probs,
+                ),
                 label=f"round {number}: generate",
             )
             cost["samples"] = len(prompts) * rollout.n_samples_per_prompt
@@ -155,7 +161,12 @@ class StoredPairs(Source):
             )
         oracle = self._oracle(number)
         before = oracle.usage()
+        facts: dict[str, Any] = {"oracle": oracle.name, "prompts_without_two_answers": skipped}
         with self.run.stage(f"round_{number}/annotate") as cost:
+            if self.config.rollout.reuse_log_probs and not self.run.has_oracle:
+                known = engine_log_probs.reported(prompt_rows, response_rows, self.run.chat)
+                groups = [as_group(question, self.run.chat) for question in questions]
+                facts |= engine_log_probs.take(self.run, number, known, groups, self._judge_reference(number))
             rewards = oracle.rewards([*questions, *gold], f"round {number}: score")
             cost |= increase(before, oracle.usage())
         # Equal rewards are no preference; a label would only say which answer came first.
@@ -163,11 +174,7 @@ class StoredPairs(Source):
         if not ranked:
             raise ValueError(self._no_preference(number, rewards))
         pairs = [rank(question, scores, oracle.name, number) for question, scores in ranked]
-        facts: dict[str, Any] = {
-            "oracle": oracle.name,
-            "prompts_without_two_answers": skipped,
-            "prompts_with_equal_rewards": len(questions) - len(ranked),
-        }
+        facts["prompts_with_equal_rewards"] = len(questions) - len(ranked)
         if oracle.name == "implicit":
             facts["judge_reference"] = self.run.name_of(self._judge_reference(number))
         if gold:
@@ -215,6 +222,10 @@ class StoredPairs(Source):
         )
         with run.stage(f"round_{number}/score"):
             reference = run.scorer.score(loss_reference, groups, f"{label}: reference")
+            taken = {}
+            if config.rollout.reuse_log_probs and number and run.has_oracle:
+                known = engine_log_probs.reported(*ranks.on_rank_0(partial(self._read_responses, number)), run.chat)
+                taken = engine_log_probs.take(run, number, known, groups, loss_reference)
             policy = reference if with_dpo else run.scorer.score(start, groups, f"{label}: policy")
         self._certified = {}
         if not with_dpo:
@@ -253,6 +264,7 @@ class StoredPairs(Source):
                 "seed": config.train.seed,
                 "ranks": world_size,
                 "versions": {name: version(name) for name in ("openrlhf", "torch", "transformers", "deepspeed")},
+                **taken,
             },
         )
 

@@ -36,8 +36,8 @@ def check_weights_arrived(
     counts where the movement per text is at least six times the noise. A small step in bf16 is not: there the proof is the
     engine's checksums of all its weights (``openrlhf/checksums.py``).
 
-    Returns the figures: ``engine_to_trainer`` and ``moved_by_training`` in nats per response token, ``noise``, ``followed``
-    and ``noise_to_movement``. Raises WeightSyncError. Collective.
+    Returns the figures: ``engine_to_trainer`` and ``moved_by_training`` in nats per response token, ``noise``, ``tokens``, the
+    mean of a response, ``followed`` and ``noise_to_movement``. Raises WeightSyncError. Collective.
     """
     answers = engine.log_probs([group.prompt + group.responses[0] for group in probes])
     # Entry t of an answer belongs to token t + 1.
@@ -47,6 +47,7 @@ def check_weights_arrived(
     figures = {
         "engine_to_trainer": sum(map(abs, errors)) / tokens,
         "noise": math.dist(sums, trained) / len(probes) ** 0.5,
+        "tokens": tokens / len(probes),
     }
     stale = False
     if before is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,10 +104,7 @@ class Scorer:
         it with the same groups. Raises NotFiniteError on every rank if one is not finite, and keeps none of that part."""
         if not model:
             return [(0.0,) * len(group.responses) for group in groups]
-        if model not in self._known:
-            # What is on disk is for one rank to say, or ranks could miss different responses.
-            self._known[model] = ranks.on_rank_0(lambda: self._read(model))
-        known = self._known[model]
+        known = self._known_of(model)
         keys = [[tokens_key(group.prompt, response) for response in group.responses] for group in groups]
         missing: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         for group, row in zip(groups, keys, strict=True):
@@ -122,6 +119,20 @@ class Scorer:
                 known.update(scores)
                 self._append(model, scores)
         return [tuple(known[key] for key in row) for row in keys]
+
+    def take(self, model: str, log_probs: Mapping[str, float]) -> None:
+        """Keep log-probabilities that were computed elsewhere, by ``tokens_key``, as if ``model`` had. Collective."""
+        known = self._known_of(model)
+        others = {key: value for key, value in log_probs.items() if known.get(key) != value}
+        if others:
+            known.update(others)
+            self._append(model, others)
+
+    def _known_of(self, model: str) -> dict[str, float]:
+        if model not in self._known:
+            # What is on disk is for one rank to say, or ranks could miss different responses.
+            self._known[model] = ranks.on_rank_0(lambda: self._read(model))
+        return self._known[model]
 
     def _file(self, model: str) -> Path:
         assert self.folder is not None
