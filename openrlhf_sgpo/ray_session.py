@@ -123,6 +123,8 @@ def start_ray(environment: Mapping[str, str]) -> None:
                 log_to_driver=False,
                 runtime_env={"env_vars": dict(environment)},
                 _temp_dir=folder,
+                # A worker per core, of which engines take none: they have variables of their own.
+                _system_config={"prestart_worker_first_driver": False},
             )
         if raylet.get_authentication_mode() != raylet.AuthenticationMode.TOKEN:
             raise RuntimeError("this version of Ray does not require a token, so anyone on this machine could use it")

@@ -1,56 +1,23 @@
-"""The only package that imports OpenRLHF, and the only one that adapts it to machines without CUDA."""
+"""The only package that imports OpenRLHF, and the only one that adapts it to machines without CUDA.
+
+Its names are imported when one of them is asked for.
+"""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo.openrlhf.flash_attention import make_optional
 
+if TYPE_CHECKING:
+    from openrlhf_sgpo.openrlhf.for_trainers import *  # noqa: F403
+
 make_optional()
-
-from openrlhf.models import Actor, DPOLoss  # noqa: E402 - flash_attention must be made optional first
-from openrlhf.utils.distributed_sampler import DistributedSampler  # noqa: E402
-
-from openrlhf_sgpo.openrlhf.actor import fits_whole, load_actor, save_policy  # noqa: E402
-from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, resting, use_adapter  # noqa: E402
-from openrlhf_sgpo.openrlhf.extragradient import Extragradient  # noqa: E402
-from openrlhf_sgpo.openrlhf.reward import load_reward_model, no_value_head, value_head  # noqa: E402
-from openrlhf_sgpo.openrlhf.strategy import (  # noqa: E402
-    DeepspeedStrategy,
-    build_strategy,
-    destroy,
-    openrlhf_arguments,
-)
-from openrlhf_sgpo.openrlhf.weights import PolicyWeights, aside  # noqa: E402
-
-__all__ = [
-    "DEFAULT_ADAPTER",
-    "Actor",
-    "DPOLoss",
-    "DPOTrainer",
-    "DeepspeedStrategy",
-    "DistributedSampler",
-    "Extragradient",
-    "PolicyWeights",
-    "RewardDataset",
-    "aside",
-    "build_strategy",
-    "destroy",
-    "fits_whole",
-    "load_actor",
-    "load_reward_model",
-    "no_value_head",
-    "openrlhf_arguments",
-    "resting",
-    "save_policy",
-    "use_adapter",
-    "value_head",
-]
 
 # For scripts of OpenRLHF's users; a run would load ``datasets`` and pandas with them in vain.
 _FOR_SCRIPTS = {"DPOTrainer": "openrlhf.trainer.dpo_trainer", "RewardDataset": "openrlhf.datasets"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FOR_SCRIPTS:
+    if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_FOR_SCRIPTS[name]), name)
+    return getattr(import_module(_FOR_SCRIPTS.get(name, f"{__name__}.for_trainers")), name)

@@ -18,29 +18,49 @@ from math import prod
 from multiprocessing.connection import wait
 from typing import Any
 
-import numpy
-import ray
-import torch
-from openrlhf.trainer.ray.utils import ray_noset_visible_devices
-from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
-from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
-from vllm import ModelRegistry
+from openrlhf_sgpo.memory import lean_imports
 
-from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices, second_names
-from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE, PolicyAndReferenceForCausalLM
+with lean_imports():  # this is what an engine's process imports first
+    import numpy
+    import ray
+    import torch
+    import vllm.v1.engine.utils
+    from openrlhf.trainer.ray.utils import ray_noset_visible_devices
+    from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
+    from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
+    from vllm import ModelRegistry
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.core import EngineCoreProc  # noqa: F401 - for vLLM's process, which is a copy of this one
+
+    from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices, second_names
+    from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE, PolicyAndReferenceForCausalLM
 
 
-def _end_after(parent: Any) -> None:
-    """Ends this process when its parent has ended."""
-    wait([parent.sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)
+def _end_with_the_actor() -> None:
+    """Ray ends actors by force, and on a cluster that stays, vLLM's process of the engine would remain."""
+
+    def end_after(actor: Any) -> None:
+        wait([actor.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if actor := multiprocessing.parent_process():
+        threading.Thread(target=end_after, args=(actor,), daemon=True).start()
 
 
-# Every process of an engine imports this module before it makes a model.
+class _Fork(multiprocessing.context.ForkContext):
+    """How vLLM's process of an engine begins on a CPU: as a copy of the actor, which has imported all that it needs. vLLM would
+    have a new interpreter import it again, which takes longer than all else at its start."""
+
+    class Process(multiprocessing.context.ForkProcess):
+        def run(self) -> None:
+            ray._raylet.setproctitle("VLLM::EngineCore")  # vLLM's own way finds no place for a title any more
+            _end_with_the_actor()
+            super().run()
+
+
+# Every process of an engine imports this module before it makes a model, unless it is a copy of one that has.
 ModelRegistry.register_model(ARCHITECTURE, PolicyAndReferenceForCausalLM)
-# Ray ends actors by force, and on a cluster that stays, vLLM's process of the engine would remain.
-if actor := multiprocessing.parent_process():
-    threading.Thread(target=_end_after, args=(actor,), daemon=True).start()
+_end_with_the_actor()
 
 
 class PolicyLoader(WorkerWrap):
@@ -119,6 +139,8 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
     """OpenRLHF's actor as a plain class, to be extended before Ray wraps it again."""
 
     def _configure_device_env(self, backend: str, bundle_indices: list[int] | None, num_gpus: float) -> None:
+        if backend == "uni" and current_platform.is_cpu():
+            vllm.v1.engine.utils.get_mp_context = _Fork
         super()._configure_device_env(backend, bundle_indices, num_gpus)
         if backend != "ray" and ray_noset_visible_devices():
             # OpenRLHF makes only the first one visible.

@@ -7,10 +7,13 @@ stand-in in ``sys.modules``, which is removed afterwards, so transformers and vL
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.machinery
 import importlib.util
-import os
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from openrlhf_sgpo import extras
 
@@ -30,25 +33,33 @@ def _stand_in() -> dict[str, ModuleType]:
     return modules
 
 
+class _WithStandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds and loads the one module, with the stand-in for as long as that takes."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != _MODULE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            self.plain, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        stand_in = _stand_in()
+        sys.modules.update(stand_in)
+        try:
+            self.plain.exec_module(module)
+        finally:
+            for name in stand_in:
+                del sys.modules[name]
+
+
 def make_optional() -> None:
     """Let ``import openrlhf.models`` work without flash_attn; does nothing if flash_attn is installed."""
-    if _MODULE in sys.modules or importlib.util.find_spec("flash_attn") is not None:
-        return
-    package = importlib.util.find_spec("openrlhf")
-    if package is None or package.origin is None:
+    if importlib.util.find_spec("openrlhf") is None:
         raise ModuleNotFoundError(extras.how_to_install("openrlhf"), name="openrlhf")
-    path = os.path.join(os.path.dirname(package.origin), "models", "ring_attn_utils.py")
-    spec = importlib.util.spec_from_file_location(_MODULE, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    stand_in = _stand_in()
-    sys.modules.update(stand_in)
-    sys.modules[_MODULE] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[_MODULE]
-        raise
-    finally:
-        for name in stand_in:
-            del sys.modules[name]
+    if importlib.util.find_spec("flash_attn") is None:
+        sys.meta_path.insert(0, _WithStandIn())

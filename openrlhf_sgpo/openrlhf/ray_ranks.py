@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import ray
-from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup
+from openrlhf_sgpo.memory import lean_imports
+
+with lean_imports():  # this is what a rank imports first
+    import ray
+    from openrlhf.trainer.ray.launcher import BaseModelActor, RayActorGroup
 
 
 class _Rank(BaseModelActor):
