@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from itertools import chain, islice
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,28 @@ os.environ.update(RAY_memory_monitor_refresh_ms="0")
 gc.disable()  # until everything is imported
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with a time limit of their own are the longest. They come first, or one process would end long after the other."""
-    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+# Files whose tests take a minute and more, the longest first.
+LONGEST = (
+    *("test_ray_launcher.py", "test_resume.py", "test_plays.py", "test_behind.py", "test_session.py"),
+    *("test_shared_files.py", "test_robustness_study.py", "test_report_browser.py", "test_judge_server_start.py"),
+)
+
+
+@pytest.hookimpl(trylast=True)  # of what is selected
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Each process gets an equal part of the list from xdist, and takes from the end of another's when it has done its own. So
+    the longest files are dealt out to the beginnings of the parts, or one process would end long after the others."""
+    count = getattr(config, "workerinput", {"workercount": 1})["workercount"]
+    parts: list[list[pytest.Item]] = [[] for _ in range(count)]
+    for place, name in enumerate(LONGEST):
+        turn, number = divmod(place, count)
+        part = parts[count - 1 - number if turn % 2 else number]
+        part += (item for item in items if item.path.name == name)
+    others = iter([item for item in items if item.path.name not in LONGEST])
+    for number, part in enumerate(parts):
+        left = len(items) - sum(map(len, parts[:number]))
+        part += islice(others, max(0, left // (count - number) - len(part)))
+    items[:] = [*chain(*parts), *others]
 
 
 def pytest_collection_finish() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import forked
 
 from openrlhf_sgpo.algorithms.base import PairBatch
 from openrlhf_sgpo.algorithms.dpo import dpo_loss
@@ -131,7 +132,8 @@ def test_it_trains(installed, tiny_model, tiny_data, tmp_path):
     losses = {}
     for penalty in ("0", "5"):
         folder = tmp_path / penalty
-        process = command_line(*argv, "--dpop.penalty", penalty, "--ckpt.output_dir", str(folder), path=installed)
+        more = ("--dpop.penalty", penalty, "--ckpt.output_dir", str(folder))
+        process = forked(None, *argv, *more, PYTHONPATH=str(installed))
         assert process.returncode == 0, process.stderr[-3000:]
         assert (folder / "round_0/policy/model.safetensors").exists()
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import forked
 
 from openrlhf_sgpo.cli.main import main
 
@@ -120,15 +121,11 @@ def test_make_targets_of_the_readme_exist():
 
 @pytest.mark.slow
 def test_the_drop_in_example_trains(tiny_model, tiny_data, tmp_path):
-    process = subprocess.run(
-        [
-            *(sys.executable, ROOT / "examples" / "drop_in.py", "--model.model_name_or_path", tiny_model),
-            *("--data.dataset", tiny_data["pairs"], "--data.max_len", "128", "--ckpt.output_dir", tmp_path / "out"),
-            *("--train.batch_size", "4", "--ds.param_dtype", "fp32", "--ds.zero_stage", "0", "--adam.lr", "1e-3"),
-        ],
-        env={name: value for name, value in os.environ.items() if name != "RANK"},  # of tests in this process
-        capture_output=True,
-        text=True,
+    process = forked(
+        ROOT / "examples" / "drop_in.py",
+        *("--model.model_name_or_path", str(tiny_model), "--data.dataset", str(tiny_data["pairs"])),
+        *("--data.max_len", "128", "--ckpt.output_dir", str(tmp_path / "out"), "--train.batch_size", "4"),
+        *("--ds.param_dtype", "fp32", "--ds.zero_stage", "0", "--adam.lr", "1e-3"),
     )
     assert process.returncode == 0, process.stderr[-3000:]
     assert (tmp_path / "out" / "model.safetensors").exists()

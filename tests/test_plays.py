@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -332,19 +333,6 @@ def test_self_play_reaches_the_regularised_nash_equilibrium(behind, tiny_model, 
     assert abs(np.mean(end, 0) - np.mean(nash, 0)).max() < 0.05
 
 
-def test_vllm_engines_follow_every_step(tiny_model, tiny_data, tmp_path):
-    """Answers are drawn from the policy as it is: for those the mean log-ratio to the reference is a divergence, above 0; for
-    answers of the start it would be below, as it is for a mixture that is all reference."""
-    more = ["--rollout.engine", "vllm", "--adam.lr", "3e-2", "--rounds.count", "1", "--rounds.steps", "4"]
-    more += ["--lr_scheduler", "constant", "--nash_md.mixture", "1"]
-    argv = flags(tiny_model, tiny_data, tmp_path / "run", "nash_md", *more)
-    process = train(*argv, PYTHONPATH=str(ROOT / "tests"))
-    assert process.returncode == 0, process.stderr[-3000:]
-    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
-    assert rows[0]["train/policy/kl"] == pytest.approx(0, abs=1e-3)
-    assert rows[-1]["train/policy/kl"] > 1 and rows[-1]["train/mixture/kl"] < -1
-
-
 def test_two_ranks_do_what_one_does(tiny_model, tiny_data, tmp_path):
     more = ["--rounds.count", "1", "--ds.zero_stage", "3", "--ds.lora.rank", "4"]
     environment = {"PYTHONPATH": str(ROOT / "tests")}
@@ -372,23 +360,42 @@ def written(folder: Path | None) -> int:
     return sum(process.io_counters().write_chars for process in processes)
 
 
-@pytest.mark.parametrize(("engine", "algo"), [("hf", "slhf"), ("vllm", "ipo_md")])
-def test_a_step_writes_no_weights(engine, algo, tiny_model, tiny_data, tmp_path, monkeypatch):
-    """From one batch to the next: rows of files and messages, but far less than a model; only a checkpoint is as large."""
-    from openrlhf_sgpo import ray_session
+SIX_STEPS = ("--rounds.count", "1", "--rounds.steps", "6", "--ckpt.save_steps", "4")
+
+
+def check_no_step_writes_weights(monkeypatch, model: Path, session: Callable[[], Path | None], *argv: str) -> None:
+    """From one batch to the next: rows of files and messages, but far less than a model; only a checkpoint is as large.
+    argv: of a run of SIX_STEPS. session: the folder of its session of Ray."""
     from openrlhf_sgpo.sources.fresh_answers import FreshAnswers
 
     batch, totals = FreshAnswers.batch, []
 
     def counted(self, step):
         samples = batch(self, step)
-        totals.append(written(ray_session._keeper.args[-1] if engine == "vllm" else None))
+        totals.append(written(session()))
         return samples
 
     monkeypatch.setattr(FreshAnswers, "batch", counted)
-    more = ["--rollout.engine", engine, "--rounds.count", "1", "--rounds.steps", "6", "--ckpt.save_steps", "4"]
-    play(*flags(tiny_model, tiny_data, tmp_path / "run", algo, *more, "--oracle", "toy_oracles:Letters"))
-    model = (tiny_model / "model.safetensors").stat().st_size
+    play(*argv)
+    size = (model / "model.safetensors").stat().st_size
     steps = [after - before for before, after in pairwise(totals)]
-    assert max(steps[1:3]) < model / 8, steps
-    assert steps[3] > 3 * model, "the checkpoint has weights and Adam's moments"
+    assert max(steps[1:3]) < size / 8, steps
+    assert steps[3] > 3 * size, "the checkpoint has weights and Adam's moments"
+
+
+def test_a_step_writes_no_weights(tiny_model, tiny_data, tmp_path, monkeypatch):
+    argv = flags(tiny_model, tiny_data, tmp_path / "run", "slhf", *SIX_STEPS)
+    check_no_step_writes_weights(monkeypatch, tiny_model, lambda: None, *argv)
+
+
+def test_vllm_engines_follow_every_step_and_no_step_writes_weights(tiny_model, tiny_data, tmp_path, monkeypatch):
+    """Answers are drawn from the policy as it is: for those the mean log-ratio to the reference is a divergence, above 0; for
+    answers of the start it would be below, as it is for a mixture that is all reference."""
+    from openrlhf_sgpo import ray_session
+
+    more = ["--rollout.engine", "vllm", "--adam.lr", "3e-2", "--lr_scheduler", "constant", "--nash_md.mixture", "1"]
+    argv = flags(tiny_model, tiny_data, tmp_path / "run", "nash_md", *SIX_STEPS, *more)
+    check_no_step_writes_weights(monkeypatch, tiny_model, lambda: ray_session._keeper.args[-1], *argv)
+    rows = read_jsonl(tmp_path / "run/metrics.jsonl")
+    assert rows[0]["train/policy/kl"] == pytest.approx(0, abs=1e-3)
+    assert rows[3]["train/policy/kl"] > 1 and rows[3]["train/mixture/kl"] < -1

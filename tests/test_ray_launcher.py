@@ -31,6 +31,8 @@ PATIENT = {  # on a busy machine, where Ray would give up workers that are slow 
     "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300",
 }
 
+MARK = "OPENRLHF_SGPO_TEST_CLUSTER"  # in the environment of all processes of the cluster
+
 
 def test_a_job_of_ray_is_placed_by_ray_and_a_rank_is_not(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
@@ -107,7 +109,7 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in PATIENT.items():
+        for name, value in {**PATIENT, MARK: str(os.getpid())}.items():
             patch.setenv(name, value)
         for name in OF_RANKS:  # jobs take their variables from the cluster
             patch.delenv(name, raising=False)
@@ -154,15 +156,12 @@ def actors(cluster, kind: str) -> list[psutil.Process]:
     return [child for child in children if kind in child.name()]
 
 
-def engine_processes(cluster) -> list[psutil.Process]:
+def engine_processes() -> list[psutil.Process]:
     """Of vLLM, which its actors start."""
-    port = cluster.address.rpartition(":")[-1]
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "EngineCore" in " ".join(process.cmdline()) and process.environ().get("RAY_ADDRESS", "").endswith(
-                f":{port}"
-            ):
+            if "EngineCore" in process.name() and process.environ().get(MARK) == str(os.getpid()):
                 processes.append(process)
     return processes
 
@@ -211,7 +210,7 @@ def test_a_run_on_two_nodes_is_that_of_one_process(algo, file, cluster, tiny_mod
     said, seen = [], False
     for line in process.stdout:
         said.append(line)
-        seen = seen or bool(engine_processes(cluster))  # a job passes its lines on when it has ended
+        seen = seen or bool(engine_processes())  # a job passes its lines on when it has ended
         if algo == "sgpo" and "round 1: generate" in line:
             actors(cluster, "Rollout")[0].kill()
     assert process.wait(600) == 0, "".join(said)[-3000:] + Path(f"{folders['ray']}.stderr").read_text()[-3000:]
@@ -219,7 +218,7 @@ def test_a_run_on_two_nodes_is_that_of_one_process(algo, file, cluster, tiny_mod
     assert any(re.match(r"vLLM engine \d died; restarting it", line) for line in said) == (algo == "sgpo")
     assert not actors(cluster, "_Rank") and not actors(cluster, "Rollout")
     assert seen or algo == "slhf"
-    wait_for(lambda: not engine_processes(cluster), "engines are left, also of the actor that was killed", 20)
+    wait_for(lambda: not engine_processes(), "engines are left, also of the actor that was killed", 20)
     copies = [int(path.removeprefix(PREFIX)) for path in glob(f"{PREFIX}*")]
     assert not [number for number in copies if not psutil.pid_exists(number)], "copies of folders are left"
     # One rank and one engine, which start sooner than two. What two ranks of a launcher do is what one does: test_rounds.py.

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from running import ROOT, launch
+from running import ROOT, forked
 
 from openrlhf_sgpo import algorithms, run_settings
 
@@ -183,11 +183,20 @@ def miniature(tmp_path) -> Path:
     return path
 
 
+def study(*argv: str) -> subprocess.CompletedProcess:
+    return forked(FOLDER / "study.py", *argv, PYTHONPATH=str(FOLDER))
+
+
 @pytest.mark.slow
 def test_a_miniature_is_stopped_and_goes_on(miniature, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(FOLDER / "study.py"), "--out", str(out), "--recipe", str(miniature)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    argv = ["--out", str(out), "--recipe", str(miniature)]
+    process = subprocess.Popen(
+        [sys.executable, str(FOLDER / "study.py"), *argv],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     begun = out / "seed_1/flip_0.25/dpo/round_0/manifest.json"
     while process.poll() is None and not begun.exists():
         time.sleep(0.2)
@@ -195,7 +204,7 @@ def test_a_miniature_is_stopped_and_goes_on(miniature, tmp_path):
     process.wait()
     assert begun.exists() and not (out / "seed_2").exists()
 
-    completed = launch(command)
+    completed = study(*argv)
     assert completed.returncode == 0, completed.stderr[-3000:]
     assert "12 of 12  seed_2/flip_0.25/longer" in completed.stdout and "seed_3" not in completed.stdout.split("gold")[1]
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
@@ -210,17 +219,16 @@ def test_a_miniature_is_stopped_and_goes_on(miniature, tmp_path):
     weights = [(folder / f"{name}/round_0/policy/model.safetensors").read_bytes() for name in ("rdpo", "rdpo_then_dpo")]
     assert weights[0] == weights[1]
 
-    again = launch([*command, "--report_only"])
+    again = study(*argv, "--report_only")
     assert again.returncode == 0 and again.stdout.endswith((out / "table.md").read_text())
     miniature.write_text(miniature.read_text().replace("gate: 0.0", "gate: 0.99"))
-    other = launch(command)
+    other = study(*argv)
     assert other.returncode == 2 and "holds a study with another recipe" in other.stderr
 
 
 @pytest.mark.slow
 def test_weak_labels_stop_the_study(miniature, tmp_path):
     miniature.write_text(miniature.read_text().replace("gate: 0.0", "gate: 1.0"))
-    command = [sys.executable, str(FOLDER / "study.py"), "--out", str(tmp_path / "out"), "--recipe", str(miniature)]
-    process = launch(command)
+    process = study("--out", str(tmp_path / "out"), "--recipe", str(miniature))
     assert process.returncode == 2 and "below the gate of 1.0" in process.stderr
     assert not (tmp_path / "out/seed_1").exists()

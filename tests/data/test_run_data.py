@@ -3,11 +3,10 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from running import forked
 
 from openrlhf_sgpo import flags
 from openrlhf_sgpo.algorithms.dpo import DPO
@@ -122,12 +121,7 @@ def test_the_example_of_the_page_prints_what_the_page_shows():
         pytest.skip(f"{model} is absent: make build/smollm2/config.json")
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     command, shown = re.search(r"```bash\n(openrlhf-sgpo data .*?)\n```.*?```text\n(.*?)```", page, re.DOTALL).groups()
-    process = subprocess.run(
-        [sys.executable, "-m", "openrlhf_sgpo.cli.main", *shlex.split(command)[1:]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    process = forked(None, *shlex.split(command)[1:])
     assert process.returncode == 0, process.stderr
     assert process.stdout == shown
 
