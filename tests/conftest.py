@@ -26,7 +26,8 @@ gc.disable()  # until everything is imported
 # Files whose tests take a minute and more, the longest first.
 LONGEST = (
     *("test_ray_launcher.py", "test_resume.py", "test_plays.py", "test_behind.py", "test_session.py"),
-    *("test_shared_files.py", "test_robustness_study.py", "test_report_browser.py", "test_judge_server_start.py"),
+    *("test_engines.py", "test_shared_files.py", "test_robustness_study.py", "test_report_browser.py"),
+    *("test_judge_server_start.py", "test_rounds.py"),
 )
 
 

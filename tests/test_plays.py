@@ -12,7 +12,7 @@ from statistics import mean
 import numpy as np
 import pytest
 import torch
-from running import ROOT, SCRIPT, launch, read_jsonl, train
+from running import ROOT, forked, read_jsonl, train
 from toy_oracles import CONDORCET, Letters, kind
 
 from openrlhf_sgpo import algorithms, games, run_settings
@@ -338,10 +338,7 @@ def test_two_ranks_do_what_one_does(tiny_model, tiny_data, tmp_path):
     environment = {"PYTHONPATH": str(ROOT / "tests")}
     process = train(*flags(tiny_model, tiny_data, tmp_path / "one", "slhf", *more), **environment)
     assert process.returncode == 0, process.stderr[-3000:]
-    two = launch(
-        ["bash", str(SCRIPT), "--num_gpus", "2", *flags(tiny_model, tiny_data, tmp_path / "two", "slhf", *more)],
-        **environment,
-    )
+    two = forked(None, "train", *flags(tiny_model, tiny_data, tmp_path / "two", "slhf", *more), ranks=2, **environment)
     assert two.returncode == 0, two.stderr[-3000:]
     rows = [read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     for row, other in zip(*rows, strict=True):

@@ -7,11 +7,10 @@ machine.
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from running import contents, launch
+from running import contents, forked
 
 RANK = """
 import os, sys
@@ -68,9 +67,8 @@ def test_only_rank_0_touches_files(algo, more, tiny_model, tiny_reward_model, ti
         second.symlink_to(first) if name == "shared" else second.mkdir()
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    command = [sys.executable, "-m", "openrlhf_sgpo.launch", "2", str(script)]
     for name in ("shared", "apart"):
-        done = launch([*command, str(tmp_path / name), *settings(algo, *more)], TMPDIR=str(tmp_path))
+        done = forked(script, str(tmp_path / name), *settings(algo, *more), ranks=2, TMPDIR=str(tmp_path))
         assert done.returncode == 0, done.stderr[-3000:]
     assert list((tmp_path / "apart" / "rank_1").iterdir()) == [], "the other rank wrote files"
     expected, actual = (contents(tmp_path / name / "rank_0" / "run") for name in ("shared", "apart"))

@@ -1,5 +1,6 @@
-"""A process that has imported everything, and forks one child for each run that a test asks for: imports take longer than
-most of these runs. Reads a request per line (JSON) and answers with the child's exit code, minus the signal if one ended it."""
+"""A process that has imported everything, and forks a child for each rank of a run that a test asks for: imports take longer
+than most of these runs. Reads a request per line (JSON) and answers with the run's exit code, minus the signal if one ended it.
+The first that is not 0 ends the other ranks."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import json
 import os
 import pkgutil
 import runpy
+import signal
 import sys
 import weakref
 from typing import Any
@@ -37,7 +39,7 @@ def become(request: dict[str, Any]) -> int:
     os.chdir(request["folder"])
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path]
     for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
-        file = os.open(name, os.O_RDWR | os.O_CREAT)
+        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     if request["script"] is None:
@@ -50,11 +52,21 @@ def become(request: dict[str, Any]) -> int:
 def serve() -> int:
     gc.freeze()  # the children's collections then pass over the million objects of the imports
     for line in sys.stdin:
-        child = os.fork()
-        if child == 0:
-            return become(json.loads(line))  # ends as any process does, with what is registered for its exit
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=ANSWERS, flush=True)
+        request, ranks, code = json.loads(line), set[int](), 0
+        for variables in request["ranks"]:
+            child = os.fork()
+            if child == 0:
+                request["environment"] |= variables
+                return become(request)  # ends as any process does, with what is registered for its exit
+            ranks.add(child)
+        while ranks:
+            ended, status = os.wait()
+            ranks.remove(ended)
+            if status and not code:
+                code = os.waitstatus_to_exitcode(status)
+                for rank in ranks:
+                    os.kill(rank, signal.SIGKILL)
+        print(code, file=ANSWERS, flush=True)
     return 0
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from running import launch
+from running import forked
 
 SCRIPT = Path(__file__).parent / "freed_memory.py"
 
@@ -16,7 +15,7 @@ SCRIPT = Path(__file__).parent / "freed_memory.py"
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_models_are_freed_after_every_stage(ranks, tiny_model):
     """At ZeRO 0, 2 and 3, with LoRA too. DeepSpeed refers to models of ZeRO 3 from two places of its own after their end."""
-    process = launch([sys.executable, "-m", "openrlhf_sgpo.launch", str(ranks), str(SCRIPT), str(tiny_model)])
+    process = forked(SCRIPT, str(tiny_model), ranks=ranks)
     assert process.returncode == 0, process.stderr[-3000:]
     reports = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
     assert len(reports) == 4 * ranks
