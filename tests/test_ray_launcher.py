@@ -216,7 +216,7 @@ def test_a_run_on_two_nodes_is_that_of_one_process(algo, file, cluster, tiny_mod
     assert process.wait(600) == 0, "".join(said)[-3000:] + Path(f"{folders['ray']}.stderr").read_text()[-3000:]
     assert any(line.startswith("2 ranks on Ray, the run folder is") for line in said)
     assert any(re.match(r"vLLM engine \d died; restarting it", line) for line in said) == (algo == "sgpo")
-    assert not actors(cluster, "_Rank") and not actors(cluster, "Rollout")
+    wait_for(lambda: not actors(cluster, "_Rank") and not actors(cluster, "Rollout"), "actors are left", 20)
     assert seen or algo == "slhf"
     wait_for(lambda: not engine_processes(), "engines are left, also of the actor that was killed", 20)
     copies = [int(path.removeprefix(PREFIX)) for path in glob(f"{PREFIX}*")]
