@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import re
 import textwrap
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, TypeAlias, get_origin, get_type_hints
 
 import yaml
 
 from openrlhf_sgpo import keys, yaml_files
+from openrlhf_sgpo.setting_types import convert, expected, shown, without_none
 
 COMMAND_LINE = "command line"
 CONFIG_FLAG = "config"
@@ -30,7 +29,6 @@ RECIPES = Path(__file__).with_name("recipes")
 _Sections: TypeAlias = Mapping[str, Callable[[], Any]]
 _Words: TypeAlias = list[tuple[str, list[str]]]  # flags with their values as text
 _Entries: TypeAlias = list[tuple[str, Any, str]]  # keys with their values and origins
-_SCALARS = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 
 
 class SettingsError(ValueError):
@@ -139,7 +137,7 @@ def parse(
     defaults = {prefix: section() for prefix, section in sections.items()}
     flags = _flags(defaults)
     for flag in flags.values():
-        _expected(flag.annotation)  # rejects an unsupported type even if the flag is not set
+        expected(flag.annotation)  # rejects an unsupported type even if the flag is not set
     (_, strays), *words = _words(argv)
     entries, problems = _read(words)
     problems += [f"{text!r} is unexpected, every value follows a flag ({COMMAND_LINE})" for text in strays]
@@ -163,20 +161,20 @@ def parse(
             problems.append(f"--{name} {answer or 'is unknown' + _suggestion(name, [CONFIG_FLAG, *flags])} ({origin})")
             return
         try:
-            values[name] = _convert(flags[name].annotation, raw)
+            values[name] = convert(flags[name].annotation, raw)
             given[name] = origin
         except (ValueError, KeyError):
-            problems.append(f"--{name} got {_shown(raw)}, expected {_expected(flags[name].annotation)} ({origin})")
+            problems.append(f"--{name} got {shown(raw)}, expected {expected(flags[name].annotation)} ({origin})")
 
     for name, raw, origin in entries:
         members = [member for member in flags if member.startswith(f"{name}.")]
         if (not members and name not in sections) or (name in (other_names or {}) and raw and name not in flags):
             accept(name, raw, origin)
         elif raw:  # an empty group is fine: all its keys may be commented out
-            problems.append(f"--{name} got {_shown(raw)}, expected a group with {', '.join(members)} ({origin})")
+            problems.append(f"--{name} got {shown(raw)}, expected a group with {', '.join(members)} ({origin})")
     seen = set()
     for name, texts in words:
-        annotation, optional = _inner(flags[name].annotation if name in flags else str)
+        annotation, optional = without_none(flags[name].annotation if name in flags else str)
         several = get_origin(annotation) in (list, tuple)
         texts = texts or ["true"] if annotation is bool else texts
         if name in seen:
@@ -184,7 +182,7 @@ def parse(
         elif name not in flags and name != CONFIG_FLAG:
             accept(name, texts, COMMAND_LINE)
         elif not texts or (len(texts) > 1 and not several):
-            problem = refused(name, texts) or f"got {_shown(texts)}, expected {_expected(annotation)}"
+            problem = refused(name, texts) or f"got {shown(texts)}, expected {expected(annotation)}"
             problems.append(f"--{name} {problem} ({COMMAND_LINE})")
         elif name != CONFIG_FLAG:
             raw = texts[0] if not several else [] if texts == [""] else texts  # "--flag=" empties a list
@@ -215,7 +213,7 @@ def out_of_range(instances: Mapping[str, Any], only: tuple[str, ...] = ("",)) ->
         numbers = flag.default if isinstance(flag.default, (list, tuple)) else [flag.default]
         span = flag.metadata.get("range", Range())
         if any(isinstance(number, (int, float)) and not span.holds(number) for number in numbers):
-            problems.append(f"--{name}: {_shown(flag.default)} is out of range, use {_bounds(flag)}")
+            problems.append(f"--{name}: {shown(flag.default)} is out of range, use {_bounds(flag)}")
     return problems
 
 
@@ -246,9 +244,9 @@ def help_text(sections: _Sections) -> str:
     config = _Flag(str, "", {"help": _CONFIG_HELP})
     groups: dict[str, list[str]] = {}
     for name, flag in {CONFIG_FLAG: config, **_flags({key: kind() for key, kind in sections.items()})}.items():
-        default = "empty" if flag.default in ("", []) else _shown(flag.default).replace("'", "")
+        default = "empty" if flag.default in ("", []) else shown(flag.default).replace("'", "")
         bounds = _bounds(flag)
-        head = f"--{name} ({_expected(flag.annotation)}{bounds and f', {bounds}'}; default: {default})"
+        head = f"--{name} ({expected(flag.annotation)}{bounds and f', {bounds}'}; default: {default})"
         block = groups.setdefault(name.rpartition(".")[0], [])
         for text, indent in ((head, "  "), (flag.metadata.get("help", ""), "      ")):
             block += textwrap.wrap(text, 120, initial_indent=indent, subsequent_indent="      ", break_on_hyphens=False)
@@ -341,61 +339,6 @@ def _bounds(flag: _Flag) -> str:
     """The range of a setting in words; empty if any number is accepted."""
     text = str(flag.metadata.get("range", Range()))
     return f"{text} each" if text and get_origin(flag.annotation) in (list, tuple) else text
-
-
-def _inner(annotation: Any) -> tuple[Any, bool]:
-    """(the type without ``| None``, whether it had that)"""
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else ()
-    values = [option for option in options if option is not type(None)]
-    return (values[0], True) if len(values) == 1 else (annotation, False)
-
-
-def _expected(annotation: Any) -> str:
-    """The values of this type in words. Raises TypeError for an unsupported type."""
-    annotation, optional = _inner(annotation)
-    origin, options = get_origin(annotation), get_args(annotation)
-    if annotation in _SCALARS:
-        text = _SCALARS[annotation]
-    elif origin is Literal and all(type(option) in (str, int) for option in options):
-        text = "one of " + ", ".join(map(str, options))
-    elif origin in (list, tuple) and Ellipsis not in options:
-        text = f"{len(options)} values: " if origin is tuple else "a list, each item "
-        text += ", ".join(map(_expected, options))
-    else:
-        raise TypeError(f"unsupported type of a setting: {annotation}")
-    return f"{text}, or null" if optional else text
-
-
-def _convert(annotation: Any, raw: Any) -> Any:
-    """A result of ``_plain`` converted to this type. Raises ValueError or KeyError if it does not match."""
-    annotation, optional = _inner(annotation)
-    origin, options = get_origin(annotation), get_args(annotation)
-    if (optional and raw is None) or (annotation is str and isinstance(raw, str)):
-        return raw
-    if origin in (list, tuple) and isinstance(raw, list):
-        kinds = options if origin is tuple else options * len(raw)
-        return origin(_convert(kind, item) for kind, item in zip(kinds, raw, strict=True))
-    if origin in (list, tuple) or not isinstance(raw, str):
-        raise ValueError
-    if annotation is bool:
-        raw, options = raw.capitalize(), (True, False)
-    if options:
-        return {str(option): option for option in options}[raw]
-    if annotation is int and re.fullmatch(r"[+-]?[\d_]+", raw):
-        return int(raw)
-    number = float(raw)
-    # 1e3 is an integer too; beyond 2**53 a float no longer holds every integer.
-    if not math.isfinite(number) or (annotation is int and (number % 1 or abs(number) > 2**53)):
-        raise ValueError
-    return annotation(number)
-
-
-def _shown(value: Any) -> str:
-    """A value as a user would write it."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(_shown, value)) or "nothing"
-    names = {"None": "null", "True": "true", "False": "false", "{}": "an empty group"}
-    return names.get(repr(value), repr(value))
 
 
 def _suggestion(name: str, flags: list[str]) -> str:

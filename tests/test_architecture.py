@@ -52,7 +52,7 @@ HOUSE = """
                                   finite  flags  shared_files
              dro  extras  integrity  launch  memory  output  ranks  ray_session
                                    registry  table
-                             intervals  keys  trl_names  yaml_files
+                             intervals  keys  setting_types  trl_names  yaml_files
                                            __init__
 """
 FLOORS = {room: -number for number, line in enumerate(HOUSE.splitlines()) for room in line.split()}
