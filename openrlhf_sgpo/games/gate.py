@@ -37,7 +37,7 @@ from openrlhf_sgpo.algorithms.sym_po import SymPO, SymPOSettings
 from openrlhf_sgpo.algorithms.xpo import XPO, XPOSettings
 from openrlhf_sgpo.flags import setting
 from openrlhf_sgpo.games import drive as driver
-from openrlhf_sgpo.games import solutions
+from openrlhf_sgpo.games import searched_solutions, solutions
 from openrlhf_sgpo.games.check import SKEWED, Check, CheckResult, play
 from openrlhf_sgpo.games.last_iterates import draw_last_iterates
 from openrlhf_sgpo.games.simplex import draw_paths
@@ -129,11 +129,11 @@ def _fewest_defeats(game: Game) -> solutions.Solution:
 def _sgpo(game: Game) -> solutions.Solution:
     """SGPO's solution with the edge of a stage that starts at SKEWED: its smallest margin, padded by 1."""
     rewards = [TAU * log(share) for share in SKEWED]
-    return solutions.sgpo(game, TAU, RADIUS, min(rewards) - max(rewards) - 1)
+    return searched_solutions.sgpo(game, TAU, RADIUS, min(rewards) - max(rewards) - 1)
 
 
 def _sgpo_best(game: Game) -> solutions.Solution:
-    return solutions.sgpo_best(game, TAU, RADIUS)
+    return searched_solutions.sgpo_best(game, TAU, RADIUS)
 
 
 def _regularised_nash(game: Game) -> solutions.Solution:
