@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from data_rows import GOOD, QUESTION, TALK, said, without, write
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -15,39 +16,7 @@ from openrlhf_sgpo.data.inspection import repeats_prompt
 from openrlhf_sgpo.data.records import load_run_pairs
 from openrlhf_sgpo.run_folder import write_jsonl
 
-QUESTION = [{"role": "user", "content": "Why?"}]
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "Hi"},
-    {"role": "user", "content": "Why?"},
-]
 HH_TALK = "\n\nHuman: Hello\n\nAssistant: Hi\n\nHuman: Why?\n\nAssistant:"
-GOOD = {"id": "good", "prompt": "Why?", "chosen": "Because.", "rejected": "No."}
-
-
-def said(text):
-    return [{"role": "assistant", "content": text}]
-
-
-def without(*columns, **changes):
-    return {key: value for key, value in GOOD.items() if key not in columns} | changes
-
-
-def write(folder, *rows):
-    """A .jsonl file; bytes are taken as they are, everything else becomes JSON."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path = folder / "rows.jsonl"
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
-
-
-@pytest.fixture
-def datasets(tmp_path, monkeypatch):
-    """The library, with a cache of this test's own."""
-    library = pytest.importorskip("datasets")
-    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return library
 
 
 @pytest.mark.parametrize(
