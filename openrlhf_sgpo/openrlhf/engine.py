@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from glob import glob
 from math import prod
 from multiprocessing.connection import wait
@@ -89,8 +89,16 @@ class PolicyLoader(WorkerWrap):
                     sums[name] = checksum(weight)
                 yield name, weight
 
-        model.load_weights(read())
+        self.replace_weights(read())
         return shapes, as_integers(sums), self.held(shapes)
+
+    def replace_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace weights of the policy, and forget what was made of the old ones (``rollout/vllm_on_cpu.py``)."""
+        model = self.mixed_policy()
+        model.load_weights(weights)
+        for module in model.modules():
+            if hasattr(module, "forget_packed"):
+                module.forget_packed()
 
     def held(self, shapes: list[Shape]) -> list[Slice]:
         """What this worker holds of tensors that were sent, see ``held_slices``."""
@@ -111,7 +119,7 @@ class PolicyLoader(WorkerWrap):
             data = torch.frombuffer(packed, dtype=torch.uint8)
         sizes = [prod(shape) * dtype.itemsize for _, dtype, shape in shapes]
         parts = zip(shapes, data.split(sizes), strict=True)
-        self.mixed_policy().load_weights((name, part.view(dtype).view(shape)) for (name, dtype, shape), part in parts)
+        self.replace_weights((name, part.view(dtype).view(shape)) for (name, dtype, shape), part in parts)
 
     def gpu(self) -> str:
         """The identity of the worker's GPU, whatever its number is called in this process."""

@@ -20,6 +20,7 @@ from openrlhf_sgpo.finite import NotFiniteError
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress
+from openrlhf_sgpo.packed.products import use_products
 from openrlhf_sgpo.rollout.base import Sampling, Stop, prompt_seed
 from openrlhf_sgpo.shared_files import local
 
@@ -114,7 +115,7 @@ class HuggingFaceRollout:
             attn_implementation=self.config.ds.attn_implementation,
             trust_remote_code=self.config.model.trust_remote_code,
         ).to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
-        model.eval()
+        use_products(model.eval())
         self.stop.add_ends_of(folder, self.config.model.trust_remote_code)
         # Of a model's generation settings only the end tokens are used, as in vLLM: with a repetition penalty, for example,
         # samples would not come from the distribution that is scored and trained.

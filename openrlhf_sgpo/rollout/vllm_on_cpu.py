@@ -32,19 +32,26 @@ def keep_plain_weights() -> None:
     """vLLM plugin (entry point ``vllm.general_plugins``), active in this package's engines only.
 
     On a CPU vLLM packs every linear weight when it loads a model and drops the parameter, so a later ``load_weights`` fails.
-    With this plugin the layer keeps its parameter and calls ``torch.nn.functional.linear``.
+    With this plugin the layer keeps its parameter, and packs it at the first product after ``layer.forget_packed``.
     """
     if os.environ.get(PLAIN_WEIGHTS) != "1":
         return
-    import torch
     import vllm.model_executor.layers.utils as utils
 
     name = "dispatch_cpu_unquantized_gemm"
-    packed = getattr(utils, name)
+    pack = getattr(utils, name)
 
-    def plain(layer, remove_weight):
-        layer.cpu_linear = torch.nn.functional.linear
+    def keep(layer, remove_weight):
+        def pack_first(states, weight, bias):
+            pack(layer, remove_weight=False)
+            return layer.cpu_linear(states, weight, bias)
+
+        def forget_packed():
+            layer.cpu_linear = pack_first
+
+        layer.forget_packed = forget_packed
+        forget_packed()
 
     for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is packed:
-            setattr(module, name, plain)
+        if getattr(module, "__dict__", {}).get(name) is pack:
+            setattr(module, name, keep)
