@@ -75,9 +75,10 @@ docs: .venv/.docs  ## the documentation site, in build/docs/site; a link that le
 	$(BIN)/pip install -q --no-deps -r requirements/docs.txt
 	touch $@
 
-benchmark: .venv/.dev build/peers/trl build/smollm2/config.json  ## the follower three ways; steps and scoring beside OpenRLHF and TRL
+benchmark: .venv/.dev build/peers/trl build/smollm2/config.json  ## the follower three ways; steps and scoring beside OpenRLHF and TRL; a round beside vLLM and TRL
 	$(BIN)/python measurements/worst_case.py
 	$(BIN)/python measurements/steps.py
+	$(BIN)/python measurements/rounds.py
 
 # Beside the locked stack, which has all that it needs.
 build/peers/trl: | .venv/.installed
