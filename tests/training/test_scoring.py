@@ -138,6 +138,26 @@ def test_scores_are_kept_by_model_and_discarded_with_it(make_scorer, groups, tin
     assert scorer.score(str(tiny_model), groups[:4], "test") == scores and scorer.tokens_scored > before
 
 
+def test_log_probabilities_from_elsewhere_are_kept_like_those_of_a_sweep(make_scorer, groups, tiny_model, tmp_path):
+    """Only the other responses are scored. A resumed run that takes the same again writes nothing."""
+    from openrlhf_sgpo.training.scoring import tokens_key
+
+    folder, model = tmp_path / "log_probs", str(tiny_model)
+    taken = {tokens_key(group.prompt, group.responses[0]): -float(place) for place, group in enumerate(groups)}
+    scorer = make_scorer(folder)
+    scorer.take(model, taken)
+    (file,) = folder.iterdir()
+    written = file.read_text()
+    again = make_scorer(folder)
+    again.take(model, taken)
+    assert file.read_text() == written and again.tokens_scored == 0
+    rows = again.score(model, groups, "test")
+    assert [row[0] for row in rows] == list(taken.values())
+    exact = make_scorer().score(model, groups, "test")
+    assert [row[1:] for row in rows] == [pytest.approx(row[1:], rel=1e-5) for row in exact]
+    assert again.tokens_scored == sum(len(group) - len(group.responses[0]) for group in groups)
+
+
 def test_divergence_is_that_of_the_first_responses(make_scorer, groups, tiny_model, other_tiny_model):
     """In the order of the groups, however the sweep sorts them; two models are two forwards."""
     from transformers import AutoModelForCausalLM
