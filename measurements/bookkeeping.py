@@ -1,27 +1,29 @@
-"""What a run does with its data before a model is loaded: reading, inspecting and tokenising a pair and a prompt.
+"""What a run does with its data before a model is loaded: reading, inspecting and tokenising a pair or a prompt.
 
-    python measurements/bookkeeping.py [--model build/smollm2] [--prompts 1000 4000] [--words 40 100]
+    python measurements/bookkeeping.py [--model build/smollm2] [--rows 1000 10000] [--words 40 100]
 
-Pairs and as many prompts of random words are read and inspected as a run of SSAPO does it, each number in a process of its own.
-Prints CPU milliseconds for a pair and a prompt together, how much of them the model's own tokenizer takes, and what stays in
-memory of each.
+Rows of random words are read and inspected as a run of SSAPO does it, pairs and prompts each in a process of their own.
+Prints tokens, CPU milliseconds, how much of them the model's own tokenizer takes, and what stays in memory of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
 from openrlhf_sgpo import run_settings
+from openrlhf_sgpo.data.records import Records
 from openrlhf_sgpo.data.run_data import inspect_run, load_policy_chat, load_run
+from openrlhf_sgpo.data.tokens import ChatFormat
 
 VOCABULARY = Path(__file__).read_text(encoding="utf-8").split()
 
@@ -36,11 +38,13 @@ def write_rows(path: Path, count: int, lengths: dict[str, int]) -> str:
     return str(path)
 
 
-def measure(model: str, count: int, prompt: int, response: int) -> None:
+def measure(model: str, kind: str, count: int, prompt: int, response: int) -> tuple[float, ...]:
+    """Of a row: tokens, milliseconds, those of the tokenizer, and kilobytes that stay."""
+    rows = {"pairs": 1, "prompts": 1} | {kind: count}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pairs = write_rows(folder / "pairs.jsonl", count, {"prompt": prompt, "chosen": response, "rejected": response})
-        prompts = write_rows(folder / "prompts.jsonl", count, {"prompt": prompt})
+        pair = {"prompt": prompt, "chosen": response, "rejected": response}
+        pairs = write_rows(Path(name) / "pairs.jsonl", rows["pairs"], pair)
+        prompts = write_rows(Path(name) / "prompts.jsonl", rows["prompts"], {"prompt": prompt})
         config, _ = run_settings.load(
             [
                 *("--algo", "sgpo", "--model.model_name_or_path", model, "--ds.param_dtype", "fp32"),
@@ -49,40 +53,45 @@ def measure(model: str, count: int, prompt: int, response: int) -> None:
             ]
         )
         chat, _ = load_policy_chat(config, None)
-        tokenizer, call = 0.0, type(chat.tokenizer).__call__
+        tokenizer, token_ids = 0.0, ChatFormat._token_ids
 
-        def timed(*arguments: object, **more: object) -> object:
+        def timed(self: ChatFormat, texts: list[str]) -> list[list[int]]:
             nonlocal tokenizer
             began = time.process_time()
-            try:
-                return call(*arguments, **more)
-            finally:
-                tokenizer += time.process_time() - began
+            ids = token_ids(self, texts)
+            tokenizer += time.process_time() - began
+            return ids
 
-        type(chat.tokenizer).__call__ = timed
+        ChatFormat._token_ids = timed  # type: ignore[method-assign]
         before, began = psutil.Process().memory_info().rss, time.process_time()
-        data = inspect_run(load_run(config, with_prompts=True), chat, config, 128)
+        records = load_run(config, with_prompts=True)
+        counted = replace(records, prompts=Records()) if kind == "pairs" else replace(records, human=Records())
+        data = inspect_run(counted, chat, config, 128)
         seconds = time.process_time() - began
         kept = psutil.Process().memory_info().rss - before
-        assert len(data.human.pairs) == len(data.prompts.prompts) == count
-    figures = (seconds, tokenizer, kept / 1e6)
-    print(f"| {count:,} | " + " | ".join(f"{figure / count * 1000:.2f}" for figure in figures) + " |", flush=True)
+        tokens = sum(map(len, data.human.groups if kind == "pairs" else data.prompts.tokens))
+        assert len(data.human.pairs) + len(data.prompts.prompts) == count
+    return tokens / count, seconds / count * 1e3, tokenizer / count * 1e3, kept / count / 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="build/smollm2")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 4000])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10000])
     parser.add_argument("--words", type=int, nargs=2, default=[40, 100], metavar=("PROMPT", "RESPONSE"))
     arguments = parser.parse_args()
-    if len(arguments.prompts) == 1:
-        measure(arguments.model, *arguments.prompts, *arguments.words)
-        return
-    print("| pairs and prompts | ms each | of these its tokenizer | kept, kB each |\n|---|---|---|---|", flush=True)
-    for count in arguments.prompts:
-        words = map(str, arguments.words)
-        command = [sys.executable, __file__, "--model", arguments.model, "--prompts", str(count), "--words", *words]
-        subprocess.run(command, check=True)
+    print(
+        "| rows | tokens each | ms each | of these its tokenizer | kept, kB each |\n|---|---|---|---|---|", flush=True
+    )
+    for kind in ("pairs", "prompts"):
+        for count in arguments.rows:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                figures = process.submit(measure, arguments.model, kind, count, *arguments.words).result()
+            print(
+                f"| {count:,} {kind} | {figures[0]:.0f} | "
+                + " | ".join(f"{figure:.2f}" for figure in figures[1:])
+                + " |"
+            )
 
 
 if __name__ == "__main__":

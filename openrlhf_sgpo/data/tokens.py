@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openrlhf_sgpo.data.messages import digest
@@ -106,8 +108,15 @@ class ChatFormat:
         template_kwargs: Mapping[str, Any] = NONE,
         moment: datetime | None = None,
     ):
+        from transformers import PreTrainedTokenizerFast
+
         self.template = Template(tokenizer, template_kwargs, moment or today())
         self.tokenizer = tokenizer
+        # Some models' tokenizers have methods of their own, which do more than their part in Rust.
+        encoding = ("__call__", "_encode_plus")
+        self._in_rust = isinstance(tokenizer, PreTrainedTokenizerFast) and all(
+            getattr(type(tokenizer), name) is getattr(PreTrainedTokenizerFast, name) for name in encoding
+        )
         self.max_len = max_len
         self.model = ""
         # One shared int object per vocabulary entry: the tokens of 60,000 pairs would otherwise take gigabytes.
@@ -153,7 +162,7 @@ class ChatFormat:
 
     def _encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         # Rendered text already contains the special tokens; adding them again would double the BOS.
-        rows = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        rows = self._token_ids(list(texts)) if texts else []
         try:
             return [tuple(map(self._ids.__getitem__, row)) for row in rows]
         except IndexError:
@@ -161,6 +170,20 @@ class ChatFormat:
                 (number, token) for number, row in enumerate(rows) for token in row if token >= len(self._ids)
             )
             raise self._no_embedding(token, texts[number]) from None
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        """What the tokenizer returns for texts. Asked directly, its part in Rust makes neither masks nor offsets."""
+        if not self._in_rust:
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # which its file may ask for, and a call of the tokenizer switches off
+        backend.no_padding()
+        encode = partial(backend.encode_batch_fast, texts, add_special_tokens=False)
+        if len(texts) == 1:
+            return [encode()[0].ids]
+        # A thread has a heap of its own. In the heap of a run, Rust's many small allocations take twice as long.
+        with ThreadPoolExecutor(1) as thread:
+            return [encoding.ids for encoding in thread.submit(encode).result()]
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return self._encode_all([text])[0]

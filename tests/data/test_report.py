@@ -330,6 +330,10 @@ def test_pairs_that_only_evaluate_may_be_a_benchmarks(chat):
         (" ".join(map(str, range(19))), " ".join(map(str, range(1, 20))), False),  # 18 of 19
         ("word " * 100, "word " * 80, False),
         ("", "", False),
+        ("word-" * 100, "word" * 100, True),  # beginnings of different length
+        ("-" * 200 + "word", "word", True),
+        ("-" * 200 + "word", "work", False),
+        ("Stra\u00dfe " * 50, "STRASSE" * 50, True),
     ],
 )
 def test_near_identical(first, second, expected):

@@ -2,15 +2,18 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import TEMPLATE
 
 from openrlhf_sgpo.data import Pair
 from openrlhf_sgpo.data.tokens import ChatFormat, Group
 
 END = "<|im_end|>"
+CHAT = ("<|im_start|>", END)
 PLENTY = 10_000
 QUESTION = [{"role": "user", "content": "Why?"}]
 TALK = [
@@ -159,6 +162,80 @@ def test_a_tokenizer_that_opens_every_text_with_a_space_does_not_do_so_for_respo
     assert alone[0] == vocabulary["\u2581"], "the tokenizer of this test must have the habit"
     response = ChatFormat(tokenizer, 64).response("Hi", truncated=False, room=10)
     assert response == (vocabulary["H"], vocabulary["i"], vocabulary["</s>"])
+
+
+def byte_level():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)])
+    return backend, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), vocab_size=400)
+
+
+def sentence_piece():
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    return backend, trainers.BpeTrainer(special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])
+
+
+def unigram():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    return backend, trainers.UnigramTrainer(special_tokens=["<unk>"], unk_token="<unk>", vocab_size=200)
+
+
+def word_piece():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return backend, trainers.WordPieceTrainer(special_tokens=["<unk>"], vocab_size=300)
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentence_piece, unigram, word_piece])
+def test_tokens_are_those_that_a_call_of_the_tokenizer_returns(kind):
+    """Of every kind of tokenizer, also if its file asks for cuts, padding and special tokens; alone and with others."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    corpus = Path(__file__).read_text()
+    backend, trainer = kind()
+    backend.train_from_iterator(corpus.split("\n"), trainer)
+    backend.add_special_tokens(["<s>", "</s>", *CHAT])
+    begin = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    backend.enable_truncation(max_length=5)
+    backend.enable_padding(length=9)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = TEMPLATE
+    expected = copy.deepcopy(tokenizer)
+    chat = ChatFormat(tokenizer, PLENTY)
+    assert chat._in_rust
+
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.text() | st.sampled_from([*CHAT, f"a {CHAT[1]}\n b", "e\u0301 \ufb01 12", corpus]), max_size=4))
+    def check(texts):
+        ids = [tuple(expected(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        assert chat._encode_all(texts) == ids == [chat._encode(text) for text in texts]
+
+    check()
+
+
+def test_a_tokenizer_that_does_more_than_its_part_in_rust_is_called(tokenizer):
+    class Lower(type(tokenizer)):
+        def _encode_plus(self, text, *arguments, **more):
+            return super()._encode_plus([part.lower() for part in text], *arguments, **more)
+
+    lower = copy.deepcopy(tokenizer)
+    lower.__class__ = Lower
+    pair = pair_of("BECAUSE", "No")
+    prompt, (chosen, rejected) = ChatFormat(lower, PLENTY).encode([pair])[0]
+    assert lower.decode(chosen) == "because" and lower.decode(rejected) == "no" and "why?" in lower.decode(prompt)
 
 
 SPECIAL = st.sampled_from(["", END, f"a{END}", f"{END}{END}", f"So{END} it is", "<|im_start|>"])
