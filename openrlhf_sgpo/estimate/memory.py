@@ -11,8 +11,9 @@
                  anew (Chen et al., arXiv 1604.06174, with a checkpoint per layer)
 
 a and b are not written down here but counted (``shape.py``). For a layer of Llama with q query and k key channels, and f in
-its MLP, in half precision a = 16 h + 4 (q + k) + 8 f and a few numbers per head: two norms in fp32 with their outputs,
-attention's queries, keys, values and output, and four tensors of the MLP.
+its MLP, in half precision a = 4 h + 4 (q + k) + 4 f and a few numbers per head: what goes into two norms, attention's queries,
+keys, values and output, and what is multiplied in the MLP. Padded, a = 16 h + 4 (q + k) + 8 f: two norms in fp32 with their
+outputs, and four tensors of the MLP. The latter bounds a layer that is computed anew.
 
 DeepSpeed's buffers are those of version 0.19.6: a bucket of 5e8 gradients with z >= 1, up to 1e9 gathered weights with
 z = 3, and with z = 0 a copy of up to 5e8 gradients while ranks exchange them. Torch's fused Adam needs nothing beside its
@@ -86,6 +87,7 @@ class Memory:
         self.ranks = ranks
         self.stage: int = config.ds.zero_stage
         self.packed = config.train.layout == "auto"
+        self.kept = shape.packed if self.packed else shape.padded
         self.optimiser_ranks = ranks if self.stage else 1
         self.engines = samples(config, algorithm) and config.rollout.engine == "vllm"
 
@@ -157,7 +159,7 @@ class Memory:
         shares = self.stage == 3 and whole > (self.device.memory - engine) / 2
         parts = {
             "weights": (self._weights() if shares else whole) * (1 + two),
-            "activations": tokens * (3 * shape.largest_bytes + 4 * shape.element * shape.hidden),
+            "activations": tokens * (3 * self.kept.largest + 4 * shape.element * shape.hidden),
             "head": logits,
             "engine": engine,
         }
@@ -247,15 +249,14 @@ class Memory:
         """Kept of a micro-batch until its backward pass begins."""
         shape = self.shape
         checkpointing = self.config.model.gradient_checkpointing_enable
-        layer = shape.element * shape.hidden if checkpointing else shape.layer_bytes
-        return self.work.tokens * (shape.layers * layer + shape.other_bytes)
+        layer = shape.element * shape.hidden if checkpointing else self.kept.layer
+        return self.work.tokens * (shape.layers * layer + self.kept.other)
 
     def _layer_work(self) -> float:
         """While the gradient passes through a layer: up to three tensors of its largest size, and, with gradient checkpointing,
         what the layer keeps, computed again."""
-        shape = self.shape
-        anew = shape.layer_bytes if self.config.model.gradient_checkpointing_enable else 0.0
-        return self.work.tokens * (anew + 3 * shape.largest_bytes)
+        anew = self.shape.padded.layer if self.config.model.gradient_checkpointing_enable else 0.0
+        return self.work.tokens * (anew + 3 * self.kept.largest)
 
     def _head(self) -> tuple[float, float]:
         """The gradient of the head's weights, which waits for that of the embedding where both are one; and what the head works

@@ -17,9 +17,20 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from openrlhf_sgpo.config import DTYPES, LoraSettings, ModelSettings
+from openrlhf_sgpo.packed.recomputed import recipe_of, use_recomputed
 
 NAME = "openrlhf_sgpo_counted"
 TOKENS = 64  # of the row that is counted; what is kept grows in proportion to it
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that are kept of a token for the backward pass: by a layer, outside of the layers, and by the largest tensor of a
+    layer."""
+
+    layer: float
+    other: float
+    largest: float
 
 
 @dataclass(frozen=True)
@@ -28,10 +39,8 @@ class ModelShape:
 
     parameters, trained: their numbers; with LoRA only those of the adapters are trained. embedding: parameters of the
     input embedding. tied: whether it is the head too; otherwise it takes part in no matrix product. layers: their number.
-    hidden, vocabulary: sizes. kv_elements: keys and values of a token, of all layers. element: bytes of a weight.
-
-    Kept of a token for the backward pass, in bytes: layer_bytes by a layer, other_bytes outside of the layers,
-    largest_bytes by the largest tensor of a layer.
+    hidden, vocabulary: sizes. kv_elements: keys and values of a token, of all layers. element: bytes of a weight. padded,
+    packed: what is kept of a token in either layout.
     """
 
     kind: str
@@ -44,9 +53,8 @@ class ModelShape:
     vocabulary: int
     kv_elements: int
     element: int
-    layer_bytes: float
-    other_bytes: float
-    largest_bytes: float
+    padded: Kept
+    packed: Kept
 
     @property
     def multiplied(self) -> int:
@@ -112,8 +120,9 @@ def _shape(config: PretrainedConfig, trust: bool, dtype: torch.dtype, lora: Lora
             model = get_peft_model(model, LoraConfig(**lora.of_peft()), autocast_adapter_dtype=False)
             model.to(dtype)  # PEFT has adapters in float32, DeepSpeed makes them like the rest
     model.train()
-    kept = _kept(model, body, layers)
-    in_layers = [sum(sizes) for number, sizes in kept.items() if number is not None]
+    padded = _kept(model, body, layers)
+    use_recomputed(body)
+    packed = _kept(model, body, layers)
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -128,17 +137,16 @@ def _shape(config: PretrainedConfig, trust: bool, dtype: torch.dtype, lora: Lora
         vocabulary=text.vocab_size,
         kv_elements=2 * len(layers) * heads * size,
         element=dtype.itemsize,
-        layer_bytes=sum(in_layers) / len(layers) / TOKENS,
-        other_bytes=sum(kept.get(None, [])) / TOKENS,
-        largest_bytes=max(map(max, (sizes for number, sizes in kept.items() if number is not None))) / TOKENS,
+        padded=padded,
+        packed=packed,
     )
 
 
-def _kept(model: Any, body: Any, layers: list[Any]) -> dict[int | None, list[int]]:
-    """Bytes of each tensor that autograd keeps of a row of ``TOKENS`` tokens, by layer; None: outside of the layers."""
+def _kept(model: Any, body: Any, layers: list[Any]) -> Kept:
+    """What autograd keeps of a row of ``TOKENS`` tokens."""
     weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     stored: dict[int, Tensor] = {}  # by the address of a storage, which stays taken while the tensor is here
-    kept: dict[int | None, list[int]] = {}
+    sizes: dict[int | None, list[int]] = {None: []}  # by layer; None: outside of them
     place: list[int | None] = [None]
 
     def entering(number: int | None) -> Callable[..., None]:
@@ -146,18 +154,21 @@ def _kept(model: Any, body: Any, layers: list[Any]) -> dict[int | None, list[int
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in weights and storage._cdata not in stored:
+        if storage._cdata not in weights and storage._cdata not in stored and not recipe_of(tensor):
             stored[storage._cdata] = tensor
-            kept.setdefault(place[0], []).append(storage.nbytes())
+            sizes.setdefault(place[0], []).append(storage.nbytes())
         return tensor
 
+    hooks = []
     for number, layer in enumerate(layers):
-        layer.register_forward_pre_hook(entering(number))
-        layer.register_forward_hook(entering(None))
+        hooks += [layer.register_forward_pre_hook(entering(number)), layer.register_forward_hook(entering(None))]
     row = torch.zeros(1, TOKENS, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         body(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
-    return kept
+    for hook in hooks:
+        hook.remove()
+    in_layers = [size for number, of_layer in sizes.items() if number is not None for size in of_layer]
+    return Kept(sum(in_layers) / len(layers) / TOKENS, sum(sizes[None]) / TOKENS, max(in_layers) / TOKENS)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from openrlhf_sgpo.packed.recomputed import joined
+
 try:  # since torch 2.10
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
@@ -87,13 +89,13 @@ def packed_attention(
         keys, values, mask = key[:, :, place], value[:, :, place], None
         if block.prompt:
             prompt = slice(block.prompt.start, block.prompt.stop)
-            keys, values = (torch.cat([full[:, :, prompt], full[:, :, place]], dim=2) for full in (key, value))
+            keys, values = (joined([full[:, :, prompt], full[:, :, place]], 2) for full in (key, value))
             mask = packing.mask(block, query.dtype)
         output = scaled_dot_product_attention(
             *(query[:, :, place], keys, values, mask, dropout, mask is None), scale=scaling, enable_gqa=grouped
         )
         outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1), None
+    return joined(outputs, 1), None
 
 
 def attention_by_lengths(

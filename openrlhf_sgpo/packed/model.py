@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from openrlhf_sgpo.config import Inference
 from openrlhf_sgpo.packed.attention import Packing
 from openrlhf_sgpo.packed.products import use_products
+from openrlhf_sgpo.packed.recomputed import recomputing, use_recomputed
 
 PADDED_BY_CHOICE = "--train.layout padded"
 
@@ -50,6 +51,7 @@ def accept_packings(model: Any) -> None:
     So this happens within the calls of DeepSpeed's engine and of PEFT's models.
     """
     use_products(model.base_model)
+    use_recomputed(model.base_model)
     plain: Callable[..., Any] = model.forward
 
     @functools.wraps(plain)
@@ -59,7 +61,8 @@ def accept_packings(model: Any) -> None:
         if packing is None or figures is None:
             return plain(*args, **kwargs)
         body: nn.Module = model.base_model
-        output = body(input_ids=packing.tokens, position_ids=packing.positions, packing=packing, use_cache=False)
+        with recomputing():
+            output = body(input_ids=packing.tokens, position_ids=packing.positions, packing=packing, use_cache=False)
         return figures(output.last_hidden_state[0, packing.predictors])
 
     model.forward = forward

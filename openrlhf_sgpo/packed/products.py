@@ -38,7 +38,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(states, weight)
+        ctx.save_for_backward(states if ctx.needs_input_grad[1] else None, weight)
         result = product(states.flatten(0, -2), weight)
         if bias is not None:
             result += bias
@@ -48,10 +48,11 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         states, weight = ctx.saved_tensors
+        shape = *gradient.shape[:-1], weight.shape[1]
         gradient = gradient.flatten(0, -2)
         of_states, of_weight, of_bias = ctx.needs_input_grad
         return (
-            product(gradient, weight.T).view_as(states) if of_states else None,
+            product(gradient, weight.T).view(shape) if of_states else None,
             product(gradient.T, states.flatten(0, -2).T) if of_weight else None,
             gradient.sum(0) if of_bias else None,
         )

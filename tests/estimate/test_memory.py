@@ -58,9 +58,9 @@ def test_what_each_setting_saves(shape):
     plain, saving = (
         memory(shape, model__gradient_checkpointing_enable=on).backward()["activations"] for on in (False, True)
     )
-    assert plain == pytest.approx(4096 * (32 * shape.layer_bytes + shape.other_bytes))
-    anew = shape.layer_bytes + 3 * shape.largest_bytes
-    assert saving == pytest.approx(4096 * (32 * 2 * shape.hidden + shape.other_bytes + anew))
+    assert plain == pytest.approx(4096 * (32 * shape.packed.layer + shape.packed.other))
+    anew = shape.padded.layer + 3 * shape.packed.largest
+    assert saving == pytest.approx(4096 * (32 * 2 * shape.hidden + shape.packed.other + anew))
     half = memory(shape, work=Work(2048, 2048, 2)).backward()
     assert half["activations"] == plain / 2
     assert memory(shape, ds__adam_offload=True).backward()["optimiser"] == 0

@@ -19,17 +19,20 @@ def test_parameters_are_those_of_the_published_models(published, name, parameter
 
 
 def test_a_layer_keeps_what_follows_from_its_definition(published):
-    """16 h + 4 (q + k) + 8 f bytes in half precision: two norms, each with its input in float32 (4 h), the normalised input
-    and its product with the norm's weight (2 h each); queries, keys, values and output; and four tensors of the MLP.
-    Numbers per head and per norm are 4 bytes each."""
+    """Padded, 16 h + 4 (q + k) + 8 f bytes in half precision: two norms, each with its input in float32 (4 h), the normalised
+    input and its product with the norm's weight (2 h each); queries, keys, values and output; and four tensors of the MLP.
+    Packed, 4 h + 4 (q + k) + 4 f: of a norm the input, and of the MLP gate and up. Numbers per head and per norm are 4 bytes
+    each."""
     hidden, keys, inner, heads = 4096, 1024, 14336, 32
     for dtype, element in (("bf16", 2), ("fp32", 4)):
         shape = model_shape(ModelSettings(published["Llama-3-8B"]), dtype, LoraSettings())
-        norms = 2 * (4 + 2 * element) * hidden
-        whole = norms + element * (2 * hidden + 2 * keys + 4 * inner) + 4 * heads + 2 * 4
+        attention = element * (2 * hidden + 2 * keys) + 4 * heads
+        padded = 2 * (4 + 2 * element) * hidden + attention + 4 * element * inner + 2 * 4
+        packed = 2 * element * hidden + attention + 2 * element * inner + 2 * 4
         # The first layer alone gets the embeddings, which nothing else keeps.
-        assert shape.layer_bytes == pytest.approx(whole, rel=1e-3)
-        assert shape.largest_bytes == element * inner
+        assert shape.padded.layer == pytest.approx(padded, rel=1e-3)
+        assert shape.packed.layer == pytest.approx(packed, rel=1e-3)
+        assert shape.padded.largest == shape.packed.largest == element * inner
 
 
 def test_adapters_are_counted_by_their_definition(tiny_model):

@@ -8,21 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from families import GROUPS, make_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from openrlhf_sgpo.config import Inference
-from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.packed import attention
 from openrlhf_sgpo.packed.attention import attention_by_lengths, packed_attention
 from openrlhf_sgpo.packed.head import Head
 from openrlhf_sgpo.packed.model import accept_packings, why_padded
 from openrlhf_sgpo.training.packing import filled, pack, split_into
-
-GROUPS = [
-    Group((1, 2, 3), ((4, 5), (6, 7, 8, 9), (10,))),
-    Group((11,), ((12, 13, 14),)),
-    Group((15, 16, 17, 18), ((19,), (20, 21))),
-]
 
 
 def visible(groups):
@@ -68,17 +62,6 @@ def test_blocks_see_their_prompt_and_themselves(heads):
         torch.testing.assert_close(torch.autograd.grad((output * weights).sum(), inputs), wanted)
 
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-}
 PACKED = {
     "Llama": {},
     "Qwen2": {},
@@ -92,12 +75,6 @@ PACKED = {
     "GPTNeoX": {},
     "Starcoder2": {"sliding_window": None},
 }
-
-
-def make_model(family, **settings):
-    torch.manual_seed(3)
-    config = getattr(transformers, f"{family}Config")(**SMALL | settings)
-    return config, transformers.AutoModelForCausalLM.from_config(config).double().eval()
 
 
 @pytest.mark.parametrize("family", PACKED)

@@ -41,11 +41,15 @@ def test_a_linear_layer_and_its_gradients(way, dtype, bias):
         close(gradient, right, dtype)
 
 
-def test_a_frozen_layer_passes_gradients_on(way):
+def test_a_frozen_layer_passes_gradients_on_and_keeps_no_input(way):
     layer = nn.Linear(6, 4).requires_grad_(False)
     products.use_products(nn.Sequential(layer))
-    states = torch.randn(5, 6, requires_grad=True)
-    layer(states).sum().backward()
+    states, kept = torch.randn(5, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        result = layer(states)
+    if way == "oneDNN":
+        assert {tensor.untyped_storage().data_ptr() for tensor in kept} == {layer.weight.data_ptr()}
+    result.sum().backward()
     assert layer.weight.grad is None
     torch.testing.assert_close(states.grad, layer.weight.sum(0).expand(5, 6))
 
