@@ -85,7 +85,7 @@ def luminance(colour):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_every_plot_is_drawn(name, addresses, visit):
+def test_every_plot_is_drawn_and_what_models_wrote_does_not_run(name, addresses, visit):
     _, count, element = PAGES[name]
     page = visit(addresses[name])
     traces = page.eval_on_selector_all(".plot", f"all => all.map(plot => plot.querySelectorAll('{TRACES}').length)")
@@ -93,11 +93,6 @@ def test_every_plot_is_drawn(name, addresses, visit):
     assert page.locator(element).count() > 0
     widths = page.eval_on_selector_all(".plot .main-svg", "all => all.map(plot => plot.getBoundingClientRect().width)")
     assert min(widths) > 200
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_what_models_wrote_does_not_run(name, addresses, visit):
-    page = visit(addresses[name])
     assert page.title() == name
     assert page.locator("img, .answer script, .answer b, .prompt script").count() == 0
     assert any(report_folders.EVIL in text for text in page.locator(".answer p").all_text_contents())
