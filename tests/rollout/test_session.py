@@ -116,6 +116,20 @@ def test_openmp_waits_passively_in_engines_and_uses_their_cores(session):
 
 
 @pytest.mark.slow
+def test_an_engine_imports_what_it_needs_and_that_once(session):
+    """vLLM's process began as a copy of the actor, and not as a new interpreter, which would have got further variables."""
+    import ray
+
+    rollout, folder = session
+    trainers = ("deepspeed", "peft", "sklearn")
+    loaded = rollout.engines[0].__ray_call__.remote(lambda _: [name for name in trainers if name in sys.modules])
+    assert ray.get(loaded) == []
+    (actor,) = (process for process in ray_session._processes(folder) if "RolloutEngine" in process.name())
+    (core,) = (process for process in actor.children() if process.name() == "VLLM::EngineCore")
+    assert core.environ() == actor.environ()
+
+
+@pytest.mark.slow
 def test_an_engine_that_dies_is_started_again_and_asked_again(session, capsys):
     rollout, folder = session
     undisturbed = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
