@@ -15,6 +15,7 @@ import deepspeed
 import openrlhf.utils.deepspeed.deepspeed as upstream
 import torch
 import transformers
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload, stage3, stage_1_and_2
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from openrlhf.models import Actor
@@ -228,6 +229,9 @@ def build_strategy(config: Inference) -> DeepspeedStrategy:
     for module in (stage_1_and_2, stage3):
         # It replaces a norm that is not finite by -1 and continues.
         module.mask_nan_or_inf_with_val_inplace = lambda *_, **__: None
+    # At ZeRO 0 in half precision it takes a step on gradients of zero, to make Adam's states: weights decay by it, and Adam
+    # counts it, so that its first real step would be 0.74 of the learning rate. Adam makes them in that step anyway.
+    FP16_UnfusedOptimizer.initialize_optimizer_states = lambda self: None
     arguments = openrlhf_arguments(config)
     kind: type[DeepspeedStrategy] = Strategy
     if not torch.cuda.is_available():

@@ -156,10 +156,11 @@ def test_max_steps_ends_a_stage_with_a_schedule_of_its_own(make_config, groups, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("moment", [8, None], ids=["in the last step", "before the policy is written"])
-def test_max_steps_survives_a_kill(make_config, groups, tokenizer, tmp_path, moment):
+def test_max_steps_survives_a_kill(make_config, groups, tokenizer, tmp_path, moment, dtype):
     """Killed in its last step, and killed when all steps are done and the policy is not yet written: the same bytes."""
-    config = make_config(train__max_steps=8, ckpt__save_steps=4)
+    config = make_config(train__max_steps=8, ckpt__save_steps=4, ds__param_dtype=dtype)
 
     def train(folder, look=lambda step, metrics: None):
         return our_losses(config, groups, tokenizer, tmp_path / folder, DPO(NoSettings(), config.model.beta), look)
