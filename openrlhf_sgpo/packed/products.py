@@ -20,8 +20,8 @@ def _suits_processor() -> bool:
 
 def by_onednn(*tensors: Tensor) -> bool:
     """Not within ``torch.backends.mkldnn.flags(enabled=False)``."""
-    plain = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-    return plain and bool(torch.backends.mkldnn.enabled) and _suits_processor()
+    enabled = bool(torch.backends.mkldnn.enabled) and _suits_processor()
+    return enabled and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
 
 
 def product(left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
@@ -29,8 +29,8 @@ def product(left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:
     if not by_onednn(left, right):
         return left @ right.T if add is None else torch.addmm(add, left, right.T)
     if add is None:
-        return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
-    return torch.ops.mkldnn._linear_pointwise(left, add, right, None, "add")
+        return torch.ops.mkldnn._linear_pointwise.default(left, right, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(left, add, right, None, "add")
 
 
 class _Linear(torch.autograd.Function):
@@ -61,7 +61,10 @@ class _Linear(torch.autograd.Function):
 def _linear(module: nn.Linear, states: Tensor) -> Tensor:
     if not by_onednn(states, module.weight):
         return nn.functional.linear(states, module.weight, module.bias)
-    return _Linear.apply(states, module.weight, module.bias)
+    if torch.is_grad_enabled():
+        return _Linear.apply(states, module.weight, module.bias)
+    # Answers are sampled a token at a time: the function above would take as long as the product.
+    return torch.ops.mkldnn._linear_pointwise.default(states, module.weight, module.bias, "none", [], "")
 
 
 def use_products(model: nn.Module) -> None:

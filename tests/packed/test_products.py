@@ -34,6 +34,10 @@ def test_a_linear_layer_and_its_gradients(way, dtype, bias):
     states = torch.randn(2, 9, 12, dtype=dtype)[..., ::2].repeat(1, 1, 4).requires_grad_()
     weights = torch.randn(2, 10, 9, dtype=dtype).transpose(1, 2)  # not contiguous
     close(layer(states), exact(states.double()), dtype)
+    with torch.no_grad():
+        for part in (states, states[:, :1], states[0], states[0, 0]):
+            close(layer(part), exact(part.double()), dtype)
+        assert layer(states[:0]).shape == (0, 9, 10)
     actual = torch.autograd.grad((layer(states) * weights).sum(), (states, *layer.parameters()))
     inputs = states.double().detach().requires_grad_()
     expected = torch.autograd.grad((exact(inputs) * weights).sum(), (inputs, *exact.parameters()))
