@@ -74,27 +74,19 @@ def _zygote() -> subprocess.Popen:
     return process
 
 
-def _meeting(count: int) -> list[dict[str, str]]:
-    """The variables of each rank."""
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
-        "WORLD_SIZE": str(count),
-        "LOCAL_SIZE": str(count),
-    }
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-
-
 def forked(script: Path | None, *argv: str, ranks: int = 1, **environment: str) -> subprocess.CompletedProcess:
     """``openrlhf-sgpo``, or another script, in a process of its own that need not import everything first, or in as many as
     there are ranks, which meet as a launcher's do."""
-    zygote = _zygote()
+    zygote, meeting = _zygote(), dict[str, str]()
+    if ranks > 1:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        meeting |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     with tempfile.TemporaryDirectory() as folder:
         request = {
             "script": None if script is None else str(script),
             "arguments": argv,
-            "environment": {**inherited(), "OMP_NUM_THREADS": "1", **environment},
-            "ranks": _meeting(ranks) if ranks > 1 else [{}],
+            "environment": {**inherited(), "OMP_NUM_THREADS": "1", **meeting, **environment},
+            "ranks": [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if meeting else {} for rank in range(ranks)],
             "folder": str(ROOT),
             "stdout": f"{folder}/stdout",
             "stderr": f"{folder}/stderr",
