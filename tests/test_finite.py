@@ -102,13 +102,13 @@ def test_a_learning_rate_that_leads_out_of_the_range(tiny_model, tiny_data, tmp_
     common = ("--lr_scheduler", "constant", "--lr_warmup_ratio", "0")
     folder = tmp_path / "pairs"
     argv = pair_flags(tiny_model, tiny_data, folder, *common)
-    argv[argv.index("--adam.lr") + 1] = "1e20"
+    argv[argv.index("--adam.lr") + 1] = "1e30"
     code, error = run(argv, capsys)
     assert code == 2 and "round 0, step 2: the gradient norm is nan" in error and "--adam.lr" in error
     assert not list(folder.glob("round_0/checkpoints/step_*")) and not (folder / "round_0/policy").exists()
 
     folder = tmp_path / "plays"
-    code, error = run(play_flags(tiny_model, tiny_data, folder, "nash_md", "--adam.lr", "1e20", *common), capsys)
+    code, error = run(play_flags(tiny_model, tiny_data, folder, "nash_md", "--adam.lr", "1e30", *common), capsys)
     assert code == 2 and "round 1, step 2: the gradient norm is nan" in error and "--adam.lr" in error
     assert not (folder / "round_1/policy").exists()
 
