@@ -271,10 +271,11 @@ def main() -> None:
     print(f"losses {rounds['book']['losses']}; the policies are {apart:.2g} of their way apart")
     print("| part of a round | this package | by the book | ratio |\n|---|---|---|---|")
     rows = []
-    for part in seconds["book"][0]:
+    for part in (*STAGES.values(), "whole round"):
         package, book = (min(played[part] for played in seconds[side]) for side in SIDES)
-        rows.append({"part": part, "package": package, "book": book, "ratio": book / package})
-        print(f"| {part} | {package:.1f} | {book:.1f} | {book / package:.2f} |")
+        ratio = f"{book / package:.2f}" if package > 0.5 else ""
+        rows.append({"part": part, "package": package, "book": book})
+        print(f"| {part} | {package:.1f} | {book:.1f} | {ratio} |")
     Path(arguments.out).write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """A whole optimiser step on preference pairs, and the scoring of several responses to a prompt, side by side with others.
 
-    python measurements/steps.py [--model FOLDER] [--repeats 5] [--shapes 128,256 512,128 mixed] [--out steps.json]
+    python measurements/steps.py [--model FOLDER] [--layers 4] [--repeats 3] [--shapes 128,256 512,128 mixed] [--out steps.json]
 
 Steps of DPO on 4 pairs in float32 on one thread: this package in both layouts, and packed with torch's matrix products,
 without ZeRO, or one pair at a time; OpenRLHF's ``DPOTrainer``; and TRL's where it is installed (``make benchmark`` puts it into
@@ -385,8 +385,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="build/smollm2")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=["256,128", "512,128", "mixed", "128,256"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", default="build/steps.json")
