@@ -112,7 +112,7 @@ def runs(tiny_model, tiny_data, tmp_path_factory):
     made = {}
     for name, more in (("with", REUSE), ("without", ())):
         folder = tmp_path_factory.mktemp("runs") / name
-        _, tokens = counted(flags(tiny_model, tiny_data, folder, *more))
+        tokens = counted(flags(tiny_model, tiny_data, folder, *more)).tokens
         made[name] = folder, sum(tokens[False])
     return made
 
