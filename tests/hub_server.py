@@ -28,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.sent: list[str] = []
         self.cut_off: int | None = None
+        self.lock = threading.Lock()  # clients send files side by side
         self.keys: set[str] = set()
 
     def add(self, name: str, private: bool = False, **card: Any) -> dict[str, Any]:
@@ -98,13 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         content, hub = self._body(), self.server
-        if hub.cut_off is not None and len(hub.sent) >= hub.cut_off:
-            self.close_connection = True
-            return self.connection.close()
         oid = hashlib.sha256(content).hexdigest()
         assert self.path == f"/lfs/{oid}"
-        hub.objects[oid] = content
-        hub.sent.append(oid)
+        with hub.lock:
+            breaks = hub.cut_off is not None and len(hub.sent) >= hub.cut_off
+            if not breaks:
+                hub.objects[oid] = content
+                hub.sent.append(oid)
+        if breaks:
+            self.close_connection = True
+            return self.connection.close()
         return self._answer(200, {})
 
     def do_POST(self) -> None:
