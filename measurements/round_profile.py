@@ -37,6 +37,7 @@ NAMED = {
     "safetensors": "safetensors",
     "tokenizer": "tokenizers",
     "files": "fsync|os_write|_io_",
+    "torch: memory of tensors": r"posix_memalign|munmap|(^|;)(malloc|free) \(",
     "torch: from Python to its operators, autograd": r"\((libtorch|libc10)",
 }
 PYTHON = re.compile(r"\((?:<frozen )?(\w+)[\w/.-]*(?:\.py|>):\d+\)")

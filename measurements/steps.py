@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent / "build/peers"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TQDM_DISABLE"] = "1"  # the others draw bars in the midst of the tables
 
 import torch
 from deepspeed.utils import safe_get_full_grad
