@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from steps import ThisPackage, make_models, make_pairs, print_table
+from step_methods import ThisPackage, make_models, make_pairs
+from steps import print_table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 STEP, DEEPSPEED = "the whole step", "DeepSpeed's part"
