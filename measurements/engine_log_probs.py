@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -62,14 +61,7 @@ def main() -> None:
     for reuse in ("false", "true"):
         with tempfile.TemporaryDirectory() as folder:
             argv = ["--config", arguments.config, "--rounds.count", "1", "--rounds.prompts", "32", "--seed.size", "32"]
-            argv += [
-                "--eval.max_samples",
-                "8",
-                "--eval.max_prompts",
-                "2",
-                "--ckpt.output_dir",
-                str(Path(folder) / "run"),
-            ]
+            argv += ["--eval.max_samples", "8", "--eval.max_prompts", "2", "--ckpt.output_dir", f"{folder}/run"]
             rows.append((reuse, *measure([*argv, "--rollout.reuse_log_probs", reuse, *flags])))
     print("| `--rollout.reuse_log_probs` | tokens scored | CPU seconds |\n|---|---|---|")
     for reuse, seconds, tokens in rows:

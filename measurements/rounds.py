@@ -30,11 +30,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "build/peers"))
 os.environ["OMP_NUM_THREADS"] = "1"
 
-
 STAGES = {"generate": "answers", "annotate": "rewards", "score": "worst case", "train": "training"}
 BETA, RADIUS, RATE, BATCH, MICRO_BATCH = 0.1, 0.01, 5e-6, 16, 2
 LONGEST, SCORED_TOGETHER = 384, 8
-ENDED: dict[int, float] = {}
+SECONDS_OF: dict[int, float] = {}  # by process, also those of processes that have ended
 
 
 def cpu_seconds() -> float:
@@ -45,8 +44,8 @@ def cpu_seconds() -> float:
             times = each.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        ENDED[each.pid] = times.user + times.system
-    return sum(ENDED.values())
+        SECONDS_OF[each.pid] = times.user + times.system
+    return sum(SECONDS_OF.values())
 
 
 class Clock:
@@ -207,7 +206,7 @@ def by_the_book(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
 
 
 def check(run: Path, book: dict[str, Any]) -> float:
-    """How far the policies are apart, as a share of how far they have come. Raises AssertionError where the rounds differ."""
+    """The distance of the policies, relative to how far training has moved them. Raises AssertionError if the rounds differ."""
     import torch
     from safetensors.torch import load_file
 
@@ -268,7 +267,7 @@ def main() -> None:
             apart = check(run, rounds["book"])
         for side, played in rounds.items():
             seconds[side].append(played["seconds"])
-    print(f"losses {rounds['book']['losses']}; the policies are {apart:.2g} of their way apart")
+    print(f"losses {rounds['book']['losses']}; the policies differ by {apart:.2g} of how far training has moved them")
     print("| part of a round | this package | by the book | ratio |\n|---|---|---|---|")
     rows = []
     for part in (*STAGES.values(), "whole round"):

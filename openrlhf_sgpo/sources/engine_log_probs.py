@@ -20,6 +20,7 @@ from openrlhf_sgpo.run_check import check_round
 from openrlhf_sgpo.run_folder import RunFolder, read_json
 from openrlhf_sgpo.training.scoring import tokens_key
 
+Rows = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 AGREEMENT = 0.1  # noise by spread, at most
 
 
@@ -55,10 +56,11 @@ def noise_of(probe: Mapping[str, float], tokens: float) -> float:
     return probe["noise"] * max(ratio, ratio**0.5)
 
 
-def take(run: Run, number: int, known: Mapping[str, float], groups: list[Group], reference: str) -> dict[str, Any]:
-    """Have the scorer take what was ``reported``, if the noise is at most a tenth of the spread. groups: what the policy that
-    enters the round is about to score. Returns the facts for the manifest. Collective."""
-    label = f"round {number}"
+def take(run: Run, number: int, rows: Rows, groups: list[Group], reference: str) -> dict[str, Any]:
+    """Have the scorer take what was ``reported``, if the noise is at most a tenth of the spread. rows: of prompts.jsonl and of
+    responses.jsonl. groups: what the policy that enters the round is about to score. Returns the facts for the manifest.
+    Collective."""
+    label, known = f"round {number}", reported(*rows, run.chat)
     probe = ranks.on_rank_0(lambda: _probe(run.folder, number - 1))
     scores = run.scorer.score(reference, groups, f"{label}: reference")
     taken: dict[str, float] = {}

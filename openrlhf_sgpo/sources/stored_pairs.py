@@ -164,9 +164,11 @@ class StoredPairs(Source):
         facts: dict[str, Any] = {"oracle": oracle.name, "prompts_without_two_answers": skipped}
         with self.run.stage(f"round_{number}/annotate") as cost:
             if self.config.rollout.reuse_log_probs and not self.run.has_oracle:
-                known = engine_log_probs.reported(prompt_rows, response_rows, self.run.chat)
-                groups = [as_group(question, self.run.chat) for question in questions]
-                facts |= engine_log_probs.take(self.run, number, known, groups, self._judge_reference(number))
+                rows, groups = (
+                    (prompt_rows, response_rows),
+                    [as_group(question, self.run.chat) for question in questions],
+                )
+                facts |= engine_log_probs.take(self.run, number, rows, groups, self._judge_reference(number))
             rewards = oracle.rewards([*questions, *gold], f"round {number}: score")
             cost |= increase(before, oracle.usage())
         # Equal rewards are no preference; a label would only say which answer came first.
@@ -224,8 +226,8 @@ class StoredPairs(Source):
             reference = run.scorer.score(loss_reference, groups, f"{label}: reference")
             taken = {}
             if config.rollout.reuse_log_probs and number and run.has_oracle:
-                known = engine_log_probs.reported(*ranks.on_rank_0(partial(self._read_responses, number)), run.chat)
-                taken = engine_log_probs.take(run, number, known, groups, loss_reference)
+                rows = ranks.on_rank_0(partial(self._read_responses, number))
+                taken = engine_log_probs.take(run, number, rows, groups, loss_reference)
             policy = reference if with_dpo else run.scorer.score(start, groups, f"{label}: policy")
         self._certified = {}
         if not with_dpo:
