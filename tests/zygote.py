@@ -42,6 +42,8 @@ def become(request: dict[str, Any]) -> int:
         file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    # A line is one write, also with PYTHONUNBUFFERED: ranks write to the same file.
+    sys.stdout.reconfigure(line_buffering=True, write_through=False)
     if request["script"] is None:
         return main(request["arguments"])
     sys.argv = [request["script"], *request["arguments"]]
