@@ -78,14 +78,14 @@ def test_no_cluster_at_the_address_is_one_sentence(tiny_model, tiny_data, tmp_pa
 
 
 def test_the_slurm_script_starts_a_cluster_on_all_nodes_and_trains_on_the_first(tmp_path):
-    """With stand-ins for Slurm's and Ray's commands that note how they are called."""
+    """With stand-ins for Slurm's and Ray's commands that note how they are called: a node is alive once it was started."""
     calls = tmp_path / "calls"
-    note = f'echo "$(basename "$0") $*" >> {calls}'
     stand_ins = {
         "scontrol": "printf 'a1\\na2\\na3\\n'",
-        "srun": f'{note}; case "$*" in *hostname*) echo "10.0.0.7 fe80::1";; esac',
-        "python": "echo 3",
-        "sleep": "true",
+        "srun": f"""case "$*" in *hostname*) echo "10.0.0.7 fe80::1";; *"ray start"*) /bin/sleep 0.2;; esac
+echo "$*" >> {calls}""",
+        "python": f"echo $(($(grep -c -e --head {calls}) + 2 * $(grep -c -e --exclude {calls})))",
+        "sleep": "exec /bin/sleep 0.05",
     }
     for name, body in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -97,10 +97,11 @@ def test_the_slurm_script_starts_a_cluster_on_all_nodes_and_trains_on_the_first(
     }
     script = ROOT / "examples" / "train_ssapo.slurm"
     subprocess.run(["bash", script, "--config", "zephyr-7b.paper"], cwd=ROOT, env=environment, check=True, timeout=60)
-    said = calls.read_text()
-    assert "--nodelist=a1 env -u RAY_ADDRESS ray start --head --node-ip-address=10.0.0.7 --port=6379" in said
-    assert "--nodes=2 --ntasks=2 --exclude=a1 env -u RAY_ADDRESS ray start --address=10.0.0.7:6379" in said
-    assert said.splitlines()[-1].endswith("--nodelist=a1 bash examples/train_ssapo_ray.sh --config zephyr-7b.paper")
+    _, *started, trained = calls.read_text().splitlines()
+    head, rest = sorted(started, key=lambda line: "--exclude" in line)
+    assert "--nodelist=a1 env -u RAY_ADDRESS ray start --head --node-ip-address=10.0.0.7 --port=6379" in head
+    assert "--nodes=2 --ntasks=2 --exclude=a1 env -u RAY_ADDRESS ray start --address=10.0.0.7:6379" in rest
+    assert trained.endswith("--nodelist=a1 bash examples/train_ssapo_ray.sh --config zephyr-7b.paper")
 
 
 @pytest.fixture(scope="module")
