@@ -9,7 +9,7 @@ from typing import Any
 
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.estimate.devices import GIB, KNOWN, Device, devices_here
-from openrlhf_sgpo.estimate.duration import Lengths, assumed, disk, known_sum, lengths_of, loads, measured
+from openrlhf_sgpo.estimate.duration import Lengths, assumed, disk, lengths_of, loads, measured, whole
 from openrlhf_sgpo.estimate.fitting import Change, changed, combinations, flags_of, useful_changes
 from openrlhf_sgpo.estimate.memory import Memory, total, work_of
 from openrlhf_sgpo.estimate.settings import Asked
@@ -185,8 +185,8 @@ class Estimate:
         rows = [["stage", "tokens", "time"]]
         for stage, kind, tokens, seconds in timed:
             rows.append([f"{stage}: {kind}", f"{tokens:,.0f}", "-" if seconds is None else duration(seconds)])
-        whole = known_sum([seconds for *_, seconds in timed])
-        rows.append(["together", "", "-" if whole is None else duration(whole)])
+        seconds = whole(timed, overlap=self.config.rollout.steps_behind > 0)
+        rows.append(["together", "", "-" if seconds is None else duration(seconds)])
         return [
             *aligned(rows, left=(0, 2)),
             *_wrapped(

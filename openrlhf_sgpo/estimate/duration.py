@@ -12,6 +12,8 @@ With the ledger of a run, the operations per second of its stages take the place
 
 from __future__ import annotations
 
+import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,12 +91,14 @@ def loads(config: Config, algorithm: Any, options: Any, settings: EstimateSettin
     listed.append(trained(0, pairs, epochs))
     so_far = pairs
     answers = config.rollout.n_samples_per_prompt
+    scored = 1 if config.rollout.reuse_log_probs else 2
     for number, count in enumerate(fresh, start=1):
         so_far += count
-        # The implicit reward needs policy and reference, and so do margins under any other oracle.
+        # The implicit reward needs policy and reference, and so do margins under any other oracle; the engine may have given
+        # the policy's.
         listed += [
             Load(f"round {number}", SAMPLE, count * answers * response),
-            Load(f"round {number}", SCORE, count * (prompt + answers * response), 2),
+            Load(f"round {number}", SCORE, count * (prompt + answers * response), scored),
             trained(number, so_far if rounds.data == "all" else count, train.max_epochs),
         ]
     return listed
@@ -198,6 +202,14 @@ def disk(config: Config, algorithm: Any, options: Any, shape: ModelShape) -> dic
     return parts
 
 
-def known_sum(seconds: Sequence[float | None]) -> float | None:
-    """The sum, None if a term is not known."""
-    return None if None in seconds else sum(value for value in seconds if value is not None)
+def whole(rows: Sequence[tuple[str, str, float, float | None]], overlap: bool) -> float | None:
+    """Seconds of all loads; None if one is not known. rows: stage, kind, tokens and seconds of each. overlap: engines sample
+    while the policy trains, so a stage takes as long as the slower of the two."""
+    sampling: dict[str, float] = defaultdict(float)
+    others: dict[str, float] = defaultdict(float)
+    for stage, kind, _, seconds in rows:
+        if seconds is None:
+            return None
+        (sampling if kind == SAMPLE else others)[stage] += seconds
+    longer = max if overlap else operator.add
+    return sum(longer(sampling[stage], others[stage]) for stage in sampling | others)

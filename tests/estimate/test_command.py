@@ -11,7 +11,7 @@ from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.config import LoraSettings, ModelSettings
 from openrlhf_sgpo.estimate.command import Estimate
 from openrlhf_sgpo.estimate.devices import GIB
-from openrlhf_sgpo.estimate.duration import measured, passes
+from openrlhf_sgpo.estimate.duration import SAMPLE, SCORE, TRAIN, measured, passes, whole
 from openrlhf_sgpo.estimate.fitting import CHANGES, changed, combinations, flags_of, useful_changes
 from openrlhf_sgpo.estimate.settings import load
 from openrlhf_sgpo.estimate.shape import model_shape
@@ -115,6 +115,26 @@ def test_speeds_of_a_ledger_give_its_times_back(tiny_model, tmp_path):
     assert times["seed: train"] == pytest.approx(100)
     assert times["round 1: score"] == pytest.approx(50)
     assert times["round 1: sample"] == pytest.approx(25)
+
+
+def test_log_probabilities_of_the_engine_save_the_policy_s_scoring(tiny_model):
+    model = str(tiny_model)
+    plain, reused = (
+        {f"{stage}: {kind}": tokens for stage, kind, tokens, _ in Estimate(load(recipe(model, *flags))).times()[0]}
+        for flags in ((), ("--rollout.reuse_log_probs", "true"))
+    )
+    assert {name for name in plain if plain[name] != reused[name]} == {f"round {number}: score" for number in (1, 2, 3)}
+    assert reused["round 1: score"] == plain["round 1: score"] / 2
+
+
+def test_engines_one_step_behind_sample_while_the_policy_trains():
+    rows = [
+        *[("round 1", SAMPLE, 1.0, 5.0), ("round 1", SCORE, 1.0, 1.0), ("round 1", TRAIN, 1.0, 2.0)],
+        *[("round 2", SAMPLE, 1.0, 5.0), ("round 2", SCORE, 1.0, 3.0), ("round 2", TRAIN, 1.0, 4.0)],
+    ]
+    assert whole(rows, overlap=False) == 20
+    assert whole(rows, overlap=True) == 5 + 7
+    assert whole([*rows, ("round 3", SAMPLE, 1.0, None)], overlap=True) is None
 
 
 def test_a_model_that_is_not_packed_is_estimated_padded(tmp_path):
