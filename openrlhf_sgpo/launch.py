@@ -53,7 +53,7 @@ def end_with_parent() -> None:
 def _devices(count: int) -> dict[str, str]:
     """The environment for the ranks' GPUs: the first of those that are visible."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "":
+    if visible in ("", "-1"):  # asks for the CPU
         return {}
     names = visible.split(",") if visible is not None else [str(number) for number in range(count)]
     if len(names) < count:

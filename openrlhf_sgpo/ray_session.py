@@ -177,11 +177,10 @@ def clean_up_after(folder: str) -> None:
     begin = os.stat(folder).st_mtime
     sys.stdin.buffer.read()
     left = _processes(folder)
-    trackers = [process for process in left if "multiprocessing.resource_tracker" in " ".join(process.cmdline())]
     for process in left:
         with contextlib.suppress(psutil.Error):
             # A tracker removes the shared memory of the other processes after their end, and then exits.
-            if process not in trackers:
+            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
                 process.kill()
     psutil.wait_procs(left, timeout=PATIENCE)
     for process in _processes(folder):

@@ -36,7 +36,7 @@ def start(folder: Path, how: str, **environment: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize(
     ("visible", "expected"),
-    [("4,5", "4,5"), ("4,5,6,7", "4,5"), ("", ""), (None, "0,1"), ("4", "error: --num_gpus 2, but")],
+    [("4,5", "4,5"), ("4,5,6,7", "4,5"), ("", ""), ("-1", "-1"), (None, "0,1"), ("4", "error: --num_gpus 2, but")],
 )
 def test_ranks_take_gpus_among_those_that_are_visible(visible, expected, tmp_path):
     """On a machine that is shared, CUDA_VISIBLE_DEVICES says which ones are free."""

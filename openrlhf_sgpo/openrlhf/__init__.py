@@ -4,6 +4,7 @@ Its names are imported when one of them is asked for.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from openrlhf_sgpo.openrlhf.flash_attention import make_optional
@@ -18,6 +19,7 @@ _FOR_SCRIPTS = {"DPOTrainer": "openrlhf.trainer.dpo_trainer", "RewardDataset": "
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
+    # Python asks for a submodule that is not yet imported too, and imports it when it hears that there is no such attribute.
+    if name.startswith("__") or find_spec(f"{__name__}.{name}"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_FOR_SCRIPTS.get(name, f"{__name__}.for_trainers")), name)

@@ -35,6 +35,8 @@ with lean_imports():  # this is what an engine's process imports first
     from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices, second_names
     from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE, PolicyAndReferenceForCausalLM
 
+IN_ENGINE = "OPENRLHF_SGPO_IN_ENGINE"  # is set for the processes that an engine's actor starts
+
 
 def _end_with_the_actor() -> None:
     """Ray ends actors by force, and on a cluster that stays, vLLM's process of the engine would remain."""
@@ -60,7 +62,8 @@ class _Fork(multiprocessing.context.ForkContext):
 
 # Every process of an engine imports this module before it makes a model, unless it is a copy of one that has.
 ModelRegistry.register_model(ARCHITECTURE, PolicyAndReferenceForCausalLM)
-_end_with_the_actor()
+if IN_ENGINE in os.environ:  # not in the process of a trainer, which makes actors
+    _end_with_the_actor()
 
 
 class PolicyLoader(WorkerWrap):
@@ -147,6 +150,7 @@ class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
     """OpenRLHF's actor as a plain class, to be extended before Ray wraps it again."""
 
     def _configure_device_env(self, backend: str, bundle_indices: list[int] | None, num_gpus: float) -> None:
+        os.environ[IN_ENGINE] = "1"
         if backend == "uni" and current_platform.is_cpu():
             vllm.v1.engine.utils.get_mp_context = _Fork
         super()._configure_device_env(backend, bundle_indices, num_gpus)

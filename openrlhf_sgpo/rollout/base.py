@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from openrlhf_sgpo import ray_session
 from openrlhf_sgpo.config import Inference, RolloutSettings
@@ -33,6 +33,10 @@ class Sampling:
     n: int = 1
     share: float = 0.0
     log_probs: bool = False
+
+
+Value = TypeVar("Value")
+Ask = Callable[[list[tuple[int, ...]], Sampling], list[list[Answer]]]
 
 
 def sampling_of(
@@ -141,6 +145,14 @@ class Rollout(Protocol):
 
     def close(self) -> None:
         """Stop everything that the engine started."""
+
+
+class BackgroundRollout(Rollout, Protocol):
+    """An engine that can sample while the policy trains."""
+
+    def begin(self, work: Callable[[Ask], Value]) -> Callable[[], Value]:
+        """Start ``work`` in a thread of rank 0, where it asks the engine, which keeps its weights meanwhile. Returns a function
+        that waits for the result."""
 
 
 def prompt_seed(seed: int, prompt: tuple[int, ...]) -> int:

@@ -16,7 +16,7 @@ import psutil
 from openrlhf_sgpo.ray_session import Placement
 from openrlhf_sgpo.shared_files import KEPT, Stamps, parts_of, read_part, stamps_of
 
-PREFIX = os.path.join(tempfile.gettempdir(), "sgpo-engine-")  # then the number of the process that keeps copies there
+PREFIX = "sgpo-engine-"  # of temporary folders; then the number of the process that keeps copies there
 
 
 class Copies:
@@ -24,10 +24,11 @@ class Copies:
 
     def __init__(self) -> None:
         # Ray ends actors by force, and what they keep would stay.
-        for left in glob(f"{PREFIX}*"):
-            if not psutil.pid_exists(int(left.removeprefix(PREFIX))):
+        for left in glob(os.path.join(tempfile.gettempdir(), f"{PREFIX}*")):
+            process = os.path.basename(left).removeprefix(PREFIX).partition("-")[0]
+            if process.isdigit() and not psutil.pid_exists(int(process)):
                 shutil.rmtree(left, ignore_errors=True)
-        self.root = f"{PREFIX}{os.getpid()}"
+        self.root = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
         self.kept: OrderedDict[str, tuple[Stamps, str]] = OrderedDict()
         self.begun = 0
 
@@ -80,12 +81,25 @@ class EngineFolders:
             self.copies[node] = ray.remote(Copies).options(num_cpus=0, scheduling_strategy=there).remote()
 
     def place(self, folder: str, engine: int) -> str:
-        """Of a folder, for an engine."""
+        """Of a folder, for an engine. Raises OSError if it cannot be written there, RuntimeError if the machine is lost."""
         if not self.copies:
             return folder
         import ray
 
-        actor, expected = self.copies[self.nodes[engine]], stamps_of(folder)
+        node = self.nodes[engine]
+        try:
+            return self._placed(folder, self.copies[node])
+        except ray.exceptions.RayError as error:
+            machine = next((row["NodeManagerAddress"] for row in ray.nodes() if row["NodeID"] == node), node)
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, f"{machine}:{cause.filename}") from error
+            raise RuntimeError(f"the machine of vLLM engine {engine}, {machine}, does not take {folder}") from error
+
+    def _placed(self, folder: str, actor: Any) -> str:
+        import ray
+
+        expected = stamps_of(folder)
         if expected is None:
             raise ValueError(f"{folder} has no files that engines could read")
         if (place := ray.get(actor.place.remote(folder, expected))) is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 from openrlhf_sgpo.algorithms import Algorithm
 from openrlhf_sgpo.algorithms.plays import PlayAlgorithm, Role
@@ -14,7 +14,7 @@ from openrlhf_sgpo.data.records import Answer, Messages, Prompt
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.ledger import Stopwatch
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
-from openrlhf_sgpo.rollout.base import Rollout, Sampling, prompt_seed, sampling_of
+from openrlhf_sgpo.rollout.base import Ask, BackgroundRollout, Rollout, Sampling, prompt_seed, sampling_of
 
 Tokens = tuple[int, ...]
 Answers = list[list[tuple[Tokens, Answer]]]  # to each prompt, with their contexts
@@ -110,11 +110,11 @@ class Roles:
         """The same beside the caller, by vLLM's engines with the weights that the roles have now, which are the same ones. The
         function that is returned waits for the answers, and tells from when to when engines were at work. Both are
         collective."""
-        engine: Any = self.engine
+        engine = cast(BackgroundRollout, self.engine)
         with self.clock("sync"):
             engine.load(self.weights[self.runs[0][0]])
 
-        def work(ask: Any) -> tuple[Answers, tuple[float, float]]:
+        def work(ask: Ask) -> tuple[Answers, tuple[float, float]]:
             start = perf_counter()
             answers = self._answer(prompts, tokens, seed, lambda _, contexts, sampling: ask(contexts, sampling))
             return answers, (start, perf_counter())

@@ -122,23 +122,36 @@ class VllmTransfer:
             settings = NCCLTrainerInitInfo(
                 rank=rank, master_address=address, master_port=port, world_size=1 + engines * workers
             )
-        client = EngineClient(backend, ask, engines, workers)
-        self.sender = WeightTransferTrainerFactory.trainer_init(settings, client=client, source=NOTHING)
+        self.client = EngineClient(backend, ask, engines, workers)
+        self.sender = WeightTransferTrainerFactory.trainer_init(settings, client=self.client, source=NOTHING)
+        ranks.on_rank_0(lambda: _raise(self.client.problem))
 
     def send(self, passing: Passing) -> None:
         self.sender.source = passing
         self.sender.send_weights()
         self.sender.source = NOTHING
+        ranks.on_rank_0(lambda: _raise(self.client.problem))
 
 
 class EngineClient:
-    """What vLLM's sender calls on rank 0. Engines load weights plainly, so an update needs no beginning."""
+    """What vLLM's sender calls on rank 0. Engines load weights plainly, so an update needs no beginning.
+
+    problem: why an engine failed. It is not raised here: the sender goes on with collective calls, in which the other ranks
+    would wait forever."""
 
     def __init__(self, backend: str, ask: AskWorkers, engines: int, workers: int):
         self.backend = backend
         self.ask = ask
         self.engines = engines
         self.workers = workers
+        self.problem: Exception | None = None
+
+    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> None:
+        if self.problem is None:
+            try:
+                self.ask(method, arguments)
+            except Exception as error:
+                self.problem = error
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         # With NCCL the sender has rank 0, and the workers of each engine follow those of the engines before it.
@@ -146,17 +159,17 @@ class EngineClient:
             {"rank_offset": 1 + number * self.workers} if self.backend == "nccl" else {}
             for number in range(self.engines)
         ]
-        self.ask("open_transfer", [(self.backend, init_info | offset) for offset in first])
+        self._call("open_transfer", [(self.backend, init_info | offset) for offset in first])
 
     def start_weight_update(self) -> None:
         pass
 
     def update_weights(self, update_info: Any) -> None:
-        self.ask("take_transferred", [(update_info,)] * self.engines)
+        self._call("take_transferred", [(update_info,)] * self.engines)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         if self.backend == "ipc":  # otherwise the trainer could not reuse the memory that was shared
-            self.ask("let_go", [()] * self.engines)
+            self._call("let_go", [()] * self.engines)
 
 
 def _free_address() -> tuple[str, int]:

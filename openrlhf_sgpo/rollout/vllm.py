@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,13 +16,11 @@ from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.openrlhf.checksums import compared_share
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress, say
-from openrlhf_sgpo.rollout.base import Sampling, Stop, engine_count, prompt_seed, sleeping
+from openrlhf_sgpo.rollout.base import Ask, Sampling, Stop, Value, engine_count, prompt_seed, sleeping
 from openrlhf_sgpo.rollout.folders import EngineFolders, local_folder
 from openrlhf_sgpo.rollout.transfer import Passing, Transfer, open_transfer
 from openrlhf_sgpo.rollout.vllm_on_cpu import CPU_ENGINE_ARGUMENTS, CPU_ENVIRONMENT, threads_of
 
-Value = TypeVar("Value")
-Ask = Callable[[list[tuple[int, ...]], Sampling], list[list[Answer]]]
 COMPARED = 0.95  # share of the weights whose proof is expected
 
 
@@ -323,8 +321,8 @@ class VllmRollout:
             except EngineDied as death:
                 number, *_ = death.numbers
                 raise RuntimeError(
-                    f"vLLM engine {number} died while the policy trained ({death.reason}), and the weights of one step ago "
-                    "with it; --resume goes on from the last checkpoint"
+                    f"vLLM engine {number} died while the policy trained ({death.reason}), and with it the weights that it "
+                    "had; --resume goes on from the last checkpoint"
                 ) from death
             finally:
                 self._begun = False

@@ -18,7 +18,7 @@ CPU_ENVIRONMENT = {
 
 def threads_of(engines: int) -> str:
     """OMP_NUM_THREADS of each of so many engines: the user's, or an equal share of the cores, because the policy does not train
-    while engines sample. Ray would give an actor that reserves no core a single thread."""
+    while engines sample, unless they are one step behind. Ray would give an actor that reserves no core a single thread."""
     share = max(1, len(os.sched_getaffinity(0)) // engines)
     return os.environ.get("OMP_NUM_THREADS", str(share))
 

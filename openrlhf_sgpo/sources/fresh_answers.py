@@ -103,14 +103,14 @@ class FreshAnswers(Source):
         run, config = self.run, self.config
         algorithm = self.play = self.algorithm(run.options, config.model.beta)
         steps, before = config.rounds.steps, run.policy_before(number)
-        run.engine(before)  # in a resumed run the engines take their share of a GPU's memory before the trainer does
+        # Engines take their share of a GPU's memory before the trainer does, also in a resumed run.
+        self.engine = run.engine(before)
         algorithm.begin_stage(Stage(None, number, steps, config.train.seed + number))
         clock = Stopwatch()
         every = algorithm.reference_rounds
         moved = (number - 1) // every * every if every else 0
         self.reference = str(self.folder.policy(moved)) if moved else config.ref.model_name_or_path
         folders = {"reference": self.reference, "previous": before}
-        self.engine = run.engine(before)  # engines claim their share of a GPU's memory before the trainer has any
         return TrainingStage(
             number,
             algorithm,

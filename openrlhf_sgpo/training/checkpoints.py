@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,9 @@ class Checkpoints:
         ranks.barrier()
         sees, name = shared_files.seen(self.folder / RANKS), f"step_{step}"
         apart = [rank for rank, sees_it in enumerate(sees) if not sees_it]
-        with TemporaryDirectory(prefix="sgpo-checkpoint-") as temporary:
-            place = Path(temporary) if self.strategy.get_rank() in apart else self.folder
+        is_apart = self.strategy.get_rank() in apart
+        with TemporaryDirectory(prefix="sgpo-checkpoint-") if is_apart else nullcontext(str(self.folder)) as written:
+            place = Path(written)
             # OpenRLHF makes room before it writes: with one more than asked for, the last whole checkpoint stays meanwhile.
             self.strategy.save_ckpt(engine, str(place), name, settings.max_num + 1, settings.max_mem, state)
             ranks.barrier()

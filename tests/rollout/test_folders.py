@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import tempfile
 from pathlib import Path
 
 import numpy
 import pytest
 
-from openrlhf_sgpo.rollout import folders
 from openrlhf_sgpo.rollout.folders import Copies
 from openrlhf_sgpo.shared_files import KEPT, stamps_of
 
 
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "PREFIX", str(tmp_path / "sgpo-engine-"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return Copies()
 
 
@@ -62,9 +64,11 @@ def test_as_many_copies_are_kept_as_by_ranks(copies, tmp_path):
 def test_nothing_stays(copies, tmp_path):
     """Neither at the end, nor of a process that was ended by force."""
     place = send(copies, tmp_path / "policy", b"weights")
-    nobody = Path(folders.PREFIX + str(2**30))
-    nobody.mkdir()
-    Copies()
-    assert place.exists() and not nobody.exists()
+    nobody, of_others = (tmp_path / f"sgpo-engine-{name}" for name in (f"{2**30}-abc", "backup"))
+    for folder in (nobody, of_others):
+        folder.mkdir()
+    second = Copies()
+    assert place.exists() and of_others.exists() and not nobody.exists()
+    assert second.root != copies.root and stat.S_IMODE(os.stat(second.root).st_mode) == 0o700
     copies.clear()
     assert not place.exists() and not Path(copies.root).exists()

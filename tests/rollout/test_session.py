@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import socket
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -159,6 +161,19 @@ def test_an_engine_that_dies_twice_ends_the_run_with_one_message_and_leaves_noth
     # This process can join a cluster now, which has no token of ours and stands at the machine's address.
     assert not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", ray_session.SESSION} & os.environ.keys()
     assert services.get_node_ip_address() == services.node_ip_address_from_perspective()
+
+
+def test_a_process_that_ends_meanwhile_does_not_keep_the_others_alive(tmp_path, monkeypatch):
+    ended, stays = (subprocess.Popen(["sleep", "60"]) for _ in range(2))
+    processes = [psutil.Process(process.pid) for process in (ended, stays)]
+    ended.kill()
+    ended.wait()
+    monkeypatch.setattr(ray_session, "_processes", lambda _: processes)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO()))
+    folder = tmp_path / "session"
+    folder.mkdir()
+    ray_session.clean_up_after(str(folder))
+    assert not processes[1].is_running() and not folder.exists()
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from running import forked, free_port
 
 from openrlhf_sgpo.config import Config
 
@@ -297,3 +298,55 @@ def test_engines_join_after_the_trainer_and_after_each_other(backend, offsets):
     assert (opened, taken) == ("open_transfer", "take_transferred")
     assert [given.get("rank_offset") for _, given in settings] == offsets
     assert [method for method, _ in rest] == (["let_go"] if backend == "ipc" else [])
+
+
+# Two ranks and vLLM's own sender, of which only the calls of CUDA are replaced.
+RANKS = """
+import os, signal
+from dataclasses import make_dataclass
+from types import SimpleNamespace
+import torch
+from torch import distributed
+from vllm.distributed.weight_transfer import ipc_engine
+from openrlhf_sgpo import ranks
+from openrlhf_sgpo.rollout import transfer, vllm
+
+def buffers(iterator, **_):
+    for name, weight in iterator:
+        yield SimpleNamespace(ipc_handle={}, names=[name], dtype_names=[""], shapes=[], tensor_sizes=[])
+
+def ask(method, arguments):
+    if method == deadly:
+        raise vllm.EngineDied([0], method)
+    return [["a gpu"]]
+
+os.environ |= {"RANK": str(int(os.fork() == 0)), "WORLD_SIZE": "2"}
+signal.alarm(120)
+torch.cuda.synchronize = torch.cuda.ipc_collect = torch.cuda.current_device = lambda: 0
+torch.cuda.is_available = lambda: True
+torch.accelerator.current_device_index = lambda: 0
+torch.cuda.get_device_properties = lambda _: SimpleNamespace(uuid="a gpu")
+ipc_engine.packed_ipc_producer = buffers
+fields = ["names", "dtype_names", "shapes", "ipc_handles", "tensor_sizes"]
+ipc_engine.IPCWeightTransferUpdateInfo = make_dataclass("Update", fields)
+distributed.init_process_group("gloo")
+weights = {"first": torch.ones(2), "second": torch.ones(3)}
+for deadly in ("open_transfer", "take_transferred", "let_go"):
+    try:
+        transfer.open_transfer(ask, 1, 1).send(weights.items())
+    except vllm.EngineDied as death:
+        assert ranks.gather(death.numbers) == [[0], [0]]
+        print(f"{distributed.get_rank()} {death.reason}", flush=True)
+if os.environ["RANK"] == "0":
+    os.wait()
+"""
+
+
+def test_an_engine_that_dies_while_weights_arrive_is_known_to_all_ranks(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    process = forked(tmp_path / "ranks.py", **meeting)
+    assert process.returncode == 0, process.stderr[-3000:]
+    for rank in "01":
+        said = [line[2:] for line in process.stdout.splitlines() if line.startswith(f"{rank} ")]
+        assert said == ["open_transfer", "take_transferred", "let_go"]
