@@ -45,9 +45,15 @@ def listen_where_named() -> None:
 
 
 def _store(host_name: str, port: int, **settings: Any) -> distributed.TCPStore:
-    """A store that listens only at its address; torch's default listens on all interfaces."""
+    """A store that listens only at its address; torch's default listens on all interfaces. Raises ValueError if it cannot."""
     if settings.get("is_master"):
-        listener = socket.create_server((host_name, port))
+        try:
+            listener = socket.create_server((host_name, port))
+        except OSError as error:
+            raise ValueError(
+                f"rank 0 cannot listen for the others: {error.strerror}; if another run has this port, give the launcher "
+                "another --master_port"
+            ) from error
         port = listener.getsockname()[1]
         settings["master_listen_fd"] = listener.detach()
     return distributed.TCPStore(host_name, port, **settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from running import ROOT, SCRIPT, arguments, inherited
+from running import ROOT, SCRIPT, arguments, free_port, inherited
 
 RANK = """
 import os, sys, time
@@ -121,10 +121,10 @@ def test_sigterm_to_the_script_reaches_the_ranks(by, tiny_model, tiny_data, tmp_
     argv = arguments(tiny_model, tiny_data, folder, "--train.max_epochs", "500", algo="dpo")
     command = {
         "bash": ["bash", str(SCRIPT), "--num_gpus", "2"],
-        "deepspeed": ["deepspeed", "--num_gpus", "2", str(SCRIPT)],
-    }
+        "deepspeed": ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), str(SCRIPT)],
+    }[by]
     process = subprocess.Popen(
-        [*command[by], *argv],
+        [*command, *argv],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -142,9 +142,8 @@ def test_sigterm_to_the_script_reaches_the_ranks(by, tiny_model, tiny_data, tmp_
     said = process.communicate(timeout=120)[1]  # the ranks hold the other end too
     assert gone(ranks)
     lines = [line for line in said.splitlines() if line.startswith(("stopped: ", "to continue: "))]
-    typed = " ".join(
-        ["bash", str(SCRIPT), "--num_gpus", "2"] if by == "bash" else ["deepspeed", "--num_gpus", "2", str(SCRIPT)]
-    )
+    # Of deepspeed's own flags a rank knows no more than the number of GPUs.
+    typed = " ".join(command if by == "bash" else ["deepspeed", "--num_gpus", "2", str(SCRIPT)])
     assert [
         line.startswith(start + typed) for line, start in zip(lines, ("stopped: ", "to continue: "), strict=True)
     ] == [True] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import psutil
 import pytest
 
@@ -22,6 +24,14 @@ def test_several_machines_need_an_address_that_all_reach(monkeypatch):
         ValueError, match=r"--master_addr 127.0.0.1 is local to this machine: give an address that the other"
     ):
         ranks.listen_where_named()
+
+
+def test_a_port_that_is_taken_is_a_sentence():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ValueError, match="Address already in use.*another run has this port.*--master_port"),
+    ):
+        ranks._store("127.0.0.1", taken.getsockname()[1], is_master=True)
 
 
 def test_an_error_that_cannot_be_sent_is_said_all_the_same():

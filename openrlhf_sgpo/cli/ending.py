@@ -185,11 +185,11 @@ def _os_error(error: BaseException, argv: list[str]) -> str:
     number = errno.ENOSPC if is_full else error.errno if isinstance(error, OSError) else None
     if number is None:
         return ""
-    # A failed write to an open file names no path.
-    names = [getattr(error, "filename2", None), getattr(error, "filename", None), named and named[1]]
+    remedy = next((text for numbers, text in _REMEDIES.items() if number in numbers), "")
+    # A failed write to an open file names no path. What has no remedy is not about files.
+    names = [getattr(error, "filename2", None), getattr(error, "filename", None), remedy and named and named[1]]
     path = next((str(name) for name in names if name), "")
     is_inside = named is not None and path.startswith((str(named[1]), str(named[1].absolute())))
-    remedy = next((text for numbers, text in _REMEDIES.items() if number in numbers), "")
     flag = f" with {named[0]}" if named and is_inside else ""
     remedy = remedy.format(flag=flag)
     if number in (errno.ENOSPC, errno.EDQUOT) and _run_folder(argv):

@@ -102,6 +102,9 @@ def test_other_errors_are_one_line_and_memory_has_a_remedy(tmp_path, capsys):
     assert ending.explain(KeyError("a name"), argv) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: KeyError: 'a name' (details: ")
+    assert ending.explain(ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)), argv) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: Connection refused (details: "), "it is not about the run folder"
 
 
 RANK = """
