@@ -185,7 +185,7 @@ def by_the_book(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
             self._algorithm.begin_stage(Stage(torch.tensor(margins), 1, steps, 43))
             return prepared
 
-    with clock("training"):
+    with clock("reference again, by TRL"):
         settings = DPOConfig(
             str(run / "book"), beta=BETA, algorithm_settings={"radius": RADIUS}, per_device_train_batch_size=MICRO_BATCH,
             gradient_accumulation_steps=BATCH // MICRO_BATCH, learning_rate=RATE, lr_scheduler_type="constant",
@@ -196,6 +196,7 @@ def by_the_book(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
         order = json.loads((run / "package.json").read_text(encoding="utf-8"))["order"]
         dataset = Dataset.from_list([pairs[index] for index in order])
         trainer = Trainer(models[0], models[1], args=settings, train_dataset=dataset, processing_class=tokenizer)
+    with clock("training"):
         trainer.train()
         trainer.save_model(str(run / "book/policy"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -17,6 +17,7 @@ import torch
 import transformers
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import parameter_offload, stage3, stage_1_and_2
+from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from openrlhf.models import Actor
 from openrlhf.utils.deepspeed import DeepspeedStrategy
@@ -169,6 +170,14 @@ def _gathered_in_turn(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _wait_once(handles: MultipleAllGatherHandles, **settings: Any) -> None:
+    """Weights that are gathered in turn share such handles, and each waits for all of them: a second time, that would declare
+    those complete that have been let go since."""
+    waiting, handles.handles = handles.handles, []
+    for handle in waiting:
+        handle.wait(**settings)
+
+
 def _engine(model: Any) -> Any:
     return model.model if isinstance(model, Actor) else model
 
@@ -236,6 +245,7 @@ def build_strategy(config: Inference) -> DeepspeedStrategy:
     kind: type[DeepspeedStrategy] = Strategy
     if not torch.cuda.is_available():
         kind = CpuDeepspeedStrategy
+        MultipleAllGatherHandles.wait = _wait_once
         # The shared-memory all-reduce would be compiled with g++ too; gloo is enough.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # The only module-level function of OpenRLHF's strategy that calls CUDA; it runs after saving.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +20,14 @@ from transformers.masking_utils import sdpa_mask
 
 from openrlhf_sgpo.packed.recomputed import joined
 
-try:  # since torch 2.10
+try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None  # type: ignore[assignment]
+# Those of earlier versions of torch take fewer arguments.
+HAS_KERNEL = (
+    varlen_attn is not None and {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+)
 
 NAME = "openrlhf_sgpo_packed"
 
@@ -50,6 +56,21 @@ class Packing:
     responses: int
     blocks: list[Block]
     _masks: dict[tuple[int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def by_lengths(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """For a kernel of sequences, which are the blocks: the places (K,) of their keys in the row, those of their prompt
+        before their own; where each begins among queries and among keys, (blocks + 1,); and the most queries and keys of
+        one. The same for all layers, because copies to a GPU wait for it."""
+        places: list[int] = []
+        lengths = torch.zeros(2, len(self.blocks) + 1, dtype=torch.int32)
+        for number, block in enumerate(self.blocks, start=1):
+            places += [*block.prompt, *range(block.start, block.end)]
+            lengths[:, number] = torch.tensor([block.end, len(places)])
+        most_queries, most_keys = lengths.diff().amax(1).tolist()
+        device = self.tokens.device
+        queries, keys = lengths.to(device)
+        return torch.tensor(places, device=device), queries, keys, most_queries, most_keys
 
     def mask(self, block: Block, dtype: torch.dtype) -> Tensor:
         """What the tokens of a response see of prompt and response, (response, prompt + response), as summands of logits: as
@@ -80,7 +101,7 @@ def packed_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and not dropout and varlen_attn is not None:
+    if query.is_cuda and half and not dropout and HAS_KERNEL:
         return attention_by_lengths(query, key, value, packing, scaling, varlen_attn), None
     outputs = []
     grouped = key.shape[1] != query.shape[1]
@@ -104,20 +125,12 @@ def attention_by_lengths(
     """The same in one call of a kernel for sequences of different lengths (torch's ``varlen_attn``, which is FlashAttention's):
     blocks are its sequences, with the keys of their prompt copied before their own. Causal there means that the last query
     sees all keys."""
-    places: list[int] = []
-    lengths = torch.zeros(2, len(packing.blocks) + 1, dtype=torch.int32)
-    for number, block in enumerate(packing.blocks, start=1):
-        places += [*block.prompt, *range(block.start, block.end)]
-        lengths[:, number] = torch.tensor([block.end, len(places)])
-    most_queries, most_keys = lengths.diff().amax(1).tolist()
-    index = torch.tensor(places, device=query.device)
+    places, *lengths = packing.by_lengths
     output = kernel(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1)[index],
-        value[0].transpose(0, 1)[index],
-        *lengths.to(query.device),
-        most_queries,
-        most_keys,
+        key[0].transpose(0, 1)[places],
+        value[0].transpose(0, 1)[places],
+        *lengths,
         scale=scaling,
         window_size=(-1, 0),
         enable_gqa=key.shape[1] != query.shape[1],

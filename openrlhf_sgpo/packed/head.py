@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from openrlhf_sgpo import ranks
 from openrlhf_sgpo.packed.products import product
 
 # Logits in memory at a time. On a CPU they should stay in its caches.
@@ -34,10 +35,10 @@ class Scaling(NamedTuple):
         return cls(scale, cap)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """In place."""
+        """In place but for the last product, because tanh's gradient is made of its result."""
         if self.scale != 1:
             logits.mul_(self.scale)
-        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits if self.cap is None else logits.div_(self.cap).tanh_() * self.cap
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """The derivative, from the result."""
@@ -146,6 +147,11 @@ class Head:
         self.vocabulary: int = config.vocab_size
         self.scaling = Scaling.of(config)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether each rank has a part of the weight, as at ZeRO 3."""
+        return any(hasattr(weight, "ds_id") for weight in self._model.get_output_embeddings().parameters())
+
     def __call__(self, states: Tensor) -> Tensor:
         """Logits (T, vocabulary) of states (T, hidden), in float32, or float64 for such states."""
         logits = self._model.get_output_embeddings()(states)
@@ -155,7 +161,7 @@ class Head:
         """Log-probabilities (T,) of target tokens (T,) given hidden states (T, hidden), in float32, at a temperature."""
         module = self._model.get_output_embeddings()
         if type(module) is not nn.Linear:  # an adapter's, say
-            return in_chunks(partial(log_probs_from, self, temperature), self.vocabulary, states, targets)
+            return in_chunks(partial(log_probs_from, self, temperature), (self,), states, targets)
         # Through the module's own call, because DeepSpeed gathers its weight, and scatters the gradient, in hooks of that.
         module.forward = partial(_linear_log_probs, module)  # type: ignore[method-assign]
         try:
@@ -175,12 +181,15 @@ def log_probs_from(head: Callable[[Tensor], Tensor], temperature: float, states:
     return log_softmax_at(logits if temperature == 1 else logits / temperature, targets)
 
 
-def in_chunks(function: Callable[..., Tensor], vocabulary: int, *tensors: Tensor) -> Tensor:
+def in_chunks(function: Callable[..., Tensor], heads: Sequence[Any], *tensors: Tensor) -> Tensor:
     """A function of tensors (T, ...), with a result per row, in chunks of rows, computed again in the backward pass: for what
-    needs logits of the whole vocabulary."""
-    rows = max(1, 16 * ELEMENTS[tensors[0].device.type] // vocabulary)
+    needs logits of the whole vocabulary. heads: which it calls. Collective if ranks share the weights of one."""
+    rows = max(1, 16 * ELEMENTS[tensors[0].device.type] // heads[0].vocabulary)
+    count = max(1, -(-len(tensors[0]) // rows))
+    if any(head.is_shared for head in heads):
+        count = max(ranks.gather(count))  # each call of such a head gathers its weight on all ranks
     results = [
         checkpoint(function, *chunk, use_reentrant=False) if torch.is_grad_enabled() else function(*chunk)
-        for chunk in zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        for chunk in zip(*(tensor.tensor_split(count) for tensor in tensors), strict=True)
     ]
     return torch.cat(results)

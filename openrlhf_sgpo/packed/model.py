@@ -34,13 +34,24 @@ def why_padded(config: Inference, model: PretrainedConfig) -> str:
     if model.get_text_config() is not model:
         return f"models of type {model.model_type} read more than text"
     window = getattr(model, "sliding_window", None) if getattr(model, "use_sliding_window", True) else None
-    kinds = set(getattr(model, "layer_types", None) or ())
-    if others := kinds - {"full_attention", "sliding_attention"}:
+    names = ("layer_types", "layers_block_type", "block_types")  # families call them differently
+    kinds = {kind for name in names for kind in getattr(model, name, None) or ()}
+    if others := kinds - {"full_attention", "sliding_attention", "attention"}:
         return f"the model has layers of kind {', '.join(sorted(others))}"
     if window and config.data.max_len > window and kinds != {"full_attention"}:
         return f"the model has a sliding window of {window} tokens, and --data.max_len is {config.data.max_len}"
     if getattr(model, "attn_logit_softcapping", None):
         return "the model caps the logits of its attention"
+    rotary = getattr(model, "rope_parameters", None) or {}
+    for settings in [rotary, *rotary.values()]:  # of all layers, or by their kind
+        name = settings.get("rope_type") or "" if isinstance(settings, dict) else ""
+        if "dynamic" in name or name == "longrope":
+            longest = settings.get("original_max_position_embeddings") or model.max_position_embeddings
+            if config.data.max_len > longest:
+                return (
+                    f"positions beyond {longest} change the model's {name} rotary embedding for all of a row, and "
+                    f"--data.max_len is {config.data.max_len}"
+                )
     return ""
 
 

@@ -21,7 +21,8 @@ def _suits_processor() -> bool:
 def by_onednn(*tensors: Tensor) -> bool:
     """Not within ``torch.backends.mkldnn.flags(enabled=False)``."""
     enabled = bool(torch.backends.mkldnn.enabled) and _suits_processor()
-    return enabled and all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors)
+    # It has no products of nothing.
+    return enabled and all(tensor.is_cpu and tensor.dtype == torch.float32 and tensor.numel() for tensor in tensors)
 
 
 def product(left: Tensor, right: Tensor, add: Tensor | None = None) -> Tensor:

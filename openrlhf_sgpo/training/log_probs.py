@@ -37,6 +37,8 @@ def implicit_margins(
 class _Identity:
     """The head of a padded forward, whose states are logits already."""
 
+    is_shared = False
+
     def __init__(self, vocabulary: int):
         self.vocabulary = vocabulary
 
@@ -44,7 +46,7 @@ class _Identity:
         return states
 
     def log_probs(self, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-        return in_chunks(partial(log_probs_from, self, temperature), self.vocabulary, states, targets)
+        return in_chunks(partial(log_probs_from, self, temperature), (self,), states, targets)
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,9 @@ def extrapolated_log_probs(policy: Predictions, reference: Predictions, extrapol
         values = policy.head(of_policy)
         return log_softmax_at(values + extrapolation * (values - reference.head(of_reference)), targets)
 
-    return policy.sums(in_chunks(extrapolated, policy.head.vocabulary, policy.states, reference.states, policy.targets))
+    return policy.sums(
+        in_chunks(extrapolated, (policy.head, reference.head), policy.states, reference.states, policy.targets)
+    )
 
 
 def sequence_divergence(policy: Predictions, reference: Predictions) -> Tensor:
@@ -155,7 +159,7 @@ def token_divergence(policy: Predictions, reference: Predictions, temperature: f
         log_q = (reference.head(of_reference) / temperature).log_softmax(-1)
         return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-    return in_chunks(divergence, policy.head.vocabulary, policy.states, reference.states)
+    return in_chunks(divergence, (policy.head, reference.head), policy.states, reference.states)
 
 
 def _check(actor: Actor, pad_token_id: int) -> None:

@@ -46,7 +46,7 @@ def pack(groups: list[Group], device: torch.device) -> Packing:
             blocks.append(Block(start, end, prompt) if number else Block(prompt.start, end, range(0)))
             tokens += response
             positions += range(len(prompt), len(prompt) + len(response))
-            predictors += [prompt.stop - 1, *range(start, end - 1)]
+            predictors += [prompt.stop - 1, *range(start, end - 1)][: len(response)]
             targets += response
             lengths.append(len(response))
     row, place, before, after = (

@@ -221,10 +221,13 @@ class Scorer:
         if all(isinstance(actor, Actor) and actor.head for actor in actors):
             parts = filled(list(map(len, groups)), budget)
         else:
-            size = max(
-                self.config.train.score_tokens // (2 * self.config.data.max_len), self.config.train.micro_batch_size
+            # A row for each response, however many a prompt has; in an order that a resumed sweep finds again.
+            groups = [Group(group.prompt, (response,)) for group in groups for response in group.responses]
+            groups.sort(key=lambda group: (len(group), group.prompt, group.responses), reverse=True)
+            rows = max(
+                self.config.train.score_tokens // self.config.data.max_len, 2 * self.config.train.micro_batch_size
             )
-            parts = [slice(start, start + size) for start in range(0, len(groups), size)]
+            parts = [slice(start, start + rows) for start in range(0, len(groups), rows)]
         return [groups[part] for part in parts]
 
     def _check(self, scored: dict[str, float], models: list[str], label: str) -> None:

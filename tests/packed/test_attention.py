@@ -12,6 +12,7 @@ from families import GROUPS, make_model
 from torch.nn.functional import scaled_dot_product_attention
 
 from openrlhf_sgpo.config import Inference
+from openrlhf_sgpo.data.tokens import Group
 from openrlhf_sgpo.packed import attention
 from openrlhf_sgpo.packed.attention import attention_by_lengths, packed_attention
 from openrlhf_sgpo.packed.head import Head
@@ -120,6 +121,18 @@ LEFT_PADDED = {
     "Mamba": ({}, "an attention of their own"),
     "Lfm2": ({"layer_types": ["conv", "full_attention"] * 16}, "layers of kind conv"),
     "Llama4": ({}, "read more than text"),
+    "RecurrentGemma": ({}, "layers of kind recurrent"),
+    "Llama": (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "max_position_embeddings": 256},
+        "positions beyond 256 change the model's dynamic rotary embedding for all of a row",
+    ),
+    "Phi3": (
+        {
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+            "original_max_position_embeddings": 256,
+        },
+        "positions beyond 256 change the model's longrope rotary embedding",
+    ),
 }
 
 
@@ -140,6 +153,18 @@ def test_settings_that_are_not():
     assert why_padded(settings, config) == ""
     settings.train.layout = "padded"
     assert why_padded(settings, config) == "--train.layout padded"
+
+
+def test_a_rotary_embedding_that_no_row_outgrows_is_packed():
+    rotary = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    config = transformers.LlamaConfig(rope_parameters=rotary, max_position_embeddings=512)
+    assert why_padded(Inference(), config) == ""
+
+
+def test_an_empty_response_has_no_predictors():
+    packing = pack([Group((1, 2), ((), (3, 4)))], torch.device("cpu"))
+    assert packing.predictors.tolist() == [1, 2] and packing.targets.tolist() == [3, 4]
+    assert packing.response_of.tolist() == [1, 1] and packing.responses == 2
 
 
 def test_micro_batches_are_few_and_even():

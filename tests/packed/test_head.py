@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,22 @@ def test_values_and_gradients_are_those_of_the_plain_head(small_tiles, name, tem
     for gradient, wanted in zip(gradients(actual), gradients(expected), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=tolerance, atol=tolerance * wanted.abs().max())
     assert type(module) is nn.Linear and "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_chunks_gradients_are_those_of_the_plain_head(small_tiles, name):
+    """Of divergences over the whole vocabulary, and of heads with adapters."""
+    torch.manual_seed(0)
+    module = nn.Linear(16, 150, bias=False).double()
+    states = (3 * torch.randn(9, 16).double()).requires_grad_()
+    targets = torch.arange(9)
+    module_head = make_head(name, module)
+    actual = head.in_chunks(partial(head.log_probs_from, module_head, 0.7), (module_head,), states, targets)
+    expected = (as_the_model_has_it(module(states), name) / 0.7).log_softmax(-1)[targets, targets]
+    torch.testing.assert_close(actual, expected)
+    weights = torch.linspace(-1, 1, 9)
+    gradients = [torch.autograd.grad((each * weights).sum(), (states, module.weight)) for each in (actual, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -65,9 +65,16 @@ def test_products_of_views(way, add):
     close(actual, left.double().T @ right.double() + add * more, torch.float32)
 
 
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(0, 3, 2), (2, 0, 3), (2, 3, 0)])
+def test_products_of_nothing(way, rows, inner, columns):
+    actual = products.product(torch.ones(rows, inner), torch.ones(columns, inner))
+    assert torch.equal(actual, torch.full((rows, columns), float(inner)))
+
+
 def test_torch_s_switch_is_heeded(monkeypatch):
     monkeypatch.setattr(products, "_suits_processor", lambda: True)
     numbers = torch.zeros(1)
+    assert not products.by_onednn(numbers, torch.zeros(0))
     assert products.by_onednn(numbers) and not products.by_onednn(numbers, numbers.double())
     with torch.backends.mkldnn.flags(enabled=False):
         assert not products.by_onednn(numbers)

@@ -12,7 +12,7 @@ import torch
 from openrlhf_sgpo.data.tokens import Group
 
 pytestmark = pytest.mark.slow
-PADDED = {"train__layout": "padded"}  # batches of two pairs
+PADDED = {"train__layout": "padded"}  # batches of four responses
 
 
 @pytest.fixture
@@ -71,7 +71,14 @@ def test_rows_that_are_only_scored_have_a_budget_of_their_own(make_scorer, group
         scores = scorer.score(str(tiny_model), groups, "test")
         assert [pytest.approx(row, rel=1e-5) for row in expected] == scores
         sizes = [sum(map(len, batch)) for batch in scorer.batches]
-        assert (max(sizes) > 300 and max(sizes) <= most) if not layout else max(map(len, scorer.batches)) == 4
+        assert (max(sizes) > 300 and max(sizes) <= most) if not layout else max(map(len, scorer.batches)) == 8
+
+
+def test_many_responses_of_a_prompt_are_several_padded_batches(make_scorer, tiny_model):
+    group = Group((5, 6, 7), tuple((number, *range(10 + number)) for number in range(9)))
+    packed, padded = make_scorer(), make_scorer(**PADDED)
+    (expected,), (scores,) = (scorer.score(str(tiny_model), [group], "test") for scorer in (packed, padded))
+    assert [len(batch) for batch in padded.batches] == [4, 4, 1] and scores == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("free", [0, 2**40])
@@ -95,7 +102,7 @@ def test_a_model_that_fits_is_scored_whole_at_zero_3(make_scorer, groups, tiny_m
 
 @pytest.mark.parametrize("cut", ["half of the last line", "the last line", "a digit"])
 def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny_model, tmp_path, monkeypatch, cut):
-    """Parts of 3 batches of 2 pairs: 24 pairs are 4 lines, each scored in the batches of an undisturbed sweep."""
+    """Parts of 3 batches of 4 responses: 24 pairs are 4 lines, each scored in the batches of an undisturbed sweep."""
     from openrlhf_sgpo.training import scoring
 
     monkeypatch.setattr(scoring, "PART", 3)
@@ -117,10 +124,10 @@ def test_an_interrupted_sweep_loses_its_last_part_only(make_scorer, groups, tiny
     assert resumed.score(model, groups, "resumed") == expected
     # The same batches: a response in other company may differ in its last digit.
     assert len(first.batches) == 12 and resumed.batches == first.batches[-3:]
-    lost = [group for batch in resumed.batches for group in batch]
-    keys = {scoring.tokens_key(group.prompt, response) for group in lost for response in group.responses}
-    assert keys | {"blake2b"} == parts[-1].keys()
-    assert resumed.tokens_scored == sum(map(len, lost)) < first.tokens_scored == sum(map(len, groups))
+    lost = [(group.prompt, response) for batch in resumed.batches for group in batch for response in group.responses]
+    assert {scoring.tokens_key(*row) for row in lost} | {"blake2b"} == parts[-1].keys()
+    tokens = sum(map(len, scoring._by_prompt(lost)))
+    assert resumed.tokens_scored == tokens < first.tokens_scored == sum(map(len, groups))
 
     # What the resumed sweep added is on disk again, beside the torn line.
     again = make_scorer(folder)
