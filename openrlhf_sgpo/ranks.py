@@ -59,8 +59,8 @@ def _store(host_name: str, port: int, **settings: Any) -> distributed.TCPStore:
     return distributed.TCPStore(host_name, port, **settings)
 
 
-def part_ways() -> bool | None:
-    """Ends the process group of every rank; returns whether all ranks took part, or None without a group.
+def part_ways(failed: bool) -> bool | None:
+    """Ends the process group of every rank; returns whether rank 0 took part and has ``failed``, or None without a group.
 
     No rank leaves before the others have received all that it sent: connections, and the store of rank 0, end with their
     process, and a rank that still uses them would abort. If a rank has died or hangs, the others leave after ``PARTING``,
@@ -68,15 +68,17 @@ def part_ways() -> bool | None:
     """
     if not distributed.is_initialized():
         return None
-    if distributed.get_world_size() == 1:
-        return True
-    try:
-        distributed.monitored_barrier(group=_groups()[1], timeout=PARTING)
-    except RuntimeError:
-        return False
-    _groups.cache_clear()
-    distributed.destroy_process_group()
-    return True
+    of_rank_0 = torch.tensor(failed)
+    if distributed.get_world_size() > 1:
+        parting = _groups()[1]
+        try:
+            distributed.broadcast(of_rank_0, src=0, group=parting)
+            distributed.monitored_barrier(group=parting, timeout=PARTING)
+        except RuntimeError:
+            return False
+        _groups.cache_clear()
+        distributed.destroy_process_group()
+    return bool(of_rank_0)
 
 
 @cache

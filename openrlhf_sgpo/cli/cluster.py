@@ -172,7 +172,7 @@ def _train(command: _Command) -> int:
     try:
         with other_packages_apart():
             command.run(command.settings, algorithms.get(command.settings.algo), command.options)
-        ending.part_from_other_ranks()
+        ending.part_from_other_ranks(failed=False)
         return 0
     except (Exception, KeyboardInterrupt) as error:
         return ending.explain(error, command.argv)

@@ -101,7 +101,7 @@ def explain(error: BaseException, argv: list[str]) -> int:
     if stopped:
         _say_stopped(argv)
         return 128 + stopped
-    together = part_from_other_ranks()
+    together = part_from_other_ranks(failed=True)
     # Before the ranks have met, all read the same settings and data, so all have the same error.
     if _rank() > 0 and (together or (together is None and isinstance(error, ValueError))):
         return 2 if isinstance(error, ValueError) else 1
@@ -140,10 +140,10 @@ def _stdout_is_read() -> bool:
     return True
 
 
-def part_from_other_ranks() -> bool | None:
+def part_from_other_ranks(failed: bool) -> bool | None:
     """See ``ranks.part_ways``; a process that has not imported torch has not met the other ranks."""
     ranks = sys.modules.get("openrlhf_sgpo.ranks")
-    return ranks.part_ways() if ranks is not None else None
+    return ranks.part_ways(failed) if ranks is not None else None
 
 
 def _rank() -> int:

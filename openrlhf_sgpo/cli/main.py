@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
                     (about,) = re.findall(rf"^  {command} +(.+)$", USAGE, re.MULTILINE)
                     print(f"openrlhf-sgpo {command}: {about}\n\n{asked}")
                     code = 0
-                ending.part_from_other_ranks()
+                ending.part_from_other_ranks(failed=False)
                 sys.stdout.flush()
                 return code
         except (Exception, KeyboardInterrupt) as error:
