@@ -5,8 +5,9 @@
 A run of ``openrlhf-sgpo train`` trains on the seed and plays a round. Its policy after the seed, the round's prompts and the
 order of its pairs go to the other side: answers by vLLM's ``LLM.generate``; their implicit rewards from log-probabilities by
 transformers, 8 answers in a padded batch, under policy and reference; the worst case by cvxpy; and TRL's ``DPOTrainer`` on the
-pairs, with the reference's log-probabilities computed before, and with this package's loss. Both must come to the same answers,
-pairs, worst case, losses and policy. Engines are up when the round begins, and hold the policy.
+pairs, with this package's loss. TRL computes the reference's log-probabilities itself, though the rewards have needed them
+already; the last row leaves that out. Both sides must come to the same answers, pairs, worst case, losses and policy. Engines
+are up when the round begins, and hold the policy.
 
 Times are CPU seconds of all processes, one thread each, from the request for answers to the policy on disk.
 """
@@ -31,6 +32,8 @@ sys.path.append(str(ROOT / "build/peers"))
 os.environ["OMP_NUM_THREADS"] = "1"
 
 STAGES = {"generate": "answers", "annotate": "rewards", "score": "worst case", "train": "training"}
+AGAIN = "the reference again, by TRL"
+WHOLE = "whole round"
 BETA, RADIUS, RATE, BATCH, MICRO_BATCH = 0.1, 0.01, 5e-6, 16, 2
 LONGEST, SCORED_TOGETHER = 384, 8
 SECONDS_OF: dict[int, float] = {}  # by process, also those of processes that have ended
@@ -62,7 +65,7 @@ class Clock:
         yield
         now = cpu_seconds()
         self.seconds[part] = now - before
-        self.seconds["whole round"] = now - self.began
+        self.seconds[WHOLE] = now - self.began
 
 
 def this_package(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
@@ -185,7 +188,7 @@ def by_the_book(arguments: argparse.Namespace, run: Path) -> dict[str, Any]:
             self._algorithm.begin_stage(Stage(torch.tensor(margins), 1, steps, 43))
             return prepared
 
-    with clock("reference again, by TRL"):
+    with clock(AGAIN):
         settings = DPOConfig(
             str(run / "book"), beta=BETA, algorithm_settings={"radius": RADIUS}, per_device_train_batch_size=MICRO_BATCH,
             gradient_accumulation_steps=BATCH // MICRO_BATCH, learning_rate=RATE, lr_scheduler_type="constant",
@@ -271,7 +274,10 @@ def main() -> None:
     print(f"losses {rounds['book']['losses']}; the policies differ by {apart:.2g} of how far training has moved them")
     print("| part of a round | this package | by the book | ratio |\n|---|---|---|---|")
     rows = []
-    for part in (*STAGES.values(), "whole round"):
+    once = f"{WHOLE} without {AGAIN}"
+    for played in (*seconds["package"], *seconds["book"]):
+        played[once] = played[WHOLE] - played.setdefault(AGAIN, 0.0)
+    for part in (*STAGES.values(), AGAIN, WHOLE, once):
         package, book = (min(played[part] for played in seconds[side]) for side in SIDES)
         ratio = f"{book / package:.2f}" if package > 0.5 else ""
         rows.append({"part": part, "package": package, "book": book})
