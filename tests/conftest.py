@@ -11,12 +11,21 @@ from itertools import chain, islice
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tiny import make_tiny_model, write_jsonl
 
 import openrlhf_sgpo  # noqa: F401 - before torch, because it says how OpenMP waits
 
 # A shell starts jobs in the background with SIGINT ignored, and their children inherit that. Some tests interrupt children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Servers of the tests are on this machine, whatever proxy stands before others.
+for name in ("no_proxy", "NO_PROXY"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+
+# How long an example takes says nothing on a machine that does other things, and a failure must come again.
+settings.register_profile("any machine", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # Ray ends engines when the machine's memory is nearly full, whoever fills it.
 os.environ.update(RAY_memory_monitor_refresh_ms="0")

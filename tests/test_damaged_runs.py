@@ -203,7 +203,7 @@ def _without_waiting_for_the_disk():
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=40, phases=[Phase.generate])
 @given(data=st.data())
 def test_a_damaged_run_is_refused_or_read_right(whole, readers, expected, data):
     with tempfile.TemporaryDirectory() as folder:

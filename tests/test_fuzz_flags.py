@@ -18,9 +18,7 @@ from openrlhf_sgpo.run_settings import load
 
 pytestmark = pytest.mark.slow
 
-FIXED = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FIXED = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ALGORITHMS = ("sgpo", "dpo", "slhf", "preference_model", "inpo")
 
 

@@ -15,8 +15,12 @@ from running import ROOT, SCRIPT, arguments, free_port, inherited
 
 RANK = """
 import os, sys, time
-open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(str(os.getpid()))
-how = sys.argv[2]
+folder, how = sys.argv[1:]
+with open(f"{folder}/{os.environ['RANK']}.partial", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(file.name, f"{folder}/{os.environ['RANK']}")
+while not all(os.path.exists(f"{folder}/{rank}") for rank in "01"):
+    time.sleep(0.01)
 if how == "rank 1 fails" and os.environ["RANK"] == "1":
     sys.exit(3)
 if how == "rank 1 is killed" and os.environ["RANK"] == "1":
@@ -52,15 +56,22 @@ def test_ranks_take_gpus_among_those_that_are_visible(visible, expected, tmp_pat
 
 def ranks_of(folder: Path) -> list[int]:
     deadline = time.monotonic() + 60
-    while not all((folder / rank).exists() and (folder / rank).read_text() for rank in "01"):
+    while not all((folder / rank).exists() for rank in "01"):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     return [int((folder / rank).read_text()) for rank in "01"]
 
 
+def lives(number: int) -> bool:
+    try:
+        return psutil.Process(number).status() != "zombie"
+    except psutil.NoSuchProcess:
+        return False
+
+
 def gone(numbers: list[int]) -> bool:
     deadline = time.monotonic() + 20
-    while any(psutil.pid_exists(number) and psutil.Process(number).status() != "zombie" for number in numbers):
+    while any(map(lives, numbers)):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 from hub_server import hub
 from huggingface_hub import ModelCard
+from huggingface_hub.utils._http import default_client_factory
 from report_folders import make_run
 from tiny import make_tiny_model
 
@@ -102,7 +103,7 @@ def test_the_hubs_validation_accepts_the_card(run):
             with pytest.raises(ValueError, match="not a name is not a model"):
                 card.validate()
         finally:
-            huggingface_hub.set_client_factory(httpx.Client)
+            huggingface_hub.set_client_factory(default_client_factory)
 
 
 @pytest.mark.parametrize(

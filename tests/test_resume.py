@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import test_plays
-from running import ROOT, arguments, killed_at_every_write, train
+from running import ROOT, arguments, inherited, killed_at_every_write, train
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -52,6 +53,14 @@ def processes_with(mark: str) -> list[str]:
     return titles
 
 
+def engines_of(number: int) -> list[psutil.Process]:
+    engines = []
+    for child in psutil.Process(number).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            engines += [child] if child.name() == "VLLM::EngineCore" else []
+    return engines
+
+
 @pytest.mark.slow
 def test_killed_while_vllm_engines_generate(tiny_model, tiny_data, tmp_path):
     """The engines are processes of their own: none may survive the run, and the resumed run samples the same answers.
@@ -73,9 +82,11 @@ def test_killed_while_vllm_engines_generate(tiny_model, tiny_data, tmp_path):
     assert probe["followed"] == pytest.approx(1.0, abs=0.01)
     mark = f"OPENRLHF_SGPO_TEST={tmp_path}"
     command = [sys.executable, "-m", "openrlhf_sgpo", "train", *argv(tmp_path / "killed")]
-    environment = os.environ | dict([mark.split("=")])
+    environment = inherited() | {"OMP_NUM_THREADS": "1"} | dict([mark.split("=")])  # as many threads as the others have
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout and any("round 1: generate" in line for line in process.stdout), "it ended before"
+        (engine,) = engines_of(process.pid)
+        engine.suspend()  # so that it has not answered when the run dies
         time.sleep(0.1)
         process.kill()
     assert process.returncode == -signal.SIGKILL

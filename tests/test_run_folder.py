@@ -74,7 +74,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, fail):
 ROWS = st.lists(st.dictionaries(st.text(max_size=3), st.text() | st.sampled_from(["a\u2028b\u2029c", "d\x85e\x1cf\r"])))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ROWS)
 def test_jsonl_reads_back_equal(rows):
     with tempfile.TemporaryDirectory() as folder:

@@ -167,7 +167,8 @@ def test_the_example_trains_on_two_ranks_as_on_one(tiny_model, pairs, tmp_path):
         "dtype": "float32",
     }
     example = Path(__file__).parent.parent / "examples/trl_dpo.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(example)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc_per_node=2", str(example)]
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     process = subprocess.run([*launcher, *flags], capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-3000:]

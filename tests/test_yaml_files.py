@@ -144,7 +144,7 @@ FILES = (
 
 @given(FILES)
 @example(LAUGHS.encode())
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 def test_any_file_is_read_or_refused_with_an_error_of_ours(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
     path.write_bytes(content)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from openrlhf_sgpo import flags
@@ -391,7 +391,6 @@ def test_check_accepts(options):
 
 
 @given(share=st.floats(0.01, 0.99), window=st.integers(1, 120))
-@settings(deadline=None)
 def test_a_window_that_is_accepted_tells_the_share_apart(share, window):
     """Where check() is content, a full window gives a finite threshold: neither nobody nor everybody."""
     accepted = SPA.option_problems(SPASettings(noisy_share=share, window=window)) == []

@@ -24,8 +24,6 @@ from openrlhf_sgpo.run_folder import write_jsonl
 
 BUDGET = settings(
     max_examples=120,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 TEXTS = st.text(max_size=12) | st.sampled_from(

@@ -378,7 +378,7 @@ PAIRS = st.builds(
 ).filter(lambda pair: pair.chosen != pair.rejected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(PAIRS, min_size=1, max_size=3))
 def test_written_pairs_read_back_equal(pairs):
     assume(len({pair.id for pair in pairs}) == len(pairs))

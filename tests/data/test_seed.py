@@ -36,7 +36,7 @@ def test_farthest_points_are_the_greedy_maximum_of_the_least_distance(seed):
     assert torch.equal(embeddings, before)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_every_choice_is_farthest_whatever_ties(data):
     axis = st.integers(-2, 2).map(float)

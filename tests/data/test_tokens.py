@@ -44,7 +44,7 @@ def conversation_tokens(tokenizer, messages, text):
     return tuple(tokenizer(upto, add_special_tokens=False)["input_ids"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(messages=st.sampled_from([QUESTION, TALK]), text=st.text(min_size=1).filter(lambda text: "<|" not in text))
 def test_prompt_and_response_are_the_rendered_conversation(tokenizer, chat, messages, text):
     prompt, response = chat.prompt(messages), chat.response(text, truncated=False, room=PLENTY)
@@ -217,7 +217,7 @@ def test_tokens_are_those_that_a_call_of_the_tokenizer_returns(kind):
     chat = ChatFormat(tokenizer, PLENTY)
     assert chat._in_rust
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.lists(st.text() | st.sampled_from([*CHAT, f"a {CHAT[1]}\n b", "e\u0301 \ufb01 12", corpus]), max_size=4))
     def check(texts):
         ids = [tuple(expected(text, add_special_tokens=False)["input_ids"]) for text in texts]
@@ -241,7 +241,7 @@ def test_a_tokenizer_that_does_more_than_its_part_in_rust_is_called(tokenizer):
 SPECIAL = st.sampled_from(["", END, f"a{END}", f"{END}{END}", f"So{END} it is", "<|im_start|>"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     texts=st.tuples(st.text(max_size=30) | SPECIAL, st.text(max_size=30) | SPECIAL),
     marked=st.tuples(st.booleans(), st.booleans()),
@@ -282,7 +282,7 @@ def test_an_end_of_turn_of_several_tokens_is_there_as_a_whole_or_not_at_all(toke
         assert group.responses == (text + chat.end_of_turn if whole else text[:room], tokens.responses[1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from([QUESTION, TALK]), st.text(), st.text()), max_size=5))
 def test_all_at_once_is_one_by_one(tokenizer, chat, rows):
     pairs = [pair_of(chosen, rejected, prompt=prompt) for prompt, chosen, rejected in rows]

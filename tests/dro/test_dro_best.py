@@ -13,7 +13,7 @@ from torch.nn import functional
 from openrlhf_sgpo.dro import BestCase, solve_best_case, solve_worst_case
 from openrlhf_sgpo.dro.losses import best_case_loss
 
-QUICK = settings(max_examples=80, deadline=None)
+QUICK = settings(max_examples=80)
 SPACES = ["margin", "probability"]
 
 

@@ -37,7 +37,7 @@ def instances(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(instances())
 def test_value_equals_the_program_and_transport_solves_it(instance):
     margins, radius, keywords = instance

@@ -12,7 +12,7 @@ from torch.nn import functional
 from openrlhf_sgpo.dro import solve_worst_case
 from openrlhf_sgpo.dro.losses import active_piece, loss_value
 
-QUICK = settings(max_examples=80, deadline=None)
+QUICK = settings(max_examples=80)
 SPACES = st.sampled_from(["margin", "probability"])
 
 
@@ -128,7 +128,7 @@ def dual_function(solution):
     return lambda slope: slope * solution.radius + float(torch.maximum(losses, at_edge - slope * cost).mean())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(instances())
 def test_exact_loss_against_a_one_dimensional_minimisation(instance):
     margins, radius, keywords = instance

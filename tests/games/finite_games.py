@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 
 from openrlhf_sgpo.games import Game
 
-QUICK = settings(max_examples=40, deadline=None)
+QUICK = settings(max_examples=40)
 UNIFORM = np.full(3, 1 / 3)
 DIGITS = 1e-6  # of the printed values
 

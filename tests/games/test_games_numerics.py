@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from openrlhf_sgpo.games import NotConverged, kl, mixture, tilted
 from openrlhf_sgpo.games.numerics import newton, regret, soft_value
 
-QUICK = settings(max_examples=80, deadline=None)
+QUICK = settings(max_examples=80)
 REFERENCE, SCORES = np.array([0.2, 0.5, 0.3]), np.array([0.7, 0.4, 0.7])
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from openrlhf_sgpo.games import GAMES, Game, condorcet_winner, cycles, win_rate, win_rates
 from openrlhf_sgpo.games.tabular import bradley_terry, condorcet, cycle, from_voters, offline_ipo_game
 
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 
 
 @st.composite

@@ -277,7 +277,7 @@ def replies(draw) -> bytes:
 
 
 @given(replies())
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 def test_any_reply_is_an_answer_or_unusable(content):
     try:
         read = read_completion(content)
@@ -300,7 +300,7 @@ def test_any_reply_is_an_answer_or_unusable(content):
     st.sampled_from([200, 204, 304, 400, 401, 429, 500]),
     st.text("0123456789.-einfa :", max_size=8),
 )
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20)
 def test_any_bytes_of_any_status_end_in_our_own_errors(content, status, after):
     def answer(handler):
         send(
@@ -315,7 +315,7 @@ def test_any_bytes_of_any_status_end_in_our_own_errors(content, status, after):
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 def test_what_is_no_http_ends_in_our_own_errors(content):
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

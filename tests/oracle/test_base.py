@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from openrlhf_sgpo import oracle
@@ -58,7 +58,7 @@ class Game(PreferenceOracle):
 TEXTS = st.lists(st.text("ab", max_size=4), min_size=2, max_size=5)
 
 
-@settings(deadline=None)  # the first call imports torch
+# the first call imports torch
 @given(TEXTS)
 def test_rewards_become_bradley_terry_preferences(texts):
     (matrix,) = Length().preferences([question(*texts)], "")
@@ -68,7 +68,6 @@ def test_rewards_become_bradley_terry_preferences(texts):
             assert matrix[i][j] == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(TEXTS)
 def test_both_orders_make_preferences_antisymmetric(texts):
     """A judge with a liking for the first place: averaged, p(a, b) + p(b, a) = 1, and p(a, a) = 1/2 without a call."""

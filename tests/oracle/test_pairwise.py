@@ -68,7 +68,7 @@ def test_a_long_conversation_is_cut_at_its_beginning_and_leaves_half_to_the_answ
 TEXT = st.text("ab \nß", max_size=400)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(300, 900), TEXT, TEXT, TEXT)
 def test_whatever_the_lengths_it_fits_and_both_orders_have_the_same_cuts(chat, limit, asked, first, second):
     format = chat(limit)
@@ -88,7 +88,7 @@ def test_no_room_at_all(chat):
 
 
 @given(st.text(max_size=40), st.text(max_size=40), st.integers(0, 9))
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50)
 def test_no_answer_can_end_its_part_of_a_comparison(first, second, seed):
     """An author who saw an earlier comparison knows its code, which is another one as soon as the answer has it."""
     (seen,) = judge_messages("User: ?", first, second, seed)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,7 +105,8 @@ def test_workers_know_no_keys(session):
     engines = [process for process in ray_session._processes(folder) if "Engine" in process.name()]
     assert engines
     for process in ray_session._processes(folder):
-        assert "planted" not in process.environ().values(), process
+        with suppress(psutil.NoSuchProcess):  # Ray ends workers that have nothing to do
+            assert "planted" not in process.environ().values(), process
 
 
 @pytest.mark.slow
@@ -154,8 +156,12 @@ def test_an_engine_that_dies_twice_ends_the_run_with_one_message_and_leaves_noth
     begin = Path(folder).stat().st_mtime
     rollout.close()
     assert ray_session._processes(folder) == [] and not Path(folder).exists()
-    left = [path for path in Path("/dev/shm").iterdir() if path.stat().st_mtime >= begin]
-    assert [path for path in left if path.name.startswith(("psm_", "plasma", "sem.mp"))] == []
+    left = []
+    for pattern in ("psm_*", "plasma*", "sem.mp*"):
+        for path in Path("/dev/shm").glob(pattern):
+            with suppress(FileNotFoundError):  # another session's
+                left += [path] if path.stat().st_mtime >= begin else []
+    assert left == []
     from ray._private import services
 
     # This process can join a cluster now, which has no token of ours and stands at the machine's address.
