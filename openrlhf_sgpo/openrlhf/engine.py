@@ -31,8 +31,10 @@ with lean_imports():  # this is what an engine's process imports first
     from vllm import ModelRegistry
     from vllm.platforms import current_platform
     from vllm.v1.engine.core import EngineCoreProc  # noqa: F401 - for vLLM's process, which is a copy of this one
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     from openrlhf_sgpo.openrlhf.checksums import Shape, Slice, Sums, as_integers, checksum, held_slices, second_names
+    from openrlhf_sgpo.openrlhf.engine_log import own_log, reason_of
     from openrlhf_sgpo.openrlhf.mixture import ARCHITECTURE, PolicyAndReferenceForCausalLM
 
 IN_ENGINE = "OPENRLHF_SGPO_IN_ENGINE"  # is set for the processes that an engine's actor starts
@@ -148,6 +150,16 @@ class PolicyLoader(WorkerWrap):
 
 class _RolloutEngine(RolloutRayActor.__ray_metadata__.modified_class):
     """OpenRLHF's actor as a plain class, to be extended before Ray wraps it again."""
+
+    async def __init__(self, *args: Any, **settings: Any):  # type: ignore[misc]
+        try:
+            await super().__init__(*args, **settings)
+        except Exception as error:
+            raise RuntimeError(reason_of(error, own_log())) from error
+
+    async def reason(self) -> str:
+        """Why vLLM's process has ended, after a call that has raised EngineDeadError."""
+        return reason_of(EngineDeadError(), own_log())
 
     def _configure_device_env(self, backend: str, bundle_indices: list[int] | None, num_gpus: float) -> None:
         os.environ[IN_ENGINE] = "1"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.openrlhf.checksums import compared_share
+from openrlhf_sgpo.openrlhf.engine_log import last_line
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress, say
 from openrlhf_sgpo.rollout.base import Ask, Sampling, Stop, Value, engine_count, prompt_seed, sleeping
@@ -141,7 +142,10 @@ class VllmRollout:
             try:
                 ray.get(self.engines[number].get_num_unfinished_requests.remote())
             except ray.exceptions.RayError as error:
-                raise RuntimeError(f"vLLM engine {number} did not start: {_last_line(error)}") from error
+                cause = last_line(error).removeprefix("RuntimeError: ")
+                raise RuntimeError(
+                    f"vLLM engine {number} did not start, see --vllm.*, --data.max_len: {cause}"
+                ) from error
 
     def _wait_for_start(self) -> None:
         self._wait_for(self.starting)
@@ -215,12 +219,21 @@ class VllmRollout:
             try:
                 results[index] = ray.get(request)
             except (ray.exceptions.RayActorError, EngineDeadError) as error:
-                died[number] = _last_line(error)
+                if number not in died:
+                    died[number] = self._reason(number, error)
             except ray.exceptions.RayError as error:
-                raise RuntimeError(f"vLLM engine {number} failed: {_last_line(error)}") from error
+                raise RuntimeError(f"vLLM engine {number} failed: {last_line(error)}") from error
         if died:
             raise EngineDied(sorted(died), next(iter(died.values())))
         return [results[index] for index in range(len(calls))]
+
+    def _reason(self, number: int, error: BaseException) -> str:
+        """Why an engine has died, of which ``error`` has told."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):  # its actor has ended too
+            return str(ray.get(self.engines[number].reason.remote()))
+        return last_line(error)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -385,8 +398,3 @@ class VllmRollout:
             self.folders.close()
             self.engines = []
             ray_session.end_ray()
-
-
-def _last_line(error: BaseException) -> str:
-    """The cause of the error: Ray's messages begin with a traceback."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

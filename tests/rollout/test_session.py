@@ -134,6 +134,27 @@ def test_an_engine_imports_what_it_needs_and_that_once(session):
 
 
 @pytest.mark.slow
+def test_an_engine_that_does_not_start_says_why(session):
+    """What happens in vLLM's process, and what in the actor."""
+    rollout, folder = session
+    (running,) = (process for process in ray_session._processes(folder) if "RolloutEngine" in process.name())
+    expected = {
+        "num_gpu_blocks_override": (1, "ValueError: No available memory for the cache blocks"),
+        "max_model_len": (100_000, "max_model_len .100000. is greater"),
+    }
+    for name, (value, reason) in expected.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rollout, "arguments", rollout.arguments | {name: value})
+            patch.setattr(rollout, "engines", [rollout._engine(0)])
+            with pytest.raises(
+                RuntimeError, match=f"vLLM engine 0 did not start, see --vllm.*, --data.max_len: .*{reason}"
+            ):
+                rollout._wait_for([0])
+    failed = {process for process in ray_session._processes(folder) if "RolloutEngine" in process.name()} - {running}
+    assert psutil.wait_procs(failed, timeout=60)[1] == [], "they end by themselves"
+
+
+@pytest.mark.slow
 def test_an_engine_that_dies_is_started_again_and_asked_again(session, capsys):
     rollout, folder = session
     undisturbed = rollout.generate(PROMPTS, Sampling(1.0, 1.0, 8, seed=5, n=3), label="test")
