@@ -13,15 +13,15 @@ _MUCH = 2**20  # bytes
 
 def last_error(log: str) -> str:
     """The last exception of which a log has a traceback; empty if there is none that says more than where to look."""
-    found, inside = "", False
+    last, inside = "", False
     for line in log.splitlines():
         text = _PREFIX.sub("", line)
         if text.startswith("Traceback (most recent call last)"):
             inside = True
         elif inside and text and not text[0].isspace():
             inside = False
-            found = found if _POINTER in text else text
-    return found
+            last = last if _POINTER in text else text
+    return last
 
 
 def reason_of(error: BaseException, log: str) -> str:
