@@ -232,7 +232,7 @@ class VllmRollout:
         import ray
 
         with suppress(ray.exceptions.RayError):  # its actor has ended too
-            return str(ray.get(self.engines[number].reason.remote()))
+            return str(ray.get(self.engines[number].reason.remote(), timeout=10))
         return last_line(error)
 
     @contextmanager
