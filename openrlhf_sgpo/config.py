@@ -253,7 +253,7 @@ class RolloutSettings:
     importance_cap: float = setting(
         0.0,
         "weigh the loss of each play by how much likelier its answers are under the policy than they were when they were "
-        "sampled, at most by this (0: off)",
+        "sampled, at most by this, at least 1 (0: off)",
         low=0,
     )
     reuse_log_probs: bool = setting(

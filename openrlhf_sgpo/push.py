@@ -57,6 +57,10 @@ def load(argv: Sequence[str]) -> PushSettings:
     return settings
 
 
+# Of what an earlier upload has left, these would be read in place of, or beside, what is uploaded now.
+OF_A_MODEL = ["*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "adapter/*"]
+
+
 def push_policy(settings: PushSettings) -> str:
     """Upload the weights, tokenizer and card; returns the address of the repository and who sees it.
 
@@ -76,7 +80,13 @@ def push_policy(settings: PushSettings) -> str:
             raise ValueError(f"--to: {settings.to} is public; add --public, or choose another repository")
         _complete(folder, api)
         message = f"{run.path.name}, {settings.role} of round {number}"
-        api.upload_folder(repo_id=settings.to, folder_path=folder, commit_message=message, ignore_patterns="*.partial")
+        api.upload_folder(
+            repo_id=settings.to,
+            folder_path=folder,
+            commit_message=message,
+            ignore_patterns="*.partial",
+            delete_patterns=OF_A_MODEL,
+        )
     except OfflineModeIsEnabled:
         raise ValueError(f"--to: HF_HUB_OFFLINE is set, so {api.endpoint} is not asked; unset it") from None
     except HfHubHTTPError as error:

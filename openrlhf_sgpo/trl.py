@@ -56,6 +56,7 @@ class DPOTrainer(trl.DPOTrainer):
         args = args or DPOConfig()
         self._algorithm_type, self._options = _checked(args, kwargs.get("train_dataset"))
         self._algorithm = self._algorithm_type(self._options, args.beta)
+        self._algorithm.begin_stage(Stage(seed=args.seed))  # for an evaluation before training
         self._step_margins: list[Tensor] = []  # of the micro-batches since the last optimiser step
         super().__init__(model, ref_model, args, **kwargs)
 

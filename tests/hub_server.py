@@ -89,10 +89,17 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def do_GET(self) -> None:
-        name = self.path.removeprefix("/api/models/").partition("?")[0]
+        path = self.path.removeprefix("/api/models/").partition("?")[0]
+        name = path.removesuffix("/tree/main")
         repository = self.server.repositories.get(name)
         if repository is None:
             return self._answer(404, {"error": "no such repository"})
+        if name != path:
+            rows = [
+                {"type": "file", "path": file, "size": len(content), "oid": "0"}
+                for file, content in repository["files"].items()
+            ]
+            return self._answer(200, rows)
         return self._answer(
             200, {"id": name, "private": repository["private"], "siblings": [], "cardData": repository["card"]}
         )
@@ -160,6 +167,8 @@ class _Handler(BaseHTTPRequestHandler):
                 repository["files"][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 repository["files"][value["path"]] = hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del repository["files"][value["path"]]
             else:
                 repository["commits"].append(value["summary"])
         number = f"{len(repository['commits']):040d}"

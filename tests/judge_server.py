@@ -42,8 +42,9 @@ def letters(text: str) -> list[tuple[str, float]]:
 class JudgeServer:
     """plan: what goes wrong with a request, by its text and how often that text was asked before; None: nothing.
 
-    500, 429 (with Retry-After: 1), 401, 404, 400, quota; slow (answers after ``delay``); half (half of the JSON), cut (the
-    connection ends within it), nonsense (JSON of something else), bare (no log-probabilities), other (other tokens).
+    500, 429 (with Retry-After: 1), busy (429 without), 401, 404, 400, quota; filtered (cut by a content filter); slow (answers
+    after ``delay``); half (half of the JSON), cut (the connection ends within it), nonsense (JSON of something else), bare (no
+    log-probabilities), other (other tokens).
     """
 
     def __init__(
@@ -108,8 +109,8 @@ class JudgeServer:
 
     def _reply(self, request: BaseHTTPRequestHandler, body: dict, text: str, mode: str | None) -> None:
         status, headers = 200, {}
-        if mode in ("500", "429", "401", "404", "400", "quota"):
-            status = 429 if mode == "quota" else int(mode)
+        if mode in ("500", "429", "401", "404", "400", "quota", "busy"):
+            status = 429 if mode in ("quota", "busy") else int(mode)
             headers = {"Retry-After": "1"} if mode == "429" else {}
             code = "insufficient_quota" if mode == "quota" else None
             reply = {"error": {"message": f"no luck with {mode}", "code": code, "type": "test", "param": None}}
@@ -129,7 +130,7 @@ class JudgeServer:
                 "choices": [
                     {
                         "index": 0,
-                        "finish_reason": "length",
+                        "finish_reason": "content_filter" if mode == "filtered" else "length",
                         "message": {"role": "assistant", "content": written},
                         "logprobs": {"content": content},
                     }

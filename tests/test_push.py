@@ -165,6 +165,11 @@ def test_an_upload_that_was_cut_off_goes_on(run):
         files = {str(path.relative_to(run.policy(2))): path.read_bytes() for path in run.policy(2).rglob("*.*")}
         assert repository["files"] == files and "README.md" in files
         assert ModelCard(files["README.md"].decode()).data.license == "apache-2.0"
+        # A later upload leaves no weights of an earlier one, which would be read in place of its own.
+        repository["files"] |= {"first.safetensors": b"old", "adapter/adapter_config.json": b"{}", "notes.md": b"mine"}
+        again = push()
+        assert again.returncode == 0, again.stderr
+        assert repository["files"] == files | {"notes.md": b"mine"}
         server.add("me/open")
         public = subprocess.run(
             [*command[:-1], "me/open"], env=environment, capture_output=True, text=True, timeout=300

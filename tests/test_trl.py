@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -187,6 +188,8 @@ def test_other_pair_losses_train(tiny_model, pairs, tmp_path, algorithm):
     trainer = trained(tiny_model, pairs, tmp_path, algorithm=algorithm, algorithm_settings=settings)
     margins = logged(trainer, "rewards/margins")
     assert margins[0] == 0 and abs(margins[-1]) > 0.01
+    untrained = type(trainer)(str(tiny_model), args=trainer.args, train_dataset=pairs, eval_dataset=pairs)
+    assert math.isfinite(untrained.evaluate()["eval_loss"]), "before any training"
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ class KLDPO(KLBall):
     paper = "arXiv 2502.01930"
     summary = "KLDPO: the worst case of a KL ball, in which pairs with large losses count more"
     settings = KLDPOSettings
+    label_columns = ()  # which pairs are at the cap depends on all losses, and counts every margin once
 
     def __init__(self, options: Any, beta: float):
         super().__init__(options, beta, options.tau, options.max_weight)

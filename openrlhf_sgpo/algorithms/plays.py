@@ -88,6 +88,17 @@ class PlayAlgorithm(Algorithm[Plays]):
                 f"--data.max_len: {config.data.max_len} leaves no room for a prompt, a draft and the follower's answer of "
                 f"--rollout.max_new_tokens {config.rollout.max_new_tokens} each; raise the former or lower the latter"
             )
+        cap = config.rollout.importance_cap
+        if 0 < cap < 1:
+            problems.append(
+                f"--rollout.importance_cap: {cap} would lower the weight of plays that need no correction, whose ratio is 1; "
+                "use at least 1, or 0 for none"
+            )
+        if cap and set(self.roles) == {"mixture"}:
+            problems.append(
+                "--rollout.importance_cap: the trainer does not compute the probabilities of the mixture that --algo "
+                f"{self.name} samples from, so there is nothing to weigh with; use 0"
+            )
         if config.rollout.steps_behind and self.adapters:
             names = " and ".join(self.adapters.values())
             problems.append(

@@ -104,7 +104,7 @@ class SGPO(PairAlgorithm):
         margins = stage.margins
         if margins is None:
             return {}
-        self._window = None
+        self._window = self._solution = None
         self._solution = self._solve(margins)
         self._start = margins.detach()
         self._recent = drawn(margins, self.options.refresh_window, stage.seed)
@@ -134,10 +134,10 @@ class SGPO(PairAlgorithm):
         return {f"{self.name}/{name}": value for name, value in figures.items() if isinstance(value, (int, float))}
 
     def state_dict(self) -> dict[str, Any]:
-        if self._solution is None or not self._steps:
+        if not self._steps:
             return {}
         return {
-            "solved": self._solution.margins,
+            "solved": None if self._solution is None else self._solution.margins,
             "window": self._window,
             "recent": self._recent,
             "steps": self._steps,
@@ -146,7 +146,7 @@ class SGPO(PairAlgorithm):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self._window = state["window"]
-            self._solution = self._solve(state["solved"])
+            self._solution = None if state["solved"] is None else self._solve(state["solved"])
             self._recent, self._steps = state["recent"], state["steps"]
 
     def _solve(self, margins: Tensor) -> WorstCase | BestCase:

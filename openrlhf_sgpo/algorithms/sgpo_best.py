@@ -11,7 +11,7 @@ from openrlhf_sgpo.flags import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from openrlhf_sgpo.dro import BestCase
+    from openrlhf_sgpo.dro import BestCase, WorstCase
 
 
 @dataclass
@@ -36,10 +36,12 @@ class SGPOBest(SGPO):
     summary = "self-annotated rounds with the best case of SGPO's ball, which caps the pull of badly ranked pairs"
     settings = SGPOBestSettings
 
-    def _solve(self, margins: Tensor) -> BestCase:
+    def _solve(self, margins: Tensor) -> WorstCase | BestCase:
         from openrlhf_sgpo.dro import solve_best_case
 
         solution = solve_best_case(margins, self.options.radius, space=self.options.space)
         if solution.saturated:
-            raise saturated_ball(self.name, self.options.radius, margins, "probability 1")
+            if self._solution is None:
+                raise saturated_ball(self.name, self.options.radius, margins, "probability 1")
+            return self._solution  # training has brought the pairs there: the answer before goes on capping their pull
         return solution

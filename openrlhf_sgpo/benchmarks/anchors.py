@@ -43,7 +43,12 @@ def choose_anchors(task: Task, count: int, source: str) -> list[Contestant]:
         for entry in chosen:
             _download(address, entry.file, folder)
     for entry in chosen:
-        task.check_published(entry, folder / entry.file)
+        try:
+            task.check_published(entry, folder / entry.file)
+        except ValueError:
+            if is_address:  # what has come instead is not asked for again otherwise
+                (folder / entry.file).unlink()
+            raise
     names = ", ".join(entry.model for entry in chosen)
     say(f"{task.name}: {count} anchors, at equal distances in the published order of {len(published)} models: {names}")
     return [Contestant(entry.model, file=str(folder / entry.file), published=entry.figures) for entry in chosen]

@@ -96,9 +96,11 @@ class Evaluation:
             ]
             unread = [result for result in results if result.parse_failures and not self.settings.partial]
             for result in results:
-                if result not in unread:
-                    folder = self._result_folder(result.model, result.task, result.judge)
-                    write_json(folder / RESULT, asdict(result))
+                file = self._result_folder(result.model, result.task, result.judge) / RESULT
+                if result in unread:
+                    file.unlink(missing_ok=True)  # of answers that have been replaced
+                else:
+                    write_json(file, asdict(result))
             for name, task in self.tasks.items():
                 for rows in pools(self.folder.path, name):
                     for folder, result in task.pooled(rows).items():

@@ -30,6 +30,7 @@ _PATTERNS = {
     "list_count": {"ordered": r"^\s*\d+\.\s", "unordered": r"^\s*[-*+]\s"},
     "bold_count": {"**": r"\*\*[^*\n]+\*\*", "__": r"__[^_\n]+__"},
 }
+_ITERATIONS = 200
 _RIDGE = 1e-6  # keeps a model that wins every game finite
 
 
@@ -159,14 +160,25 @@ def _percent(log_odds: float) -> float:
 def _maximum_likelihood(
     design: npt.NDArray[np.float64], scores: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Coefficients of a logistic regression by Newton's method, its weighted residuals, and the curvature of its loss."""
+    """Coefficients of a logistic regression by Newton's method, its weighted residuals, and the curvature of its loss. Raises
+    ValueError if it does not come to an end."""
     coefficients = np.zeros(design.shape[1])
-    while True:
-        chances = 1 / (1 + np.exp(-design @ coefficients))
+
+    def loss(at: npt.NDArray[np.float64]) -> float:
+        logits = design @ at
+        return float(weights @ (np.logaddexp(0, logits) - scores * logits) + _RIDGE / 2 * at @ at)
+
+    for _ in range(_ITERATIONS):
+        chances = np.exp(-np.logaddexp(0, -design @ coefficients))
         residuals = weights * (scores - chances)
         spread = weights * chances * (1 - chances)
         curvature = design.T @ (spread[:, None] * design) + _RIDGE * np.eye(len(coefficients))
         step = np.linalg.solve(curvature, design.T @ residuals - _RIDGE * coefficients)
-        coefficients += np.clip(step, -5, 5)  # the first steps can overshoot
         if np.abs(step).max() < 1e-9:
-            return coefficients, residuals, curvature
+            return coefficients + step, residuals, curvature
+        # Where styles nearly tell the winners, whole steps can overshoot forever.
+        before = loss(coefficients)
+        while loss(coefficients + step) > before and np.abs(step).max() > 1e-9:
+            step /= 2
+        coefficients += step
+    raise ValueError(f"the regression on styles does not converge in {_ITERATIONS} steps")

@@ -11,10 +11,17 @@ from openrlhf_sgpo.openrlhf import DPOTrainer
 
 
 class SGPOTrainer(DPOTrainer):
-    """OpenRLHF's ``DPOTrainer`` with ``SGPOLoss``; every other argument is OpenRLHF's."""
+    """OpenRLHF's ``DPOTrainer`` with ``SGPOLoss``; every other argument is OpenRLHF's. Raises ValueError for settings of
+    OpenRLHF's own loss, which this one does not have."""
 
     def __init__(self, *args: Any, settings: SGPOSettings | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        model = self.args.model
+        for name in ("ipo_enable", "label_smoothing"):
+            if value := getattr(model, name):
+                raise ValueError(
+                    f"--model.{name} {value} belongs to OpenRLHF's DPOLoss, and SGPOLoss has none; leave it out"
+                )
         self.loss_fn = SGPOLoss(self.beta, settings)
 
     def save_logs_and_checkpoints(self, args: Any, global_step: int, *rest: Any, **more: Any) -> None:

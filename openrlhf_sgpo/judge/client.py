@@ -169,9 +169,9 @@ class ChatClient:
         refused the request. failure: of any request; once it is set, nothing is retried."""
         from openai import APIConnectionError, APIStatusError
 
-        attempts = 1 + self.settings.max_retries
-        for attempt in range(attempts):
-            requested, unusable = 0.0, False
+        attempts, attempt, answered = 1 + self.settings.max_retries, 0, self.counts["calls"]
+        while attempt < attempts:
+            requested, unusable, limited = 0.0, False, False
             try:
                 reply = await asyncio.wait_for(self._reply_of(server, request), self.settings.timeout)
                 accept(reply)
@@ -188,7 +188,7 @@ class ChatClient:
                     refused = error.status_code in REFUSING and error.code != NO_CREDIT
                     kind = Unanswered if refused else JudgeError
                     raise kind(self._failed(request, problem, f"; {advice}")) from None
-                requested = _requested_pause(error)
+                requested, limited = _requested_pause(error), error.status_code == 429
             except APIConnectionError as error:
                 problem = f"{error} {error.__cause__ or ''}"
             except Unusable as error:
@@ -197,14 +197,18 @@ class ChatClient:
                 self.counts["calls"] += 1
                 return reply
             self.counts["failures"] += 1
-            if attempt + 1 < attempts:
-                pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * self._jitter.uniform(0.75, 1)
+            pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * self._jitter.uniform(0.75, 1)
+            if limited and self.counts["calls"] > answered:
+                answered = self.counts["calls"]  # the server's limit lets others through, so this one's turn comes
+            else:
+                attempt += 1
+            if attempt < attempts:
                 await asyncio.wait([failure], timeout=max(pause, requested))
                 if failure.done():
                     break
                 self.counts["retries"] += 1
         kind = Unanswered if unusable else JudgeError
-        tried = f" (attempt {attempt + 1} of {attempts}, see --judge.max_retries)"
+        tried = f" (attempt {attempt} of {attempts}, see --judge.max_retries)"
         raise kind(self._failed(request, problem, tried))
 
     async def _reply_of(self, server: AsyncOpenAI, request: Request) -> Reply:

@@ -15,6 +15,7 @@ from openrlhf_sgpo import keys
 Kind = TypeVar("Kind")
 
 LONGEST = 2**23  # bytes of a reply, uncompressed
+FILTERED = "content_filter"  # the finish_reason of replies that are not whole
 _ROUNDING = 1e-3  # by which a log-probability may exceed 0
 
 
@@ -71,6 +72,8 @@ def read_reply(completion: Mapping[str, Any]) -> Reply:
         for item in _checked(_checked(place, dict, "logprobs.content[0]").get("top_logprobs"), list, "top_logprobs")
         for entry in [_checked(item, dict, "top_logprobs[]")]
     ]
+    if reason == FILTERED:
+        raise Unusable("a content filter of the server has cut the reply")
     return Reply(
         keys.redacted(_text(message.get("content"), "content")),
         None if reason is None else _text(reason, "finish_reason"),
@@ -117,7 +120,8 @@ def kept_reply(value: Any) -> Reply | None:
     """A stored reply from the mapping of its fields; None if it is invalid by today's rules."""
     try:
         top = [(_text(token, "token"), _log_probability(number)) for token, number in value["top"]]
-        return Reply(_text(value["text"], "text"), value["finish_reason"], tuple(top))
+        reply = Reply(_text(value["text"], "text"), value["finish_reason"], tuple(top))
+        return None if reply.finish_reason == FILTERED else reply
     except (LookupError, TypeError, ValueError):
         return None
 

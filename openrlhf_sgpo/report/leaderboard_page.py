@@ -18,7 +18,7 @@ from openrlhf_sgpo.report.markup import MISSING, details, html_table, number, ta
 from openrlhf_sgpo.report.page import page
 from openrlhf_sgpo.report.samples import SHOWN, Written, how_many, side_by_side
 from openrlhf_sgpo.report.verdict import digits_of, leaderboard_verdict
-from openrlhf_sgpo.run_folder import json_text, read_json, read_jsonl
+from openrlhf_sgpo.run_folder import json_text, read_growing, read_json
 from openrlhf_sgpo.table import ANCHOR, agreement_words, plus_minus
 
 _LEAST_CATEGORIES = 3  # for a radar plot
@@ -31,7 +31,7 @@ def leaderboard_page(folder: Path) -> str:
     items = {task: folder / "items" / f"{task}.jsonl" for task in dict.fromkeys(row["task"] for row in rows)}
     facts = {
         "Models": len(models),
-        **{f"Items of {task}": number(len(read_jsonl(path)), 0) for task, path in items.items() if path.is_file()},
+        **{f"Items of {task}": number(len(read_growing(path)), 0) for task, path in items.items() if path.is_file()},
     }
     groups = _groups(rows)
     judges = Counter(group[0]["task"] for group in groups.values())
@@ -222,4 +222,4 @@ def _answers(folder: Path, task: str, models: Sequence[str]) -> list[Markup]:
 
 
 def _by_id(path: Path) -> dict[str, dict[str, Any]]:
-    return {row["id"]: row for row in read_jsonl(path)} if path.is_file() else {}
+    return {row["id"]: row for row in read_growing(path)} if path.is_file() else {}

@@ -128,6 +128,17 @@ def test_saturated_best_case():
     sgpo_best(radius=100.0).begin_stage(Stage(margins))  # the line has no end to move to
 
 
+def test_pairs_that_training_has_brought_to_probability_1_do_not_end_it():
+    algorithm = sgpo_best(space="probability", radius=0.1)
+    algorithm.begin_stage(Stage(draw(9)))
+    before = algorithm.after_step(draw(9))
+    fitted = torch.full((300,), 5.0, dtype=torch.float64)
+    assert algorithm.after_step(fitted) == before, "the answer before stays"
+    assert torch.isfinite(algorithm.loss(batch(fitted))).all()
+    with pytest.raises(SaturatedBallError):
+        algorithm.begin_stage(Stage(fitted))
+
+
 def test_check_names_its_own_flags():
     (problem,) = flags.out_of_range({"sgpo_best": SGPOBestSettings(radius=-1.0)})
     assert problem == "--sgpo_best.radius: -1.0 is out of range, use at least 0"

@@ -125,6 +125,11 @@ def test_anchors_come_from_an_address_once(task, tmp_path, monkeypatch):
         server.shutdown()
         server.server_close()
     assert choose_anchors(task, 5, address) == anchors
+    wrong = Path(anchors[0].file)
+    wrong.write_text("<html>please log in</html>")
+    with pytest.raises(ValueError):
+        choose_anchors(task, 5, address)
+    assert not wrong.exists(), "it is asked for again"
     with pytest.raises(ValueError, match="--anchors: http.* cannot be downloaded"):
         choose_anchors(task, 6, address)
 

@@ -169,6 +169,11 @@ def test_one_unreadable_judgement_keeps_only_its_own_row_out(files, tmp_path):
         argv += ["--judge.base_url", server.url, "--judge.model", "rule", "--models", *map(str, answers.values())]
         process = forked(None, "evaluate", *argv)
         assert process.returncode == 2 and "mute mt_bench 3 of 6" in process.stderr
+        # Nor is there a row of answers that the model had before.
+        (good,) = out.rglob("result.json")
+        before = Path(str(good).replace("good", "mute"))
+        before.write_text(json.dumps(read_json(good) | {"model": "mute"}))
+        assert forked(None, "evaluate", *argv).returncode == 2 and not before.exists()
         assert [row["model"] for row in read_json(out / "leaderboard.json")["rows"]] == ["good"]
         asked = len(server.asked)
         finished([*argv, "--partial"])

@@ -144,6 +144,21 @@ def test_a_model_that_loses_every_game_has_a_rate_near_0():
     assert 0 <= low <= rate < 0.1 and rate <= high <= 100
 
 
+@pytest.mark.parametrize(("questions", "seed"), [(3, 0), (3, 5), (10, 1), (10, 7), (500, 3)])
+def test_styles_that_tell_the_winner_come_to_an_end(questions, seed):
+    """The judge prefers the longer answer: Newton's whole steps would go to and fro for ever. The optimum has no gradient."""
+    generator = np.random.default_rng(seed)
+    games = []
+    for question in range(questions):
+        base = tuple(int(count) for count in generator.integers((50, 0, 0, 0), (900, 5, 20, 20)))
+        for model in ("a", "b"):
+            style = tuple(int(count) for count in generator.integers((50, 0, 0, 0), (900, 5, 20, 20)))
+            score = float(style[0] > base[0])
+            games.append(StyledGame(str(question), "hard_prompt", model, (style, base), score, 3))
+    for rate, low, high in controlled_rates(games).values():
+        assert 0 <= low <= rate <= high <= 100
+
+
 @pytest.mark.slow
 def test_the_interval_covers_the_rate_as_often_as_it_says():
     thetas, hits, trials = {"a": 0.3, "b": -0.3}, 0, 200

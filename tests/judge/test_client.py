@@ -103,6 +103,34 @@ def test_a_failure_that_passes_is_asked_again(mode, tmp_path):
     assert len(ContentCache(tmp_path / "cache.jsonl")) == 3
 
 
+def test_a_limit_of_requests_ends_nothing_as_long_as_others_are_answered():
+    """One request is turned away 15 times, more often than there are retries."""
+    with JudgeServer(
+        lambda text, times: "busy" if text == "text 0" and times < 15 else None, judge=echo, pause=0.05
+    ) as server:
+        chat = ChatClient(settings(server, max_retries=8, concurrency=2), DECODING)
+        assert chat.ask(requests(60), "test", text_of) == [f"echo of text {i}" for i in range(60)]
+        assert server.times("text 0") == 16
+    with (
+        JudgeServer(lambda *_: "busy", judge=echo) as server,
+        pytest.raises(JudgeError, match="attempt 2 of 2, see --judge.max_retries"),
+    ):
+        ChatClient(settings(server, max_retries=1, concurrency=1), DECODING).ask(requests(1), "test", text_of)
+
+
+@pytest.mark.parametrize("max_retries", [0, 2])
+def test_a_reply_that_a_content_filter_cut_is_not_kept(max_retries, tmp_path):
+    path = tmp_path / "cache.jsonl"
+    with JudgeServer(lambda _, times: "filtered" if times == 0 else None, judge=echo) as server:
+        chat = ChatClient(settings(server, max_retries=max_retries), DECODING, path)
+        if max_retries:
+            assert chat.ask(requests(1), "test", text_of) == ["echo of text 0"]
+            return
+        with pytest.raises(JudgeError, match="a content filter of the server has cut the reply"):
+            chat.ask(requests(1), "test", text_of)
+        assert len(ContentCache(path)) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("mode", "reason"), PASSING.items())
 def test_a_failure_that_stays_is_an_error_and_the_rest_is_kept(mode, reason, tmp_path):

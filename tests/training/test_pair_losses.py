@@ -11,7 +11,7 @@ from openrlhf_sgpo.algorithms.cdpo import CDPO, CDPOSettings
 from openrlhf_sgpo.algorithms.dpo import DPO
 from openrlhf_sgpo.algorithms.dr_dpo import DrDPO, DrDPOSettings
 from openrlhf_sgpo.algorithms.ipo import IPO, IPOSettings
-from openrlhf_sgpo.algorithms.kl_dpo import KLDPO, KLDPOSettings
+from openrlhf_sgpo.algorithms.kl_dpo import KLDPO
 from openrlhf_sgpo.algorithms.rdpo import RDPO, RDPOSettings
 from openrlhf_sgpo.algorithms.ropo import ROPO, ROPOSettings
 from openrlhf_sgpo.algorithms.sgpo import SGPO
@@ -31,7 +31,6 @@ ALGORITHMS = [
     ROPO(ROPOSettings(), BETA),
     SymPO(SymPOSettings(), BETA),
     DrDPO(DrDPOSettings(), BETA),
-    KLDPO(KLDPOSettings(), BETA),
 ]
 names = [algorithm.name for algorithm in ALGORITHMS]
 
@@ -146,7 +145,8 @@ def test_the_likelihood_term_is_the_cross_entropy_of_chosen_responses():
     ("algorithm", "rounds", "data", "refused"),
     [
         (DPO, 0, "new", []),
-        (KLDPO, 2, "all", []),
+        (KLDPO, 2, "all", ["weight", "chosen_probability"]),
+        (DrDPO, 2, "all", []),
         (SGPO, 2, "new", []),  # the columns are read in its seed stage, which is DPO
         (SGPO, 2, "all", ["weight", "chosen_probability"]),
         (SGPOTransport, 2, "all", ["weight", "chosen_probability"]),
