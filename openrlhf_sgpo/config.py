@@ -176,6 +176,15 @@ class TrainSettings:
         low=0,
     )
 
+    def uneven(self, world_size: int) -> str:
+        """Why a step cannot be split into equal micro-batches over so many ranks; empty if it can."""
+        if self.batch_size % (self.micro_batch_size * world_size) == 0:
+            return ""
+        return (
+            f"--train.batch_size {self.batch_size} must be a multiple of --train.micro_batch_size {self.micro_batch_size} "
+            f"times the number of ranks, {world_size}"
+        )
+
 
 @dataclass
 class AdamSettings:

@@ -68,6 +68,16 @@ def check_loaded(model: nn.Module, folder: str, dtype: str) -> None:
     ranks.raise_together(problem if name else None)
 
 
+def check_complete(folder: str, report: Mapping[str, Any]) -> None:
+    """Raises ValueError if weights of a model were not in ``folder``: transformers makes them up, and differently every time.
+    report: transformers' ``output_loading_info``."""
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{folder} lacks {len(missing)} weights of its model, such as {missing[0]}, which would be random: the files are "
+            "incomplete, or do not belong to the config.json beside them"
+        )
+
+
 def check_saved(model: nn.Module, place: str) -> None:
     """Raises NotFiniteError on every rank if the trainer of another package is about to save a weight that is not finite: a
     step with finite margins may lead there. Collective."""

@@ -25,6 +25,8 @@ PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 
 
 def main(argv: list[str]) -> int:
+    if not argv[0].isdigit() or int(argv[0]) < 1:
+        sys.exit(f"error: --num_gpus {argv[0]}: give a number of at least 1")
     count, script, arguments = int(argv[0]), argv[1], argv[2:]
     environment = {**os.environ, COMMAND: f"bash {shlex.quote(script)} --num_gpus {count}", **_devices(count)}
     command = [sys.executable, "-u", script, *arguments]

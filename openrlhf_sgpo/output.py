@@ -52,7 +52,7 @@ class _Apart:
         if not is_standard:
             return stream
         return open(
-            self._real[number - 1], "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False
+            self._real[number - 1], "w", buffering=1, encoding=stream.encoding, errors="backslashreplace", closefd=False
         )
 
     def _redirect(self, first: int, second: int | None = None) -> None:

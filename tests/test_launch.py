@@ -54,6 +54,14 @@ def test_ranks_take_gpus_among_those_that_are_visible(visible, expected, tmp_pat
     assert said.startswith(expected) and set(done.stdout.splitlines()) <= {expected}
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "two", "--algo"])
+def test_ranks_are_a_number(count):
+    command = ["bash", str(SCRIPT), "--num_gpus", count, "--algo", "dpo"]
+    environment = {**inherited(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == f"error: --num_gpus {count}: give a number of at least 1\n"
+
+
 def ranks_of(folder: Path) -> list[int]:
     deadline = time.monotonic() + 60
     while not all((folder / rank).exists() for rank in "01"):

@@ -34,6 +34,12 @@ def run(code, folder):
     return subprocess.run([sys.executable, "-c", NOISE + code, str(folder)], capture_output=True, text=True)
 
 
+def test_a_terminal_that_has_no_such_character_gets_an_escape(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = run("with other_packages_apart():\n    say('0.5 ± 0.1')", tmp_path)
+    assert (process.returncode, process.stdout) == (0, "0.5 \\xb1 0.1\n"), process.stderr
+
+
 def test_other_packages_speak_to_the_log(tmp_path):
     process = run(
         """

@@ -149,7 +149,10 @@ class Conversation:
 def questions() -> Iterator[str]:
     """Lines of the standard input until it ends; a terminal is asked for each."""
     if not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        # What is not UTF-8 arrives as halves of surrogate pairs, which no tokenizer takes.
+        yield from (
+            line.rstrip("\n").encode("utf-8", "surrogateescape").decode("utf-8", "replace") for line in sys.stdin
+        )
         return
     import readline  # noqa: F401 - arrow keys in ``input``
 

@@ -287,6 +287,18 @@ COMMANDS = {
 }
 
 
+def _rank_problem() -> str:
+    """What is wrong with the variables in which a launcher gives a rank its number; empty if nothing is. Those that are set to
+    nothing, or mean nothing without RANK, are unset."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        value = os.environ.get(name, "0")
+        if not value or (name != "RANK" and "RANK" not in os.environ):
+            os.environ.pop(name, None)
+        elif not value.isdigit():
+            return f"{name}={value} is not the number that a launcher gives a rank; unset it"
+    return ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command in ``argv``, by default this process's arguments; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -298,6 +310,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"openrlhf-sgpo {__version__}")
         return 0
+    if problem := _rank_problem():
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     command, arguments = argv[0], argv[1:]
     with ending.stopped_by_signals(argv):
         try:

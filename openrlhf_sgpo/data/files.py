@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,7 +164,9 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line.decode("utf-8").rstrip())
+            yield number, json.loads(line.decode("utf-8").rstrip(), object_pairs_hook=_each_once)
+        except DataError as error:
+            yield number, error
         except UnicodeDecodeError as error:
             yield number, DataError(f"not UTF-8 (byte {error.start}); convert the file")
         except json.JSONDecodeError as error:
@@ -184,7 +187,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
             yield content.count(b"\n", 0, error.start) + 1, DataError("not UTF-8; convert the file")
         return
     try:
-        whole = json.loads(content)
+        whole = json.loads(content, object_pairs_hook=_each_once)
     except (ValueError, RecursionError):
         whole = None
     if isinstance(whole, dict) and len(whole) == 1 and isinstance(next(iter(whole.values())), list):
@@ -196,9 +199,18 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _lines(path)
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys must differ. Raises DataError."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        (key, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise DataError(f"the key {key!r} appears twice")
+    return row
+
+
 def _array(text: str) -> Iterator[tuple[int, Any]]:
     """The items of a JSON array with the lines on which they begin, up to the first syntax error."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    decoder, line, counted = json.JSONDecoder(object_pairs_hook=_each_once), 1, 0
 
     def skip(position: int) -> int:
         match = _SPACE.match(text, position)
@@ -209,6 +221,9 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
         line, counted = line + text.count("\n", counted, position), position
         try:
             item, end = decoder.raw_decode(text, position)
+        except DataError as error:
+            yield line, error
+            return
         except json.JSONDecodeError as error:
             yield error.lineno, DataError(f"not JSON: {error.msg} at column {error.colno}")
             return
@@ -225,6 +240,11 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
         elif text[position : position + 1] != "]":
             yield line, DataError("not JSON: expected a comma or the end of the array after this row")
             return
+    if text[position + 1 :].strip():
+        yield (
+            1 + text.count("\n", 0, skip(position + 1)),
+            DataError("not JSON: there is more after the end of the array"),
+        )
 
 
 @contextmanager

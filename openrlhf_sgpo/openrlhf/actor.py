@@ -23,7 +23,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Inference
-from openrlhf_sgpo.finite import check_loaded
+from openrlhf_sgpo.finite import check_complete, check_loaded
 from openrlhf_sgpo.openrlhf.adapters import DEFAULT_ADAPTER, recompute_contexts
 from openrlhf_sgpo.openrlhf.weights import with_adapter
 from openrlhf_sgpo.output import say
@@ -74,13 +74,15 @@ def load_actor(
     if reason and config.train.layout == "auto" and strategy.is_rank_0():
         _say_padded(reason)
     shards = load_in_shards(config, strategy, trainable)  # kept until from_pretrained has run
-    model = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         files,
         dtype=DTYPES[config.ds.param_dtype],
         attn_implementation=config.ds.attn_implementation if reason else attention.NAME,
         trust_remote_code=config.model.trust_remote_code,
+        output_loading_info=True,
     )
     del shards
+    check_complete(folder, report)
     check_loaded(model, folder, config.ds.param_dtype)
     model.config.use_cache = False
     head = None if reason else Head(model)

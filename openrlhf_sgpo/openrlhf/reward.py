@@ -9,7 +9,7 @@ from openrlhf.utils.deepspeed import DeepspeedStrategy
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from openrlhf_sgpo.config import DTYPES, Inference
-from openrlhf_sgpo.finite import check_loaded
+from openrlhf_sgpo.finite import check_complete, check_loaded
 from openrlhf_sgpo.openrlhf.actor import load_in_shards
 from openrlhf_sgpo.shared_files import local
 
@@ -49,6 +49,7 @@ def load_reward_model(folder: str, config: Inference, strategy: DeepspeedStrateg
         raise no_value_head(
             folder, head, "reward.heads" if folder in config.reward.heads else "reward.model_name_or_path"
         )
+    check_complete(folder, report)
     check_loaded(model, folder, config.ds.param_dtype)
     if settings.normalize_reward:
         # transformers 5 creates models on the meta device, so buffers that are in no file, like these, are undefined.

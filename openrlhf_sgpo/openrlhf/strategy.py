@@ -228,12 +228,8 @@ def build_strategy(config: Inference) -> DeepspeedStrategy:
     """
     check_cuda()
     _single_process()
-    world_size = int(os.environ["WORLD_SIZE"])
-    if config.train.batch_size % (config.train.micro_batch_size * world_size):
-        raise ValueError(
-            f"--train.batch_size {config.train.batch_size} must be a multiple of --train.micro_batch_size "
-            f"{config.train.micro_batch_size} times the number of ranks, {world_size}"
-        )
+    if problem := config.train.uneven(int(os.environ["WORLD_SIZE"])):
+        raise ValueError(problem)
     deepspeed.utils.logger.setLevel(logging.WARNING)  # it logs memory use for every engine
     for module in (stage_1_and_2, stage3):
         # It replaces a norm that is not finite by -1 and continues.

@@ -16,7 +16,7 @@ from openrlhf_sgpo import ranks
 from openrlhf_sgpo.config import DTYPES, Inference
 from openrlhf_sgpo.data.records import Answer
 from openrlhf_sgpo.data.tokens import ChatFormat
-from openrlhf_sgpo.finite import NotFiniteError
+from openrlhf_sgpo.finite import NotFiniteError, check_complete
 from openrlhf_sgpo.memory import release_memory
 from openrlhf_sgpo.openrlhf.weights import PolicyWeights
 from openrlhf_sgpo.output import Progress
@@ -109,12 +109,16 @@ class HuggingFaceRollout:
 
     def _load(self, folder: str) -> Any:
         folder = local(folder)
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[self.config.ds.param_dtype],
             attn_implementation=self.config.ds.attn_implementation,
             trust_remote_code=self.config.model.trust_remote_code,
-        ).to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+            output_loading_info=True,
+        )
+        model, report = loaded
+        check_complete(folder, report)
+        model = model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
         use_products(model.eval())
         self.stop.add_ends_of(folder, self.config.model.trust_remote_code)
         # Of a model's generation settings only the end tokens are used, as in vLLM: with a repetition penalty, for example,

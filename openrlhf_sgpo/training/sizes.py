@@ -61,6 +61,8 @@ def check_sizes(
 ) -> None:
     """Raises SettingsError with every stage that so many usable human pairs and prompts, None where that is not known, leave
     with too few. Of a round the pairs are not known yet, but they are not more than its prompts."""
+    if problem := config.train.uneven(world_size):
+        refuse([problem])
     problems, counts = [], []
     if algorithm.fresh_answers:
         batch = config.train.batch_size

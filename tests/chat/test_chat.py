@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from openrlhf_sgpo import algorithms, flags
 from openrlhf_sgpo.chat.columns import Columns, cells, wrapped
+from openrlhf_sgpo.chat.conversation import questions
 from openrlhf_sgpo.cli.main import main
 from openrlhf_sgpo.config import Config
 from openrlhf_sgpo.integrity import signed
@@ -117,6 +118,13 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(tiny_model, tmp_path, r
     short = ("--data.max_len", "128", "--ds.param_dtype", "fp32")
     assert main(["chat", str(tiny_model), *GREEDY, *short]) == 0
     assert "leaves no room for an answer. /new begins another one.\n[tiny]" in capsys.readouterr().out
+
+
+def test_bytes_that_are_no_text_are_asked_as_such(monkeypatch):
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xc3\xa9\n\xff\xfe?\n"), "utf-8", "surrogateescape")
+    )
+    assert list(questions()) == ["café", "\ufffd\ufffd?"]
 
 
 @given(st.text(alphabet="ab \n語é", max_size=60), st.integers(4, 20))

@@ -50,6 +50,25 @@ def test_two_lines_say_what_was_stopped_and_how_to_go_on(number, code, where):
     ]
 
 
+@pytest.mark.parametrize(
+    ("variables", "code", "said"),
+    [
+        ({"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}, 0, ""),
+        ({"WORLD_SIZE": "3"}, 0, ""),  # of nobody's rank
+        ({"RANK": "first"}, 2, "error: RANK=first is not the number that a launcher gives a rank; unset it\n"),
+        ({"RANK": "0", "WORLD_SIZE": "?"}, 2, "error: WORLD_SIZE=? is not the number that"),
+    ],
+)
+def test_variables_of_ranks_that_mean_nothing(variables, code, said, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["algorithms"]) == code and capsys.readouterr().err.startswith(said)
+    if not code:
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
+
+
 def test_a_run_that_is_there_goes_on_with_resume(tmp_path, capsys):
     (tmp_path / "resolved_config.yaml").write_text("{}")
     assert ending.explain(KeyboardInterrupt(), ["train", "--ckpt.output_dir", str(tmp_path)]) == 130

@@ -180,6 +180,18 @@ def gzipped(content):
         ("broken.json", b'[{"prompt": 1},\n {"chosen"}]', "line 2: not JSON"),
         ("commas.json", b"[{}\n{}]", "line 1: not JSON: expected a comma or the end"),
         ("open.json", b'[{"a": 1},\n', "line 2: not JSON"),
+        (
+            "two.json",
+            json.dumps([GOOD]).encode() + b"\n\n" + json.dumps([GOOD]).encode(),
+            "line 3: not JSON: there is more after",
+        ),
+        ("tail.json", json.dumps([GOOD]).encode() + b"}", "line 1: not JSON: there is more after the end of the array"),
+        (
+            "twice.jsonl",
+            b'{"prompt": "x", "chosen": "a", "rejected": "b", "chosen": "c"}',
+            "line 1: the key 'chosen' appears twice",
+        ),
+        ("twice.json", b'[\n{"prompt": "x", "prompt": "y"}]', "line 2: the key 'prompt' appears twice"),
         ("deep.json", b"[" * 100_000, "nested too deeply"),
         ("damaged.jsonl.gz", gzipped(json.dumps(GOOD).encode())[:-20], "damaged, or not of the kind its name says"),
         ("plain.jsonl.gz", json.dumps(GOOD).encode(), "damaged, or not of the kind its name says"),
