@@ -43,9 +43,9 @@ def check_source(source: RunFolder, folder: RunFolder, resolved: dict[str, Any],
         raise ValueError(f"{flag} is not a run with a finished seed stage")
     _check_same(flag, read_configuration(stored), resolved)
     source_data = source.data()
-    changed = [name for name, digest in data.items() if source_data.get(name) != digest]
+    changed = [name for name, digest in data.items() if source_data.get(name, digest) != digest]
     if changed:
-        raise ValueError(f"{flag}: {' and '.join(changed)} held other rows in that run")
+        raise ValueError(f"{flag}: {' and '.join(changed)} had another content in that run")
     check_ended(source)
     for number, stages in ((None, ()), (0, ()), (1, _SHARED_STAGES)):
         check_round(source, number, stages)

@@ -46,6 +46,12 @@ def file_digest(path: Path) -> dict[str, Any]:
     return {"rows": rows, **facts} if path.suffix == ".jsonl" else facts
 
 
+def model_digest(folder: Path) -> str:
+    """A hash of a model's weights, configuration and templates: its name does not say that it is still the same one."""
+    files = [path for path in files_in(folder) if path.suffix in (*WEIGHTS, ".json", ".jinja")]
+    return hash_of([json.dumps({path.name: file_digest(path) for path in files}).encode()])
+
+
 def rows_digest(content: bytes) -> dict[str, Any]:
     """The ``file_digest`` of a JSONL file with this content."""
     return {"rows": content.count(b"\n"), "bytes": len(content), SEAL: hash_of([content])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from openrlhf_sgpo.data.report import require
 from openrlhf_sgpo.data.run_data import RunRecords, inspect_run, load_policy_chat, load_run
 from openrlhf_sgpo.data.tokens import ChatFormat
 from openrlhf_sgpo.fork import check_source, take_over
+from openrlhf_sgpo.integrity import model_digest
 from openrlhf_sgpo.ledger import Ledger
 from openrlhf_sgpo.metrics import Metrics
 from openrlhf_sgpo.openrlhf import build_strategy
@@ -59,6 +61,7 @@ class Run:
             "--data.dataset": fingerprint(self.data.human.pairs),
             "--eval.dataset": fingerprint(records.held_out),  # those beyond --eval.max_samples too, which may change
             "--data.prompt_dataset": fingerprint(self.data.prompts.prompts),
+            **ranks.on_rank_0(self._model_digests),
         }
         if self.has_oracle:
             held_out = [
@@ -79,6 +82,18 @@ class Run:
         if self.samples:
             self._check_reference(model.get_text_config().vocab_size)
         return records, chat
+
+    def _model_digests(self) -> dict[str, str]:
+        """Of the models that are folders, by flag."""
+        config = self.config
+        models = {
+            "--model.model_name_or_path": [config.model.model_name_or_path],
+            "--ref.model_name_or_path": [config.ref.model_name_or_path],
+            "--reward.model_name_or_path": [config.reward.model_name_or_path],
+            "--reward.heads": config.reward.heads,
+        }
+        folders = {flag: [name for name in names if os.path.isdir(name)] for flag, names in models.items()}
+        return {flag: ", ".join(model_digest(Path(name)) for name in names) for flag, names in folders.items() if names}
 
     def open(self, numbers: Sequence[int], plan: Sequence[str]) -> None:
         """Create or resume the run folder. numbers: of the rounds. plan: all stages of the

@@ -281,7 +281,7 @@ def test_other_settings_are_named(source, tmp_path, more, said, algo):
 @pytest.mark.parametrize("name", DATA)
 def test_other_data(source, tmp_path, name):
     message = refusal(source, tmp_path / "fork", data=DATA | {name: "x"})
-    assert message == f"--ckpt.fork_from {source.path}: {name} held other rows in that run"
+    assert message == f"--ckpt.fork_from {source.path}: {name} had another content in that run"
 
 
 @pytest.mark.parametrize(("there", "here"), [("rdpo", "dpo"), ("sgpo", "rdpo"), ("rdpo", "rdpo"), ("ipo", "sgpo")])

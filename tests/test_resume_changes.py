@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -207,11 +208,12 @@ def test_other_evaluation_sizes_are_compared_where_both_were_measured(tiny_model
 def test_a_round_more_is_the_round_of_a_longer_run(tiny_model, tiny_data, tmp_path):
     """A run of one round that has ended goes on to two, with checkpoints and curves that it did not have: the files of a run
     that was to have two from the start."""
-    assert train(*begin(tiny_model, tiny_data, tmp_path / "short")).returncode == 0
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    assert train(*begin(model, tiny_data, tmp_path / "short")).returncode == 0
     two = {"rounds.count": "2", "rounds.prompts": "12 12"}
-    assert train(*begin(tiny_model, tiny_data, tmp_path / "long", **two)).returncode == 0
+    assert train(*begin(model, tiny_data, tmp_path / "long", **two)).returncode == 0
     more = two | {"ckpt.save_steps": "2", "logger.tensorboard_dir": str(tmp_path / "curves")}
-    process = train(*begin(tiny_model, tiny_data, tmp_path / "short", **more), "--resume")
+    process = train(*begin(model, tiny_data, tmp_path / "short", **more), "--resume")
     assert process.returncode == 0, process.stderr[-3000:]
     assert "--rounds.count: was 1, from now on 2\n--rounds.prompts: was [12], from now on [12, 12]" in process.stdout
     expected = contents(tmp_path / "long")
@@ -219,6 +221,12 @@ def test_a_round_more_is_the_round_of_a_longer_run(tiny_model, tiny_data, tmp_pa
         f"round_2/{name}" for name in ("pairs.jsonl", "worst_case.json", "policy/model.safetensors")
     } <= expected.keys()
     assert contents(tmp_path / "short") == expected
+    # Its model is another one by now, under the same name.
+    template = Path(model, "chat_template.jinja")
+    template.write_text(template.read_text().replace("assistant", "ASSISTANT"))
+    process = train(*begin(model, tiny_data, tmp_path / "short", **more), "--resume")
+    assert process.returncode == 2
+    assert "--model.model_name_or_path and --ref.model_name_or_path changed since the run" in process.stderr
 
 
 def test_a_round_of_plays_more_is_the_round_of_a_longer_run(tiny_model, tiny_data, tmp_path):
