@@ -186,6 +186,11 @@ def check(config: Config, options: Any, algorithm: type[Algorithm], given: Mappi
         problems.append(
             f"--ds.param_dtype: {ds.attn_implementation} does not work in fp32; use bf16, or --ds.attn_implementation sdpa"
         )
+    if config.ckpt.output_dir.startswith("~"):
+        problems.append(
+            f"--ckpt.output_dir: {config.ckpt.output_dir} would be in a folder called ~, which only a shell replaces, and not "
+            "after =; write the whole path"
+        )
     if ds.adam_offload and not ds.zero_stage:
         problems.append("--ds.adam_offload: DeepSpeed offloads nothing at --ds.zero_stage 0; use stage 1, 2 or 3")
     if algorithm.needs.rounds and rounds.count == 0:

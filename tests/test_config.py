@@ -193,6 +193,12 @@ def test_cross_checks(argv, message):
     assert problem.startswith(message)
 
 
+def test_a_home_that_no_shell_has_replaced():
+    base = [word if word != LOOP[LOOP.index("--ckpt.output_dir") + 1] else "~/run" for word in LOOP]
+    (problem,) = problems(*base)
+    assert problem.startswith("--ckpt.output_dir: ~/run would be in a folder called ~, which only a shell replaces")
+
+
 def test_all_problems_at_once():
     assert len(problems(*LOOP, "--train.batch_size=0", "--rollout.temperature=0", "--loop.rho=-1")) == 3
 

@@ -123,8 +123,8 @@ class SGPO(PairAlgorithm):
 
     def after_step(self, watched: Tensor) -> dict[str, Any]:
         """Keep the latest margins and, every ``refresh_steps`` steps, solve the follower on them again."""
-        if not (self.options.refresh_steps and self.options.radius):
-            return {}
+        if not self.options.refresh_steps or (self.options.radius == 0 and self._solution is not None):
+            return {}  # with radius 0 no margins change the answer
         self._recent = followed_by(self._recent, watched, self.options.refresh_window)
         self._steps += 1
         if self._steps % self.options.refresh_steps:

@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from openrlhf_sgpo.algorithms.plays import PlayAlgorithm
 from openrlhf_sgpo.config import Config, LoraSettings, ModelSettings
 from openrlhf_sgpo.estimate.devices import Device
@@ -28,7 +26,7 @@ from openrlhf_sgpo.estimate.memory import Memory
 from openrlhf_sgpo.estimate.settings import PREFIX, PROMPT, RESPONSE, EstimateSettings
 from openrlhf_sgpo.estimate.shape import ModelShape, model_shape
 from openrlhf_sgpo.ledger import read_ledger
-from openrlhf_sgpo.run_folder import STORED, RunFolder
+from openrlhf_sgpo.run_folder import STORED, RunFolder, read_configuration
 
 SEQUENCES = 256  # that vLLM computes at a time
 TRAIN, SCORE, SAMPLE = "train", "score", "sample"
@@ -153,7 +151,7 @@ def measured(folder: str) -> Speeds:
     path = Path(folder)
     if not (path / STORED).exists():
         raise ValueError(f"--{PREFIX}.from_run {folder}: not a run folder, it has no {STORED}")
-    stored = yaml.safe_load((path / STORED).read_text(encoding="utf-8"))
+    stored = read_configuration(path / STORED)
     model, layout = stored["model"], stored["ds"]
     shape = model_shape(
         ModelSettings(model["model_name_or_path"], trust_remote_code=model["trust_remote_code"]),

@@ -34,7 +34,8 @@ def leaderboard_page(folder: Path) -> str:
         **{f"Items of {task}": number(len(read_growing(path)), 0) for task, path in items.items() if path.is_file()},
     }
     groups = _groups(rows)
-    judges = Counter(group[0]["task"] for group in groups.values())
+    tasks = dict.fromkeys(row["task"] for row in rows)
+    judges = Counter(task for task, _ in {(row["task"], _identity(row)) for row in rows})
     warnings = [
         f"{task} was judged by {count} judges, whose scores cannot be compared: each has its own table."
         for task, count in judges.items()
@@ -52,24 +53,33 @@ def leaderboard_page(folder: Path) -> str:
     sections = {title: _group(group, trust[title]) for title, group in groups.items()}
     verdict = leaderboard_verdict(groups)
     verdict += [f"{title}: {agreement_words(entries[0])}." for title, entries in trust.items() if entries]
-    answers = {f"Answers to {task}": _answers(folder, task, models) for task in judges}
+    answers = {f"Answers to {task}": _answers(folder, task, models) for task in tasks}
     return page("Leaderboard", folder.name, facts, verdict, warnings, {**sections, **answers})
 
 
 def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by task and judge, under a heading that names both: scores of different judges cannot be compared."""
-    by_judge: dict[str, list[dict[str, Any]]] = {}
+    """Rows by task, judge and number of items, under a heading that names them: scores of different judges, and of other
+    items, cannot be compared."""
+    comparable: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        by_judge.setdefault(json.dumps([row["task"], row.get("judge")], sort_keys=True), []).append(row)
+        comparable.setdefault((row["task"], _identity(row), row["expected"]), []).append(row)
+    sizes = Counter(key[:2] for key in comparable)
     titles: Counter[str] = Counter()
     groups = {}
-    for group in by_judge.values():
+    for (task, identity, expected), group in comparable.items():
         judge = group[0].get("judge")
-        title = f"{group[0]['task']}, " + (f"judged by {judge['model']}" if judge else "without a judge")
+        title = f"{task}, " + (f"judged by {judge['model']}" if judge else "without a judge")
+        if sizes[task, identity] > 1:
+            title += f", {expected:,} {_counted(group[0])}"
         titles[title] += 1
         # Judges of the same name differ in their settings, shown below the table.
         groups[title if titles[title] == 1 else f"{title}, settings {titles[title]}"] = group
     return groups
+
+
+def _identity(row: Mapping[str, Any]) -> str:
+    """The judge of a row, with its settings."""
+    return json.dumps(row.get("judge"), sort_keys=True)
 
 
 def _counted(row: Mapping[str, Any]) -> str:

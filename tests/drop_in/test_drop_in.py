@@ -45,6 +45,20 @@ def test_the_follower_sees_the_window_and_evaluation_leaves_it_alone():
     torch.testing.assert_close(loss_after, worst.robust_loss(margins(first)).mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{"space": "probability"}, {"pieces": 6}])
+def test_radius_0_has_the_space_and_pieces_of_other_radii(changes):
+    """What differs between them is then the radius alone."""
+    from openrlhf_sgpo import SGPOLoss
+
+    later = log_probs(2)
+    figures = []
+    for radius in (0.0, 1e-9):
+        loss = SGPOLoss(0.1, SGPOSettings(radius=radius, **changes))
+        loss(*log_probs(1))
+        figures.append(torch.autograd.grad(loss(*later)[0], later[:2]))
+    torch.testing.assert_close(*figures, rtol=1e-5, atol=1e-9)
+
+
 def test_the_support_is_that_of_the_first_solve():
     from openrlhf_sgpo import SGPOLoss
 

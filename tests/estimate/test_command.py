@@ -15,6 +15,7 @@ from openrlhf_sgpo.estimate.duration import SAMPLE, SCORE, TRAIN, measured, pass
 from openrlhf_sgpo.estimate.fitting import CHANGES, changed, combinations, flags_of, useful_changes
 from openrlhf_sgpo.estimate.settings import load
 from openrlhf_sgpo.estimate.shape import model_shape
+from openrlhf_sgpo.integrity import signed
 from openrlhf_sgpo.ledger import write_ledger
 
 CHECKPOINTING = "--model.gradient_checkpointing_enable"
@@ -102,7 +103,7 @@ def test_speeds_of_a_ledger_give_its_times_back(tiny_model, tmp_path):
     )
     with pytest.raises(ValueError, match="not a run folder"):
         measured(str(tmp_path))
-    (tmp_path / "resolved_config.yaml").write_text(flags.dump({"": config, config.algo: options}))
+    (tmp_path / "resolved_config.yaml").write_text(signed(flags.dump({"": config, config.algo: options})))
     with pytest.raises(ValueError, match="no finished training stage"):
         measured(str(tmp_path))
     stages = {

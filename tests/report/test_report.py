@@ -22,6 +22,7 @@ from openrlhf_sgpo.report import live as report_live
 from openrlhf_sgpo.report import moments as report_moments
 from openrlhf_sgpo.report.follower import solve_again
 from openrlhf_sgpo.report.judged import judgements
+from openrlhf_sgpo.report.leaderboard_page import _groups
 from openrlhf_sgpo.report.live import LivePage
 from openrlhf_sgpo.report.markup import MISSING, join, tag
 from openrlhf_sgpo.report.moments import moments_so_far, read_moments
@@ -620,3 +621,18 @@ def test_moments_of_finished_rounds_are_read_once(folders, monkeypatch):
     assert list(finished) == [None, 0, 1, 2]
     monkeypatch.setattr(report_moments, "check_round", lambda *_, **__: pytest.fail("a finished round is read again"))
     assert moments_so_far(folders["run"], finished) == list(finished.values())
+
+
+def test_only_rows_of_the_same_items_share_a_table():
+    """A trial on a few items is not compared with a whole run, and is no other judge."""
+
+    def row(model, expected):
+        return {"task": "alpaca_eval", "model": model, "expected": expected, "judge": {"model": "gpt"}}
+
+    groups = _groups([row("a", 805), row("trial", 10), row("b", 805)])
+    title = "alpaca_eval, judged by gpt"
+    assert {name: [each["model"] for each in rows] for name, rows in groups.items()} == {
+        f"{title}, 805 judgements": ["a", "b"],
+        f"{title}, 10 judgements": ["trial"],
+    }
+    assert list(_groups([row("a", 805), row("b", 805)])) == [title]
