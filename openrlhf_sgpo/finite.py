@@ -73,7 +73,7 @@ def check_complete(folder: str, report: Mapping[str, Any]) -> None:
     report: transformers' ``output_loading_info``."""
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{folder} lacks {len(missing)} weights of its model, such as {missing[0]}, which would be random: the files are "
+            f"{folder} lacks weights of its model, which would be random ({missing[0]}; {len(missing)} in all): its files are "
             "incomplete, or do not belong to the config.json beside them"
         )
 

@@ -11,6 +11,7 @@ from openrlhf_sgpo.flags import setting
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from openrlhf_sgpo.algorithms.base import PairBatch, Stage
     from openrlhf_sgpo.dro import WorstCase
 
 
@@ -24,7 +25,10 @@ class SGPOReleasedSettings:
 class SGPOReleased(SGPOTransport):
     r"""SciPy's SLSQP in probability space, stopped after 50 iterations, and the leader
 
-    -sum_k s_ik * log max(sigmoid(xi_i) - d_ik, 1e-6)              (JinYujie99/SSAPO, commit ccb912a).
+    -sum_k s_ik * log max(sigmoid(xi_i - xi0_i) - d_ik, 1e-6)      (JinYujie99/SSAPO, commit ccb912a),
+
+    where xi0_i is the margin with which the round begins: the follower's margins are against the loss's reference, the leader's
+    against the policy that enters the round, so that its win probabilities begin at 1/2.
 
     The solver is part of the method: at the follower's optimum the clamped logarithm has no gradient for the pairs that are
     moved, and close to the optimum an unbounded one. SLSQP takes minutes for a group of 100 pairs.
@@ -35,9 +39,22 @@ class SGPOReleased(SGPOTransport):
     summary = "SSAPO as the authors' code runs it: SLSQP on groups, and a leader with a clamped logarithm"
     settings = SGPOReleasedSettings
 
+    def __init__(self, options: Any, beta: float):
+        super().__init__(options, beta)
+        self._start: Tensor | None = None  # margins of all pairs when the round begins
+
     @classmethod
     def package(cls, options: Any) -> str:
         return "scipy"
+
+    def begin_stage(self, stage: Stage) -> dict[str, Any]:
+        self._start = stage.margins
+        return super().begin_stage(stage)
+
+    def _leader_margins(self, batch: PairBatch) -> Tensor:
+        assert self._start is not None
+        margins = batch.margins(self.beta)
+        return margins - self._start[batch.index].to(margins)
 
     def _exact(self, margins: Tensor, window: tuple[float, float] | None) -> WorstCase:
         from openrlhf_sgpo.dro import solve_worst_case

@@ -98,15 +98,18 @@ class SGPOTransport(PairAlgorithm):
         return figures
 
     def loss(self, batch: PairBatch) -> Tensor:
-        margins = batch.margins(self.beta)
         if self._atoms is None:
-            return dpo_loss(margins)
+            return dpo_loss(batch.margins(self.beta))
         if batch.index is None:
             raise ValueError(
                 f"--algo {self.name} needs the index of each pair, because each is moved by a fixed distance"
             )
+        margins = self._leader_margins(batch)
         s, displacement = (values[batch.index].to(margins.device) for values in self._atoms)
         return self._loss_of_atoms(margins, s, displacement)
+
+    def _leader_margins(self, batch: PairBatch) -> Tensor:
+        return batch.margins(self.beta)
 
     def _exact(self, margins: Tensor, window: tuple[float, float] | None) -> WorstCase:
         from openrlhf_sgpo.dro import solve_worst_case

@@ -26,7 +26,7 @@ def test_a_model_that_lacks_weights_is_refused(headless, make_config, zero_stage
 
     config = make_config(ds__zero_stage=zero_stage, rollout__engine="hf")
     strategy = build_strategy(config)
-    problem = f"{headless} lacks 1 weights of its model, such as lm_head.weight, which would be random"
+    problem = rf"{headless} lacks weights of its model, which would be random \(lm_head.weight; 1 in all\)"
     for trainable in (True, False):
         with pytest.raises(ValueError, match=problem):
             load_actor(headless, config, strategy, trainable=trainable)
