@@ -84,16 +84,12 @@ class Run:
         return records, chat
 
     def _model_digests(self) -> dict[str, str]:
-        """Of the models that are folders, by flag."""
-        config = self.config
+        """Of policy and reference, where they are folders, by flag. A reward model may be replaced by an undamaged copy."""
         models = {
-            "--model.model_name_or_path": [config.model.model_name_or_path],
-            "--ref.model_name_or_path": [config.ref.model_name_or_path],
-            "--reward.model_name_or_path": [config.reward.model_name_or_path],
-            "--reward.heads": config.reward.heads,
+            "--model.model_name_or_path": self.config.model.model_name_or_path,
+            "--ref.model_name_or_path": self.config.ref.model_name_or_path,
         }
-        folders = {flag: [name for name in names if os.path.isdir(name)] for flag, names in models.items()}
-        return {flag: ", ".join(model_digest(Path(name)) for name in names) for flag, names in folders.items() if names}
+        return {flag: model_digest(Path(name)) for flag, name in models.items() if os.path.isdir(name)}
 
     def open(self, numbers: Sequence[int], plan: Sequence[str]) -> None:
         """Create or resume the run folder. numbers: of the rounds. plan: all stages of the

@@ -300,9 +300,10 @@ class RunFolder:
     ) -> None:
         """Locks and creates the run folder, or reopens an existing one.
 
-        data: a hash of each dataset, by flag. template: whose moment to store, see ``keep_moment``. accepted: settings that
-        may differ besides ``FREE``. Raises ValueError if the folder is in use, if it holds a run and ``resume`` is off, and
-        if ``resume`` is on and the configuration or the data differ from that run's.
+        data: a hash of each dataset and model, by flag; models may change until a stage has ended. template: whose moment to
+        store, see ``keep_moment``. accepted: settings that may differ besides ``FREE``. Raises ValueError if the folder is in
+        use, if it holds a run and ``resume`` is off, and if ``resume`` is on and the configuration, the data or the models
+        differ from that run's.
         """
         self._check_foreign()
         self.lock()
@@ -310,7 +311,12 @@ class RunFolder:
             changed = self.changes(resolved_config, resume)
             self.refuse({key: values for key, values in changed.items() if key not in accepted})
             old_data = self.data() if data else {}
-            changed_data = [name for name, digest in (data or {}).items() if old_data.get(name, digest) != digest]
+            begun = any(self.manifest(number)["stages"] for number in (None, *self.rounds()))
+            changed_data = [
+                name
+                for name, digest in (data or {}).items()
+                if old_data.get(name, digest) != digest and (begun or name.startswith(("--data.", "--eval.")))
+            ]
             if changed_data:
                 raise ValueError(
                     f"--resume, but {' and '.join(changed_data)} changed since the run in {self.path} began"
