@@ -315,7 +315,7 @@ class RunFolder:
             changed_data = [
                 name
                 for name, digest in (data or {}).items()
-                if old_data.get(name, digest) != digest and (begun or name.startswith(("--data.", "--eval.")))
+                if old_data.get(name, digest) != digest and (begun or not name.startswith(("--model.", "--ref.")))
             ]
             if changed_data:
                 raise ValueError(
